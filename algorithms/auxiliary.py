@@ -1,0 +1,195 @@
+"""Split learning with a local loss: CSE-FSL and FSL-SAGE, whose clients train against an auxiliary model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from algorithms import register
+from algorithms.base import Algorithm, Flow, SplitServer, cross_entropy
+from runtime.blueprint import Layout
+from runtime.boundary import ClientProgram, Payload, Reply, ask, flatten, tell, tensor
+from runtime.config import ConfigError
+from runtime.contexts import ClientContext
+
+
+def _positive(config: Any, *keys: str) -> None:
+    for key in keys:
+        if getattr(config, key) < 1:
+            raise ConfigError(key, getattr(config, key), "an integer >= 1")
+
+
+class OneWayServer(SplitServer):
+    """Trains on smashed data as it arrives and sends nothing back."""
+
+    def on_smashed(self, client: int, message: Payload) -> Reply | None:
+        super().on_smashed(client, message)
+        return None
+
+
+@register("cse_fsl")
+class CSEFSL(Algorithm):
+    """CSE-FSL (Mu & Shen, 2023): clients train with an auxiliary head and upload smashed data now and then."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """upload_interval: local steps from one upload of smashed data to the next (q), >= 1."""
+
+        upload_interval: int = 5
+
+        def __post_init__(self) -> None:
+            _positive(self, "upload_interval")
+
+    layout = Layout(client=("client", "auxiliary"), server=("client", "auxiliary", "server"))
+    shared = ("client", "auxiliary")
+    traffic = (
+        Flow("down", "model", ("client", "auxiliary")),
+        Flow("up", "smashed", ("smashed", "labels"), per="batch", every="upload_interval"),
+        Flow("up", "model", ("client", "auxiliary")),
+    )
+    Server = OneWayServer
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> ClientProgram:
+        """Each step: a local loss through the auxiliary model; every q-th step (z, y) goes up before the update."""
+        ctx.load(down)
+        model, auxiliary = ctx.part("client"), ctx.part("auxiliary")
+        optimizer = ctx.optimizer("client", "auxiliary")
+        for step, (x, y) in enumerate(ctx.batches()):
+            z = model(x)
+            if step % ctx.config.upload_interval == 0:
+                yield tell("smashed", z=z, y=y)
+            loss = cross_entropy(auxiliary(z), y)
+            optimizer.update(loss)
+            ctx.log("auxiliary_loss", loss)
+        return ctx.dump("client", "auxiliary")
+
+
+def input_gradient(model: nn.Module | Any, z: Tensor, y: Tensor, *, differentiable: bool = False) -> Tensor:
+    """The gradient of the batch's mean cross-entropy with respect to the smashed data: same shape as ``z``."""
+    z = z.detach().requires_grad_()
+    return torch.autograd.grad(cross_entropy(model(z), y), z, create_graph=differentiable)[0]
+
+
+def frozen(model: nn.Module) -> Any:
+    """The model as a function that computes in its present mode and leaves its running statistics untouched."""
+
+    def call(z: Tensor) -> Tensor:
+        state = {**dict(model.named_parameters()), **{name: b.clone() for name, b in model.named_buffers()}}
+        return functional_call(model, {name: value.detach() for name, value in state.items()}, (z,))
+
+    return call
+
+
+class AligningServer(OneWayServer):
+    """Keeps each client's newest smashed data and an auxiliary model per client, aligned on request."""
+
+    def on_smashed(self, client: int, message: Payload) -> None:
+        own, size = self.ctx.state(client), self.ctx.config.buffer_size
+        kept = own.get("buffer") or {}
+        new = {name: tensor(message, name) for name in ("z", "y")}
+        own.put("buffer", {name: torch.cat([kept[name], t])[-size:] if kept else t[-size:] for name, t in new.items()})
+        super().on_smashed(client, message)
+
+    def on_align(self, client: int, message: Payload) -> Reply:
+        """Fit the client's auxiliary model to the server's gradients over the buffer, and send it down.
+
+        Minimises the squared distance between the two gradients of z (summed), with the targets computed once.
+        """
+        own, config = self.ctx.state(client), self.ctx.config
+        buffer = own.get("buffer")
+        auxiliary, optimizer = self.ctx.replica("auxiliary")
+        auxiliary.load_state_dict(own.get("auxiliary") or auxiliary.state_dict())
+        assert buffer is not None, "a client asks for alignment after an upload"
+        size, server = config.align_batch_size, frozen(self.ctx.part("server"))
+        dtype = next(auxiliary.parameters()).dtype
+        with torch.autocast(buffer["z"].device.type, enabled=False):
+            batches = [(z.to(dtype), y) for z, y in zip(buffer["z"].split(size), buffer["y"].split(size), strict=True)]
+            targets = [input_gradient(server, z, y) for z, y in batches]
+            before = self._error(auxiliary, batches, targets)
+            for _ in range(config.align_epochs):
+                for (z, y), target in zip(batches, targets, strict=True):
+                    estimate = input_gradient(auxiliary, z, y, differentiable=True)
+                    optimizer.update((estimate - target).square().sum())
+            after = self._error(auxiliary, batches, targets)
+        norm = float(sum(target.square().sum() for target in targets))
+        for name, value in {"error_before": before, "error_after": after, "target": norm}.items():
+            self.ctx.log(f"align/{name}", value)
+        self.ctx.log("align/normalised_before", before / norm if norm else 0.0)
+        self.ctx.log("align/normalised_after", after / norm if norm else 0.0)
+        own.put("auxiliary", auxiliary.state_dict())
+        return flatten("auxiliary", auxiliary.state_dict())
+
+    @staticmethod
+    def _error(auxiliary: nn.Module, batches: list[tuple[Tensor, Tensor]], targets: list[Tensor]) -> float:
+        pairs = zip(batches, targets, strict=True)
+        return float(sum((input_gradient(frozen(auxiliary), z, y) - t).square().sum() for (z, y), t in pairs))
+
+    def down(self, client: int) -> Payload:
+        return self.ctx.dump(*(self.ctx.shared if not self._warming() else CSEFSL.shared))
+
+    def _warming(self) -> bool:
+        return self.ctx.config.warm_start and self.ctx.round == 0
+
+
+@register("fsl_sage")
+class FSLSAGE(CSEFSL):
+    """FSL-SAGE (Nair et al., ICML 2025): the auxiliary model estimates the server's gradient and is aligned to it.
+
+    The auxiliary model is not trained on the client. It comes down, fitted to the client's own smashed data, in every
+    ``align_interval``-th round after the client's first upload; the client keeps it until then. The paper's code
+    keeps one auxiliary optimizer per client for the whole run; here each alignment starts with a fresh one.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """Keys of FSL-SAGE.
+
+        upload_interval: local steps between uploads (q). align_interval: rounds between alignments (l).
+        buffer_size: smashed samples kept per client (M). align_epochs: passes over the buffer per alignment (K).
+        align_batch_size: samples per alignment step (A). warm_start: the first round is one of CSE-FSL, which trains
+        the auxiliary model; alignment then counts from the second.
+        """
+
+        upload_interval: int = 5
+        align_interval: int = 10
+        buffer_size: int = 1000
+        align_epochs: int = 100
+        align_batch_size: int = 1000
+        warm_start: bool = False
+
+        def __post_init__(self) -> None:
+            _positive(self, "upload_interval", "align_interval", "buffer_size", "align_epochs", "align_batch_size")
+
+    shared = ("client",)
+    traffic = (
+        Flow("down", "model", ("client",)),
+        Flow("up", "smashed", ("smashed", "labels"), per="batch", every="upload_interval"),
+        Flow("down", "align", ("auxiliary",), rounds="align_interval"),
+        Flow("up", "model", ("client",)),
+    )
+    Server = AligningServer
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> ClientProgram:
+        """Each step follows the gradient that the auxiliary model estimates at the cut layer."""
+        config = ctx.config
+        if config.warm_start and ctx.round == 0:
+            upload = yield from CSEFSL.client(ctx, down)
+            return upload
+        ctx.restore("auxiliary")
+        ctx.load(down)
+        model, optimizer = ctx.part("client"), ctx.optimizer("client")
+        for step, (x, y) in enumerate(ctx.batches()):
+            z = model(x)
+            if step % config.upload_interval == 0:
+                yield tell("smashed", z=z, y=y)
+            if step == 0 and (ctx.round - config.warm_start) % config.align_interval == 0:
+                ctx.load((yield ask("align")))
+                ctx.keep("auxiliary")
+            optimizer.update(z, input_gradient(ctx.part("auxiliary"), z, y))
+        return ctx.dump("client")

@@ -1,0 +1,146 @@
+"""The contract of an algorithm: a client program, a server, and the messages that pass between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from runtime.aggregate import Average
+from runtime.blueprint import Layout
+from runtime.boundary import ClientProgram, Payload, Reply, Upload, tensor, unflatten
+from runtime.contexts import ClientContext, ServerContext
+
+cross_entropy = F.cross_entropy
+"""Mean cross-entropy over a batch: logits [b, classes], labels int64 [b]."""
+
+
+@dataclass(frozen=True)
+class NoConfig:
+    """The configuration of an algorithm without keys of its own."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One arrow of a method's pseudocode: what crosses, in which direction, and how often.
+
+    Each entry of ``fields`` is the name of a part (its whole state), ``smashed`` (the cut layer's output for one
+    batch) or ``labels`` (one int64 per sample). ``per`` says whether it crosses once per client and round or with each
+    batch; ``every`` and ``rounds`` name the keys of the algorithm's config that thin it out: every q-th local step,
+    every l-th round. ``when`` names a boolean key that must have the given value.
+    """
+
+    direction: Literal["up", "down"]
+    kind: str
+    fields: tuple[str, ...]
+    per: Literal["round", "batch"] = "round"
+    every: str | None = None
+    rounds: str | None = None
+
+
+class Server:
+    """The server of an algorithm: answers messages, averages what travels.
+
+    Message handlers are methods named ``on_<kind>(client, message)`` that return the reply's fields, or None for a
+    one-way message. In a lockstep schedule ``on_<kind>_cohort(inbox)`` sees all clients' messages together and
+    returns a reply per client.
+    """
+
+    def __init__(self, ctx: ServerContext) -> None:
+        self.ctx = ctx
+        self._averages: dict[str, Average] = {}
+
+    def open_round(self, cohort: Sequence[int]) -> None:
+        """Called before the first client of a round starts."""
+        self._averages = {}
+
+    def down(self, client: int) -> Payload:
+        """The message that opens a client's round."""
+        return self.ctx.dump(*self.ctx.shared)
+
+    def serve(self, kind: str, inbox: Mapping[int, Payload]) -> dict[int, Payload | None]:
+        """Answer the messages of one kind of one or several clients."""
+        together = getattr(self, f"on_{kind}_cohort", None)
+        if together is not None:
+            return dict(together(inbox))
+        handler = getattr(self, f"on_{kind}", None)
+        if handler is None:
+            raise ValueError(f"{type(self).__qualname__} has no handler for messages of kind {kind!r}")
+        return {client: handler(client, message) for client, message in inbox.items()}
+
+    def absorb(self, client: int, upload: Upload) -> None:
+        """Take in the upload that ends a client's round."""
+        self.average(unflatten(upload.fields), self.ctx.weight(client, upload.samples))
+
+    def average(self, states: Mapping[str, Mapping[str, Tensor]], weight: float) -> None:
+        """Take states (by part) into the averages that the round's end loads."""
+        for name, state in states.items():
+            self._averages.setdefault(name, Average()).add(state, weight)
+
+    def forget(self, client: int) -> None:
+        """A client dropped out: release what was held for it."""
+
+    def close_round(self) -> None:
+        """Called when the last client of a round has ended; with no survivors the parts stay as they were."""
+        for name, average in self._averages.items():
+            if name in self.ctx.parts and len(average):
+                self.ctx.load(name, average.result())
+        self._averages = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next round depends on, beyond the rows in the store."""
+        return self.ctx.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint."""
+        self.ctx.load_state_dict(state)
+
+
+class SplitServer(Server):
+    """A server that holds the model's upper part and trains it on the smashed data of every client."""
+
+    def on_smashed(self, client: int, message: Payload) -> Reply | None:
+        """One optimizer step on (z, y); replies with the gradient of z, mean over the batch."""
+        z = tensor(message, "z").requires_grad_()
+        loss = cross_entropy(self.ctx.part("server")(z), tensor(message, "y"))
+        self.ctx.optimizer("server").update(loss)
+        self.ctx.log("loss", loss)
+        assert z.grad is not None
+        return {"grad": z.grad}
+
+
+class Algorithm:
+    """An algorithm: both parties' programs and the facts that the engine needs to run them.
+
+    Attributes:
+        layout: the parts that each party holds.
+        shared: the parts that travel down and up each round.
+        schedule: ``sequential`` runs one client after another through the round, ``lockstep`` moves the whole cohort
+            on by one message at a time.
+        evaluates: ``global`` tests the server's model, ``clients`` tests each client's own.
+        pooled: one client holds all the data.
+        optimizers: names of the optimizers that the method's equations hold for on the client; empty: any.
+        traffic: the arrows of the method, from which its bytes follow in closed form.
+    """
+
+    name: ClassVar[str] = ""
+    Config: ClassVar[type[Any]] = NoConfig
+    layout: ClassVar[Layout]
+    shared: ClassVar[tuple[str, ...]] = ()
+    schedule: ClassVar[Literal["sequential", "lockstep"]] = "sequential"
+    evaluates: ClassVar[Literal["global", "clients"]] = "global"
+    pooled: ClassVar[bool] = False
+    optimizers: ClassVar[tuple[str, ...]] = ()
+    traffic: ClassVar[tuple[Flow, ...]] = ()
+    Server: ClassVar[type[Server]] = Server
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> ClientProgram | Payload:
+        """The client's part of a round: a generator that yields messages and returns its upload.
+
+        A client that sends nothing before its upload may be a plain function.
+        """
+        raise NotImplementedError

@@ -1,0 +1,36 @@
+"""The two references that exchange nothing: pooled training above, each client alone below."""
+
+from __future__ import annotations
+
+from algorithms import register
+from algorithms.base import Algorithm, cross_entropy
+from runtime.blueprint import Layout
+from runtime.boundary import Payload
+from runtime.contexts import ClientContext
+
+
+@register("local_only")
+class LocalOnly(Algorithm):
+    """Each client trains its own model on its own data; reported is the mean over clients."""
+
+    layout = Layout(client=("model",), server=())
+    evaluates = "clients"
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> Payload:
+        """Training goes on from the client's own model and optimizer; nothing is sent."""
+        model, optimizer = ctx.part("model"), ctx.optimizer("model")
+        ctx.restore("model", optimizer)
+        for x, y in ctx.batches():
+            loss = cross_entropy(model(x), y)
+            optimizer.update(loss)
+            ctx.log("loss", loss)
+        ctx.keep("model", optimizer)
+        return {}
+
+
+@register("centralized")
+class Centralized(LocalOnly):
+    """One party trains on all the data: the upper reference."""
+
+    pooled = True

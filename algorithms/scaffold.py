@@ -1,0 +1,94 @@
+"""SCAFFOLD: FedAvg whose local steps are corrected by control variates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from algorithms import register
+from algorithms.base import Algorithm, Flow, Server, cross_entropy
+from runtime.blueprint import Layout
+from runtime.boundary import Payload, Upload, flatten, unflatten
+from runtime.contexts import ClientContext, ServerContext
+
+
+class ScaffoldServer(Server):
+    """Keeps the server's control variate c and adds |S|/N times the mean change of the clients' own."""
+
+    def __init__(self, ctx: ServerContext) -> None:
+        super().__init__(ctx)
+        self._control = {name: torch.zeros_like(w) for name, w in ctx.part("model").named_parameters()}
+
+    def down(self, client: int) -> Payload:
+        return {**self.ctx.dump("model"), **flatten("control", self._control)}
+
+    def absorb(self, client: int, upload: Upload) -> None:
+        states = unflatten(upload.fields)
+        change = states.pop("control")
+        self.average(states, self.ctx.weight(client, upload.samples))
+        self._changes.append(change)
+
+    def open_round(self, cohort: Any) -> None:
+        super().open_round(cohort)
+        self._changes: list[Mapping[str, torch.Tensor]] = []
+
+    def close_round(self) -> None:
+        super().close_round()
+        for change in self._changes:
+            for name, value in change.items():
+                self._control[name] += value / self.ctx.num_clients
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "control": self._control}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        for name, value in state["control"].items():
+            self._control[name].copy_(value)
+
+
+@register("scaffold")
+class Scaffold(Algorithm):
+    """SCAFFOLD (Karimireddy et al., ICML 2020, algorithm 1, option II), with a global step of 1.
+
+    Local steps follow g - c_i + c; afterwards c_i becomes c_i - c + (x - y_i) / (K lr) over K local steps. Option II
+    holds for plain SGD only, so other optimizers are refused. The paper averages the clients uniformly;
+    here ``aggregate.weights`` decides, as for every method.
+    """
+
+    layout = Layout(client=("model",), server=("model",))
+    shared = ("model",)
+    optimizers = ("sgd",)
+    traffic = (
+        Flow("down", "model", ("model", "control")),
+        Flow("up", "model", ("model", "control")),
+    )
+    Server = ScaffoldServer
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> Payload:
+        """Corrected local steps; the upload is the model and the change of the client's control variate."""
+        ctx.load(down)
+        model, optimizer = ctx.part("model"), ctx.optimizer("model")
+        names, weights = zip(*model.named_parameters(), strict=True)
+        start = [w.detach().clone() for w in weights]
+        c = unflatten(down)["control"]
+        own = ctx.state.get("control") or {name: torch.zeros_like(value) for name, value in c.items()}
+        correction = [c[name] - own[name] for name in names]
+        steps = 0
+        for x, y in ctx.batches():
+            loss = cross_entropy(model(x), y)
+            gradients = torch.autograd.grad(loss, weights)
+            for w, g, d in zip(weights, gradients, correction, strict=True):
+                w.grad = g + d
+            optimizer.step()
+            ctx.log("loss", loss)
+            steps += 1
+        change = {
+            name: -c[name] + (x - w.detach()) / (steps * optimizer.lr)
+            for name, x, w in zip(names, start, weights, strict=True)
+        }
+        ctx.state.put("control", {name: own[name] + change[name] for name in names})
+        return {**ctx.dump("model"), **flatten("control", change)}

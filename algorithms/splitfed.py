@@ -1,0 +1,103 @@
+"""Split learning with a gradient per batch: vanilla split learning and SplitFed v1 and v2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from algorithms import register
+from algorithms.base import Algorithm, Flow, SplitServer, cross_entropy
+from runtime.blueprint import Layout
+from runtime.boundary import ClientProgram, Payload, Reply, Upload, ask, tensor, unflatten
+from runtime.contexts import ClientContext, ServerContext
+from runtime.optim import PartOptimizer
+
+
+@register("sl_single_server")
+class SplitFedV2(Algorithm):
+    """SplitFed with one server model, updated in client order (Thapa et al., AAAI 2022, SFLV2).
+
+    The order of the clients is drawn anew each round.
+    """
+
+    layout = Layout(client=("client",), server=("client", "server"))
+    shared = ("client",)
+    traffic = (
+        Flow("down", "model", ("client",)),
+        Flow("up", "smashed", ("smashed", "labels"), per="batch"),
+        Flow("down", "smashed", ("smashed",), per="batch"),
+        Flow("up", "model", ("client",)),
+    )
+    Server = SplitServer
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> ClientProgram:
+        """Each batch: smashed data and labels up, the gradient of the smashed data down, one step."""
+        ctx.load(down)
+        model, optimizer = ctx.part("client"), ctx.optimizer("client")
+        for x, y in ctx.batches():
+            z = model(x)
+            reply = yield ask("smashed", z=z, y=y)
+            optimizer.update(z, tensor(reply, "grad"))
+        return ctx.dump("client")
+
+
+class ReplicaServer(SplitServer):
+    """A copy of the server model for each client, averaged with the clients' weights when the round ends."""
+
+    def __init__(self, ctx: ServerContext) -> None:
+        super().__init__(ctx)
+        self._replicas: dict[int, tuple[nn.Module, PartOptimizer]] = {}
+
+    def open_round(self, cohort: Sequence[int]) -> None:
+        super().open_round(cohort)
+        self._replicas.clear()
+
+    def on_smashed(self, client: int, message: Payload) -> Reply:
+        if client not in self._replicas:
+            self._replicas[client] = self.ctx.replica("server")
+        model, optimizer = self._replicas[client]
+        z = tensor(message, "z").requires_grad_()
+        loss = cross_entropy(model(z), tensor(message, "y"))
+        optimizer.update(loss)
+        self.ctx.log("loss", loss)
+        assert z.grad is not None
+        return {"grad": z.grad}
+
+    def absorb(self, client: int, upload: Upload) -> None:
+        super().absorb(client, upload)
+        if client in self._replicas:
+            model, _ = self._replicas.pop(client)
+            self.average({"server": model.state_dict()}, self.ctx.weight(client, upload.samples))
+
+    def forget(self, client: int) -> None:
+        self._replicas.pop(client, None)
+
+
+@register("sl_multi_server")
+class SplitFedV1(SplitFedV2):
+    """SplitFed with a server model per client (Thapa et al., AAAI 2022, SFLV1).
+
+    The copies do not touch one another, so they run one after another here, which gives what running them in
+    parallel gives in the memory of one copy.
+    """
+
+    Server = ReplicaServer
+
+
+class RelayServer(SplitServer):
+    """Hands the client model on from each client to the next."""
+
+    def absorb(self, client: int, upload: Upload) -> None:
+        self.ctx.load("client", unflatten(upload.fields)["client"])
+
+
+@register("sl")
+class SplitLearning(SplitFedV2):
+    """Vanilla split learning (Gupta & Raskar, 2018): clients train one client model in turn.
+
+    It is handed on from each to the next through the server.
+    """
+
+    Server = RelayServer

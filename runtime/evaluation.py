@@ -1,0 +1,88 @@
+"""Accuracy and loss on test data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datasets import Source
+from runtime.blueprint import Blueprint
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy in [0, 1], mean cross-entropy, and which samples were right (bool [n], on the CPU)."""
+
+    accuracy: float
+    loss: float
+    correct: Tensor
+
+
+@contextmanager
+def evaluating(modules: Sequence[nn.Module], *, batch_statistics: Sequence[bool]) -> Iterator[Forward]:
+    """The modules, composed, in evaluation mode.
+
+    Where ``batch_statistics`` is true, normalisation uses each batch's own statistics, as its running ones are
+    not shared (``aggregate.buffers``); nothing is written to them.
+    """
+    norms: list[tuple[nn.modules.batchnorm._BatchNorm, Tensor | None, Tensor | None]] = []
+    for module, own in zip(modules, batch_statistics, strict=True):
+        module.eval()
+        for child in module.modules() if own else ():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                norms.append((child, child.running_mean, child.running_var))
+                child.running_mean = child.running_var = None
+
+    def forward(x: Tensor) -> Tensor:
+        for module in modules:
+            x = module(x)
+        return x
+
+    try:
+        yield forward
+    finally:
+        for child, mean, variance in norms:
+            child.running_mean, child.running_var = mean, variance
+        for module in modules:
+            module.train()
+
+
+@torch.no_grad()
+def evaluate(
+    modules: Sequence[nn.Module],
+    source: Source,
+    blueprint: Blueprint,
+    *,
+    batch_size: int,
+    batch_statistics: Sequence[bool] | None = None,
+) -> Score:
+    """Test the composed modules on a whole source.
+
+    Args:
+        modules: applied one after the other; the last gives logits [b, classes].
+        batch_statistics: per module, see ``evaluating``.
+    """
+    own = batch_statistics or [False] * len(modules)
+    losses: list[Tensor] = []
+    correct: list[Tensor] = []
+    with evaluating(modules, batch_statistics=own) as forward, blueprint.autocast():
+        for x, y in source.batches(torch.arange(len(source)), batch_size=batch_size):
+            logits = forward(x).float() if blueprint.dtype == torch.float32 else forward(x)
+            losses.append(F.cross_entropy(logits, y, reduction="sum"))
+            correct.append(logits.argmax(1) == y)
+    right = torch.cat(correct).cpu()
+    return Score(float(right.double().mean()), float(torch.stack(losses).double().sum()) / len(right), right)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation and worst decile (mean of the lowest tenth, at least one) of per-client values."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    worst = tensor.sort().values[: max(1, len(tensor) // 10)]
+    return {"mean": float(tensor.mean()), "std": float(tensor.std(correction=0)), "worst_decile": float(worst.mean())}

@@ -1,0 +1,131 @@
+"""The order in which a cohort's messages are served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from runtime.boundary import MODEL, ClientDroppedError, Message, Upload
+from runtime.session import Channel, ServerParty, Session
+
+
+@dataclass
+class RoundReport:
+    """What came of a round: who finished, who dropped out, and the finishers' metrics (mean weighted by samples)."""
+
+    survivors: list[int] = field(default_factory=list[int])
+    dropped: list[int] = field(default_factory=list[int])
+    _sums: dict[str, float] = field(default_factory=dict[str, float])
+    _weights: dict[str, float] = field(default_factory=dict[str, float])
+
+    def finished(self, client: int, upload: Upload) -> None:
+        """Count a client's upload."""
+        self.survivors.append(client)
+        for name, value in upload.metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + upload.samples * value
+            self._weights[name] = self._weights.get(name, 0.0) + upload.samples
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The clients' metrics."""
+        return {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
+
+
+Opener = Callable[[int], Session]
+Dropper = Callable[[int], None]
+
+
+class Schedule(Protocol):
+    """Runs one round of a cohort to its end."""
+
+    def __call__(
+        self, cohort: list[int], open: Opener, drop: Dropper, server: ServerParty, channel: Channel
+    ) -> RoundReport: ...
+
+
+def sequential(cohort: list[int], open: Opener, drop: Dropper, server: ServerParty, channel: Channel) -> RoundReport:
+    """One client after another through the whole round; memory of one client."""
+    report = RoundReport()
+    for client in cohort:
+        session = open(client)
+        try:
+            event = session.start(channel.down(client, MODEL, server.down(client)))
+            while isinstance(event, Message):
+                message = channel.up(client, event.kind, event.fields)
+                reply = server.serve(event.kind, {client: message})[client]
+                event = session.advance(channel.down(client, event.kind, reply or {}) if event.expects_reply else {})
+            _finish(client, event, server, channel, report)
+        except ClientDroppedError:
+            _drop(client, drop, server, report)
+        finally:
+            session.close()
+    return report
+
+
+def lockstep(cohort: list[int], open: Opener, drop: Dropper, server: ServerParty, channel: Channel) -> RoundReport:
+    """The whole cohort moves on by one message at a time; the server sees all messages of a kind together."""
+    return _Lockstep(cohort, open, drop, server, channel).run()
+
+
+class _Lockstep:
+    def __init__(self, cohort: list[int], open: Opener, drop: Dropper, server: ServerParty, channel: Channel) -> None:
+        self.cohort, self.drop, self.server, self.channel = cohort, drop, server, channel
+        self.report = RoundReport()
+        self.waiting: dict[int, Message] = {}
+        self.sessions: dict[int, Session] = {}
+        self.open = open
+
+    def run(self) -> RoundReport:
+        try:
+            for client in self.cohort:
+                self.sessions[client] = self.open(client)
+                opening = self.channel.down(client, MODEL, self.server.down(client))
+                self._move(client, lambda c=client, m=opening: self.sessions[c].start(m))
+            while self.waiting:
+                kind = self.waiting[next(c for c in self.cohort if c in self.waiting)].kind
+                self._answer(kind, [c for c in self.cohort if c in self.waiting and self.waiting[c].kind == kind])
+        finally:
+            for session in self.sessions.values():
+                session.close()
+        return self.report
+
+    def _answer(self, kind: str, clients: list[int]) -> None:
+        inbox = {client: self.channel.up(client, kind, self.waiting.pop(client).fields) for client in clients}
+        replies = self.server.serve(kind, inbox)
+        for client in clients:
+            reply = self.channel.down(client, kind, replies[client] or {})
+            self._move(client, lambda c=client, r=reply: self.sessions[c].advance(r))
+
+    def _move(self, client: int, step: Callable[[], Message | Upload]) -> None:
+        """Run a client to its next question; its one-way messages on the way are served as they come."""
+        try:
+            event = step()
+            while isinstance(event, Message) and not event.expects_reply:
+                self.server.serve(event.kind, {client: self.channel.up(client, event.kind, event.fields)})
+                event = self.sessions[client].advance({})
+        except ClientDroppedError:
+            _drop(client, self.drop, self.server, self.report)
+            self.sessions.pop(client).close()
+            return
+        if isinstance(event, Message):
+            self.waiting[client] = event
+        else:
+            _finish(client, event, self.server, self.channel, self.report)
+            self.sessions.pop(client).close()
+
+
+def _finish(client: int, upload: Upload, server: ServerParty, channel: Channel, report: RoundReport) -> None:
+    received = channel.upload(client, upload)
+    server.absorb(client, received)
+    report.finished(client, received)
+
+
+def _drop(client: int, drop: Dropper, server: ServerParty, report: RoundReport) -> None:
+    """Discard what the client staged; server steps already taken on its messages remain."""
+    drop(client)
+    server.server.forget(client)
+    report.dropped.append(client)
+
+
+SCHEDULES: dict[str, Schedule] = {"sequential": sequential, "lockstep": lockstep}

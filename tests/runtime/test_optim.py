@@ -1,0 +1,91 @@
+"""Optimizers and schedules by name: a client's fresh optimizer sees the rates of an uninterrupted one."""
+
+import pytest
+import torch
+from torch import nn
+
+from runtime.config import ConfigError
+from runtime.optim import PartOptimizer, learning_options, make_optimizer, optimizer_config, scheduler_config
+
+
+@pytest.mark.parametrize("name", ["SGD", "adam", "AdamW", "RMSprop", "adagrad", "NAdam", "RAdam", "Adamax"])
+def test_any_torch_optimizer_by_name(name: str) -> None:
+    made = make_optimizer(optimizer_config({"name": name, "lr": 0.25}), [nn.Parameter(torch.zeros(2))])
+    assert type(made).__name__.lower() == name.lower()
+    assert made.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "adamm"}, "did you mean adam"),
+        (
+            {"name": "sgd", "lr": 0.1, "momentun": 0.9},
+            "optimizer.momentun: no such key; did you mean optimizer.momentum",
+        ),
+        ({"name": "sgd", "lr": -1.0}, "Invalid learning rate"),
+        ({"name": "lbfgs", "lr": 1.0}, "optimizer.name=lbfgs"),
+    ],
+)
+def test_bad_optimizers_are_one_line(values, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        optimizer_config(values)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"name": "CosineAnnealingLR", "T_max": 20},
+        {"name": "StepLR", "step_size": 7, "gamma": 0.5},
+        {"name": "MultiStepLR", "milestones": [3, 9]},
+        {"name": "OneCycleLR", "max_lr": 0.3, "total_steps": 20},
+        {"name": "ExponentialLR", "gamma": 0.9},
+    ],
+)
+def test_schedule_equals_torch_stepped_without_interruption(schedule) -> None:
+    optimizer, scheduler = optimizer_config({"name": "sgd", "lr": 0.1, "momentum": 0.9}), scheduler_config(schedule)
+    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+    options = {key: value for key, value in schedule.items() if key != "name"}
+    stepper = getattr(torch.optim.lr_scheduler, schedule["name"])(reference, **options)
+    for round in range(20):
+        expected = reference.param_groups[0]
+        fresh = make_optimizer(optimizer, [nn.Parameter(torch.zeros(1))])
+        PartOptimizer([fresh]).set([learning_options(optimizer, scheduler, round)])
+        assert fresh.param_groups[0]["lr"] == expected["lr"]
+        assert fresh.param_groups[0]["momentum"] == expected["momentum"]
+        reference.step()
+        if round < 19:
+            stepper.step()
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "rmsprop", "nadam", "radam", "adamax"])
+def test_kept_momenta_continue_exactly(name: str) -> None:
+    options = {"name": name, "lr": 0.01} | ({"momentum": 0.9} if name == "sgd" else {})
+    config = optimizer_config(options)
+
+    def run(steps: list[int]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = PartOptimizer([make_optimizer(config, model.parameters())])
+        for step, restart in enumerate(steps):
+            if restart:
+                kept = optimizer.tensors()
+                optimizer = PartOptimizer([make_optimizer(config, model.parameters())])
+                optimizer.load_tensors(kept)
+            optimizer.update(model(torch.full((4, 3), float(step))).square().mean())
+        return [p.detach() for p in model.parameters()]
+
+    for a, b in zip(run([0, 0, 0, 0]), run([0, 1, 0, 1]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_schedule_is_a_constant_rate() -> None:
+    assert scheduler_config(None) is None
+    assert learning_options(optimizer_config({"name": "adam", "lr": 0.1}), None, 5) == {}
+
+
+def test_schedules_that_need_a_metric_are_refused() -> None:
+    with pytest.raises(ConfigError, match="scheduler.name=reducelronplateau"):
+        scheduler_config({"name": "reducelronplateau"})

@@ -1,4 +1,4 @@
-"""An experiment: data, parties and stores put together, and the round loop."""
+"""A federation: data, parties and stores put together, one round at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 CHECKPOINT_FOLDER = "checkpoint"
 
 
-class Experiment:
+class Federation:
     """A run that moves on by one round at a time.
 
     Args:
@@ -293,7 +293,7 @@ class Experiment:
 
     def checkpoint(self, results: dict[str, Any]) -> None:
         """Write a checkpoint that holds ``results`` too, and drop what the previous one needed."""
-        assert self._checkpoint is not None, "an experiment without a folder has no checkpoints"
+        assert self._checkpoint is not None, "a federation without a folder has no checkpoints"
         version = self.stores["clients"].version
         manifest = Manifest(
             identity=self.config.identity(),

@@ -1,0 +1,56 @@
+"""What all tests share: configurations from the real Hydra files, and few threads."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from runtime.federation import Federation
+from runtime.hydra_support import load_config
+from runtime.settings import RunConfig
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+SMALL = ("dataset=digits", "model=mlp", "num_clients=4", "rounds=2", "batch_size=100", "eval_interval=100", "device=cpu")
+
+
+@pytest.fixture(scope="session")
+def configure() -> Callable[..., RunConfig]:
+    """``configure("algorithm=fed_avg", ...)``: what main.py would run, on a small setting."""
+    cache: dict[tuple[str, ...], RunConfig] = {}
+
+    def make(*overrides: str) -> RunConfig:
+        if overrides not in cache:
+            cache[overrides] = load_config([*SMALL, *overrides])
+        return cache[overrides]
+
+    return make
+
+
+def play(federation: Federation, rounds: int | None = None) -> Federation:
+    """Run to the end, or for a number of rounds."""
+    while not federation.done and rounds != 0:
+        federation.step()
+        rounds = None if rounds is None else rounds - 1
+    return federation
+
+
+def weights(federation: Federation) -> dict[str, torch.Tensor]:
+    """Everything that a run has learnt: the server's parts and every row of both stores."""
+    state = {
+        f"{name}/{key}": tensor.clone()
+        for name, part in federation.server.ctx.parts.items()
+        for key, tensor in part.state_dict().items()
+    }
+    for kind, store in federation.stores.items():
+        for client in range(federation.population):
+            for row in ("model", "model.optimizer", "auxiliary", "buffer", "control", "client.buffers", "model.buffers"):
+                for key, tensor in (store.get(client, row) or {}).items():
+                    state[f"{kind}/{client}/{row}/{key}"] = tensor
+    return state
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -1,0 +1,280 @@
+"""What holds for every registered algorithm; a new one is picked up by itself."""
+
+import gc
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+
+import algorithms
+from datasets import batch_sizes
+from runtime.boundary import Message
+from runtime.federation import Federation
+from runtime.ledger import CONTROL_KINDS
+from tests.conftest import play, same, weights
+
+NAMES = algorithms.names()
+every_algorithm = pytest.mark.parametrize("name", NAMES)
+
+
+def test_the_ten_are_registered() -> None:
+    expected = "centralized local_only fed_avg fed_prox scaffold sl sl_multi_server sl_single_server cse_fsl fsl_sage"
+    assert set(expected.split()) <= set(NAMES)
+
+
+# ------------------------------------------------------------------ bytes
+
+
+def part_bytes(federation: Federation, name: str) -> int:
+    name = "model" if name == "control" else name
+    return sum(tensor.numel() * tensor.element_size() for tensor in federation.blueprint.initial[name].values())
+
+
+def closed_form(federation: Federation) -> dict[tuple[str, str], int]:
+    """Payload bytes by direction and kind, from the arrows that the algorithm declares and the size of the data."""
+    config, info = federation.config, federation.dataset.info
+    per_sample = {"labels": 8}
+    if federation.algorithm.layout.cut:
+        client = federation.blueprint.parts(["client"])["client"].eval()
+        z = client(torch.zeros(1, *info.shape, dtype=federation.blueprint.dtype))
+        per_sample["smashed"] = z.numel() * z.element_size()
+    total: dict[tuple[str, str], int] = {}
+    for round in range(federation.round):
+        for client_id in federation.cohort(round):
+            sizes = config.local_epochs * batch_sizes(
+                int(federation.partition.sizes[client_id]), config.batch_size, config.dataset.drop_last
+            )
+            for flow in federation.algorithm.traffic:
+                if flow.rounds and round % getattr(config.algorithm, flow.rounds):
+                    continue
+                every = getattr(config.algorithm, flow.every) if flow.every else 1
+                samples = sum(size for step, size in enumerate(sizes) if step % every == 0)
+                key = flow.direction, flow.kind
+                for field in flow.fields:
+                    size = samples * per_sample[field] if flow.per == "batch" else part_bytes(federation, field)
+                    total[key] = total.get(key, 0) + size
+    return total
+
+
+@every_algorithm
+@pytest.mark.parametrize(
+    "setting",
+    [
+        (),
+        ("frac=0.5", "local_epochs=2", "batch_size=60", "rounds=3"),
+        ("model=simple_conv", "dataset.distribution=dirichlet", "dataset.alpha=0.3", "precision=fp64", "rounds=1"),
+    ],
+    ids=["plain", "part of the clients, two epochs", "unequal sizes, fp64"],
+)
+def test_bytes_equal_the_closed_form(configure, name: str, setting: tuple[str, ...]) -> None:
+    more = ("algorithm.align_interval=2", "algorithm.align_epochs=1") if name == "fsl_sage" else ()
+    federation = play(Federation(configure(f"algorithm={name}", *more, *setting)))
+    measured: dict[tuple[str, str], int] = {}
+    for direction, kind, _, count in federation.ledger.totals():
+        if kind not in CONTROL_KINDS:
+            measured[direction, kind] = measured.get((direction, kind), 0) + count.payload
+    assert measured == closed_form(federation)
+
+
+@every_algorithm
+def test_rounds_of_the_ledger_sum_to_its_totals(configure, name: str) -> None:
+    federation = Federation(configure(f"algorithm={name}", *quick(name)))
+    lines = []
+    while not federation.done:
+        record, traffic = federation.step()
+        lines += traffic
+        training = [line for line in lines if line.kind not in CONTROL_KINDS]
+        assert record.comm_load == sum(line.payload for line in training) == record.comm_up + record.comm_down
+        assert record.comm_framed == sum(line.framed for line in training) >= record.comm_load
+    for direction, kind, field, count in federation.ledger.totals():
+        found = [line for line in lines if (line.direction, line.kind, line.field) == (direction, kind, field)]
+        assert count.payload == sum(line.payload for line in found)
+        assert count.framed == sum(line.framed for line in found)
+
+
+# ------------------------------------------------------------------ reproducibility
+
+
+def quick(name: str) -> tuple[str, ...]:
+    return ("algorithm.align_epochs=2", "algorithm.align_interval=2") if name == "fsl_sage" else ()
+
+
+@every_algorithm
+def test_same_seed_same_bits_other_seed_other_weights(configure, name: str) -> None:
+    config = configure(f"algorithm={name}", *quick(name))
+    first, second = play(Federation(config)), play(Federation(config))
+    assert same(weights(first), weights(second))
+    assert first.ledger.state_dict() == second.ledger.state_dict()
+    other = play(Federation(configure(f"algorithm={name}", *quick(name), "seed=1")))
+    assert not same(weights(first), weights(other))
+
+
+@every_algorithm
+def test_global_random_state_is_neither_used_nor_moved(configure, name: str) -> None:
+    config = configure(f"algorithm={name}", *quick(name))
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = play(Federation(config))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert same(weights(first), weights(play(Federation(config))))
+
+
+@every_algorithm
+@pytest.mark.parametrize("buffers", ["average", "keep_local", "reset"])
+def test_resume_is_bitwise(configure, tmp_path, name: str, buffers: str) -> None:
+    setting = (f"algorithm={name}", *quick(name), "rounds=4", "frac=0.75", f"aggregate.buffers={buffers}", "model=resnet20",
+               "model.options.width=4", "batch_size=200") if buffers != "average" else (
+               f"algorithm={name}", *quick(name), "rounds=4", "frac=0.75", "scheduler=cosine")  # fmt: skip
+    config = configure(*setting)
+    whole = play(Federation(config))
+    broken = play(Federation(config, tmp_path), rounds=2)
+    broken.checkpoint({"marker": 1})
+    broken.step()  # a round after the checkpoint, lost with the process
+    resumed = Federation(config, tmp_path)
+    assert resumed.resume() == {"marker": 1}
+    assert resumed.round == 2
+    play(resumed)
+    assert same(weights(whole), weights(resumed))
+    assert whole.ledger.state_dict() == resumed.ledger.state_dict()
+    assert whole.evaluate() == resumed.evaluate()
+
+
+# ------------------------------------------------------------------ separation
+
+
+def reachable_storages(root: object) -> set[int]:
+    """Data pointers of all tensors that can be reached from an object, classes, modules and functions left out."""
+    seen: set[int] = set()
+    found: set[int] = set()
+    queue = [root]
+    while queue:
+        item = queue.pop()
+        skip = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType)
+        if id(item) in seen or isinstance(item, skip):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            if item.numel():
+                found.add(item.untyped_storage().data_ptr())
+            if item.is_leaf and item.grad is not None:
+                queue.append(item.grad)
+        queue.extend(gc.get_referents(item))
+    return found
+
+
+@every_algorithm
+def test_a_client_cannot_reach_the_server_nor_the_server_a_client(configure, monkeypatch, name: str) -> None:
+    federation = Federation(configure(f"algorithm={name}", *quick(name)))
+    looked = []
+
+    def check(program: object, ctx: object) -> None:
+        server = reachable_storages(federation.server.ctx.parts) | reachable_storages(federation.stores["server"])
+        inside = {key: value for key, value in vars(ctx).items() if key != "state"}
+        frame = program.gi_frame.f_locals if isinstance(program, types.GeneratorType) else {}
+        mine = reachable_storages(inside) | reachable_storages({k: v for k, v in frame.items() if k != "ctx"})
+        assert mine, "the walk must find the client's tensors"
+        assert not mine & server
+        data = federation.dataset.train._store._images.untyped_storage().data_ptr()  # type: ignore[attr-defined]
+        assert data not in reachable_storages(vars(federation.server))
+        looked.append(1)
+
+    original = federation.algorithm.client
+
+    def watched(ctx, down):
+        program = original(ctx, down)
+        if not isinstance(program, types.GeneratorType):
+            check(program, ctx)
+            return program
+
+        def relay():
+            message, reply = next(program, None), None
+            while isinstance(message, Message):
+                check(program, ctx)
+                reply = yield message
+                check(program, ctx)
+                try:
+                    message = program.send(reply)
+                except StopIteration as end:
+                    return end.value
+            return {}
+
+        return relay()
+
+    monkeypatch.setattr(federation, "algorithm", type(name, (federation.algorithm,), {"client": staticmethod(watched)}))
+    federation.step()
+    assert looked
+
+
+# ------------------------------------------------------------------ equivalences
+
+ONE = ("num_clients=1", "optimizer=sgd", "lr=0.05", "rounds=1", "local_epochs=2", "precision=fp64")
+
+
+def whole_model(federation: Federation) -> dict[str, torch.Tensor]:
+    model = federation.full_model() or federation.stores["clients"].get(0, "model")
+    assert model is not None
+    return model
+
+
+EXACT = [
+    ("local_only",),
+    ("fed_avg",),
+    ("fed_prox", "algorithm.mu=0"),
+    ("scaffold",),  # control variates are zero in the first round
+    ("sl",),
+    ("sl_multi_server",),
+    ("sl_single_server",),
+]
+
+
+@pytest.mark.parametrize("model", ["mlp", "resnet20"])
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case[0])
+def test_one_client_equals_centralized(configure, case: tuple[str, ...], model: str) -> None:
+    more = ("model.options.width=4", "batch_size=400") if model == "resnet20" else ()
+    reference = play(Federation(configure("algorithm=centralized", *ONE, f"model={model}", *more)))
+    federation = play(Federation(configure(f"algorithm={case[0]}", *case[1:], *ONE, f"model={model}", *more)))
+    expected, found = whole_model(reference), whole_model(federation)
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert torch.allclose(found[key], tensor, rtol=1e-9, atol=1e-12), key
+
+
+def test_centralized_equals_a_bare_loop(configure) -> None:
+    config = configure("algorithm=centralized", *ONE, "rounds=3")
+    federation = Federation(config)
+    model = federation.blueprint.parts(["model"])["model"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for round in range(3):
+        context = replace_round(federation, round)
+        for x, y in context:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    play(federation)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(whole_model(federation)[key], tensor)
+
+
+def replace_round(federation: Federation, round: int):
+    from runtime import rng
+
+    generator = rng.torch_generator(federation.config.seed, round=round, client=0, stream="batches")
+    return federation._batches(0, generator)
+
+
+def test_splitfed_v1_equals_fed_avg(configure) -> None:
+    """A server copy per client, averaged with the clients' weights, is FedAvg cut in two."""
+    setting = ("dataset.distribution=dirichlet", "precision=fp64", "rounds=3")
+    cut = play(Federation(configure("algorithm=sl_multi_server", *setting)))
+    whole = play(Federation(configure("algorithm=fed_avg", *setting)))
+    for key, tensor in whole_model(whole).items():
+        assert torch.allclose(whole_model(cut)[key], tensor, rtol=1e-9, atol=1e-12), key
+
+
+def test_a_vanishing_round_keeps_the_model(configure) -> None:
+    """With a budget of one round's bytes the run stops there, and says so by its round count."""
+    config = replace(configure("algorithm=fed_avg", "rounds=50"), comm_threshold_mb=1e-6)
+    federation = play(Federation(config))
+    assert federation.round == 1

@@ -31,6 +31,21 @@ class OneWayServer(SplitServer):
         return None
 
 
+def train_with_auxiliary(ctx: ClientContext, down: Payload) -> ClientProgram:
+    """Each step: a local loss through the auxiliary model; every q-th step (z, y) goes up before the update."""
+    ctx.load(down)
+    model, auxiliary = ctx.part("client"), ctx.part("auxiliary")
+    optimizer = ctx.optimizer("client", "auxiliary")
+    for step, (x, y) in enumerate(ctx.batches()):
+        z = model(x)
+        if step % ctx.config.upload_interval == 0:
+            yield tell("smashed", z=z, y=y)
+        loss = cross_entropy(auxiliary(z), y)
+        optimizer.update(loss)
+        ctx.log("auxiliary_loss", loss)
+    return ctx.dump("client", "auxiliary")
+
+
 @register("cse_fsl")
 class CSEFSL(Algorithm):
     """CSE-FSL (Mu & Shen, 2023): clients train with an auxiliary head and upload smashed data now and then."""
@@ -55,18 +70,8 @@ class CSEFSL(Algorithm):
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> ClientProgram:
-        """Each step: a local loss through the auxiliary model; every q-th step (z, y) goes up before the update."""
-        ctx.load(down)
-        model, auxiliary = ctx.part("client"), ctx.part("auxiliary")
-        optimizer = ctx.optimizer("client", "auxiliary")
-        for step, (x, y) in enumerate(ctx.batches()):
-            z = model(x)
-            if step % ctx.config.upload_interval == 0:
-                yield tell("smashed", z=z, y=y)
-            loss = cross_entropy(auxiliary(z), y)
-            optimizer.update(loss)
-            ctx.log("auxiliary_loss", loss)
-        return ctx.dump("client", "auxiliary")
+        """See ``train_with_auxiliary``."""
+        return train_with_auxiliary(ctx, down)
 
 
 def input_gradient(model: nn.Module | Any, z: Tensor, y: Tensor, *, differentiable: bool = False) -> Tensor:
@@ -108,7 +113,8 @@ class AligningServer(OneWayServer):
         size, server = config.align_batch_size, frozen(self.ctx.part("server"))
         dtype = next(auxiliary.parameters()).dtype
         with torch.autocast(buffer["z"].device.type, enabled=False):
-            batches = [(z.to(dtype), y) for z, y in zip(buffer["z"].split(size), buffer["y"].split(size), strict=True)]
+            inputs, labels = torch.split(buffer["z"].to(dtype), size), torch.split(buffer["y"], size)
+            batches = list(zip(inputs, labels, strict=True))
             targets = [input_gradient(server, z, y) for z, y in batches]
             before = self._error(auxiliary, batches, targets)
             for _ in range(config.align_epochs):
@@ -179,8 +185,7 @@ class FSLSAGE(CSEFSL):
         """Each step follows the gradient that the auxiliary model estimates at the cut layer."""
         config = ctx.config
         if config.warm_start and ctx.round == 0:
-            upload = yield from CSEFSL.client(ctx, down)
-            return upload
+            return (yield from train_with_auxiliary(ctx, down))
         ctx.restore("auxiliary")
         ctx.load(down)
         model, optimizer = ctx.part("client"), ctx.optimizer("client")

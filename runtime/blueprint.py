@@ -18,6 +18,7 @@ from runtime import rng
 from runtime.aggregate import BufferPolicy
 from runtime.optim import OptimizerConfig, PartOptimizer, SchedulerConfig, learning_options, make_optimizer
 
+BATCH_NORM: Any = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  the base of all of them
 Parts = dict[str, nn.Module]
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
@@ -92,9 +93,7 @@ class Blueprint:
 
     def normalises(self, names: Iterable[str]) -> bool:
         """Whether any of the parts has batch normalisation, which needs two samples to train."""
-        return any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) for name in names for m in self._parts[name].modules()
-        )
+        return any(isinstance(m, BATCH_NORM) for name in names for m in self._parts[name].modules())
 
     def replica(self, module: nn.Module) -> nn.Module:
         """A copy of a live part, without gradients."""

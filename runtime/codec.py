@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from functools import lru_cache
 
+import safetensors.torch
 import torch
-from safetensors import safe_open
-from safetensors.torch import load as load_bytes
-from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from runtime.boundary import Payload, Reply, Value, field_of
@@ -62,7 +59,7 @@ def encode(payload: Payload) -> bytes:
     for name, value in tensors.items():
         if value.dtype not in _DTYPES:
             raise ValueError(f"{name}: dtype {value.dtype} cannot cross the boundary; one of {list(_DTYPES)}")
-    return save_bytes(tensors, _metadata(payload) or None)
+    return safetensors.torch.save(tensors, _metadata(payload) or None)
 
 
 def decode(frame: bytes) -> Reply:
@@ -72,7 +69,7 @@ def decode(frame: bytes) -> Reply:
         ValueError: if the bytes are not a frame.
     """
     try:
-        tensors = load_bytes(frame)
+        tensors = safetensors.torch.load(frame)
         numbers = _read_metadata(frame)
     except Exception as error:  # safetensors raises its own type, and struct and json theirs
         raise ValueError(f"not a safetensors frame: {error}") from error
@@ -127,9 +124,3 @@ def _framed(signature: tuple[tuple[str, torch.dtype, tuple[int, ...], str | None
 
 def _json_bytes(value: object) -> int:
     return len(json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode())
-
-
-def open_tensors(path: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """The tensors and the metadata of a safetensors file, on the CPU."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets import Source
-from runtime.blueprint import Blueprint
+from runtime.blueprint import BATCH_NORM, Blueprint
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -26,19 +27,20 @@ class Score:
 
 
 @contextmanager
-def evaluating(modules: Sequence[nn.Module], *, batch_statistics: Sequence[bool]) -> Iterator[Forward]:
+def evaluating(modules: Sequence[nn.Module], *, batch_statistics: Sequence[bool]) -> Generator[Forward]:
     """The modules, composed, in evaluation mode.
 
     Where ``batch_statistics`` is true, normalisation uses each batch's own statistics, as its running ones are
     not shared (``aggregate.buffers``); nothing is written to them.
     """
-    norms: list[tuple[nn.modules.batchnorm._BatchNorm, Tensor | None, Tensor | None]] = []
+    norms: list[tuple[Any, Tensor | None, Tensor | None]] = []
     for module, own in zip(modules, batch_statistics, strict=True):
         module.eval()
-        for child in module.modules() if own else ():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                norms.append((child, child.running_mean, child.running_var))
-                child.running_mean = child.running_var = None
+        norm: Any
+        for norm in module.modules() if own else ():
+            if isinstance(norm, BATCH_NORM):
+                norms.append((norm, norm.running_mean, norm.running_var))
+                norm.running_mean = norm.running_var = None
 
     def forward(x: Tensor) -> Tensor:
         for module in modules:
@@ -48,8 +50,8 @@ def evaluating(modules: Sequence[nn.Module], *, batch_statistics: Sequence[bool]
     try:
         yield forward
     finally:
-        for child, mean, variance in norms:
-            child.running_mean, child.running_var = mean, variance
+        for norm, mean, variance in norms:
+            norm.running_mean, norm.running_var = mean, variance
         for module in modules:
             module.train()
 

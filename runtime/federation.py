@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import algorithms
-from datasets import Dataset, Partition, load, partition
+from datasets import Dataset, Partition, apply_partition, load, partition
 from runtime import rng
 from runtime.blueprint import DTYPES, Blueprint
 from runtime.checkpoint import Checkpoint, Manifest
@@ -27,7 +27,7 @@ from runtime.ledger import Ledger, Traffic
 from runtime.results import RoundRecord
 from runtime.schedule import SCHEDULES, RoundReport
 from runtime.session import Channel, LocalSession, ServerParty, Workplace
-from runtime.settings import RunConfig, resolve_device
+from runtime.settings import RunConfig
 from runtime.store import Store
 
 log = logging.getLogger(__name__)
@@ -49,13 +49,14 @@ class Federation:
     def __init__(self, config: RunConfig, folder: Path | None = None) -> None:
         self.config = config
         self.algorithm = algorithms.get(config.algorithm_name)
-        self.device = resolve_device(config.device)
+        self.device = config.torch_device()
         self._check_optimizers()
         self.dataset: Dataset = load(
             config.dataset, seed=config.seed, device=self.device, dtype=DTYPES[config.precision]
         )
         self.population = 1 if self.algorithm.pooled else config.num_clients
         self.partition = self._partition()
+        self.local_test = self._local_test() if config.dataset.local_test else None
         self.blueprint = Blueprint(
             config,
             self.algorithm.layout,
@@ -93,6 +94,10 @@ class Federation:
             config = replace(config, distribution="iid", min_samples=0)
         labels = self.dataset.train.labels.numpy()
         return partition(labels, self.population, config, seed=self.config.seed, groups=self.dataset.groups)
+
+    def _local_test(self) -> Partition:
+        labels, test = self.dataset.train.labels.numpy(), self.dataset.test.labels.numpy()
+        return apply_partition(self.partition, labels, test, seed=self.config.seed)
 
     def _build_server(self) -> Any:
         layout = self.algorithm.layout
@@ -245,6 +250,8 @@ class Federation:
         if self.dataset.validation is not None:
             validation = self._score(modules, validation=True)
             metrics |= {"val_acc": validation.accuracy, "val_loss": validation.loss}
+        if self.local_test is not None:
+            metrics |= _named("local_acc", [score] * self.population, self.local_test)
         return score.accuracy, score.loss, metrics
 
     def _global_names(self) -> tuple[str, ...]:
@@ -275,10 +282,11 @@ class Federation:
             seat.parts["model"].load_state_dict(row or self.blueprint.initial["model"])
             scores.append(self._score([seat.parts["model"]]))
             untrained = scores[-1] if row is None else untrained
-        accuracies = spread([score.accuracy for score in scores])
         loss = sum(score.loss for score in scores) / len(scores)
-        metrics = {f"client_acc/{key}": value for key, value in accuracies.items()} if len(scores) > 1 else {}
-        return accuracies["mean"], loss, metrics
+        metrics = _named("client_acc", scores) if len(scores) > 1 else {}
+        if self.local_test is not None:
+            metrics |= _named("local_acc", scores, self.local_test)
+        return sum(score.accuracy for score in scores) / len(scores), loss, metrics
 
     def full_model(self) -> dict[str, Tensor] | None:
         """The state of one whole model under the model's own names; None where each client has its own."""
@@ -330,6 +338,16 @@ class Federation:
         self.ledger.load_state_dict(manifest.ledger)
         self.seconds = dict(manifest.seconds)
         return manifest.results
+
+
+def _named(name: str, scores: Sequence[Score], local: Partition | None = None) -> dict[str, float]:
+    """Mean, deviation and worst decile over clients: on the whole test set, or on each client's own share of it."""
+    if local is None:
+        values = [score.accuracy for score in scores]
+    else:
+        shares = [(score, local.indices(client)) for client, score in enumerate(scores)]
+        values = [float(score.correct[share].double().mean()) for score, share in shares if len(share)]
+    return {f"{name}/{key}": value for key, value in spread(values).items()}
 
 
 def _available_memory(device: torch.device) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,9 @@ def _named(values: Mapping[str, Any], where: str, classes: Mapping[str, Any], sk
     for key in options:
         if key not in known:
             raise ConfigError.unknown_key(f"{where}.{key}", known)
-    return name, {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return name, {
+        key: tuple(cast(list[Any], value)) if isinstance(value, list) else value for key, value in options.items()
+    }
 
 
 class _Table:

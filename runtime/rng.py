@@ -42,7 +42,7 @@ class TorchStream:
     def __init__(self, seed: int, device: torch.device) -> None:
         self._generators = [torch.default_generator]
         if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
+            index = device.index or 0
             self._generators.append(torch.cuda.default_generators[index])
         self._seed = seed
         self._inner: list[torch.Tensor] | None = None

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import Tensor
-
-from runtime.codec import open_tensors
 
 _TENSOR = "__tensor__"
 _TUPLE = "__tuple__"
@@ -22,14 +21,15 @@ _ITEMS = "__items__"
 
 def _strip(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        # A copy: the file format refuses tensors that share memory (tied weights, views of one buffer).
-        tensors[path] = value.detach().cpu().contiguous().clone()
+        tensors[path] = value
         return {_TENSOR: path}
     if isinstance(value, dict):
-        pairs = [[key, _strip(item, f"{path}/{key}", tensors)] for key, item in value.items()]
-        return dict(pairs) if all(isinstance(key, str) for key, _ in pairs) else {_ITEMS: pairs}
+        pairs = [(key, _strip(item, f"{path}/{key}", tensors)) for key, item in cast(dict[Any, Any], value).items()]
+        if all(isinstance(key, str) for key, _ in pairs):
+            return dict(pairs)
+        return {_ITEMS: pairs}
     if isinstance(value, list | tuple):
-        items = [_strip(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        items = [_strip(item, f"{path}/{index}", tensors) for index, item in enumerate(cast(list[Any], value))]
         return {_TUPLE: items} if isinstance(value, tuple) else items
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -38,9 +38,10 @@ def _strip(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 def _restore(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
-        return [_restore(item, tensors) for item in value]
+        return [_restore(item, tensors) for item in cast(list[Any], value)]
     if not isinstance(value, dict):
         return value
+    value = cast(dict[str, Any], value)
     if _TENSOR in value:
         return tensors[value[_TENSOR]]
     if _TUPLE in value:
@@ -54,13 +55,12 @@ def save_state(path: Path, state: Any) -> None:
     """Write nested state to ``path``, durably: the bytes are on the disk when this returns."""
     tensors: dict[str, Tensor] = {}
     skeleton = _strip(state, "", tensors)
-    save_file(tensors, path, {"state": json.dumps(skeleton)})
-    sync_file(path)
+    save_tensors(path, tensors, {"state": json.dumps(skeleton)})
 
 
 def load_state(path: Path) -> Any:
     """What ``save_state`` wrote, tensors on the CPU."""
-    tensors, metadata = open_tensors(str(path))
+    tensors, metadata = open_tensors(path)
     return _restore(json.loads(metadata["state"]), tensors)
 
 
@@ -75,12 +75,6 @@ def replace_file(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def sync_file(path: Path) -> None:
-    """Make the content of a file durable."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def sync_folder(folder: Path) -> None:
     """Make renames and new files in ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -88,3 +82,27 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The tensors and the metadata of a safetensors file, on the CPU."""
+    safe_open: Any = safetensors.safe_open  # untyped
+    with safe_open(path, framework="pt") as file:
+        return {str(name): file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; its bytes are on the disk when this returns.
+
+    Each tensor is copied, as the format refuses tensors that share memory (tied weights, views of one buffer).
+    """
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    module: Any = safetensors.torch  # partly untyped
+    module.save_file(copies, path, dict(metadata) if metadata else None)
+    sync_file(path)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from inspect import isgenerator
 from typing import Any, Protocol
@@ -41,7 +41,7 @@ class Workplace:
         self.seconds = 0.0
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self) -> Generator[None]:
         """Everything the party computes happens inside."""
         start = time.perf_counter()
         with self._stream, self._blueprint.autocast():

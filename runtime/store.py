@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from runtime.codec import open_tensors
-from runtime.serial import sync_file
+from runtime.serial import open_tensors, save_tensors
 
 Row: TypeAlias = dict[str, Tensor]
 Key: TypeAlias = tuple[int, str]
@@ -58,7 +56,7 @@ class Store:
             return self._memory[key]
         if key not in self._files or self._folder is None:
             return None
-        tensors, _ = open_tensors(str(self._folder / self._files[key]))
+        tensors, _ = open_tensors(self._folder / self._files[key])
         row = {entry: tensor.to(self._device) for entry, tensor in tensors.items()}
         self._hold(key, row)
         return row
@@ -96,9 +94,7 @@ class Store:
         self._folder.mkdir(parents=True, exist_ok=True)
         # A new name for each version: the file that the last checkpoint names stays as it is until the next one.
         name = f"{key[1]}-{key[0]}-{self._version}.safetensors"
-        save_file(
-            {entry: tensor.cpu().contiguous() for entry, tensor in self._memory[key].items()}, self._folder / name
-        )
+        save_tensors(self._folder / name, self._memory[key])
         self._files[key] = name
         self._dirty.discard(key)
 

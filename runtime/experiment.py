@@ -1,0 +1,83 @@
+"""A whole run: the round loop, its checkpoints and everything that it leaves in its folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from plotting import first_picture
+from runtime.config import ConfigError
+from runtime.console import Progress, RunFiles, show_summary
+from runtime.federation import Federation
+from runtime.loggers import build_loggers
+from runtime.results import Results, RunSummary
+from runtime.run_folder import RunFolder
+from runtime.serial import save_tensors
+from runtime.settings import RunConfig
+
+log = logging.getLogger(__name__)
+
+MODEL_FILE = "model.safetensors"
+
+
+def run(config: RunConfig, folder: RunFolder) -> RunSummary:
+    """Run an experiment to its end, in a folder that this process owns; go on from a checkpoint if there is one.
+
+    Raises:
+        ConfigError: what cannot be built as configured.
+    """
+    _make_deterministic(config.torch_device())
+    federation = Federation(config, folder.path)
+    results = Results(folder.path, build_loggers(config.logger, folder.path, folder.resumed))
+    state = federation.resume()
+    if state is not None:
+        results.restore(state)
+        log.info("resumed after round %d", federation.round)
+    results.start(config.to_mapping())
+    _save_partition(federation, folder.path)
+    title = f"{config.algorithm_name} {config.model.name} {config.dataset.name}-{config.dataset.distribution}"
+    log.info("%s on %s, %d threads, in %s", title, federation.device, torch.get_num_threads(), folder.path)
+    try:
+        with Progress(config.rounds, title, config.progress, done=federation.round) as progress:
+            _rounds(federation, results, progress)
+    except BaseException:
+        results.close()
+        raise
+    model = federation.full_model()
+    if model is not None:
+        save_tensors(folder.path / MODEL_FILE, model, {"format": "pt", "model": config.model.name})
+    summary = results.finish()
+    picture = first_picture(folder.path, results.results(), title)
+    show_summary(summary, RunFiles(folder.path, picture), title, config.progress)
+    return summary
+
+
+def _rounds(federation: Federation, results: Results, progress: Progress) -> None:
+    while not federation.done:
+        record, traffic = federation.step()
+        results.record(record, traffic)
+        progress.update(record)
+        if record.train_loss is not None and record.train_loss != record.train_loss:
+            raise ConfigError(
+                "lr", federation.config.lr, f"a rate that converges: the loss is NaN in round {record.round}"
+            )
+        if federation.done or federation.round % federation.config.checkpoint_interval == 0:
+            federation.checkpoint(results.state())
+
+
+def _save_partition(federation: Federation, folder: Path) -> None:
+    info, labels = federation.dataset.info, federation.dataset.train.labels
+    federation.partition.save(folder, labels, info.classes, info.class_names)
+    if federation.local_test is not None:
+        (folder / "local_test").mkdir(exist_ok=True)
+        test = federation.dataset.test.labels
+        federation.local_test.save(folder / "local_test", test, info.classes, info.class_names)
+
+
+def _make_deterministic(device: torch.device) -> None:
+    """Ask for kernels that give the same bits each time; on a CPU they all do, for one number of threads."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)

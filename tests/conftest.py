@@ -12,7 +12,16 @@ from runtime.settings import RunConfig
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
-SMALL = ("dataset=digits", "model=mlp", "num_clients=4", "rounds=2", "batch_size=100", "eval_interval=100", "device=cpu")
+ROWS = ("model", "model.optimizer", "auxiliary", "buffer", "control", "client.buffers", "model.buffers")
+SMALL = (
+    "num_clients=4",
+    "rounds=2",
+    "batch_size=100",
+    "eval_interval=100",
+    "device=cpu",
+    "dataset=digits",
+    "model=mlp",
+)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +54,7 @@ def weights(federation: Federation) -> dict[str, torch.Tensor]:
     }
     for kind, store in federation.stores.items():
         for client in range(federation.population):
-            for row in ("model", "model.optimizer", "auxiliary", "buffer", "control", "client.buffers", "model.buffers"):
+            for row in ROWS:
                 for key, tensor in (store.get(client, row) or {}).items():
                     state[f"{kind}/{client}/{row}/{key}"] = tensor
     return state

@@ -124,9 +124,11 @@ def test_global_random_state_is_neither_used_nor_moved(configure, name: str) -> 
 @every_algorithm
 @pytest.mark.parametrize("buffers", ["average", "keep_local", "reset"])
 def test_resume_is_bitwise(configure, tmp_path, name: str, buffers: str) -> None:
-    setting = (f"algorithm={name}", *quick(name), "rounds=4", "frac=0.75", f"aggregate.buffers={buffers}", "model=resnet20",
-               "model.options.width=4", "batch_size=200") if buffers != "average" else (
-               f"algorithm={name}", *quick(name), "rounds=4", "frac=0.75", "scheduler=cosine")  # fmt: skip
+    setting = [f"algorithm={name}", *quick(name), "rounds=4", "frac=0.75", f"aggregate.buffers={buffers}"]
+    if buffers == "average":
+        setting.append("scheduler=cosine")
+    else:
+        setting += ["model=resnet20", "model.options.width=4", "batch_size=200"]
     config = configure(*setting)
     whole = play(Federation(config))
     broken = play(Federation(config, tmp_path), rounds=2)

@@ -1,0 +1,86 @@
+"""From a config to a whole model, with fresh or saved weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from models.config import ModelConfig
+from models.registry import entry
+from models.splitting import split
+from runtime.config import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import DatasetInfo
+
+_WEIGHTS = "model.safetensors"
+
+
+def build_model(config: ModelConfig, info: DatasetInfo) -> nn.Module:
+    """The whole model for images [b, channels, h, w] of `info`'s shape: logits [b, classes], float32, on the CPU.
+
+    Fresh weights come from torch's global generator, which is left the same whether `config.init` is set or not. With
+    `config.init` all tensors are then replaced by the file's; a file that does not fit is a `ConfigError`.
+    """
+    model = entry(config.name).build(info, config.typed_options())
+    if config.init is not None:
+        _load(model, config.init)
+    return model
+
+
+def check_model(config: ModelConfig, info: DatasetInfo) -> None:
+    """Raise the `ConfigError` that building and cutting this model would raise; allocates and reads no weights."""
+    with torch.device("meta"):
+        model = entry(config.name).build(info, config.typed_options())
+    split(model, config.cut_after)
+    if config.init is not None:
+        _compare(model, config.init)
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    _compare(model, path)
+    state = model.state_dict()
+    with safe_open(_file(path), framework="pt") as saved, torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(saved.get_tensor(name))
+
+
+def _file(path: Path) -> Path:
+    return path / _WEIGHTS if path.is_dir() else path
+
+
+def _compare(model: nn.Module, path: Path) -> None:
+    """Check names and shapes in the file's header against the model's; a `ConfigError` tells the first of each kind."""
+    file = _file(path)
+    if not file.is_file():
+        expected = f"a folder with a {_WEIGHTS}" if path.is_dir() else "a safetensors file or the folder of a run"
+        raise ConfigError("model.init", str(path), f"{expected}, found none")
+    try:
+        with safe_open(file, framework="pt") as saved:
+            # Without .keys() the handle cannot be iterated.
+            shapes = {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ConfigError("model.init", str(path), f"a readable safetensors file ({error})") from error
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [f"{n} {shapes[n]} instead of {s}" for n, s in wanted.items() if n in shapes and shapes[n] != s]
+    problems = [
+        f"{kind} {_first(found)}"
+        for kind, found in (
+            ("missing", [n for n in wanted if n not in shapes]),
+            ("unexpected", [n for n in shapes if n not in wanted]),
+            ("wrong shape", wrong),
+        )
+        if found
+    ]
+    if problems:
+        raise ConfigError("model.init", str(path), f"the tensors of this model; {'; '.join(problems)}")
+
+
+def _first(found: Sequence[str], shown: int = 3) -> str:
+    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+    return ", ".join(found[:shown]) + more

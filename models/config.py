@@ -1,0 +1,64 @@
+"""The part of the configuration under `model`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.registry import entry, names
+from runtime.config import ConfigError, build
+
+AUXILIARY_SIZES = ("linear", "half", "default", "full")
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """Refinements of the top-level optimizer and scheduler for one part of the model; empty means none."""
+
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AuxiliaryConfig:
+    """The auxiliary model: its size (one of `AUXILIARY_SIZES`) and its optimizer's refinements."""
+
+    size: str = "default"
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.size not in AUXILIARY_SIZES:
+            raise ConfigError("size", self.size, "a size of auxiliary model", AUXILIARY_SIZES)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, where it is cut and what it starts from.
+
+    `cut` None is the model's own default cut; `init` is a safetensors file, or a run's folder with a model.safetensors
+    in it, and None means fresh weights; `options` are the model's own (see its builder), checked when this is made.
+    """
+
+    name: str
+    cut: str | None = None
+    init: Path | None = None
+    client: PartConfig = field(default_factory=PartConfig)
+    server: PartConfig = field(default_factory=PartConfig)
+    auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in names():
+            raise ConfigError("name", self.name, "a registered model", names())
+        self.typed_options()
+
+    def typed_options(self) -> Any:
+        """`options` as the model's own dataclass; `ConfigError` for an unknown key or a bad value."""
+        return build(entry(self.name).options, self.options, "options")
+
+    @property
+    def cut_after(self) -> str:
+        """The child after which the model is cut: `cut`, or the model's own default."""
+        return entry(self.name).cut if self.cut is None else self.cut

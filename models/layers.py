@@ -1,0 +1,59 @@
+"""Layers that torch lacks or has in a form that does not fit here."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GlobalAvgPool(nn.AdaptiveAvgPool2d):
+    """Mean over height and width: [b, c, h, w] -> [b, c].
+
+    Flattens as well, so that a residual network's children are exactly torchvision's, whose flatten is not a module.
+    """
+
+    def __init__(self) -> None:
+        super().__init__((1, 1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.flatten(super().forward(input), 1)
+
+
+class LocalResponseNorm(nn.Module):
+    """Normalise over `size` neighbouring channels (Krizhevsky et al. 2012, section 3.3): [b, c, h, w] -> same shape.
+
+    The values of `nn.LocalResponseNorm`, from a 2-D pool instead of a 3-D one: the latter's backward is not
+    deterministic on CUDA, and it is slower.
+    """
+
+    def __init__(self, size: int, alpha: float, beta: float, k: float) -> None:
+        super().__init__()
+        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = x.square().flatten(2).unsqueeze(1)
+        padded = F.pad(squares, (0, 0, self.size // 2, (self.size - 1) // 2))
+        mean = F.avg_pool2d(padded, (self.size, 1), stride=1).view_as(x)
+        return x / mean.mul(self.alpha).add(self.k).pow(self.beta)
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
+
+
+class PadShortcut(nn.Module):
+    """Parameter-free shortcut: every `stride`-th pixel, new channels zero: [b, c, h, w] -> [b, c + added, h', w'].
+
+    Option A of He et al. 2016 (section 3.3), the one their CIFAR networks use (section 4.2).
+    """
+
+    def __init__(self, added: int, stride: int) -> None:
+        super().__init__()
+        self.added, self.stride = added, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Half of the new channels on each side or all at the end is left open by the paper; all at the end here.
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.added))
+
+    def extra_repr(self) -> str:
+        return f"added={self.added}, stride={self.stride}"

@@ -1,0 +1,35 @@
+"""Data: loading, partitioning among clients, augmentation, and batches on the device.
+
+A dataset is one function, registered by name, that returns uint8 images and labels; all else is shared::
+
+    dataset = load(config, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    parts = partition(dataset.train.labels, 10, config, seed=0, groups=dataset.groups)
+    for x, y in dataset.train.batches(parts.indices(3), batch_size=32):
+        ...
+"""
+
+# The modules named last register their datasets when they are imported.
+from datasets import embedded, femnist, folders, published  # noqa: F401
+from datasets.batching import DropLast, batch_count, batch_sizes
+from datasets.config import DatasetConfig
+from datasets.info import Dataset, DatasetInfo
+from datasets.loading import load
+from datasets.partition import Partition, apply_partition, partition
+from datasets.registry import names, register
+from datasets.source import Source
+
+__all__ = [
+    "Dataset",
+    "DatasetConfig",
+    "DatasetInfo",
+    "DropLast",
+    "Partition",
+    "Source",
+    "apply_partition",
+    "batch_count",
+    "batch_sizes",
+    "load",
+    "names",
+    "partition",
+    "register",
+]

@@ -1,0 +1,131 @@
+"""Augmentation of whole uint8 batches, one random draw per sample, on the device.
+
+The parameters are drawn apart from the pixels: from a CPU generator, for a whole epoch at once. So the result depends
+neither on how the epoch is cut into batches nor on where the images are kept.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from datasets.config import Augment
+
+PADDING = 4
+_AREA = (0.08, 1.0)
+_RATIO = (3 / 4, 4 / 3)
+
+Params = Mapping[str, Tensor]
+Extent = tuple[int, int, int]  # samples, height, width
+
+
+def crop(x: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    """Cut each image, padded by 4 black pixels on all sides, at its own place; then mirror the `mirrored` ones.
+
+    The same as torchvision's `RandomCrop(size, padding=4)` with these offsets (0..8), and a horizontal flip.
+
+    Args:
+        x: uint8 [b, channels, height, width].
+        top, left: int64 [b] on the device of x; mirrored: bool [b], or None to mirror none.
+    """
+    batch, channels, height, width = x.shape
+    wide = width + 2 * PADDING
+    padded = functional.pad(x, (PADDING,) * 4).view(batch, channels, -1)
+    rows = top[:, None] + torch.arange(height, device=x.device)
+    places = torch.arange(width, device=x.device)
+    if mirrored is not None:
+        places = torch.where(mirrored[:, None], places.flip(0), places)
+    # One gather by pixel, its index shared by the channels: cheaper than indexing a view of all crops and flipping.
+    pixels = (rows * wide + left[:, None])[:, :, None] + places.view(-1, 1, width)
+    return padded.gather(2, pixels.view(batch, 1, -1).expand(-1, channels, -1)).view(x.shape)
+
+
+def flip(x: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror the images of x [b, channels, height, width] whose `mirrored` (bool [b]) is set, left to right."""
+    return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+
+
+def resized_crop(x: Tensor, box: Tensor) -> Tensor:
+    """Cut one box out of each image and scale it back to the full size, bilinear without antialiasing.
+
+    The same, to rounding, as torchvision's `resized_crop(..., antialias=False)` on each image.
+
+    Args:
+        x: uint8 [b, channels, height, width].
+        box: float32 [b, 4]: top, left, height, width in pixels; whole numbers.
+
+    Returns:
+        float32, the shape of x.
+    """
+    height, width = x.shape[-2:]
+    rows = _places(box[:, 0], box[:, 2], height)
+    columns = _places(box[:, 1], box[:, 3], width)
+    # grid_sample counts from -1 at the left edge of the first pixel to 1 at the right edge of the last.
+    grid_y = ((2 * rows + 1) / height - 1)[:, :, None].expand(-1, -1, width)
+    grid_x = ((2 * columns + 1) / width - 1)[:, None, :].expand(-1, height, -1)
+    grid = torch.stack([grid_x, grid_y], dim=-1)
+    return functional.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _places(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Pixel positions [b, size] at which `size` outputs sample a stretch; kept inside it, so nothing leaks in."""
+    steps = torch.arange(size, device=start.device, dtype=torch.float32) + 0.5
+    inside = steps * (length / size)[:, None] - 0.5
+    return inside.clamp(min=0).minimum((length - 1)[:, None]) + start[:, None]
+
+
+def _draw_crop(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
+    offsets = torch.randint(0, 2 * PADDING + 1, (2, extent[0]), generator=generator)
+    return {"top": offsets[0], "left": offsets[1]}
+
+
+def _draw_flip(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"mirrored": torch.rand(extent[0], generator=generator) < 0.5}
+
+
+def _draw_crop_flip(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
+    return _draw_crop(extent, generator) | _draw_flip(extent, generator)
+
+
+def _draw_resized(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
+    """Boxes of 8% to 100% of the area with a ratio of 3:4 to 4:3; one that does not fit is clipped to the image.
+
+    torchvision draws again up to ten times instead, which has no batched form.
+    """
+    n, height, width = extent
+    u = torch.rand(4, n, generator=generator)
+    area = height * width * (_AREA[0] + u[0] * (_AREA[1] - _AREA[0]))
+    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
+    ratio = torch.exp(low + u[1] * (high - low))
+    box_height = (area / ratio).sqrt().round().clamp(1, height)
+    box_width = (area * ratio).sqrt().round().clamp(1, width)
+    top = (u[2] * (height - box_height + 1)).floor().minimum(height - box_height)
+    left = (u[3] * (width - box_width + 1)).floor().minimum(width - box_width)
+    return {"box": torch.stack([top, left, box_height, box_width], 1)} | _draw_flip(extent, generator)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One named augmentation: `draw` its parameters (CPU, [n] each) and `apply` them to a batch on the device."""
+
+    draw: Callable[[Extent, torch.Generator], Mapping[str, Tensor]]
+    apply: Callable[[Tensor, Params], Tensor]
+
+
+_AUGMENTATIONS: dict[str, Augmentation | None] = {
+    "none": None,
+    "flip": Augmentation(_draw_flip, lambda x, p: flip(x, p["mirrored"])),
+    "crop": Augmentation(_draw_crop, lambda x, p: crop(x, p["top"], p["left"])),
+    "crop_flip": Augmentation(_draw_crop_flip, lambda x, p: crop(x, p["top"], p["left"], p["mirrored"])),
+    "resized_crop_flip": Augmentation(_draw_resized, lambda x, p: flip(resized_crop(x, p["box"]), p["mirrored"])),
+}
+assert set(_AUGMENTATIONS) == set(get_args(Augment)), "the configuration lists exactly these"
+
+
+def augmentation(name: Augment) -> Augmentation | None:
+    """The augmentation `name`; None for "none"."""
+    return _AUGMENTATIONS[name]

@@ -1,0 +1,75 @@
+"""The `dataset` section of the configuration."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets.registry import check_options
+from runtime.config import ConfigError
+
+Distribution = Literal["iid", "noniid_dirichlet", "dirichlet", "shards", "class_major", "quantity_skew", "natural"]
+Augment = Literal["none", "flip", "crop", "crop_flip", "resized_crop_flip"]
+Normalize = Literal["dataset", "imagenet", "none"]
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """What to load, how to give it to clients, and how batches are made of it.
+
+    Attributes:
+        name: a registered dataset.
+        root: folder that holds the data; a dataset uses (and a download fills) its own folder in it. For the datasets
+            that torchvision knows it is what torchvision calls root. `image_folder` reads the folder itself, or a zip.
+        distribution: how training samples are given to clients; see `datasets.distributions`.
+        alpha: Dirichlet concentration of noniid_dirichlet, dirichlet and quantity_skew; small is far from iid.
+        classes_per_client: distinct classes that each client holds (shards).
+        major_share: share of a client's samples that is of its major class (class_major).
+        min_samples: no client gets fewer; 0 allows clients without data.
+        drop_unassigned: natural only: take as many natural groups as there are clients and leave the rest out, where
+            otherwise several groups go to one client. No other distribution leaves a sample out.
+        augment: what training batches go through: `crop` is a random crop of the image padded by 4 black pixels,
+            `flip` a horizontal flip of every second image by chance, `resized_crop_flip` the ImageNet crop.
+        normalize: mean and deviation to normalise by: the dataset's own, ImageNet's, or none (values in 0..1).
+        shuffle: draw a new order in each epoch.
+        drop_last: what happens to a last batch that is not full; see `datasets.batching.batch_sizes`.
+        validation: share of the training set, equal in every class, that is held out.
+        local_test: give each client a share of the test set with its own class proportions.
+        storage: `device` holds all images as uint8 on the device, `stream` reads them when needed, `auto` chooses
+            `device` up to 2 GiB of decoded images.
+        workers: threads that read and decode images; 0 reads them in the caller's thread.
+        options: the dataset's own options.
+    """
+
+    name: str
+    root: Path = Path("data")
+    distribution: Distribution = "iid"
+    alpha: float = 0.5
+    classes_per_client: int = 2
+    major_share: float = 0.8
+    min_samples: int = 1
+    drop_unassigned: bool = False
+    augment: Augment = "none"
+    normalize: Normalize = "dataset"
+    shuffle: bool = True
+    drop_last: Literal["auto", "always", "never"] = "auto"
+    validation: float = 0.0
+    local_test: bool = False
+    storage: Literal["auto", "device", "stream"] = "auto"
+    workers: int = 4
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError("alpha", self.alpha, "a finite number > 0")
+        if self.classes_per_client < 1:
+            raise ConfigError("classes_per_client", self.classes_per_client, "an integer >= 1")
+        if not 0 <= self.major_share <= 1:
+            raise ConfigError("major_share", self.major_share, "a number from 0 to 1")
+        if self.min_samples < 0:
+            raise ConfigError("min_samples", self.min_samples, "an integer >= 0")
+        if not 0 <= self.validation < 1:
+            raise ConfigError("validation", self.validation, "a number >= 0 and < 1")
+        if self.workers < 0:
+            raise ConfigError("workers", self.workers, "an integer >= 0")
+        check_options(self.name, self.options)

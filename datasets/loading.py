@@ -1,0 +1,100 @@
+"""Loading: read the raw data, hold out a validation set, decide where images are kept."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.augment import augmentation
+from datasets.config import DatasetConfig
+from datasets.images import EncodedImages
+from datasets.info import Dataset, DatasetInfo
+from datasets.normalize import Normalizer, moments
+from datasets.registry import RawDataset, RawSplit, read
+from datasets.seeding import derived
+from datasets.source import ResidentStore, Source, StreamStore
+from runtime.config import ConfigError
+
+# storage=auto keeps all images on the device up to this many bytes.
+RESIDENT_BYTES = 2 << 30
+
+
+def load(config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch.dtype) -> Dataset:
+    """Load a dataset as the configuration says.
+
+    Args:
+        seed: decides the validation split, and the images of `synthetic`; fixed test splits do not depend on it.
+        device: where batches (and, if they are kept there, images) are.
+        dtype: of the images in a batch.
+
+    Raises:
+        ConfigError: files are missing, unreadable or not of one size; the validation share leaves nothing to train on.
+    """
+    raw = read(config.name, config.root, config.options, seed)
+    if len(raw.train.labels) == 0 or len(raw.test.labels) == 0:
+        empty = "training" if len(raw.train.labels) == 0 else "test"
+        raise ConfigError("dataset.root", config.root, f"data with at least one {empty} sample")
+    train, held = _hold_out(raw.train, config.validation, seed)
+    channels, height, width = image_shape(raw.train)
+    if image_shape(raw.test) != image_shape(raw.train):
+        raise ConfigError("dataset.options", config.options, "training and test images of one size; give a size")
+    info = DatasetInfo(config.name, channels, height, width, len(raw.class_names), raw.class_names)
+    resident = _resident(raw, config, device)
+    if resident:
+        # Decode before measuring, which then reads memory and not files again.
+        train = RawSplit(_decoded(train.images, config.workers), train.labels, train.groups)
+    mean, std = moments(config.normalize, train.images, channels, (raw.mean, raw.std))
+    normalizer = Normalizer(mean, std, device, dtype)
+
+    def source(split: RawSplit, augmented: bool) -> Source:
+        if resident:
+            store = ResidentStore(_decoded(split.images, config.workers), device)
+        else:
+            store = StreamStore(split.images, device, config.workers)
+        return Source(store, split.labels, normalizer, augmentation(config.augment) if augmented else None, device)
+
+    validation = None if held is None else source(held, augmented=False)
+    return Dataset(info, source(train, augmented=True), source(raw.test, augmented=False), validation, train.groups)
+
+
+def image_shape(split: RawSplit) -> tuple[int, int, int]:
+    """(channels, height, width) of the images of a split."""
+    channels, height, width = split.images.shape[-3:]
+    return channels, height, width
+
+
+def _resident(raw: RawDataset, config: DatasetConfig, device: torch.device) -> bool:
+    if config.storage != "auto":
+        return config.storage == "device"
+    splits = (raw.train, raw.test)
+    if device.type == "cpu" and all(isinstance(split.images, Tensor) for split in splits):
+        return True
+    decoded = sum(len(split.labels) * int(np.prod(image_shape(split))) for split in splits)
+    return decoded <= RESIDENT_BYTES
+
+
+def _decoded(images: Tensor | EncodedImages, workers: int) -> Tensor:
+    return images if isinstance(images, Tensor) else images.decode_all(workers)
+
+
+def _hold_out(split: RawSplit, share: float, seed: int) -> tuple[RawSplit, RawSplit | None]:
+    """Divide a split into the part to train on and the part held out, with equal shares of each class."""
+    if share == 0:
+        return split, None
+    held = stratified(split.labels.numpy(), share, derived(seed, "validation"))
+    if held.all() or not held.any():
+        raise ConfigError(
+            "dataset.validation", share, f"a share that leaves both parts of {len(held)} samples non-empty"
+        )
+    return split.subset(np.flatnonzero(~held)), split.subset(np.flatnonzero(held))
+
+
+def stratified(labels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Choose round(share * n) samples, of each class in proportion (to within one): bool [n]."""
+    n = len(labels)
+    count = round(share * n)
+    shuffled = rng.permutation(n)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    chosen = np.zeros(n, dtype=bool)
+    # Evenly spaced places in a list sorted by class fall on each class in proportion.
+    chosen[by_class[((np.arange(count) + 0.5) * n / max(count, 1)).astype(np.int64)]] = True
+    return chosen

@@ -1,0 +1,111 @@
+"""The picture of a partition: clients by classes, and the sizes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from datasets.partition import Partition
+
+# More clients than this are sorted by their main class and averaged into this many columns.
+COLUMNS = 400
+_NAMED_CLASSES = 40
+_WRITTEN_CELLS = 250
+
+
+def draw(file: Path, parts: "Partition", labels: np.ndarray, class_names: Sequence[str]) -> None:
+    """Write a PNG: above the size of each client, below its share of each class by shade.
+
+    Up to 400 clients have a column each, in order; more are sorted by their most frequent class, and a column is the
+    mean of neighbours.
+    """
+    shares, sizes = columns(parts, labels, len(class_names))
+    classes, width = shares.shape
+    figure = Figure(figsize=(9, 2.6 + min(max(classes, 6), 50) * 0.13), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2.6])
+    _draw_sizes(upper, sizes, parts)
+    image = lower.imshow(
+        shares,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="Blues",
+        vmin=0,
+        vmax=min(1, max(float(shares.max()), 3 / classes)),
+    )
+    if classes <= _NAMED_CLASSES:
+        lower.set_yticks(range(classes), [_short(name) for name in class_names], fontsize=7)
+    lower.set_ylabel("class")
+    binned = width < len(parts)
+    if binned:
+        lower.set_xticks([])
+        lower.set_xlabel(
+            f"{len(parts):,} clients, sorted by main class; a column is the mean of {len(parts) / width:.0f}"
+        )
+    else:
+        if width > 20:
+            lower.xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True))
+        else:
+            lower.set_xticks(range(width))
+        lower.set_xlabel("client")
+        if shares.size <= _WRITTEN_CELLS:
+            _write_counts(lower, shares, sizes)
+    figure.colorbar(image, ax=lower, label="share of the client's samples", pad=0.01)
+    figure.savefig(file)
+
+
+def columns(parts: "Partition", labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Class shares [classes, columns] and mean sizes [columns], a column for a client or for several alike.
+
+    Works on blocks of clients, so that a table of all clients by all classes never exists.
+    """
+    clients = len(parts)
+    if clients <= COLUMNS:
+        table = parts.table(labels, classes).astype(float)
+        return (table / np.maximum(table.sum(axis=1, keepdims=True), 1)).T, table.sum(axis=1)
+    step = max(1, (1 << 22) // classes)
+    main = np.empty(clients)
+    for first in range(0, clients, step):
+        last = min(first + step, clients)
+        table = parts.table(labels, classes, first, last)
+        # By main class first, within it by how much of it the client has.
+        main[first:last] = table.argmax(axis=1) - table.max(axis=1) / np.maximum(table.sum(axis=1), 1) * 0.999
+    column = np.empty(clients, dtype=np.int64)
+    column[np.argsort(main, kind="stable")] = np.arange(clients) * COLUMNS // clients
+    owner = np.repeat(column, parts.sizes)
+    counts = np.bincount(owner * classes + labels[parts.order], minlength=COLUMNS * classes)
+    counts = counts.reshape(COLUMNS, classes).astype(float)
+    sizes = counts.sum(axis=1) / np.bincount(column, minlength=COLUMNS)
+    return (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).T, sizes
+
+
+def _draw_sizes(axes: Axes, sizes: np.ndarray, parts: "Partition") -> None:
+    axes.bar(np.arange(len(sizes)), sizes, width=1.0 if len(sizes) > 60 else 0.8, color="#4878a8")
+    all_sizes = parts.sizes
+    low, high = int(all_sizes.min()), int(all_sizes.max())
+    held = f"{low:,} each" if low == high else f"{low:,} to {high:,} each, median {np.median(all_sizes):,.0f}"
+    clients = "1 client" if len(parts) == 1 else f"{len(parts):,} clients"
+    axes.set_title(f"{clients}, {int(all_sizes.sum()):,} samples: {held}", fontsize=9)
+    axes.set_ylabel("samples")
+    axes.set_xlim(-0.5, len(sizes) - 0.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _write_counts(axes: Axes, shares: np.ndarray, sizes: np.ndarray) -> None:
+    strong = max(shares.max(), 3 / len(shares)) * 0.6
+    for (row, column), share in np.ndenumerate(shares):
+        if share > 0:
+            colour = "white" if share > strong else "#333333"
+            axes.text(column, row, f"{share * sizes[column]:.0f}", ha="center", va="center", fontsize=6, color=colour)
+
+
+def _short(name: str) -> str:
+    # A dollar sign would start a formula.
+    return (name if len(name) <= 18 else name[:17] + "…").replace("$", r"\$")

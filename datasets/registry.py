@@ -1,0 +1,96 @@
+"""The registry of datasets: a name, a reader, and the dataclass of the reader's own options."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.images import EncodedImages
+from runtime.config import ConfigError, build
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A dataset without options of its own."""
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """Images and labels as read.
+
+    Attributes:
+        images: uint8 [n, channels, height, width] in memory, or encoded files that decode to that.
+        labels: int64 [n].
+        groups: int64 [n], which natural group (a writer) each sample is of; None where there is none.
+    """
+
+    images: Tensor | EncodedImages
+    labels: Tensor
+    groups: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.images) == len(self.labels), "one label for each image"
+        assert self.labels.dtype == torch.int64
+
+    def subset(self, indices: np.ndarray) -> "RawSplit":
+        """The samples at `indices` (int64), in that order."""
+        where = torch.from_numpy(indices)
+        images = self.images[where] if isinstance(self.images, Tensor) else self.images.subset(indices)
+        return RawSplit(images, self.labels[where], None if self.groups is None else self.groups[indices])
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """What a reader returns. `mean` and `std` are the published ones, per channel in 0..1; empty: to be computed."""
+
+    train: RawSplit
+    test: RawSplit
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReadContext:
+    """What a reader may use: the folder, its own options (validated), the run's seed, decoding threads."""
+
+    root: Path
+    options: Any = field(default_factory=NoOptions)
+    seed: int = 0
+
+
+Reader = Callable[[ReadContext], RawDataset]
+_READERS: dict[str, tuple[Reader, type[Any]]] = {}
+
+
+def register(name: str, options: type[Any] = NoOptions) -> Callable[[Reader], Reader]:
+    """Register the decorated reader as dataset `name`; `options` is the frozen dataclass of its own options."""
+
+    def add(reader: Reader) -> Reader:
+        assert name not in _READERS, f"dataset {name} is registered twice"
+        _READERS[name] = (reader, options)
+        return reader
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """All registered datasets, sorted."""
+    return tuple(sorted(_READERS))
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> Any:
+    """The options of dataset `name` as its own dataclass; ConfigError for an unknown name, key or value."""
+    if name not in _READERS:
+        raise ConfigError("name", name, "a registered dataset", names())
+    return build(_READERS[name][1], options, "options")
+
+
+def read(name: str, root: Path, options: Mapping[str, Any], seed: int) -> RawDataset:
+    """Read dataset `name`; may download into `root`. ConfigError where files are missing or not what they should be."""
+    checked = check_options(name, options)
+    return _READERS[name][0](ReadContext(root.expanduser(), checked, seed))

@@ -1,0 +1,190 @@
+"""A set of labelled images that gives out ready batches on the device."""
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from datasets.augment import Augmentation
+from datasets.batching import DropLast, batch_sizes
+from datasets.images import EncodedImages
+from datasets.normalize import Normalizer
+
+# Whole batches are gathered and normalised together up to this many values: small batches then cost little more than
+# a slice, and the working set (4 MiB in float32) still fits a cache.
+CHUNK_VALUES = 1 << 20
+_PREFETCH = 2
+
+
+class Store(Protocol):
+    """Where the images are."""
+
+    shape: tuple[int, int, int]
+
+    def chunks(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+        """For each piece (int64 [k] of indices, CPU): uint8 [k, channels, height, width] on the device."""
+        ...
+
+
+class ResidentStore:
+    """All images as uint8 on the device."""
+
+    def __init__(self, images: Tensor, device: torch.device) -> None:
+        self._images = images.to(device)
+        self.shape = (images.shape[1], images.shape[2], images.shape[3])
+
+    def chunks(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Gather each piece on the device."""
+        for piece in pieces:
+            yield self._images.index_select(0, piece.to(self._images.device, non_blocking=True))
+
+
+class StreamStore:
+    """Images that stay in files or in CPU memory and are read by a pool of threads, two chunks ahead.
+
+    Decoding releases the interpreter's lock, so threads suffice. Each chunk is divided among all workers.
+
+    Args:
+        images: encoded files, or uint8 [n, channels, height, width] on the CPU.
+        workers: threads; 0 reads in the caller's thread.
+    """
+
+    def __init__(self, images: EncodedImages | Tensor, device: torch.device, workers: int) -> None:
+        self._images, self._device, self._workers = images, device, workers
+        channels, height, width = images.shape[-3:]
+        self.shape: tuple[int, int, int] = (channels, height, width)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def chunks(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Read the pieces in order; what was asked for ahead is cancelled when the caller stops early."""
+        pending: deque[tuple[Tensor, list[Future[None]]]] = deque()
+        try:
+            for piece in pieces:
+                pending.append(self._start(piece))
+                if len(pending) > _PREFETCH:
+                    yield self._finish(*pending.popleft())
+            while pending:
+                yield self._finish(*pending.popleft())
+        finally:
+            for _, jobs in pending:
+                for job in jobs:
+                    job.cancel()
+
+    def _start(self, piece: Tensor) -> tuple[Tensor, list["Future[None]"]]:
+        out = torch.empty((len(piece), *self.shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        if self._workers == 0:
+            self._read(out, piece)
+            return out, []
+        pool = self._threads()
+        parts = max(1, min(self._workers, len(piece)))
+        shares = zip(out.tensor_split(parts), piece.tensor_split(parts), strict=True)
+        return out, [pool.submit(self._read, rows, wanted) for rows, wanted in shares]
+
+    def _finish(self, out: Tensor, jobs: list["Future[None]"]) -> Tensor:
+        for job in jobs:
+            job.result()
+        return out.to(self._device, non_blocking=True)
+
+    def _read(self, out: Tensor, piece: Tensor) -> None:
+        if isinstance(self._images, EncodedImages):
+            self._images.decode_into(out.numpy(), piece.numpy())
+        else:
+            torch.index_select(self._images, 0, piece, out=out)
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="images")
+            weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+        return self._pool
+
+
+class Source:
+    """Labelled images, addressed by index; batches come ready on the device.
+
+    Attributes:
+        labels: int64 [n] on the CPU.
+        shape: (channels, height, width) of an image.
+        mean, std: what images are normalised by, per channel in 0..1.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        labels: Tensor,
+        normalizer: Normalizer,
+        augmentation: Augmentation | None,
+        device: torch.device,
+    ) -> None:
+        self.labels = labels
+        self.shape = store.shape
+        self._values = math.prod(store.shape)
+        self.mean, self.std = normalizer.mean, normalizer.std
+        self._store, self._normalizer, self._augmentation, self._device = store, normalizer, augmentation, device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(
+        self,
+        indices: Tensor,
+        *,
+        batch_size: int,
+        epochs: int = 1,
+        shuffle: bool = False,
+        augment: bool = False,
+        drop_last: DropLast = False,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches over the samples at `indices`, `epochs` times.
+
+        The values depend on the arguments and the generator's state only: not on where the images are kept, nor on
+        the number of workers. Each epoch draws from the generator once, when its first batch is asked for. Batches of
+        one chunk are views of one tensor: change a batch in place only after cloning it.
+
+        Args:
+            indices: int64 [k], CPU; none gives no batch.
+            batch_size: samples in a batch.
+            shuffle: take a new order each epoch.
+            augment: apply the augmentation that this source was configured with.
+            drop_last: see `batch_sizes`.
+            generator: a CPU generator, the source of all randomness; needed when something is random.
+
+        Yields:
+            x: [b, channels, height, width] of the source's dtype, on the device; y: int64 [b], on the device.
+
+        Raises:
+            ValueError: something is random and there is no generator.
+        """
+        augmentation = self._augmentation if augment else None
+        if generator is None and (shuffle or augmentation is not None):
+            raise ValueError("shuffle and augment need a generator")
+        sizes = batch_sizes(len(indices), batch_size, drop_last)
+        used = sum(sizes)
+        for _ in range(epochs):
+            order = indices[torch.randperm(len(indices), generator=generator)] if shuffle else indices
+            order = order[:used]
+            params = None
+            if augmentation is not None and generator is not None:
+                drawn = augmentation.draw((used, self.shape[1], self.shape[2]), generator)
+                params = {name: value.to(self._device, non_blocking=True) for name, value in drawn.items()}
+            yield from self._epoch(order, sizes, augmentation, params)
+
+    def _epoch(
+        self, order: Tensor, sizes: list[int], augmentation: Augmentation | None, params: dict[str, Tensor] | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        labels = self.labels[order].to(self._device, non_blocking=True)
+        batches_per_chunk = max(1, CHUNK_VALUES // (sizes[0] * self._values)) if sizes else 1
+        groups = [sizes[i : i + batches_per_chunk] for i in range(0, len(sizes), batches_per_chunk)]
+        lengths = [sum(group) for group in groups]
+        start = 0
+        for x, group, length in zip(self._store.chunks(order.split(lengths)), groups, lengths, strict=True):
+            stop = start + length
+            if augmentation is not None and params is not None:
+                x = augmentation.apply(x, {name: value[start:stop] for name, value in params.items()})
+            yield from zip(self._normalizer(x).split(group), labels[start:stop].split(group), strict=True)
+            start = stop

@@ -1,0 +1,51 @@
+"""Figures and tables of finished runs: `python plot_results.py [--saves DIR] [--out DIR] [--config FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from plotting.compose import Composed, compose, read_config
+from runtime.config import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw what the configuration asks for and tell what was made; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Draw figures and tables of finished runs.")
+    parser.add_argument("--saves", type=Path, default=Path("saves"), help="folder with runs (default: saves)")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the figures (default: figures)")
+    parser.add_argument("--config", type=Path, help="what to draw (default: exp_configs.yaml beside this file)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.config is not None and not options.config.is_file():
+            raise ConfigError("--config", options.config, "a file")
+        if not options.saves.is_dir():
+            raise ConfigError("--saves", options.saves, "a folder with runs")
+        config = read_config(options.config or Path(__file__).with_name("exp_configs.yaml"))
+        made = compose(options.saves, options.out, config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    report(made)
+    return 0 if made.files and not made.empty else 1
+
+
+def report(made: Composed) -> None:
+    """Tell what was drawn, and what was left out and why."""
+    for path in made.files:
+        print(path)
+    for folder, reason in made.found.damaged.items():
+        print(f"left out, damaged: {folder}: {reason}", file=sys.stderr)
+    if made.found.unfinished:
+        print(f"left out, not finished: {len(made.found.unfinished)} runs", file=sys.stderr)
+        for folder in made.found.unfinished:
+            print(f"  {folder}", file=sys.stderr)
+    for name in made.empty:
+        print(f"comparison {name}: no finished run has what its `where` asks for", file=sys.stderr)
+    if not made.files:
+        print("nothing to draw: no finished run was found", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

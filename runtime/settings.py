@@ -1,0 +1,204 @@
+"""The whole configuration of a run, typed and checked: what `hydra_config/` composes to."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from algorithms import algorithm_config
+from datasets import DatasetConfig
+from models import ModelConfig
+from runtime.aggregate import AggregateConfig
+from runtime.config import NO_VALUE, ConfigError, build, plain
+from runtime.loggers import LoggerConfig, logger_config
+from runtime.optim import OptimizerConfig, SchedulerConfig, optimizer_config, scheduler_config
+
+Part = Literal["model", "client", "server", "auxiliary"]
+PARTS: tuple[Part, ...] = ("model", "client", "server", "auxiliary")
+
+# Where a run is kept and shown; everything else decides its result.
+_NOT_DECIDING = ("save_dir", "resume", "logger", "checkpoint_interval", "progress")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run's configuration. `from_mapping` makes it; values live in `hydra_config/`, so nothing here has a default.
+
+    Attributes:
+        algorithm_name: registered name of the algorithm (`algorithm.name` in the mapping).
+        algorithm: the instance of that algorithm's own `Config`.
+        model, dataset, aggregate: see their classes.
+        optimizer, scheduler: what every part of the model inherits; `optimizer_for` and `scheduler_for` give a part's.
+        transport: how messages travel.
+        logger: trackers beside the run's own files.
+        num_clients: clients in the population. frac: share of them in each round's cohort, 0 < frac <= 1.
+        rounds, local_epochs, batch_size: as in the papers. lr: learning rate that the optimizer takes up.
+        seed: the source of all randomness.
+        device: auto, cpu, cuda or cuda:k. precision: of the arithmetic; parameters are kept in float32 under bf16.
+        eval_interval: rounds from one evaluation to the next. eval_batch_size: samples per evaluation batch.
+        comm_threshold_mb: stop after the round in which the payload of training passes this many MB (10^6 bytes).
+        checkpoint_interval: rounds from one checkpoint to the next.
+        save_dir: folder above all runs. resume: auto, never, or the folder of an unfinished run.
+        progress: how progress is shown.
+    """
+
+    algorithm_name: str
+    algorithm: Any
+    model: ModelConfig
+    dataset: DatasetConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig | None
+    aggregate: AggregateConfig
+    transport: Literal["local"]
+    logger: tuple[LoggerConfig, ...]
+    num_clients: int
+    frac: float
+    rounds: int
+    local_epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+    device: str
+    precision: Literal["fp32", "bf16", "fp64"]
+    eval_interval: int
+    eval_batch_size: int
+    comm_threshold_mb: float | None
+    checkpoint_interval: int
+    save_dir: Path
+    resume: str
+    progress: Literal["auto", "bar", "lines", "none"]
+
+    def __post_init__(self) -> None:
+        counts = "num_clients rounds local_epochs batch_size eval_interval eval_batch_size checkpoint_interval"
+        for key in counts.split():
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "an integer >= 1")
+        if not 0 < self.frac <= 1:
+            raise ConfigError("frac", self.frac, "a number > 0 and <= 1")
+        _check_lr(self.lr)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("seed", self.seed, "an integer >= 0 and < 2^63")
+        if self.comm_threshold_mb is not None and self.comm_threshold_mb <= 0:
+            raise ConfigError("comm_threshold_mb", self.comm_threshold_mb, "a number > 0, or null for no threshold")
+        if not self.resume.strip():
+            raise ConfigError("resume", self.resume, "auto, never or the folder of an unfinished run")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError("device", self.device, "auto, cpu, cuda or cuda:<index>")
+        self.aggregate.check(self.num_clients)
+        for part in PARTS:
+            self.optimizer_for(part)
+            self.scheduler_for(part)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> "RunConfig":
+        """Build from plain containers, as composed by Hydra or given by `to_mapping`.
+
+        Raises:
+            ConfigError: unknown or missing key, wrong type, or a value that does not fit.
+        """
+        keys = [field.name for field in fields(cls) if field.name != "algorithm_name"]
+        for key in mapping:
+            if key not in keys:
+                raise ConfigError.unknown_key(str(key), keys)
+        values = dict(mapping)
+        for key in ("algorithm", "optimizer", "logger"):
+            values[key] = _mapping(mapping, key)
+        _check_lr(mapping.get("lr", 1.0))  # before the optimizer, which has it too
+        values["algorithm_name"] = name = values["algorithm"].pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError("algorithm.name", name, "the name of an algorithm")
+        values["algorithm"] = algorithm_config(name, values["algorithm"])
+        values["optimizer"] = optimizer_config(values["optimizer"], "optimizer")
+        values["scheduler"] = _scheduler(mapping.get("scheduler"), "scheduler")
+        values["logger"] = tuple(
+            logger_config({"name": name, **_mapping(values["logger"], name, "logger.")}, f"logger.{name}")
+            for name in values["logger"]
+        )
+        return build(cls, values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The configuration as JSON-able containers, from which `from_mapping` makes an equal one."""
+        mapping = cast(dict[str, Any], plain(self))
+        mapping["algorithm"] = {"name": mapping.pop("algorithm_name"), **mapping["algorithm"]}
+        for key in ("optimizer", "scheduler"):
+            if mapping[key] is not None:
+                mapping[key] = {"name": mapping[key]["name"], **mapping[key]["options"]}
+        mapping["logger"] = {logger.pop("name"): logger for logger in mapping["logger"]}
+        return mapping
+
+    def identity(self) -> str:
+        """16 hexadecimal digits of a hash over everything that decides the result; equal in every process."""
+        deciding = {key: value for key, value in self.to_mapping().items() if key not in _NOT_DECIDING}
+        text = json.dumps(deciding, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def torch_device(self) -> torch.device:
+        """See `resolve_device`."""
+        return resolve_device(self.device)
+
+    def optimizer_for(self, part: Part | str) -> OptimizerConfig:
+        """A part's optimizer: its refinement over the top-level one; from one of another kind only lr is inherited."""
+        refinement = self._refinement(part, "optimizer")
+        inherited = {"name": self.optimizer.name, **self.optimizer.options}
+        if str(refinement.get("name", self.optimizer.name)).lower() != self.optimizer.name:
+            inherited = {"lr": self.optimizer.options.get("lr", self.lr)}
+        return optimizer_config({**inherited, **refinement}, f"model.{part}.optimizer" if refinement else "optimizer")
+
+    def scheduler_for(self, part: Part | str) -> SchedulerConfig | None:
+        """A part's learning-rate schedule, None for a constant rate; one of another kind inherits nothing."""
+        refinement = self._refinement(part, "scheduler")
+        inherited: dict[str, Any] = {}
+        if (
+            self.scheduler is not None
+            and str(refinement.get("name", self.scheduler.name)).lower() == self.scheduler.name
+        ):
+            inherited = {"name": self.scheduler.name, **self.scheduler.options}
+        return _scheduler({**inherited, **refinement}, f"model.{part}.scheduler" if refinement else "scheduler")
+
+    def _refinement(self, part: str, kind: Literal["optimizer", "scheduler"]) -> dict[str, Any]:
+        return {} if part == "model" else getattr(getattr(self.model, part), kind)
+
+
+def _check_lr(lr: object) -> None:
+    if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < float("inf"):
+        raise ConfigError("lr", lr, "a finite number > 0")
+
+
+def _mapping(values: Mapping[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
+    """A copy of the mapping under `key`; null is an empty one."""
+    if key not in values:
+        raise ConfigError(prefix + key, NO_VALUE, "missing; expected a mapping of keys to values")
+    value = values[key]
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(prefix + key, value, "a mapping of keys to values")
+    return dict(cast(Mapping[str, Any], value or {}))
+
+
+def _scheduler(values: Any, where: str) -> SchedulerConfig | None:
+    if values is not None and not isinstance(values, Mapping):
+        raise ConfigError(where, values, "a mapping of keys to values")
+    given = cast(Mapping[str, Any], values or {})
+    stray = [key for key, value in given.items() if key != "name" and value is not None]
+    if stray and given.get("name") is None:
+        raise ConfigError(f"{where}.{stray[0]}", given[stray[0]], f"a scheduler to go with it: set {where}.name too")
+    return scheduler_config(given, where)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that a run uses: auto is the current CUDA device if there is one, else the processor.
+
+    Raises:
+        ConfigError: a CUDA device that this machine does not have.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    choices = ("auto", "cpu", *(("cuda",) if count else ()), *(f"cuda:{index}" for index in range(count)))
+    if device == "cpu" or (device == "auto" and not count):
+        return torch.device("cpu")
+    if device not in choices:
+        raise ConfigError("device", device, "a device of this machine", choices)
+    return torch.device("cuda", torch.cuda.current_device() if device in ("auto", "cuda") else int(device[5:]))

@@ -1,0 +1,53 @@
+"""The table and the picture of a partition."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from datasets import DatasetConfig, Partition, partition
+from datasets.picture import COLUMNS, columns
+
+
+@pytest.mark.parametrize("clients", [1, 7, 399, 5000])
+def test_table_and_picture(tmp_path: Path, clients: int) -> None:
+    labels = np.arange(10_000) % 5
+    config = DatasetConfig("synthetic", distribution="dirichlet", alpha=0.2)
+    parts = partition(labels, clients, config, seed=0)
+    parts.save(tmp_path, labels, 5, ["a", "b,c", "$d", "client", "é"])
+    frame = pd.read_csv(tmp_path / "partition.csv")
+    assert frame.iloc[:, 1].tolist() == parts.sizes.tolist()
+    assert np.array_equal(frame.iloc[:, 2:].to_numpy(), parts.table(labels, 5))
+    assert frame.iloc[:, 2:].to_numpy().sum() == 10_000
+    with Image.open(tmp_path / "partition.png") as picture:
+        assert picture.width > 800
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10
+
+
+def test_picture_is_of_shares_whether_binned_or_not() -> None:
+    labels = np.repeat([0, 1], [3000, 9000])
+    few = Partition.from_owner(np.repeat(np.arange(4), 3000), 4)
+    shares, sizes = columns(few, labels, 2)
+    assert shares.tolist() == [[1, 0, 0, 0], [0, 1, 1, 1]]
+    assert sizes.tolist() == [3000] * 4
+    many = Partition.from_owner(np.random.default_rng(0).permutation(1200)[np.arange(12_000) // 10], 1200)
+    shares, sizes = columns(many, labels, 2)
+    assert shares.shape == (2, COLUMNS)
+    assert shares[0].tolist() == [1] * 100 + [0] * 300
+    assert set(sizes) == {10}
+
+
+def test_table_of_a_range_of_clients() -> None:
+    labels = np.arange(100) % 3
+    parts = partition(labels, 10, DatasetConfig("synthetic"), seed=0)
+    assert np.array_equal(parts.table(labels, 3, 2, 5), parts.table(labels, 3)[2:5])
+
+
+def test_samples_without_owner_and_clients_without_samples() -> None:
+    parts = Partition.from_owner(np.array([2, -1, 0, 2]), 3)
+    assert [parts.indices(i).tolist() for i in range(3)] == [[2], [], [0, 3]]
+    assert parts.sizes.tolist() == [1, 0, 2]
+    with pytest.raises(IndexError):
+        parts.indices(3)

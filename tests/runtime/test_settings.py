@@ -1,0 +1,354 @@
+"""The typed configuration: every yaml builds one, it round-trips, and its identity says what decides a result."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import algorithms
+import datasets
+import models
+from runtime.config import ConfigError, build, plain
+from runtime.hydra_errors import CONFIG_DIR, groups, options
+from runtime.hydra_support import load_config
+from runtime.settings import PARTS, RunConfig, resolve_device
+
+ROOT = Path(__file__).resolve().parents[2]
+CHOICES = [f"{group}={option}" for group in groups() for option in options(group)]
+BASE = load_config(["algorithm=fed_avg"]).to_mapping()
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """The default mapping with some values replaced; `a__b=1` is a.b=1."""
+    mapping = json.loads(json.dumps(BASE))
+    for key, value in values.items():
+        node = mapping
+        *above, last = key.split("__")
+        for part in above:
+            node = node[part]
+        node[last] = value
+    return mapping
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_yaml_composes_and_builds_a_run_config(choice: str) -> None:
+    config = load_config([choice])
+    group, _, name = choice.partition("=")
+    if group in ("algorithm", "model", "dataset"):
+        assert config.to_mapping()[group]["name"] == name
+    assert RunConfig.from_mapping(json.loads(json.dumps(config.to_mapping()))) == config
+
+
+def test_every_yaml_is_reached() -> None:
+    files = {path.relative_to(CONFIG_DIR).as_posix() for path in CONFIG_DIR.rglob("*.yaml")}
+    tested = {choice.replace("=", "/") + ".yaml" for choice in CHOICES}
+    rest = {file for file in files - tested if not Path(file).name.startswith("_") and not file.startswith("hydra/")}
+    assert rest == {"config.yaml"}
+
+
+def test_every_registered_component_has_a_yaml() -> None:
+    assert set(options("algorithm")) == set(algorithms.names())
+    assert set(options("model")) == set(models.names())
+    assert set(options("dataset")) == set(datasets.names())
+
+
+def test_the_values_of_an_algorithms_yaml_are_its_defaults() -> None:
+    for name in algorithms.names():
+        kind = algorithms.get(name).Config
+        assert load_config([f"algorithm={name}"]).algorithm == build(kind, {}), name
+
+
+def test_the_papers_setting() -> None:
+    config = load_config(["experiment=fsl_sage/cifar10_iid"])
+    values = config.to_mapping()
+    assert values["algorithm"] == {
+        "name": "fsl_sage",
+        "upload_interval": 5,
+        "align_interval": 10,
+        "buffer_size": 1000,
+        "align_epochs": 100,
+        "align_batch_size": 1000,
+        "warm_start": False,
+    }
+    assert values["optimizer"] == {"name": "adam", "lr": 1e-3, "weight_decay": 1e-4}
+    assert (values["model"]["name"], values["model"]["cut"], values["model"]["auxiliary"]["size"]) == (
+        "resnet18",
+        None,
+        "default",
+    )
+    dataset = values["dataset"]
+    assert (dataset["name"], dataset["distribution"], dataset["augment"], dataset["normalize"]) == (
+        "cifar10",
+        "iid",
+        "crop_flip",
+        "imagenet",
+    )
+    assert (config.batch_size, config.local_epochs, config.num_clients, config.rounds, config.seed, config.frac) == (
+        256,
+        1,
+        10,
+        200,
+        200,
+        1.0,
+    )
+
+
+def test_scaffold_brings_plain_gradient_steps_unless_told_otherwise() -> None:
+    assert load_config(["algorithm=scaffold"]).optimizer.name == "sgd"
+    assert load_config(["experiment=fsl_sage/cifar10_iid", "algorithm=fed_avg"]).optimizer.name == "adam"
+    assert load_config(["algorithm=scaffold", "optimizer=adamw"]).optimizer.name == "adamw"
+
+
+# ---------------------------------------------------------------------- round trip and identity
+
+mappings = st.fixed_dictionaries(
+    {
+        "rounds": st.integers(1, 10**6),
+        "frac": st.floats(0, 1, exclude_min=True),
+        "lr": st.floats(1e-9, 10),
+        "seed": st.integers(0, 2**62),
+        "comm_threshold_mb": st.none() | st.floats(1e-3, 1e9),
+        "resume": st.sampled_from(["auto", "never", "saves/x"]),
+        "model__client__optimizer": st.sampled_from([{}, {"lr": 0.5}, {"name": "sgd", "momentum": 0.9}]),
+        "optimizer": st.sampled_from([{"name": "adamw", "lr": 0.1, "betas": [0.5, 0.9]}, {"name": "SGD", "lr": 1}]),
+        "scheduler": st.sampled_from([None, {"name": None}, {"name": "MultiStepLR", "milestones": [3, 5]}]),
+        "aggregate__weights": st.sampled_from(["uniform", [float(client) for client in range(1, 11)]]),
+        "logger": st.sampled_from([{}, {"csv": {}}, {"csv": None, "tensorboard": {"flush_seconds": 5}}]),
+    }
+)
+
+
+@given(mappings)
+def test_from_mapping_and_to_mapping_are_inverse(values: dict[str, Any]) -> None:
+    config = RunConfig.from_mapping(changed(**values))
+    mapping = json.loads(json.dumps(config.to_mapping()))
+    again = RunConfig.from_mapping(mapping)
+    assert again == config
+    assert again.to_mapping() == mapping
+    assert again.identity() == config.identity()
+
+
+def reverse(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: reverse(value[key]) for key in reversed(value)}
+    return value
+
+
+@given(mappings)
+@settings(max_examples=20)
+def test_identity_does_not_depend_on_the_order_of_keys(values: dict[str, Any]) -> None:
+    mapping = changed(**values)
+    assert RunConfig.from_mapping(reverse(mapping)).identity() == RunConfig.from_mapping(mapping).identity()
+
+
+def test_identity_is_the_same_in_another_process() -> None:
+    code = "from runtime.hydra_support import load_config; print(load_config(['algorithm=fed_avg']).identity())"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "12345"},
+    )
+    assert result.stdout.strip() == RunConfig.from_mapping(BASE).identity()
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        found += leaves(value, f"{prefix}{key}__") if isinstance(value, dict) else [(prefix + key, value)]
+    return found
+
+
+def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> None:
+    """Each leaf of the whole configuration is changed in turn to another valid value."""
+    other = {
+        "algorithm__name": "local_only",
+        "model__name": "simple_conv",
+        "model__cut": "0",
+        "model__init": "weights.safetensors",
+        "model__auxiliary__size": "half",
+        "dataset__name": "mnist",
+        "dataset__root": "elsewhere",
+        "dataset__distribution": "dirichlet",
+        "dataset__augment": "flip",
+        "dataset__normalize": "none",
+        "dataset__drop_last": "never",
+        "dataset__storage": "stream",
+        "optimizer__name": "adamw",
+        "scheduler": {"name": "ExponentialLR", "gamma": 0.5},
+        "aggregate__weights": "uniform",
+        "aggregate__buffers": "reset",
+        "frac": 0.5,
+        "device": "cuda:3",
+        "precision": "fp64",
+        "comm_threshold_mb": 3.0,
+        "save_dir": "elsewhere",
+        "resume": "never",
+        "progress": "none",
+        "dataset__validation": 0.25,
+        "dataset__major_share": 0.25,
+    }
+    base = RunConfig.from_mapping(BASE).identity()
+    for key, value in leaves(BASE):
+        if key == "transport" or key.startswith("logger"):
+            continue  # one choice only; several choices are tried below
+        new = other[key] if key in other else not value if isinstance(value, bool) else value + 1
+        same = key in ("save_dir", "resume", "progress", "checkpoint_interval")
+        assert (RunConfig.from_mapping(changed(**{key: new})).identity() == base) == same, key
+    assert RunConfig.from_mapping(changed(logger={"tensorboard": {}})).identity() == base
+    assert RunConfig.from_mapping(changed(model__server__optimizer={"lr": 0.5})).identity() != base
+
+
+# ---------------------------------------------------------------------- optimizers of the parts
+
+
+def test_parts_inherit_and_refine_the_top_level_optimizer() -> None:
+    config = load_config(
+        [
+            "algorithm=fed_avg",
+            "optimizer=sgd",
+            "lr=0.1",
+            "optimizer.momentum=0.9",
+            "model.client.optimizer.lr=0.01",
+            "model.auxiliary.optimizer=adam",
+            "model.server.optimizer.momentum=null",
+        ]
+    )
+    options_of = {part: config.optimizer_for(part).options for part in PARTS}
+    assert options_of == {
+        "model": {"lr": 0.1, "momentum": 0.9},
+        "client": {"lr": 0.01, "momentum": 0.9},
+        "server": {"lr": 0.1},
+        "auxiliary": {"lr": 0.1},  # another optimizer: nothing but the learning rate is inherited
+    }
+    assert [config.optimizer_for(part).name for part in PARTS] == ["sgd", "sgd", "sgd", "adam"]
+
+
+def test_parts_inherit_and_refine_the_top_level_scheduler() -> None:
+    config = load_config(
+        [
+            "algorithm=fed_avg",
+            "scheduler=cosine",
+            "rounds=7",
+            "model.client.scheduler.eta_min=0.5",
+            "model.server.scheduler=StepLR",
+            "model.server.scheduler.step_size=3",
+        ]
+    )
+    found = {part: config.scheduler_for(part) for part in PARTS}
+    assert {part: (value.name, value.options) for part, value in found.items() if value} == {
+        "model": ("cosineannealinglr", {"T_max": 7}),
+        "client": ("cosineannealinglr", {"T_max": 7, "eta_min": 0.5}),
+        "server": ("steplr", {"step_size": 3}),
+        "auxiliary": ("cosineannealinglr", {"T_max": 7}),
+    }
+    assert load_config(["algorithm=fed_avg"]).scheduler_for("client") is None
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["rounds=0"], r"rounds=0: expected an integer >= 1"),
+        (["rounds=x"], r"rounds=x: expected an integer$"),
+        (["rounds=2.5"], r"rounds=2.5: expected an integer$"),
+        (["rounds=null"], r"rounds=null: expected an integer"),
+        (["frac=0"], r"frac=0.0: expected a number > 0 and <= 1"),
+        (["frac=1.5"], r"frac=1.5: expected"),
+        (["lr=-1"], r"lr=-1"),
+        (["seed=-1"], r"seed=-1: expected an integer >= 0"),
+        (["num_clients=0"], r"num_clients=0: expected an integer >= 1"),
+        (["batch_size=0"], r"batch_size=0"),
+        (["eval_interval=0"], r"eval_interval=0"),
+        (["checkpoint_interval=0"], r"checkpoint_interval=0"),
+        (["comm_threshold_mb=0"], r"comm_threshold_mb=0.0"),
+        (["device=gpu"], r"device=gpu: expected auto, cpu, cuda or cuda:<index>"),
+        (["precision=fp16"], r"precision=fp16: .*choices: fp32, bf16, fp64"),
+        (["progress=loud"], r"progress=loud: .*choices: auto"),
+        (["aggregate.weights=[1,2]"], r"aggregate\.weights=\[1\.0,2\.0\]: expected"),
+        (["aggregate.weights=sample"], r"aggregate\.weights=sample: .*did you mean samples\?"),
+        (["aggregate=mean"], r"aggregate=mean: expected a mapping"),
+        (["model=resnt18"], r"model=resnt18: .*did you mean resnet18\?.*choices: .*mlp"),
+        (["model=null"], r"model=null: expected one of the choices"),
+        (["algorithm=fsl_sag"], r"algorithm=fsl_sag: .*did you mean fsl_sage\?"),
+        (["experiment=fsl_sage/cifar"], r"experiment=fsl_sage/cifar: .*did you mean fsl_sage/cifar10_iid\?"),
+        (["logger=[csv,tensorbord]"], r"logger=tensorbord: .*did you mean tensorboard\?"),
+        (["optimizer.name=adm"], r"optimizer\.name=adm: .*did you mean adam\?"),
+        (
+            ["optimizer.momentm=0.9", "optimizer=sgd"],
+            r"optimizer\.momentm: no such key; did you mean optimizer\.momentum",
+        ),
+        (["model.client.optimizer.lrr=0.9"], r"model\.client\.optimizer\.lrr: no such key; did you mean .*\.lr\?"),
+        (["model.auxiliary=tiny"], r"model\.auxiliary\.size=tiny: .*choices: linear"),
+        (["model.options.nothing=1"], r"model\.options\.nothing: no such key"),
+        (["dataset.options.nothing=1"], r"dataset\.options\.nothing: no such key"),
+        (["dataset.alpha=-1"], r"dataset\.alpha=-1.*: expected"),
+        (["dataset.nam=x"], r"dataset\.nam: no such key; did you mean dataset\.name\?"),
+        (["alpha=0.1"], r"alpha: no such key; did you mean dataset\.alpha\?"),
+        (["datset=mnist"], r"datset: no such key; did you mean dataset\?"),
+        (["num_client=3"], r"num_client: no such key; did you mean num_clients\?"),
+        (["algorithm.mu=3", "algorithm=fed_avg"], r"algorithm\.mu: no such key"),
+        (["scheduler.T_max=3"], r"scheduler\.T_max=3: expected a scheduler to go with it"),
+        (["~foo"], r"foo: no such key"),
+        (["~rounds"], r"rounds: missing; expected an integer"),
+        (["+lr=1"], r"lr: exists already; write it without the \+"),
+        (["rounds"], r"rounds: no value; expected key=value"),
+        (["lr=[1"], r"lr=\[1: cannot be read"),
+        (["lr=1,2"], r"lr=1,2: several values: add -m"),
+        (["lr=${nothing}"], r"nothing: missing"),
+        (["hydra.launcher.foo=1"], r"hydra\.launcher\.foo: no such key"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{line}") as caught:
+        load_config(["algorithm=fed_avg", *overrides] if not overrides[0].startswith("algorithm") else overrides)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", ["rounds", "model", "algorithm", "optimizer", "logger", "seed"])
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: missing"):
+        RunConfig.from_mapping({name: value for name, value in BASE.items() if name != key})
+
+
+def test_the_name_of_the_algorithm_is_no_key_of_its_own() -> None:
+    with pytest.raises(ConfigError, match=r"^algorithm_name: no such key"):
+        RunConfig.from_mapping({**BASE, "algorithm_name": "fed_avg"})
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(ConfigError, match=f"^device={device}: .*choices: auto, cpu\\)"):
+            resolve_device(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 1)
+    assert resolve_device("cuda:0") == torch.device("cuda", 0)
+    config = replace(RunConfig.from_mapping(BASE), device="cuda:2")
+    with pytest.raises(ConfigError, match=r"^device=cuda:2: .*choices: auto, cpu, cuda, cuda:0, cuda:1\)"):
+        config.torch_device()
+
+
+def test_plain_values_only() -> None:
+    def check(value: Any) -> None:
+        assert value is None or type(value) in (dict, list, str, int, float, bool), value
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            check(item)
+
+    check(RunConfig.from_mapping(BASE).to_mapping())
+    assert plain(RunConfig.from_mapping(BASE))["save_dir"] == "saves"

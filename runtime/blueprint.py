@@ -129,6 +129,10 @@ class Blueprint:
             return state
         return {key: tensor for key, tensor in state.items() if key not in self.buffer_names[name]}
 
+    def parameters(self, name: str) -> int:
+        """Number of parameters of a part."""
+        return sum(parameter.numel() for parameter in self._parts[name].parameters())
+
     def training_bytes(self, names: Iterable[str]) -> int:
         """Memory of one live copy of the parts while they train: weights, gradients and two moments."""
         return 4 * sum(state_bytes(self.initial[name]) for name in names)

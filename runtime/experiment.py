@@ -21,6 +21,10 @@ log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
 
+# Below this many parameters the work of one operation is too little to divide, and threads that wait for each other on
+# a busy machine cost many times what they save on an idle one.
+SMALL_MODEL = 1_000_000
+
 
 def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     """Run an experiment to its end, in a folder that this process owns; go on from a checkpoint if there is one.
@@ -30,6 +34,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     """
     _make_deterministic(config.torch_device())
     federation = Federation(config, folder.path)
+    _set_threads(config, federation)
     results = Results(folder.path, build_loggers(config.logger, folder.path, folder.resumed))
     state = federation.resume()
     if state is not None:
@@ -49,7 +54,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     if model is not None:
         save_tensors(folder.path / MODEL_FILE, model, {"format": "pt", "model": config.model.name})
     summary = results.finish()
-    picture = first_picture(folder.path, results.results(), title)
+    picture = first_picture(folder.path, results.results(), title, config.algorithm_name)
     show_summary(summary, RunFiles(folder.path, picture), title, config.progress)
     return summary
 
@@ -74,6 +79,13 @@ def _save_partition(federation: Federation, folder: Path) -> None:
         (folder / "local_test").mkdir(exist_ok=True)
         test = federation.dataset.test.labels
         federation.local_test.save(folder / "local_test", test, info.classes, info.class_names)
+
+
+def _set_threads(config: RunConfig, federation: Federation) -> None:
+    if config.threads != "auto":
+        torch.set_num_threads(config.threads)
+    elif federation.device.type == "cpu" and federation.parameters < SMALL_MODEL:
+        torch.set_num_threads(1)
 
 
 def _make_deterministic(device: torch.device) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import algorithms
 from datasets import Dataset, Partition, apply_partition, load, partition
+from models import check_model
 from runtime import rng
 from runtime.blueprint import DTYPES, Blueprint
 from runtime.checkpoint import Checkpoint, Manifest
@@ -54,6 +55,7 @@ class Federation:
         self.dataset: Dataset = load(
             config.dataset, seed=config.seed, device=self.device, dtype=DTYPES[config.precision]
         )
+        check_model(config.model, self.dataset.info)
         self.population = 1 if self.algorithm.pooled else config.num_clients
         self.partition = self._partition()
         self.local_test = self._local_test() if config.dataset.local_test else None
@@ -65,7 +67,7 @@ class Federation:
             precision=config.precision,
             buffers=config.aggregate.buffers,
         )
-        config.aggregate.check(config.num_clients)
+        self.parameters = sum(self.blueprint.parameters(name) for name in self._global_names())
         self._normalises = self.blueprint.normalises(self.algorithm.layout.client)
         self._checkpoint = None if folder is None else Checkpoint(folder / CHECKPOINT_FOLDER)
         self.stores = {

@@ -40,6 +40,7 @@ class RunConfig:
         rounds, local_epochs, batch_size: as in the papers. lr: learning rate that the optimizer takes up.
         seed: the source of all randomness.
         device: auto, cpu, cuda or cuda:k. precision: of the arithmetic; parameters are kept in float32 under bf16.
+        threads: of one run on the processor; auto is one for a small model, else what torch takes.
         eval_interval: rounds from one evaluation to the next. eval_batch_size: samples per evaluation batch.
         comm_threshold_mb: stop after the round in which the payload of training passes this many MB (10^6 bytes).
         checkpoint_interval: rounds from one checkpoint to the next.
@@ -64,6 +65,7 @@ class RunConfig:
     lr: float
     seed: int
     device: str
+    threads: int | Literal["auto"]
     precision: Literal["fp32", "bf16", "fp64"]
     eval_interval: int
     eval_batch_size: int
@@ -89,6 +91,8 @@ class RunConfig:
             raise ConfigError("resume", self.resume, "auto, never or the folder of an unfinished run")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError("device", self.device, "auto, cpu, cuda or cuda:<index>")
+        if self.threads != "auto" and self.threads < 1:
+            raise ConfigError("threads", self.threads, "auto, or an integer >= 1")
         self.aggregate.check(self.num_clients)
         for part in PARTS:
             self.optimizer_for(part)

@@ -1,0 +1,249 @@
+"""The program itself, as a user runs it: what a mistake prints, what is left of it, who gets which folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from runtime.config import ConfigError
+from runtime.hydra_errors import CONFIG_DIR, check_options, explain
+from runtime.hydra_support import load_config, preprocess
+from runtime.run_folder import RunFolder, is_locked, read_status
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["dataset=digits", "model=mlp", "progress=none"]
+QUICK = ["algorithm=fed_avg", "num_clients=3", "rounds=1", "device=cpu"]
+
+
+def command(save_dir: Path, *arguments: str) -> list[str]:
+    """The command line; a setting of QUICK is left out where `arguments` has its own."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    quick = [setting for setting in QUICK if setting.partition("=")[0] not in given]
+    return [sys.executable, "main.py", *SMALL, *quick, f"save_dir={save_dir}", *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0", **more}
+
+
+def call(save_dir: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(save_dir, *arguments), cwd=ROOT, env=environment(**more), capture_output=True, text=True, check=False
+    )
+
+
+def left_in(save_dir: Path) -> list[Path]:
+    return list(save_dir.rglob("*"))
+
+
+def run_folders(save_dir: Path) -> list[Path]:
+    return sorted(mark.parent for mark in save_dir.rglob("identity"))
+
+
+# ---------------------------------------------------------------------- mistakes, in real processes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["dataset.alpa=0.1"], "dataset.alpa: no such key; did you mean dataset.alpha? (choices: "),
+        (["model=resnt18"], "model=resnt18: expected one of the choices; did you mean resnet18? (choices: "),
+        (["rounds=ten"], "rounds=ten: expected an integer"),
+        (["num_clients=100000"], "num_clients=100000: "),
+        (["algorithm=sl_single_server", "model.cut=nowhere"], "model.cut=nowhere: "),
+        (["device=cuda:99"], "device=cuda:99: expected a device of this machine"),
+        (["--rounds=3"], "--rounds: no such option; did you mean rounds=3?"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_leaves_nothing(tmp_path: Path, arguments: list[str], line: str) -> None:
+    result = call(tmp_path / "saves", *arguments)
+    assert result.returncode == 1
+    assert result.stderr.startswith(line), result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.stdout
+    assert left_in(tmp_path / "saves") == []
+
+
+def test_tracebacks_are_there_for_who_asks(tmp_path: Path) -> None:
+    result = call(tmp_path / "saves", "rounds=ten", HYDRA_FULL_ERROR="1")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "rounds=ten: expected an integer" in result.stderr
+
+
+def test_a_failing_job_does_not_stop_the_others_of_a_sweep(tmp_path: Path) -> None:
+    saves = tmp_path / "saves"
+    result = call(saves, "-m", "optimizer=sgd", "num_clients=2,100000", "optimizer.momentum=0,0.9")
+    assert result.returncode == 1
+    assert "2 of 4 jobs failed:" in result.stderr
+    assert result.stderr.count("num_clients=100000: ") >= 2
+    assert "Traceback" not in result.stderr
+    folders = run_folders(saves)
+    assert [read_status(folder)["state"] for folder in folders] == ["finished", "finished"]
+    assert {folder.parent.name.split("optimizer.momentum=")[1].split(",")[0] for folder in folders} == {"0", "0.9"}
+    (jobs,) = saves.glob("multirun/*/jobs.txt")
+    assert sorted(line.split()[1] for line in jobs.read_text().splitlines()) == ["failed"] * 2 + ["finished"] * 2
+
+
+# ---------------------------------------------------------------------- folders, in real processes
+
+
+def test_two_processes_of_the_same_instant_get_folders_of_their_own_and_finish(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(command(tmp_path), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) for _ in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    folders = run_folders(tmp_path)
+    assert len(folders) == 2
+    assert [read_status(folder)["state"] for folder in folders] == ["finished"] * 2
+
+
+def wait_for(found: Any, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def test_a_killed_run_is_continued_and_an_interrupted_one_says_so(tmp_path: Path) -> None:
+    endless = command(tmp_path, "rounds=100000", "eval_interval=1000", "checkpoint_interval=1")
+    with subprocess.Popen(endless, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: any(tmp_path.rglob("checkpoint/manifest.json")))
+        finally:
+            process.kill()
+    (folder,) = run_folders(tmp_path)
+    assert read_status(folder)["state"] == "running"
+    pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(endless, cwd=ROOT, env=environment(), **pipes) as process:
+        try:
+            wait_for(lambda: "resumed after round" in (folder / "run.log").read_text())
+            assert is_locked(folder)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert stderr.startswith("interrupted; the same command goes on from the last checkpoint")
+    assert stderr.count("\n") == 1
+    assert run_folders(tmp_path) == [folder]
+    assert read_status(folder)["state"] == "running"
+
+
+# ---------------------------------------------------------------------- the same without a process
+
+
+def compose_job(*overrides: str) -> DictConfig:
+    """What Hydra hands to its job runner, from which the run folder is resolved."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        composed = compose("config", overrides=preprocess(["algorithm=fed_avg", *overrides]), return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)
+    return composed
+
+
+@pytest.fixture(autouse=True)
+def _no_hydra_config_is_left() -> Iterator[None]:
+    before = HydraConfig.instance().cfg
+    yield
+    HydraConfig.instance().cfg = before
+
+
+def folder_of(composed: DictConfig) -> Path:
+    return Path(str(OmegaConf.select(composed, "hydra.run.dir")))
+
+
+def test_the_run_folder_says_what_runs(tmp_path: Path) -> None:
+    overrides = ["model=simple_conv", "dataset=mnist", "dataset.distribution=shards", "rounds=5", "lr=0.1", "seed=3"]
+    folder = folder_of(compose_job(f"save_dir={tmp_path}", *overrides, "optimizer.weight_decay=0.5"))
+    assert folder.parent == (
+        tmp_path / "fed_avg" / "simple_conv" / "mnist-shards" / "lr=0.1,seed=3,optimizer.weight_decay=0.5,rounds=5"
+    )
+    assert left_in(tmp_path) == []
+
+
+def test_a_job_keeps_its_folder_and_the_next_job_gets_another(tmp_path: Path) -> None:
+    first, second = compose_job(f"save_dir={tmp_path}"), compose_job(f"save_dir={tmp_path}")
+    path = folder_of(first)
+    assert folder_of(first) == path
+    assert Path(str(OmegaConf.select(first, "hydra.sweep.subdir"))) == path
+    claimed = RunFolder.claim(path, load_config(["algorithm=fed_avg"]).identity())
+    assert folder_of(first) == path
+    assert folder_of(second).parent == path.parent
+    assert folder_of(second) != path
+    claimed.release()
+    assert folder_of(second) != path  # decided once, whatever happens meanwhile
+    assert folder_of(compose_job(f"save_dir={tmp_path}")) == path
+
+
+def test_an_unfinished_run_is_found_under_another_spelling_and_left_alone_on_request(tmp_path: Path) -> None:
+    path = folder_of(compose_job(f"save_dir={tmp_path}"))
+    RunFolder.claim(path, load_config(["algorithm=fed_avg"]).identity()).release()
+    assert folder_of(compose_job(f"save_dir={tmp_path}", "num_clients=10")) == path
+    assert folder_of(compose_job(f"save_dir={tmp_path}", "checkpoint_interval=3", "logger=tensorboard")) == path
+    assert folder_of(compose_job(f"save_dir={tmp_path}", "num_clients=11")) != path
+    assert folder_of(compose_job(f"save_dir={tmp_path}", "resume=never")) != path
+    assert folder_of(compose_job(f"save_dir={tmp_path}", f"resume='{path}'")) == path
+
+
+def test_a_configuration_that_is_wrong_still_gets_a_folder_name_inside_save_dir(tmp_path: Path) -> None:
+    for override in ("rounds=x", "dataset.distribution=../../../x", "model.name=[1]", "lr=null"):
+        assert tmp_path in folder_of(compose_job(f"save_dir={tmp_path}", override)).parents
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("optimizer.momentum=0,0.9", "++optimizer.momentum=0,0.9"),
+        ("scheduler.T_max=5", "++scheduler.T_max=5"),
+        ("model.client.optimizer.lr=0.1", "++model.client.optimizer.lr=0.1"),
+        ("model.server.scheduler.gamma=0.1", "++model.server.scheduler.gamma=0.1"),
+        ("model.options.width=2", "++model.options.width=2"),
+        ("dataset.options.n_train=5", "++dataset.options.n_train=5"),
+        ("model.auxiliary=linear,half", "model.auxiliary.size=linear,half"),
+        ("model.client.optimizer=sgd", "++model.client.optimizer.name=sgd"),
+        ("model.client.optimizer={lr:0.1}", "model.client.optimizer={lr:0.1}"),
+        ("model.auxiliary.optimizer.lr=1", "++model.auxiliary.optimizer.lr=1"),
+        ("+optimizer.momentum=0.9", "+optimizer.momentum=0.9"),
+        ("optimizer=sgd", "optimizer=sgd"),
+        ("dataset.alpha=0.1", "dataset.alpha=0.1"),
+        ("--multirun", "--multirun"),
+    ],
+)
+def test_keys_below_open_mappings_need_no_plus(given: str, wanted: str) -> None:
+    assert preprocess([given]) == [wanted]
+
+
+def test_the_multirun_flag_may_stand_between_settings() -> None:
+    assert preprocess(["lr=1,2", "-m", "seed=1"]) == ["-m", "lr=1,2", "seed=1"]
+
+
+def test_only_unknown_options_are_refused() -> None:
+    check_options(["--cfg", "job", "-m", "--multi", "lr=--x"], ["--cfg", "--multirun"])
+    with pytest.raises(ConfigError, match=r"^--seed: no such option"):
+        check_options(["--seed", "3"], ["--cfg"])
+
+
+def test_what_is_no_mistake_in_the_configuration_is_not_explained_away() -> None:
+    assert explain(RuntimeError("a bug")) is None
+    assert explain(ValueError("a bug")) is None
+
+
+def test_main_is_short() -> None:
+    assert len((ROOT / "main.py").read_text().splitlines()) < 60
+
+
+def test_status_of_a_failed_run_names_the_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunFolder.claim(tmp_path / "run"):
+        raise ZeroDivisionError("by zero")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["error"] == "ZeroDivisionError: by zero"

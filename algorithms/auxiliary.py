@@ -147,8 +147,10 @@ class FSLSAGE(CSEFSL):
     """FSL-SAGE (Nair et al., ICML 2025): the auxiliary model estimates the server's gradient and is aligned to it.
 
     The auxiliary model is not trained on the client. It comes down, fitted to the client's own smashed data, in every
-    ``align_interval``-th round after the client's first upload; the client keeps it until then. The paper's code
-    keeps one auxiliary optimizer per client for the whole run; here each alignment starts with a fresh one.
+    ``align_interval``-th round after the client's first upload; the client keeps it until then. Departures from the
+    paper: each alignment starts with a fresh optimizer, where the paper's code keeps one per client for the whole run;
+    and a client that joins between two alignments (``frac`` < 1, which the paper does not have) is aligned in its
+    first round, as it would else follow the gradient of a random model.
     """
 
     @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class FSLSAGE(CSEFSL):
     traffic = (
         Flow("down", "model", ("client",)),
         Flow("up", "smashed", ("smashed", "labels"), per="batch", every="upload_interval"),
-        Flow("down", "align", ("auxiliary",), rounds="align_interval"),
+        Flow("down", "align", ("auxiliary",), rounds="align_interval", first=True),
         Flow("up", "model", ("client",)),
     )
     Server = AligningServer
@@ -186,14 +188,15 @@ class FSLSAGE(CSEFSL):
         config = ctx.config
         if config.warm_start and ctx.round == 0:
             return (yield from train_with_auxiliary(ctx, down))
-        ctx.restore("auxiliary")
+        aligned = ctx.restore("auxiliary")
+        due = (ctx.round - config.warm_start) % config.align_interval == 0 or not aligned
         ctx.load(down)
         model, optimizer = ctx.part("client"), ctx.optimizer("client")
         for step, (x, y) in enumerate(ctx.batches()):
             z = model(x)
             if step % config.upload_interval == 0:
                 yield tell("smashed", z=z, y=y)
-            if step == 0 and (ctx.round - config.warm_start) % config.align_interval == 0:
+            if step == 0 and due:
                 ctx.load((yield ask("align")))
                 ctx.keep("auxiliary")
             optimizer.update(z, input_gradient(ctx.part("auxiliary"), z, y))

@@ -30,7 +30,7 @@ class Flow:
     Each entry of ``fields`` is the name of a part (its whole state), ``smashed`` (the cut layer's output for one
     batch) or ``labels`` (one int64 per sample). ``per`` says whether it crosses once per client and round or with each
     batch; ``every`` and ``rounds`` name the keys of the algorithm's config that thin it out: every q-th local step,
-    every l-th round. ``when`` names a boolean key that must have the given value.
+    every l-th round (with ``first``, also in a client's own first round).
     """
 
     direction: Literal["up", "down"]
@@ -39,6 +39,7 @@ class Flow:
     per: Literal["round", "batch"] = "round"
     every: str | None = None
     rounds: str | None = None
+    first: bool = False
 
 
 class Server:

@@ -40,13 +40,15 @@ def closed_form(federation: Federation) -> dict[tuple[str, str], int]:
         z = client(torch.zeros(1, *info.shape, dtype=federation.blueprint.dtype))
         per_sample["smashed"] = z.numel() * z.element_size()
     total: dict[tuple[str, str], int] = {}
+    seen: set[int] = set()
     for round in range(federation.round):
         for client_id in federation.cohort(round):
             sizes = config.local_epochs * batch_sizes(
                 int(federation.partition.sizes[client_id]), config.batch_size, config.dataset.drop_last
             )
             for flow in federation.algorithm.traffic:
-                if flow.rounds and round % getattr(config.algorithm, flow.rounds):
+                first = flow.first and client_id not in seen
+                if flow.rounds and round % getattr(config.algorithm, flow.rounds) and not first:
                     continue
                 every = getattr(config.algorithm, flow.every) if flow.every else 1
                 samples = sum(size for step, size in enumerate(sizes) if step % every == 0)
@@ -54,6 +56,7 @@ def closed_form(federation: Federation) -> dict[tuple[str, str], int]:
                 for field in flow.fields:
                     size = samples * per_sample[field] if flow.per == "batch" else part_bytes(federation, field)
                     total[key] = total.get(key, 0) + size
+            seen.add(client_id)
     return total
 
 

@@ -1,0 +1,87 @@
+"""Every file in hydra_config/ runs one round: composed, typed, instantiated, trained and tested."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from datasets import Dataset, DatasetConfig
+from datasets import load as load_dataset
+from runtime.experiment import run
+from runtime.federation import Federation
+from runtime.hydra_support import load_config
+from runtime.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2] / "hydra_config"
+GROUPS = ("algorithm", "model", "dataset", "optimizer", "scheduler", "transport", "experiment")
+CHOICES = [
+    f"{group}={file.relative_to(ROOT / group).with_suffix('').as_posix()}"
+    for group in GROUPS
+    for file in sorted((ROOT / group).rglob("*.yaml"))
+    if not file.name.startswith("_")
+]
+# Deep networks are narrowed: the yaml is what is tested here, the arithmetic is in tests/models.
+NARROW = {"resnet": "model.options.width=2"}
+SMALL = ("rounds=1", "num_clients=2", "device=cpu", "batch_size=8", "model.auxiliary=linear")
+
+
+def tiny(config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch.dtype) -> Dataset:
+    """Noise in place of a dataset's files, in the shape that most of them have, with natural groups."""
+    options = {"n_train": 24, "n_test": 8, "channels": 3, "height": 32, "width": 32, "groups": 3}
+    if config.name == "digits":
+        options |= {"channels": 1, "height": 8, "width": 8}
+    small = replace(config, name="synthetic", options=options, normalize="dataset")
+    return load_dataset(small, seed=seed, device=device, dtype=dtype)
+
+
+def test_every_group_is_covered() -> None:
+    groups = {file.relative_to(ROOT).parts[0] for file in ROOT.rglob("*.yaml") if file.parent != ROOT}
+    assert groups <= {*GROUPS, "logger", "hydra"}
+    assert len(CHOICES) > 45
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.federation.load", tiny)
+    overrides = [choice, *SMALL]
+    if choice == "algorithm=fsl_sage" or choice.startswith("experiment=fsl_sage"):
+        overrides.append("algorithm.align_epochs=1")
+    elif not choice.startswith("algorithm"):
+        overrides.append("algorithm=cse_fsl")
+    model = load_config(overrides).model.name
+    overrides += [narrow for prefix, narrow in NARROW.items() if model.startswith(prefix)]
+    record, traffic = Federation(load_config(overrides)).step()
+    assert record.clients == (1 if choice == "algorithm=centralized" else 2)
+    assert record.train_loss is not None
+    assert math.isfinite(record.train_loss)
+    assert record.test_acc is not None
+    assert 0 <= record.test_acc <= 1
+    assert traffic
+
+
+@pytest.mark.parametrize("logger", [file.stem for file in sorted((ROOT / "logger").glob("*.yaml"))])
+def test_every_logger_follows_a_run(logger: str, tmp_path: Path) -> None:
+    if logger != "csv":
+        pytest.importorskip(logger, reason=f"{logger} is an optional extra")
+    config = load_config(
+        [
+            "dataset=digits",
+            "model=mlp",
+            "algorithm=fed_avg",
+            "rounds=2",
+            "num_clients=2",
+            f"logger={logger}",
+            "device=cpu",
+        ]
+    )
+    with RunFolder.claim(tmp_path / "run") as folder:
+        summary = run(config, folder)
+    assert summary.rounds == 2
+    assert (tmp_path / "run" / "accuracy_communication.png").stat().st_size > 5000
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    expected = (
+        "config.yaml results.json metrics.csv communication.csv env.json partition.csv partition.png model.safetensors"
+    )
+    assert set(expected.split()) <= files

@@ -133,7 +133,7 @@ class Federation:
 
     def _can_train(self, client: int) -> bool:
         """A client without data, or with one sample where normalisation needs two, is skipped and reported."""
-        samples = int(self.partition.sizes[client])
+        samples = len(self.partition.indices(client))
         able = samples > 1 or (samples == 1 and not self._normalises)
         if not able and client not in self._skipped:
             self._skipped.add(client)
@@ -205,7 +205,7 @@ class Federation:
             round=self.round,
             seed=self.config.seed,
             config=self.config.algorithm,
-            samples=int(self.partition.sizes[client]),
+            samples=len(self.partition.indices(client)),
             state=ClientState(self.stores["clients"], client),
             batches=lambda generator: self._batches(client, generator),
         )

@@ -64,6 +64,10 @@ def preprocess(arguments: Iterable[str]) -> list[str]:
 def _preprocess(argument: str) -> str:
     for pattern, field in _SHORTHANDS.items():
         argument = pattern.sub(rf"\1.{field}=", argument)
+    key, equals, value = argument.partition("=")
+    # The folder of a run has = and , in its name, which Hydra reads as its own signs unless they are quoted.
+    if equals and re.search(r"[=,]", value) and os.path.exists(value):
+        argument = f"{key}='{value}'"
     return f"++{argument}" if _BELOW_OPEN.match(argument) else argument
 
 

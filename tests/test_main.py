@@ -224,6 +224,15 @@ def test_keys_below_open_mappings_need_no_plus(given: str, wanted: str) -> None:
     assert preprocess([given]) == [wanted]
 
 
+def test_the_folder_of_a_run_may_be_pasted_as_it_is(tmp_path: Path) -> None:
+    """Its name has = and , in it, which are signs of Hydra's own."""
+    folder = tmp_path / "lr=0.001,seed=0"
+    folder.mkdir()
+    composed = load_config(["algorithm=fed_avg", f"save_dir={folder}"])
+    assert composed.save_dir == folder
+    assert preprocess([f"model.init={folder}-absent"]) == [f"model.init={folder}-absent"]
+
+
 def test_the_multirun_flag_may_stand_between_settings() -> None:
     assert preprocess(["lr=1,2", "-m", "seed=1"]) == ["-m", "lr=1,2", "seed=1"]
 

@@ -190,6 +190,7 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
         "aggregate__buffers": "reset",
         "frac": 0.5,
         "device": "cuda:3",
+        "threads": 2,
         "precision": "fp64",
         "comm_threshold_mb": 3.0,
         "save_dir": "elsewhere",

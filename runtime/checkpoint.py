@@ -59,11 +59,15 @@ class Checkpoint:
         save_state(self._folder / manifest.server, server_state)
         sync_folder(self._folder)
         replace_file(self._folder / MANIFEST, json.dumps(asdict(manifest)))
+        self._clean(manifest)
+
+    def _clean(self, manifest: Manifest) -> None:
         for path in self._folder.glob("server-*.safetensors"):
             if path.name != manifest.server:
                 path.unlink()
 
     def read(self) -> tuple[Manifest, Any]:
-        """The manifest and the server's state."""
+        """The manifest and the server's state; what a killed process left half written is removed."""
         manifest = Manifest(**json.loads((self._folder / MANIFEST).read_text(encoding="utf-8")))
+        self._clean(manifest)
         return manifest, load_state(self._folder / manifest.server)

@@ -52,7 +52,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
         raise
     model = federation.full_model()
     if model is not None:
-        save_tensors(folder.path / MODEL_FILE, model, {"format": "pt", "model": config.model.name})
+        save_tensors(folder.path / MODEL_FILE, model, {"format": "pt"})
     summary = results.finish()
     picture = first_picture(folder.path, results.results(), title, config.algorithm_name)
     show_summary(summary, RunFiles(folder.path, picture), title, config.progress)

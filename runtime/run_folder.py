@@ -96,7 +96,11 @@ def find_unfinished(above: Path, identity: str) -> Path | None:
     for mark in sorted(above.glob(f"*/*/{IDENTITY}"), key=lambda mark: mark.parent.name, reverse=True):
         folder = mark.parent
         with contextlib.suppress(OSError):
-            if mark.read_text(encoding="utf-8").strip() == identity and _is_open(folder) and not is_locked(folder):
+            if (
+                mark.read_text(encoding="utf-8").strip() == identity
+                and (_is_open(folder) or _is_fresh(folder))
+                and not is_locked(folder)
+            ):
                 return folder
     return None
 
@@ -260,8 +264,9 @@ def _try_lock(path: Path) -> int | None:
 
 
 def _is_fresh(path: Path) -> bool:
-    """Nothing in it but the lock: no other run was ever here."""
-    return {entry.name for entry in path.iterdir()} <= {LOCK}
+    """No run was ever marked as running here: at most a claim that a kill cut short."""
+    claim = {LOCK, IDENTITY, _temporary(path / IDENTITY).name, _temporary(path / STATUS).name}
+    return {entry.name for entry in path.iterdir()} <= claim
 
 
 def _read_identity(path: Path) -> str | None:
@@ -273,12 +278,16 @@ def _read_identity(path: Path) -> str | None:
 
 def _write(path: Path, text: str) -> None:
     """Replace a file in one step, so that a kill leaves the old or the new text and never half of one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def run_path(save_dir: str | Path, levels: Iterable[object], unique: str) -> Path:

@@ -29,8 +29,8 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-# Chosen in hydra_config/, not imported.
-BY_NAME = {"hydra-joblib-launcher": "joblib"}
+# Imported by others for what hydra_config/ names: Hydra's launcher, torchvision's reader.
+BY_NAME = {"hydra-joblib-launcher": "joblib", "scipy": "svhn"}
 
 
 def names(requirements: list[str]) -> set[str]:

@@ -1,0 +1,308 @@
+"""What the documents tell a reader to do works: the commands, the worked example, the keys and names that they list."""
+
+import importlib.util
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+import algorithms
+import datasets
+import models
+import plot_results
+from datasets.distributions import DISTRIBUTIONS
+from runtime.federation import Federation
+from runtime.hydra_errors import CONFIG_DIR, options
+from runtime.hydra_support import load_config, plain_values, preprocess
+from runtime.loggers import LOGGERS
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+# Shapes of what needs files; a synthetic set of that shape stands in for it.
+SHAPES = {"digits": (1, 8, 10), "mnist": (1, 28, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100)}
+SMALL = ("rounds=1", "num_clients=2", "batch_size=8", "local_epochs=1", "device=cpu")
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The commands in the shell blocks of a document, comments left out, a backslash at a line's end joined."""
+    text = "\n".join(blocks(path, "sh")).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    return [words for words in lines if words]
+
+
+def named(words: list[str]) -> str:
+    return " ".join(words)
+
+
+README_COMMANDS = commands(ROOT / "README.md")
+ALL_COMMANDS = {named(words): words for path in DOCUMENTS for words in commands(path)}
+
+
+def jobs(arguments: list[str]) -> list[list[str]]:
+    """The jobs of a command line of main.py: one, or with -m one for each combination of values."""
+    sweep = "-m" in arguments
+    given = [argument for argument in arguments if argument != "-m"]
+    config = compose_with_hydra(*(argument for argument in given if "," not in argument))
+    params = config.hydra.sweeper.params if sweep else None
+    swept = [*given, *(f"{key}={values}" for key, values in (params or {}).items() if f"{key}=" not in named(given))]
+    choices: list[list[str]] = []
+    for override in OverridesParser.create().parse_overrides(preprocess(swept)):
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
+        own = override.input_line
+        choices.append([f"{own.partition('=')[0]}={value}" for value in values] if values else [own])
+    assert sweep or all(len(choice) == 1 for choice in choices), "several values without -m"
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def compose_with_hydra(*overrides: str) -> Any:
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        return compose("config", overrides=preprocess(overrides), return_hydra_config=True)
+
+
+def scaled(job: list[str]) -> list[str]:
+    """The same job in one round of two clients, on a few made-up images of its dataset's shape."""
+    config = load_config(job)
+    channels, side, classes = SHAPES[config.dataset.name]
+    shape = {"channels": channels, "height": side, "width": side, "classes": classes, "n_train": 32, "n_test": 16}
+    # A value given twice is an error for a config group only; for a key the last one counts.
+    small = [each for each in job if not re.match(r"\+*dataset(\.root|\.options\..*)?=", each)]
+    small += ["dataset=synthetic", *(f"dataset.options.{key}={value}" for key, value in shape.items())]
+    return [*small, *SMALL, *(["algorithm.align_epochs=1"] if hasattr(config.algorithm, "align_epochs") else [])]
+
+
+# ---------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("words", ALL_COMMANDS.values(), ids=named)
+def test_every_command_of_the_documents_is_one_that_exists(words: list[str]) -> None:
+    program, *arguments = words
+    if program == "make":
+        check_make(arguments)
+    elif program == "python" and arguments[0] == "-m":
+        module = Path(*arguments[1].split("."))
+        found = (ROOT / module).with_suffix(".py").exists() or (ROOT / module / "__main__.py").exists()
+        assert found or importlib.util.find_spec(arguments[1]), f"there is no module {arguments[1]}"
+    elif program == "python":
+        assert (ROOT / arguments[0]).is_file()
+    else:
+        assert program in ("cd", "conda", "git", "pip", "pre-commit", "tensorboard", "mlflow"), f"what is {program}?"
+
+
+def check_make(arguments: list[str]) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+EXPERIMENTS = [
+    pytest.param(words[2:], path == ROOT / "README.md", id=f"{path.stem}: {named(words[2:])}")
+    for path in DOCUMENTS
+    for words in commands(path)
+    if words[:2] == ["python", "main.py"] and "sl_noise" not in named(words)
+]
+
+
+@pytest.mark.parametrize(("arguments", "run"), EXPERIMENTS)
+def test_every_experiment_of_the_documents_is_valid_and_those_of_the_readme_run(
+    arguments: list[str], run: bool
+) -> None:
+    if "--cfg" in arguments:
+        arguments = [word for word in arguments if word not in ("--cfg", "job")]
+    for job in jobs(arguments):
+        load_config(job)
+        if run:
+            federation = Federation(load_config(scaled(job)))
+            record, _ = federation.step()
+            assert federation.done
+            assert record.test_acc is not None
+            assert record.train_loss is None or record.train_loss > 0
+
+
+def test_the_readme_names_the_commands_that_users_begin_with() -> None:
+    named_commands = [named(words) for words in README_COMMANDS]
+    assert named_commands[:2] == ["make run", "make test"]
+    for wanted in ("model=resnet18", "-m model=", "experiment=fsl_sage/cifar10_iid", "noniid_dirichlet"):
+        assert any(wanted in command for command in named_commands), wanted
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
+
+
+def test_a_run_prints_what_the_readme_shows_and_its_results_can_be_drawn(tmp_path: Path) -> None:
+    saves, figures = tmp_path / "saves", tmp_path / "figures"
+    command = [sys.executable, "main.py", "rounds=2", "num_clients=2", "algorithm.align_epochs=1", f"save_dir={saves}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (shown,) = [block for block in blocks(ROOT / "README.md", "text") if "final accuracy" in block]
+    labels = re.findall(r"^\| +(\w[\w: ]*?) +\|", shown, re.MULTILINE)
+    assert len(labels) > 8
+    for label in [*labels, "results", "picture"]:
+        assert label in done.stdout, f"README shows {label!r}, the run printed:\n{done.stdout}"
+    assert plot_results.main(["--saves", str(saves), "--out", str(figures)]) == 0
+    assert list(figures.rglob("accuracy_communication.svg"))
+    assert list(figures.rglob("table.md"))
+    described = (ROOT / "docs" / "results_format.md").read_text(encoding="utf-8")
+    (folder,) = [mark.parent for mark in saves.rglob("identity")]
+    for path in folder.iterdir():
+        assert f"`{path.name}" in described, f"docs/results_format.md does not tell what {path.name} is"
+    for table in folder.glob("*.csv"):
+        for column in table.read_text(encoding="utf-8").splitlines()[0].split(","):
+            assert column.isdigit() or f"`{column}`" in described, f"column {column} of {table.name}"
+
+
+# ---------------------------------------------------------------------- the worked example
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with the files that docs/adding_your_own.md tells to write."""
+    copy = tmp_path_factory.mktemp("copy")
+    for name in ("algorithms", "datasets", "hydra_config", "models", "plotting", "runtime", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("main.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, copy / name)
+    text = (ROOT / "docs" / "adding_your_own.md").read_text(encoding="utf-8")
+    files = re.findall(r"^`([\w/.]+)`:\n\n```(?:python|yaml)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in files] == ["algorithms/sl_noise.py", "hydra_config/algorithm/sl_noise.yaml"]
+    for name, content in files:
+        (copy / name).write_text(content, encoding="utf-8")
+    return copy
+
+
+def in_copy(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
+
+
+def test_the_worked_example_runs_from_the_command_line(extended: Path) -> None:
+    (words,) = [words for words in commands(ROOT / "docs" / "adding_your_own.md") if words[1] == "main.py"]
+    given = [word for word in words[1:] if not word.startswith("rounds=")]
+    done = in_copy(extended, *given, "rounds=2", "num_clients=2", "progress=lines")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^sl_noise \w+ digits-iid: round 2/2", done.stdout, re.MULTILINE), done.stdout
+    assert "down: smashed" in done.stdout, done.stdout
+    wrong = in_copy(extended, "main.py", "algorithm=sl_noise", "algorithm.scale=-1")
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("algorithm.scale=-1"), wrong.stderr
+
+
+def test_the_worked_example_passes_the_contract_tests(extended: Path) -> None:
+    chosen = "sl_noise and not keep_local and not reset"  # two of three are enough here: this is a test of the document
+    done = in_copy(extended, "-m", "pytest", "tests/contract/test_contract.py", "-k", chosen, "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout
+    assert int(passed[1]) >= 8, "the contract tests must pick the new algorithm up by themselves"
+
+
+def test_the_worked_example_is_in_the_style_of_the_house(extended: Path) -> None:
+    if importlib.util.find_spec("ruff") is None:
+        pytest.skip("ruff is not installed")
+    for arguments in (("check", "--no-cache"), ("format", "--check", "--no-cache")):
+        done = in_copy(extended, "-m", "ruff", *arguments, "algorithms/sl_noise.py")
+        assert done.returncode == 0, done.stdout
+
+
+# ---------------------------------------------------------------------- completeness of the documents
+
+
+def leaves(values: Any, above: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
+
+
+def test_every_key_is_in_the_configuration_document() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    keys: set[str] = set()
+    for name in algorithms.names():
+        keys |= set(leaves(plain_values(compose_with_hydra(f"algorithm={name}"))))
+        keys |= {f"algorithm.{field.name}" for field in fields(algorithms.get(name).Config)}
+    for name in LOGGERS:
+        keys |= {f"logger.{name}.{field.name}" for field in fields(LOGGERS[name].Config) if field.name != "name"}
+    assert len(keys) > 60
+    missing = sorted(key for key in keys if f"`{key}`" not in text)
+    assert missing == []
+    for group in ("optimizer", "scheduler", "transport", "logger", "experiment"):
+        for option in options(group):
+            assert f"`{option}`" in text, f"{group}={option}"
+
+
+def test_the_defaults_in_the_configuration_document_are_the_defaults() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    values = OmegaConf.create(plain_values(compose_with_hydra()))
+    rows = re.findall(r"^\| `([\w.]+)` \| [^|]+ \| `([^`|]*)` \|", text, re.MULTILINE)
+    assert len(rows) > 50
+    for key, shown in rows:
+        if OmegaConf.select(values, key, default="absent") == "absent":
+            continue
+        value = OmegaConf.select(values, key)
+        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        assert OmegaConf.to_container(OmegaConf.create([shown_value(shown)]))[0] == plain, key  # type: ignore[index]
+
+
+def shown_value(text: str) -> Any:
+    return OmegaConf.create(f"v: {text}").v
+
+
+@pytest.mark.parametrize(
+    ("document", "names"),
+    [
+        ("README.md", algorithms.names()),
+        ("docs/algorithms.md", algorithms.names()),
+        ("docs/datasets.md", datasets.names()),
+        ("docs/datasets.md", tuple(DISTRIBUTIONS)),
+        ("docs/configuration.md", models.names()),
+        ("docs/reproducing.md", options("experiment")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_document_leaves_out_no_registered_name(document: str, names: tuple[str, ...]) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_links_and_pictures_between_the_documents_lead_somewhere() -> None:
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+# ---------------------------------------------------------------------- names that others use too
+
+
+def test_our_datasets_package_does_not_break_transformers_and_peft() -> None:
+    """The top-level package `datasets` shadows Hugging Face's of that name for whoever runs from the project root."""
+    for package in ("transformers", "peft"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    code = (
+        "import datasets, transformers, peft; from transformers import GPT2LMHeadModel, Trainer; "
+        f"assert datasets.__file__.startswith({str(ROOT)!r}), datasets.__file__"
+    )
+    environ = {**environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -71,7 +71,11 @@ class Federation:
         self._normalises = self.blueprint.normalises(self.algorithm.layout.client)
         self._checkpoint = None if folder is None else Checkpoint(folder / CHECKPOINT_FOLDER)
         self.stores = {
-            name: Store(None if folder is None else folder / CHECKPOINT_FOLDER / name, device=self.device)
+            name: Store(
+                None if folder is None else folder / CHECKPOINT_FOLDER / name,
+                device=self.device,
+                memory_limit=config.state_memory_mb * 1e6,
+            )
             for name in ("clients", "server")
         }
         self.ledger = Ledger()

@@ -22,7 +22,7 @@ Part = Literal["model", "client", "server", "auxiliary"]
 PARTS: tuple[Part, ...] = ("model", "client", "server", "auxiliary")
 
 # Where a run is kept and shown; everything else decides its result.
-_NOT_DECIDING = ("save_dir", "resume", "logger", "checkpoint_interval", "progress")
+_NOT_DECIDING = ("save_dir", "resume", "logger", "checkpoint_interval", "state_memory_mb", "progress")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class RunConfig:
         eval_interval: rounds from one evaluation to the next. eval_batch_size: samples per evaluation batch.
         comm_threshold_mb: stop after the round in which the payload of training passes this many MB (10^6 bytes).
         checkpoint_interval: rounds from one checkpoint to the next.
+        state_memory_mb: MB of per-client state held in memory, at each of the two parties; the rest is on disk.
         save_dir: folder above all runs. resume: auto, never, or the folder of an unfinished run.
         progress: how progress is shown.
     """
@@ -71,6 +72,7 @@ class RunConfig:
     eval_batch_size: int
     comm_threshold_mb: float | None
     checkpoint_interval: int
+    state_memory_mb: float
     save_dir: Path
     resume: str
     progress: Literal["auto", "bar", "lines", "none"]
@@ -91,6 +93,8 @@ class RunConfig:
             raise ConfigError("resume", self.resume, "auto, never or the folder of an unfinished run")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError("device", self.device, "auto, cpu, cuda or cuda:<index>")
+        if not self.state_memory_mb > 0:
+            raise ConfigError("state_memory_mb", self.state_memory_mb, "a number > 0")
         if self.threads != "auto" and self.threads < 1:
             raise ConfigError("threads", self.threads, "auto, or an integer >= 1")
         self.aggregate.check(self.num_clients)

@@ -7,6 +7,7 @@ next round when ``commit`` is called; a client that drops out is rolled back wit
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,20 +21,18 @@ from runtime.serial import open_tensors, save_tensors
 Row: TypeAlias = dict[str, Tensor]
 Key: TypeAlias = tuple[int, str]
 
-DEFAULT_MEMORY = 2 << 30
-
 
 class Store:
     """Rows of tensors by client and name.
 
     Args:
         folder: where rows go that do not fit in memory, and at checkpoints; None keeps everything in memory.
-        memory_limit: bytes of rows held in memory once there is a folder.
+        memory_limit: bytes of rows held in memory, where there is a folder for the others.
         device: where rows are handed out.
     """
 
     def __init__(
-        self, folder: Path | None, *, device: torch.device | None = None, memory_limit: int = DEFAULT_MEMORY
+        self, folder: Path | None, *, device: torch.device | None = None, memory_limit: float = math.inf
     ) -> None:
         self._folder = folder
         self._device = device or torch.device("cpu")

@@ -1,0 +1,74 @@
+"""What the benchmarks share: a clock that waits for the device, spreads of repeated measurements, common options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from runtime.settings import resolve_device
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Smallest, median and largest of repeated measurements."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least one value."""
+        return cls(min(values), statistics.median(values), max(values))
+
+    def show(self, scale: float = 1.0, digits: int = 2, unit: str = "") -> str:
+        """``median unit (low .. high)``, each multiplied by ``scale``."""
+        low, middle, high = (f"{scale * value:.{digits}f}" for value in (self.low, self.median, self.high))
+        return f"{middle}{unit} ({low} .. {high})"
+
+
+class Seconds(NamedTuple):
+    """Wall seconds, and processor seconds of all of this process's threads, which other load disturbs less."""
+
+    wall: float
+    processor: float
+
+
+def timed(device: torch.device, work: Callable[[], T]) -> tuple[Seconds, T]:
+    """Time of ``work``, and its result. On a GPU: until everything that it enqueued has finished."""
+    _synchronise(device)
+    wall, processor = time.perf_counter(), time.process_time()
+    result = work()
+    _synchronise(device)
+    return Seconds(time.perf_counter() - wall, time.process_time() - processor), result
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options on where and how to compute."""
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:k (default: cpu)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp64"), help="default: fp32")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the processor (default: 1)")
+
+
+def set_up(options: argparse.Namespace) -> str:
+    """Set the number of threads; returns one line on the machine, its load included."""
+    torch.set_num_threads(options.threads)
+    device = resolve_device(options.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    return f"torch {torch.__version__}, {device.type} {name}, {options.precision}, {options.threads} threads, {load}"

@@ -1,0 +1,97 @@
+"""Each benchmark runs on a tiny setting and prints its ratio; nothing here depends on how long anything takes."""
+
+import argparse
+import importlib
+import re
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks import __main__ as listing
+from benchmarks import bare, evaluation, measure, memory, round_time
+
+DECIMAL = r"\d+\.\d+"
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("algorithm", bare.BARE)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_platform_and_the_bare_loop_end_a_round_with_the_same_weights(
+    algorithm: str, optimizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # fp64, so that nothing but the order of a sum is left between the two
+    keys = ["--case", "tiny", "--repeats", "2", "--precision", "fp64", "--optimizer", optimizer]
+    assert round_time.main([*keys, "--algorithm", algorithm]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"  ratio {DECIMAL} \({DECIMAL} \.\. {DECIMAL}\), target none", shown)
+    assert "weights agree" in shown
+
+
+def test_different_weights_are_told_and_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bare.WeightedSum, "add", lambda self, state, weight: self.state.update(state))
+    assert round_time.main(["--case", "tiny", "--repeats", "1", "--algorithm", "fed_avg"]) == 1
+    assert "weights DIFFER" in capsys.readouterr().out
+
+
+def test_a_recorded_round_writes_results_and_is_compared_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert round_time.main(["--case", "tiny", "--repeats", "1", "--algorithm", "fed_avg", "--record"]) == 0
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_memory_hands_each_population_to_a_process_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    populations: list[int] = []
+
+    def run_once(algorithm: str, clients: int, disk: bool, options: argparse.Namespace) -> float:
+        assert (algorithm, disk, options.samples, options.store_mb) == ("scaffold", True, 70, 0.5)
+        populations.append(clients)
+        return 200.0 if clients == 10 else 350.0
+
+    def start(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        lines: list[str] = []
+        assert memory.main(command[3:], lines.append) == 0
+        return subprocess.CompletedProcess(command, 0, stdout="\n".join(lines))
+
+    monkeypatch.setattr(memory, "run_once", run_once)
+    monkeypatch.setattr(subprocess, "run", start)
+    keys = ["--algorithm", "scaffold", "--disk", "yes", "--clients", "10", "40", "--samples", "70", "--store-mb", "0.5"]
+    assert memory.main(keys) == 0
+    assert populations == [10, 40]
+    assert re.search(
+        r"200 MB +350 MB +difference \+150 MB, ratio 1\.750, target 100 MB MISSED", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(("algorithm", "disk"), [("fed_avg", "no"), ("scaffold", "yes"), ("fsl_sage", "yes")])
+def test_one_run_prints_its_peak(algorithm: str, disk: str, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["--one", "20", "--cohort", "2", "--rounds", "2", "--samples", "100", "--store-mb", "0.01"]
+    assert memory.main([*keys, "--algorithm", algorithm, "--disk", disk]) == 0
+    assert float(capsys.readouterr().out) > 50
+
+
+def test_evaluation_prints_its_share(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluation.main(["--case", "tiny"]) == 0
+    assert re.search(rf"ratio {DECIMAL}% of a round", capsys.readouterr().out)
+
+
+def test_the_list_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    listing.main()
+    shown = capsys.readouterr().out
+    for name in listing.BENCHMARKS:
+        assert f"python -m benchmarks.{name}" in shown
+        assert callable(importlib.import_module(f"benchmarks.{name}").main)
+
+
+def test_a_spread_is_smallest_median_and_largest() -> None:
+    assert measure.Spread.of([3.0, 1.0, 2.0]).show(1e3, 0, " ms") == "2000 ms (1000 .. 3000)"

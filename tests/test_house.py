@@ -1,0 +1,84 @@
+"""The rules of the house that a program can check."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import algorithms
+import datasets
+import models
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("algorithms", "benchmarks", "datasets", "models", "plotting", "runtime")
+SOURCES = sorted(
+    [
+        *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")),
+        ROOT / "main.py",
+        ROOT / "plot_results.py",
+    ]
+)
+# "imagenet" is also a choice of dataset.normalize, where branching on it is right.
+REGISTERED = {*algorithms.names(), *models.names(), *datasets.names()} - {"imagenet"}
+
+
+def branches_on(tree: ast.AST, names: set[str]) -> list[tuple[int, str]]:
+    """Comparisons with, and matches of, a constant among ``names``: line and name."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(tree):
+        inside: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            inside = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            inside = [node.value]
+        for part in inside:
+            found += [
+                (leaf.lineno, leaf.value)
+                for leaf in ast.walk(part)
+                if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str) and leaf.value in names
+            ]
+    return found
+
+
+def test_the_check_itself_finds_a_branch() -> None:
+    assert branches_on(ast.parse('if config.name == "fsl_sage": pass'), REGISTERED) == [(1, "fsl_sage")]
+    assert branches_on(ast.parse('x = 1 if name in ("mnist", "other") else 2'), REGISTERED) == [(1, "mnist")]
+    assert branches_on(ast.parse('match name:\n    case "mlp":\n        pass'), REGISTERED) == [(2, "mlp")]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_branch_on_a_registered_name(path: Path) -> None:
+    assert branches_on(ast.parse(path.read_text()), REGISTERED) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_algorithms_import_the_boundary_and_never_the_loop() -> None:
+    allowed = {"aggregate", "blueprint", "boundary", "config", "contexts", "optim"}
+    for path in (ROOT / "algorithms").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("runtime."):
+                assert node.module.removeprefix("runtime.") in allowed, f"{path.name} imports {node.module}"
+
+
+def test_nothing_unpickles() -> None:
+    """Files that a stranger may have written are never given to code that can run what is in them."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), path.name
+                safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+                assert called != "torch.load" or safe, path.name
+
+
+def test_no_large_file_is_tracked() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    assert [path.name for path in files if path.is_file() and path.stat().st_size > 1_000_000] == []

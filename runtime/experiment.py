@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ MODEL_FILE = "model.safetensors"
 # Below this many parameters the work of one operation is too little to divide, and threads that wait for each other on
 # a busy machine cost many times what they save on an idle one.
 SMALL_MODEL = 1_000_000
+_ALL_THREADS = torch.get_num_threads()
 
 
 def run(config: RunConfig, folder: RunFolder) -> RunSummary:
@@ -82,14 +84,15 @@ def _save_partition(federation: Federation, folder: Path) -> None:
 
 
 def _set_threads(config: RunConfig, federation: Federation) -> None:
-    if config.threads != "auto":
-        torch.set_num_threads(config.threads)
-    elif federation.device.type == "cpu" and federation.parameters < SMALL_MODEL:
-        torch.set_num_threads(1)
+    small = federation.device.type == "cpu" and federation.parameters < SMALL_MODEL
+    automatic = 1 if small else _ALL_THREADS
+    # Set in either case: an earlier job of this process may have left another number.
+    torch.set_num_threads(automatic if config.threads == "auto" else config.threads)
 
 
 def _make_deterministic(device: torch.device) -> None:
     """Ask for kernels that give the same bits each time; on a CPU they all do, for one number of threads."""
     if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this only
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -41,6 +41,14 @@ class Flow:
     rounds: str | None = None
     first: bool = False
 
+    def interval(self, config: Any) -> int:
+        """Local steps from one crossing to the next."""
+        return int(getattr(config, self.every)) if self.every else 1
+
+    def crosses(self, config: Any, round: int, *, is_first: bool) -> bool:
+        """Whether anything crosses in this round (from 0), which may be the client's first."""
+        return not self.rounds or round % getattr(config, self.rounds) == 0 or (self.first and is_first)
+
 
 class Server:
     """The server of an algorithm: answers messages, averages what travels.

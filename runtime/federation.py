@@ -19,7 +19,7 @@ import algorithms
 from datasets import Dataset, Partition, apply_partition, load, partition
 from models import check_model
 from runtime import rng
-from runtime.blueprint import DTYPES, Blueprint
+from runtime.blueprint import DTYPES, Blueprint, state_bytes
 from runtime.checkpoint import Checkpoint, Manifest
 from runtime.config import ConfigError
 from runtime.contexts import ClientContext, ClientState, Seat, ServerContext
@@ -293,6 +293,16 @@ class Federation:
         if self.local_test is not None:
             metrics |= _named("local_acc", scores, self.local_test)
         return sum(score.accuracy for score in scores) / len(scores), loss, metrics
+
+    @property
+    def part_bytes(self) -> dict[str, int]:
+        """Bytes of what travels whole, by its name in a ``Flow``; control variates are of parameters only."""
+        sizes = {name: state_bytes(state) for name, state in self.blueprint.initial.items()}
+        if "model" in sizes:
+            buffers = self.blueprint.buffer_names["model"]
+            state = self.blueprint.initial["model"]
+            sizes["control"] = state_bytes({name: tensor for name, tensor in state.items() if name not in buffers})
+        return sizes
 
     def full_model(self) -> dict[str, Tensor] | None:
         """The state of one whole model under the model's own names; None where each client has its own."""

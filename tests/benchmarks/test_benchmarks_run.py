@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as listing
-from benchmarks import bare, evaluation, measure, memory, round_time
+from benchmarks import bare, evaluation, measure, memory, round_time, traffic
 
 DECIMAL = r"\d+\.\d+"
 
@@ -83,6 +83,18 @@ def test_one_run_prints_its_peak(algorithm: str, disk: str, capsys: pytest.Captu
 def test_evaluation_prints_its_share(capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluation.main(["--case", "tiny"]) == 0
     assert re.search(rf"ratio {DECIMAL}% of a round", capsys.readouterr().out)
+
+
+def test_traffic_of_the_papers_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand: ResNet-18 has 11,181,642 parameters and 9,600 running statistics, as torchvision has it."""
+    images = [f"dataset.options.{key}={value}" for key, value in {"channels": 3, "height": 32, "width": 32}.items()]
+    traffic.main(["experiment=fsl_sage/cifar10_iid", "dataset=synthetic", "dataset.options.n_train=2000", *images])
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    up = 10 * (4 * (11_181_642 + 9_600) + 8 * 20) / 1e6
+    assert lines["fed_avg"][:2] == [f"{up:.1f}"] * 2
+    smashed = 2000 * (8192 + 8) / 1e6
+    client = 10 * (4 * (683_072 + 1_920) + 8 * 10) / 1e6
+    assert lines["sl_single_server"][0] == f"{smashed + client:.1f}"
 
 
 def test_the_list_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import algorithms
-from datasets import batch_sizes
 from runtime.boundary import Message
 from runtime.federation import Federation
 from runtime.ledger import CONTROL_KINDS
+from runtime.traffic import expected_bytes
 from tests.conftest import play, same, weights
 
 NAMES = algorithms.names()
@@ -26,40 +26,6 @@ def test_the_ten_are_registered() -> None:
 # ------------------------------------------------------------------ bytes
 
 
-def part_bytes(federation: Federation, name: str) -> int:
-    name = "model" if name == "control" else name
-    return sum(tensor.numel() * tensor.element_size() for tensor in federation.blueprint.initial[name].values())
-
-
-def closed_form(federation: Federation) -> dict[tuple[str, str], int]:
-    """Payload bytes by direction and kind, from the arrows that the algorithm declares and the size of the data."""
-    config, info = federation.config, federation.dataset.info
-    per_sample = {"labels": 8}
-    if federation.algorithm.layout.cut:
-        client = federation.blueprint.parts(["client"])["client"].eval()
-        z = client(torch.zeros(1, *info.shape, dtype=federation.blueprint.dtype))
-        per_sample["smashed"] = z.numel() * z.element_size()
-    total: dict[tuple[str, str], int] = {}
-    seen: set[int] = set()
-    for round in range(federation.round):
-        for client_id in federation.cohort(round):
-            sizes = config.local_epochs * batch_sizes(
-                int(federation.partition.sizes[client_id]), config.batch_size, config.dataset.drop_last
-            )
-            for flow in federation.algorithm.traffic:
-                first = flow.first and client_id not in seen
-                if flow.rounds and round % getattr(config.algorithm, flow.rounds) and not first:
-                    continue
-                every = getattr(config.algorithm, flow.every) if flow.every else 1
-                samples = sum(size for step, size in enumerate(sizes) if step % every == 0)
-                key = flow.direction, flow.kind
-                for field in flow.fields:
-                    size = samples * per_sample[field] if flow.per == "batch" else part_bytes(federation, field)
-                    total[key] = total.get(key, 0) + size
-            seen.add(client_id)
-    return total
-
-
 @every_algorithm
 @pytest.mark.parametrize(
     "setting",
@@ -67,8 +33,9 @@ def closed_form(federation: Federation) -> dict[tuple[str, str], int]:
         (),
         ("frac=0.5", "local_epochs=2", "batch_size=60", "rounds=3"),
         ("model=simple_conv", "dataset.distribution=dirichlet", "dataset.alpha=0.3", "precision=fp64", "rounds=1"),
+        ("model=resnet20", "model.options.width=4", "batch_size=200", "rounds=1", "precision=bf16"),
     ],
-    ids=["plain", "part of the clients, two epochs", "unequal sizes, fp64"],
+    ids=["plain", "part of the clients, two epochs", "unequal sizes, fp64", "with buffers, bf16"],
 )
 def test_bytes_equal_the_closed_form(configure, name: str, setting: tuple[str, ...]) -> None:
     more = ("algorithm.align_interval=2", "algorithm.align_epochs=1") if name == "fsl_sage" else ()
@@ -77,7 +44,7 @@ def test_bytes_equal_the_closed_form(configure, name: str, setting: tuple[str, .
     for direction, kind, _, count in federation.ledger.totals():
         if kind not in CONTROL_KINDS:
             measured[direction, kind] = measured.get((direction, kind), 0) + count.payload
-    assert measured == closed_form(federation)
+    assert measured == expected_bytes(federation, range(federation.round))
 
 
 @every_algorithm

@@ -3,7 +3,6 @@
 import gc
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -275,24 +274,3 @@ def test_validation_is_held_out_of_each_class(share: float) -> None:
 def test_validation_that_leaves_nothing() -> None:
     with pytest.raises(ConfigError, match=r"dataset\.validation"):
         synthetic(validation=0.999)
-
-
-def test_cost_of_small_batches() -> None:
-    data = synthetic(options={"n_train": 500, "channels": 1, "height": 28, "width": 28})
-    generator, indices = rng(), torch.arange(50)
-
-    def client() -> None:
-        for _ in data.train.batches(indices, batch_size=10, shuffle=True, generator=generator):
-            pass
-
-    # The bound is several times what it takes: it is there to catch work done per sample, not a busy machine.
-    assert best_of(100, client) / 5 < 100e-6
-
-
-def best_of(times: int, run: Callable[[], None]) -> float:
-    found = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - start)
-    return min(found)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import matplotlib as mpl
@@ -92,12 +91,10 @@ def test_settings_of_the_caller_come_back() -> None:
 
 
 @pytest.mark.parametrize("sent", [0, 1_000_000])
-def test_the_first_picture_is_quick_and_not_empty(write_run: WriteRun, sent: int) -> None:
+def test_the_first_picture_is_not_empty(write_run: WriteRun, sent: int) -> None:
     folder = write_run("fsl_sage", sent=sent, rounds=200)
     results = json.loads((folder / "results.json").read_text())
-    began = time.perf_counter()
     path = first_picture(folder, results, "fsl_sage mlp digits-iid")
-    assert time.perf_counter() - began < 2
     assert path == folder / "accuracy_communication.png"
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
     assert len(pixels) > 500_000

@@ -113,7 +113,9 @@ class AligningServer(OneWayServer):
         size, server = config.align_batch_size, frozen(self.ctx.part("server"))
         dtype = next(auxiliary.parameters()).dtype
         with torch.autocast(buffer["z"].device.type, enabled=False):
-            inputs, labels = torch.split(buffer["z"].to(dtype), size), torch.split(buffer["y"], size)
+            # Batches of nearly equal size: a remainder of one sample could not be normalised.
+            count = -(-len(buffer["y"]) // size)
+            inputs, labels = buffer["z"].to(dtype).tensor_split(count), buffer["y"].tensor_split(count)
             batches = list(zip(inputs, labels, strict=True))
             targets = [input_gradient(server, z, y) for z, y in batches]
             before = self._error(auxiliary, batches, targets)
@@ -181,6 +183,13 @@ class FSLSAGE(CSEFSL):
         Flow("up", "model", ("client",)),
     )
     Server = AligningServer
+
+    @classmethod
+    def arrows(cls, config: Any, round: int, *, is_first: bool) -> tuple[Flow, ...]:
+        """A warm start's first round is one of CSE-FSL, and alignment counts from the second."""
+        if config.warm_start and round == 0:
+            return CSEFSL.traffic
+        return super().arrows(config, round - config.warm_start, is_first=is_first)
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> ClientProgram:

@@ -13,6 +13,7 @@ from runtime.aggregate import Average
 from runtime.blueprint import Layout
 from runtime.boundary import ClientProgram, Payload, Reply, Upload, tensor, unflatten
 from runtime.contexts import ClientContext, ServerContext
+from runtime.optim import OptimizerConfig
 
 cross_entropy = F.cross_entropy
 """Mean cross-entropy over a batch: logits [b, classes], labels int64 [b]."""
@@ -131,7 +132,6 @@ class Algorithm:
             on by one message at a time.
         evaluates: ``global`` tests the server's model, ``clients`` tests each client's own.
         pooled: one client holds all the data.
-        optimizers: names of the optimizers that the method's equations hold for on the client; empty: any.
         traffic: the arrows of the method, from which its bytes follow in closed form.
     """
 
@@ -142,9 +142,17 @@ class Algorithm:
     schedule: ClassVar[Literal["sequential", "lockstep"]] = "sequential"
     evaluates: ClassVar[Literal["global", "clients"]] = "global"
     pooled: ClassVar[bool] = False
-    optimizers: ClassVar[tuple[str, ...]] = ()
     traffic: ClassVar[tuple[Flow, ...]] = ()
     Server: ClassVar[type[Server]] = Server
+
+    @classmethod
+    def check_optimizer(cls, optimizer: OptimizerConfig) -> None:
+        """Raises ConfigError if the method's equations do not hold for a client's optimizer."""
+
+    @classmethod
+    def arrows(cls, config: Any, round: int, *, is_first: bool) -> tuple[Flow, ...]:
+        """The arrows along which something crosses in a round (from 0), which may be the client's first."""
+        return tuple(flow for flow in cls.traffic if flow.crosses(config, round, is_first=is_first))
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> ClientProgram | Payload:

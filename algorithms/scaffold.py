@@ -11,7 +11,9 @@ from algorithms import register
 from algorithms.base import Algorithm, Flow, Server, cross_entropy
 from runtime.blueprint import Layout
 from runtime.boundary import Payload, Upload, flatten, unflatten
+from runtime.config import ConfigError
 from runtime.contexts import ClientContext, ServerContext
+from runtime.optim import OptimizerConfig
 
 
 class ScaffoldServer(Server):
@@ -28,17 +30,17 @@ class ScaffoldServer(Server):
         states = unflatten(upload.fields)
         change = states.pop("control")
         self.average(states, self.ctx.weight(client, upload.samples))
-        self._changes.append(change)
+        for name, value in change.items():
+            self._change[name] = self._change.get(name, 0) + value
 
     def open_round(self, cohort: Any) -> None:
         super().open_round(cohort)
-        self._changes: list[Mapping[str, torch.Tensor]] = []
+        self._change: dict[str, Any] = {}
 
     def close_round(self) -> None:
         super().close_round()
-        for change in self._changes:
-            for name, value in change.items():
-                self._control[name] += value / self.ctx.num_clients
+        for name, value in self._change.items():
+            self._control[name] += value / self.ctx.num_clients
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "control": self._control}
@@ -60,12 +62,19 @@ class Scaffold(Algorithm):
 
     layout = Layout(client=("model",), server=("model",))
     shared = ("model",)
-    optimizers = ("sgd",)
     traffic = (
         Flow("down", "model", ("model", "control")),
         Flow("up", "model", ("model", "control")),
     )
     Server = ScaffoldServer
+
+    @classmethod
+    def check_optimizer(cls, optimizer: OptimizerConfig) -> None:
+        """Option II reads the gradients off the distance travelled, which holds for plain gradient steps."""
+        if optimizer.name != "sgd":
+            raise ConfigError("optimizer.name", optimizer.name, "what scaffold is defined for", ("sgd",))
+        if optimizer.options.get("momentum"):
+            raise ConfigError("optimizer.momentum", optimizer.options["momentum"], "0, as scaffold is defined for")
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:
@@ -86,6 +95,11 @@ class Scaffold(Algorithm):
             optimizer.step()
             ctx.log("loss", loss)
             steps += 1
+        if not steps:
+            return {
+                **ctx.dump("model"),
+                **flatten("control", {name: torch.zeros_like(value) for name, value in c.items()}),
+            }
         change = {
             name: -c[name] + (x - w.detach()) / (steps * optimizer.lr)
             for name, x, w in zip(names, start, weights, strict=True)

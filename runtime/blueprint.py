@@ -91,10 +91,6 @@ class Blueprint:
         """Fresh copies of the named parts, in their initial state, in training mode."""
         return {name: copy.deepcopy(self._parts[name]) for name in names}
 
-    def normalises(self, names: Iterable[str]) -> bool:
-        """Whether any of the parts has batch normalisation, which needs two samples to train."""
-        return any(isinstance(m, BATCH_NORM) for name in names for m in self._parts[name].modules())
-
     def replica(self, module: nn.Module) -> nn.Module:
         """A copy of a live part, without gradients."""
         twin = copy.deepcopy(module)

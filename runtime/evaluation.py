@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets import Source
+from runtime import rng
 from runtime.blueprint import BATCH_NORM, Blueprint
 
 Forward = Callable[[Tensor], Tensor]
@@ -75,12 +76,27 @@ def evaluate(
     losses: list[Tensor] = []
     correct: list[Tensor] = []
     with evaluating(modules, batch_statistics=own) as forward, blueprint.autocast():
-        for x, y in source.batches(torch.arange(len(source)), batch_size=batch_size):
-            logits = forward(x).float() if blueprint.dtype == torch.float32 else forward(x)
-            losses.append(F.cross_entropy(logits, y, reduction="sum"))
-            correct.append(logits.argmax(1) == y)
-    right = torch.cat(correct).cpu()
+        order = _order(len(source), mixed=any(own))
+        for piece in order.tensor_split(-(-len(order) // batch_size)):
+            for x, y in source.batches(piece, batch_size=len(piece)):
+                logits = forward(x).float() if blueprint.dtype == torch.float32 else forward(x)
+                losses.append(F.cross_entropy(logits, y, reduction="sum"))
+                correct.append(logits.argmax(1) == y)
+    right = torch.empty(len(order), dtype=torch.bool)
+    right[order] = torch.cat(correct).cpu()
     return Score(float(right.double().mean()), float(torch.stack(losses).double().sum()) / len(right), right)
+
+
+def _order(samples: int, *, mixed: bool) -> Tensor:
+    """The order in which samples are tested; mixed where a sample's neighbours in its batch have a say in the outcome.
+
+    Test sets are often sorted by class, and a batch of one class has statistics of its own.
+    """
+    return (
+        torch.randperm(samples, generator=rng.torch_generator(0, stream="test order"))
+        if mixed
+        else torch.arange(samples)
+    )
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

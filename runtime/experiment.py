@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
 def _rounds(federation: Federation, results: Results, progress: Progress) -> None:
     while not federation.done:
         record, traffic = federation.step()
+        start = time.perf_counter()
         results.record(record, traffic)
         progress.update(record)
         if record.train_loss is not None and record.train_loss != record.train_loss:
@@ -72,6 +74,7 @@ def _rounds(federation: Federation, results: Results, progress: Progress) -> Non
             )
         if federation.done or federation.round % federation.config.checkpoint_interval == 0:
             federation.checkpoint(results.state())
+        federation.seconds["wall"] += time.perf_counter() - start
 
 
 def _save_partition(federation: Federation, folder: Path) -> None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import algorithms
-from datasets import Dataset, Partition, apply_partition, load, partition
+from datasets import Dataset, Partition, apply_partition, batch_sizes, load, partition
 from models import check_model
 from runtime import rng
-from runtime.blueprint import DTYPES, Blueprint, state_bytes
+from runtime.blueprint import DTYPES, Blueprint
 from runtime.checkpoint import Checkpoint, Manifest
 from runtime.config import ConfigError
 from runtime.contexts import ClientContext, ClientState, Seat, ServerContext
@@ -51,7 +51,8 @@ class Federation:
         self.config = config
         self.algorithm = algorithms.get(config.algorithm_name)
         self.device = config.torch_device()
-        self._check_optimizers()
+        for part in self.algorithm.layout.client:
+            self.algorithm.check_optimizer(config.optimizer_for(part))
         self.dataset: Dataset = load(
             config.dataset, seed=config.seed, device=self.device, dtype=DTYPES[config.precision]
         )
@@ -68,7 +69,7 @@ class Federation:
             buffers=config.aggregate.buffers,
         )
         self.parameters = sum(self.blueprint.parameters(name) for name in self._global_names())
-        self._normalises = self.blueprint.normalises(self.algorithm.layout.client)
+        self._smallest = 2 if self._needs_two() else 1
         self._checkpoint = None if folder is None else Checkpoint(folder / CHECKPOINT_FOLDER)
         self.stores = {
             name: Store(
@@ -86,13 +87,6 @@ class Federation:
         self._skipped: set[int] = set()
 
     # ------------------------------------------------------------------ putting together
-
-    def _check_optimizers(self) -> None:
-        allowed = self.algorithm.optimizers
-        for part in self.algorithm.layout.client:
-            name = self.config.optimizer_for(part).name
-            if allowed and name not in allowed:
-                raise ConfigError("optimizer.name", name, f"what {self.config.algorithm_name} is defined for", allowed)
 
     def _partition(self) -> Partition:
         config = self.config.dataset
@@ -136,13 +130,39 @@ class Federation:
         return [int(client) for client in chosen if self._can_train(int(client))]
 
     def _can_train(self, client: int) -> bool:
-        """A client without data, or with one sample where normalisation needs two, is skipped and reported."""
+        """A client without a batch that can be trained on is skipped and reported."""
         samples = len(self.partition.indices(client))
-        able = samples > 1 or (samples == 1 and not self._normalises)
+        sizes = batch_sizes(samples, self.config.batch_size, self.config.dataset.drop_last)
+        able = bool(sizes) and max(sizes) >= self._smallest
         if not able and client not in self._skipped:
             self._skipped.add(client)
-            log.warning("client %d has %d training samples and is skipped", client, samples)
+            log.warning("client %d is skipped: its %d training samples make no batch to train on", client, samples)
         return able
+
+    def _needs_two(self) -> bool:
+        """Whether a batch of one sample cannot be trained on: normalised over one value it has no variance.
+
+        Raises:
+            ConfigError: the setting makes such batches of clients that have more samples.
+        """
+        layout, config = self.algorithm.layout, self.config
+        parts = self.blueprint.parts({*layout.client, *layout.server})
+        x = torch.zeros(1, *self.dataset.info.shape, dtype=self.blueprint.dtype, device=self.device)
+        try:
+            with torch.no_grad(), rng.TorchStream(0, self.device):
+                z = parts["client" if layout.cut else "model"](x)
+                for name in parts.keys() & {"server", "auxiliary"}:
+                    parts[name](z)
+        except ValueError:
+            if config.batch_size == 1:
+                raise ConfigError(
+                    "batch_size", 1, f"at least 2: {config.model.name} normalises over the batch"
+                ) from None
+            if config.dataset.drop_last == "never" and (self.partition.sizes % config.batch_size == 1).any():
+                reason = "auto or always: a client's last batch has one sample, which cannot be normalised"
+                raise ConfigError("dataset.drop_last", "never", reason) from None
+            return True
+        return False
 
     def step(self) -> tuple[RoundRecord, list[Traffic]]:
         """Run one round: train, commit, evaluate if it is time to."""
@@ -189,10 +209,14 @@ class Federation:
         self.server.ctx.open_round(self.round)
         server.open_round(cohort)
         run = SCHEDULES[self.algorithm.schedule]
-        report = run(cohort, self._open, self.stores["clients"].discard, server, Channel(self.ledger))
+        report = run(cohort, self._open, self._discard, server, Channel(self.ledger))
         server.close_round()
         self.seconds["server"] += server.seconds
         return report
+
+    def _discard(self, client: int) -> None:
+        for store in self.stores.values():
+            store.discard(client)
 
     def _open(self, client: int) -> LocalSession:
         seat = next((seat for seat in self._seats if not seat.taken), None)
@@ -279,30 +303,27 @@ class Federation:
     def _evaluate_clients(self) -> tuple[float, float, dict[str, float]]:
         seat = Seat(self.blueprint.parts(("model",)))
         scores: list[Score] = []
-        untrained: Score | None = None
+        validations: list[Score] = []
+        untrained: int | None = None
         for client in range(self.population):
             row = self.stores["clients"].get(client, "model")
             if row is None and untrained is not None:
-                scores.append(untrained)
+                scores.append(scores[untrained])
+                validations += validations[untrained : untrained + 1]
                 continue
             seat.parts["model"].load_state_dict(row or self.blueprint.initial["model"])
             scores.append(self._score([seat.parts["model"]]))
-            untrained = scores[-1] if row is None else untrained
-        loss = sum(score.loss for score in scores) / len(scores)
+            if self.dataset.validation is not None:
+                validations.append(self._score([seat.parts["model"]], validation=True))
+            untrained = client if row is None else untrained
+        loss = _mean([score.loss for score in scores])
         metrics = _named("client_acc", scores) if len(scores) > 1 else {}
         if self.local_test is not None:
             metrics |= _named("local_acc", scores, self.local_test)
-        return sum(score.accuracy for score in scores) / len(scores), loss, metrics
-
-    @property
-    def part_bytes(self) -> dict[str, int]:
-        """Bytes of what travels whole, by its name in a ``Flow``; control variates are of parameters only."""
-        sizes = {name: state_bytes(state) for name, state in self.blueprint.initial.items()}
-        if "model" in sizes:
-            buffers = self.blueprint.buffer_names["model"]
-            state = self.blueprint.initial["model"]
-            sizes["control"] = state_bytes({name: tensor for name, tensor in state.items() if name not in buffers})
-        return sizes
+        if validations:
+            metrics["val_acc"] = _mean([score.accuracy for score in validations])
+            metrics["val_loss"] = _mean([score.loss for score in validations])
+        return _mean([score.accuracy for score in scores]), loss, metrics
 
     def full_model(self) -> dict[str, Tensor] | None:
         """The state of one whole model under the model's own names; None where each client has its own."""
@@ -354,6 +375,10 @@ class Federation:
         self.ledger.load_state_dict(manifest.ledger)
         self.seconds = dict(manifest.seconds)
         return manifest.results
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _named(name: str, scores: Sequence[Score], local: Partition | None = None) -> dict[str, float]:

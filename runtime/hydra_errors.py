@@ -1,5 +1,6 @@
 """What Hydra and OmegaConf say about a mistake on the command line, in one line, with what would have been right."""
 
+import errno
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from runtime.config import NO_VALUE, ConfigError, nearest
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "hydra_config"
 CONFIG_NAME = "config"
+_FOLDER_ERRORS = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ENOSPC)
 
 # Hydra's and OmegaConf's words about a key -> ours; "" for a key that does not exist.
 _REASONS = {
@@ -52,6 +54,8 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str | None:
         if isinstance(link, ConfigError):
             return str(link)
         link = link.__cause__
+    if isinstance(error, OSError) and error.errno in _FOLDER_ERRORS and error.filename:
+        return str(ConfigError(str(error.filename), NO_VALUE, f"cannot be written: {error.strerror}"))
     if isinstance(error, HydraException | OmegaConfBaseException):
         return str(_translate(error, overrides))
     return None

@@ -238,7 +238,8 @@ class Job:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        remove_empty(self._wished, self._save_dir)
+        if str(self._composed.resume) in ("auto", "never"):  # else the folder is the user's own
+            remove_empty(self._wished, self._save_dir)
         if error is None:
             self._note(f"finished {self._folder}")
         elif isinstance(error, KeyboardInterrupt):

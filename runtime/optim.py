@@ -20,6 +20,8 @@ _OPTIMIZERS = {
 }
 # LBFGS needs a closure that evaluates the model again; a split step cannot give it one.
 _OPTIMIZERS.pop("lbfgs", None)
+# SparseAdam takes sparse gradients only, which no model here has.
+_OPTIMIZERS.pop("sparseadam", None)
 _SCHEDULERS = {
     name.lower(): kind
     for name, kind in vars(lr_scheduler).items()
@@ -98,18 +100,11 @@ class _Table:
 
     def __init__(self, optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> None:
         self._optimizer = _OPTIMIZERS[optimizer.name]([nn.Parameter(torch.zeros(1))], **optimizer.options)
-        start = {key: value for key, value in self._optimizer.param_groups[0].items() if key != "params"}
         self._scheduler = _SCHEDULERS[scheduler.name](self._optimizer, **scheduler.options)
-        self._start = start
         self._rounds: list[dict[str, Any]] = [self._read()]
 
     def _read(self) -> dict[str, Any]:
-        group = self._optimizer.param_groups[0]
-        return {
-            key: value
-            for key, value in group.items()
-            if key != "params" and (key == "lr" or value != self._start.get(key, value))
-        }
+        return {key: value for key, value in self._optimizer.param_groups[0].items() if key != "params"}
 
     def at(self, round: int) -> dict[str, Any]:
         while len(self._rounds) <= round:
@@ -131,6 +126,17 @@ def learning_options(optimizer: OptimizerConfig, scheduler: SchedulerConfig | No
     if key not in _TABLES:
         _TABLES[key] = _Table(optimizer, scheduler)
     return _TABLES[key].at(round)
+
+
+def check_schedule(optimizer: OptimizerConfig, scheduler: SchedulerConfig | None, rounds: int, where: str) -> None:
+    """Raises ConfigError if the schedule does not go with the optimizer, or does not last for all rounds."""
+    try:
+        learning_options(optimizer, scheduler, rounds - 1)
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        assert scheduler is not None
+        values = {"name": scheduler.name, **scheduler.options}
+        reason = f"a schedule for {optimizer.name} over {rounds} rounds ({type(error).__name__}: {error})"
+        raise ConfigError(where, values, reason) from error
 
 
 class PartOptimizer:
@@ -188,7 +194,7 @@ class PartOptimizer:
             for name, value in tensors.items():
                 owner, index, key = name.split("/")
                 if int(owner) == number:
-                    state.setdefault(int(index), {})[key] = value
+                    state.setdefault(int(index), {})[key] = value.clone()  # the optimizer writes into it
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -187,6 +187,11 @@ class RunFolder:
         lock = _try_lock(path)
         if lock is None:
             raise ConfigError("resume", str(path), "a run folder that no other process is using")
+        if not _is_open(path):
+            os.close(lock)
+            raise ConfigError(
+                "resume", str(path), "auto, never or the folder of an unfinished run; this one has finished"
+            )
         folder = cls(path, lock, resumed=True, save_dir=path.parent if save_dir is None else save_dir)
         folder.mark("running")
         return folder

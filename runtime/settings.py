@@ -16,7 +16,7 @@ from models import ModelConfig
 from runtime.aggregate import AggregateConfig
 from runtime.config import NO_VALUE, ConfigError, build, plain
 from runtime.loggers import LoggerConfig, logger_config
-from runtime.optim import OptimizerConfig, SchedulerConfig, optimizer_config, scheduler_config
+from runtime.optim import OptimizerConfig, SchedulerConfig, check_schedule, optimizer_config, scheduler_config
 
 Part = Literal["model", "client", "server", "auxiliary"]
 PARTS: tuple[Part, ...] = ("model", "client", "server", "auxiliary")
@@ -99,8 +99,8 @@ class RunConfig:
             raise ConfigError("threads", self.threads, "auto, or an integer >= 1")
         self.aggregate.check(self.num_clients)
         for part in PARTS:
-            self.optimizer_for(part)
-            self.scheduler_for(part)
+            where = f"model.{part}.scheduler" if self._refinement(part, "scheduler") else "scheduler"
+            check_schedule(self.optimizer_for(part), self.scheduler_for(part), self.rounds, where)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "RunConfig":

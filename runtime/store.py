@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from runtime.serial import open_tensors, save_tensors
+from runtime.serial import open_tensors, save_tensors, sync_folder
 
 Row: TypeAlias = dict[str, Tensor]
 Key: TypeAlias = tuple[int, str]
@@ -102,6 +102,8 @@ class Store:
         if self._folder is not None:
             for key in sorted(self._dirty):
                 self._write(key)
+            if self._folder.is_dir():
+                sync_folder(self._folder)
         self._version += 1
         return [[client, name, file] for (client, name), file in sorted(self._files.items())]
 

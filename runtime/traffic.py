@@ -8,7 +8,7 @@ import torch
 
 from datasets import batch_sizes
 from runtime.blueprint import state_bytes
-from runtime.boundary import SCALAR_BYTES
+from runtime.boundary import MODEL, SCALAR_BYTES
 from runtime.federation import Federation
 
 
@@ -19,22 +19,37 @@ def expected_bytes(federation: Federation, rounds: Iterable[int]) -> dict[tuple[
     """
     config = federation.config
     per_sample = {"labels": SCALAR_BYTES, "smashed": smashed_bytes(federation)}
+    whole, travelling = part_bytes(federation, whole=True), part_bytes(federation, whole=False)
     total: dict[tuple[str, str], int] = {}
     seen: set[int] = set()
     for round in rounds:
         for client in federation.cohort(round):
             samples = int(federation.partition.sizes[client])
             sizes = config.local_epochs * batch_sizes(samples, config.batch_size, config.dataset.drop_last)
-            for flow in federation.algorithm.traffic:
-                if not flow.crosses(config.algorithm, round, is_first=client not in seen):
-                    continue
-                step = flow.interval(config.algorithm)
-                size = sum(sizes[::step]) if flow.per == "batch" else 1
-                each = per_sample if flow.per == "batch" else federation.part_bytes
+            for flow in federation.algorithm.arrows(config.algorithm, round, is_first=client not in seen):
+                size = sum(sizes[:: flow.interval(config.algorithm)]) if flow.per == "batch" else 1
+                each = per_sample if flow.per == "batch" else (travelling if flow.kind == MODEL else whole)
                 key = flow.direction, flow.kind
                 total[key] = total.get(key, 0) + size * sum(each[field] for field in flow.fields)
             seen.add(client)
     return total
+
+
+def part_bytes(federation: Federation, *, whole: bool) -> dict[str, int]:
+    """Bytes of each part's state: whole, or as it travels under ``aggregate.buffers``.
+
+    Control variates are of parameters only.
+    """
+    blueprint = federation.blueprint
+    sizes: dict[str, int] = {}
+    for name, state in blueprint.initial.items():
+        parameters = state_bytes(
+            {key: value for key, value in state.items() if key not in blueprint.buffer_names[name]}
+        )
+        sizes[name] = state_bytes(state) if whole or blueprint.buffers == "average" else parameters
+        if name == "model":
+            sizes["control"] = parameters
+    return sizes
 
 
 def smashed_bytes(federation: Federation) -> int:

@@ -12,7 +12,16 @@ from runtime.settings import RunConfig
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
-ROWS = ("model", "model.optimizer", "auxiliary", "buffer", "control", "client.buffers", "model.buffers")
+ROWS = (
+    "model",
+    "model.optimizer",
+    "auxiliary",
+    "buffer",
+    "control",
+    "client.buffers",
+    "model.buffers",
+    "auxiliary.buffers",
+)
 SMALL = (
     "num_clients=4",
     "rounds=2",

@@ -129,9 +129,12 @@ def learning_options(optimizer: OptimizerConfig, scheduler: SchedulerConfig | No
 
 
 def check_schedule(optimizer: OptimizerConfig, scheduler: SchedulerConfig | None, rounds: int, where: str) -> None:
-    """Raises ConfigError if the schedule does not go with the optimizer, or does not last for all rounds."""
+    """Raises ConfigError if the schedule does not go with the optimizer, or does not last for the rounds.
+
+    The schedule is played through the first thousand rounds; beyond, it would cost a start more than it saves.
+    """
     try:
-        learning_options(optimizer, scheduler, rounds - 1)
+        learning_options(optimizer, scheduler, min(rounds, 1000) - 1)
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         assert scheduler is not None
         values = {"name": scheduler.name, **scheduler.options}

@@ -5,11 +5,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import settings
 
 from runtime.federation import Federation
 from runtime.hydra_support import load_config
 from runtime.settings import RunConfig
 
+# How long an example takes says nothing on a shared machine.
+settings.register_profile("house", deadline=None)
+settings.load_profile("house")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 ROWS = (

@@ -150,11 +150,6 @@ def test_scaffold_second_option_is_the_mean_gradient(configure) -> None:
         assert torch.allclose(row[name], (start[name] - w) / (steps * 0.1), atol=1e-12)
 
 
-def test_scaffold_refuses_other_optimizers(configure) -> None:
-    with pytest.raises(ConfigError, match="optimizer.name=adam: expected what scaffold is defined for"):
-        Federation(configure("algorithm=scaffold", "optimizer=adam"))
-
-
 def test_fed_prox_pulls_towards_the_global_model(configure) -> None:
     def distance(mu: float) -> float:
         federation = Federation(
@@ -236,3 +231,30 @@ def test_buffer_policies(configure, buffers: str) -> None:
     assert (kept is not None) == (buffers == "keep_local")
     assert record.test_loss is not None
     assert record.test_loss < 10
+
+
+def test_without_shared_statistics_the_order_of_the_test_set_does_not_matter(configure) -> None:
+    """Test sets are often sorted by class; a batch of one class has other statistics than a mixed one."""
+    setting = ("model=resnet20", "model.options.width=4", "aggregate.buffers=reset", "eval_batch_size=36", "rounds=4")
+    federation = play(Federation(configure("algorithm=fed_avg", *setting, "batch_size=32", "local_epochs=2")))
+    mixed, _, _ = federation.evaluate()
+    source = federation.dataset.test
+    order = source.labels.argsort()
+    source.labels = source.labels[order]
+    source._store._images = source._store._images[order]
+    by_class, _, _ = federation.evaluate()
+    assert mixed > 0.6
+    assert by_class == pytest.approx(mixed, abs=0.08)
+
+
+def test_validation_is_reported_for_clients_models_too(configure) -> None:
+    federation = Federation(configure("algorithm=local_only", "dataset.validation=0.2", "eval_interval=1"))
+    record, _ = federation.step()
+    assert 0 <= record.metrics["val_acc"] <= 1
+    assert record.metrics["val_loss"] > 0
+
+
+@pytest.mark.parametrize("override", ["optimizer=adam", "optimizer.momentum=0.9"])
+def test_scaffold_refuses_what_its_second_option_does_not_hold_for(configure, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"as scaffold is defined for|what scaffold is defined for"):
+        Federation(configure("algorithm=scaffold", override))

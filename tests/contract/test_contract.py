@@ -34,8 +34,9 @@ def test_the_ten_are_registered() -> None:
         ("frac=0.5", "local_epochs=2", "batch_size=60", "rounds=3"),
         ("model=simple_conv", "dataset.distribution=dirichlet", "dataset.alpha=0.3", "precision=fp64", "rounds=1"),
         ("model=resnet20", "model.options.width=4", "batch_size=200", "rounds=1", "precision=bf16"),
+        ("model=resnet20", "model.options.width=4", "batch_size=200", "aggregate.buffers=keep_local"),
     ],
-    ids=["plain", "part of the clients, two epochs", "unequal sizes, fp64", "with buffers, bf16"],
+    ids=["plain", "part of the clients, two epochs", "unequal sizes, fp64", "with buffers, bf16", "buffers kept"],
 )
 def test_bytes_equal_the_closed_form(configure, name: str, setting: tuple[str, ...]) -> None:
     more = ("algorithm.align_interval=2", "algorithm.align_epochs=1") if name == "fsl_sage" else ()
@@ -45,6 +46,16 @@ def test_bytes_equal_the_closed_form(configure, name: str, setting: tuple[str, .
         if kind not in CONTROL_KINDS:
             measured[direction, kind] = measured.get((direction, kind), 0) + count.payload
     assert measured == expected_bytes(federation, range(federation.round))
+
+
+def test_bytes_of_a_warm_start(configure) -> None:
+    keys = ("warm_start=true", "align_interval=2", "align_epochs=1")
+    federation = play(Federation(configure("algorithm=fsl_sage", *(f"algorithm.{key}" for key in keys), "rounds=4")))
+    measured = {(way, kind): 0 for way, kind, _, _ in federation.ledger.totals() if kind not in CONTROL_KINDS}
+    for way, kind, _, count in federation.ledger.totals():
+        if (way, kind) in measured:
+            measured[way, kind] += count.payload
+    assert measured == expected_bytes(federation, range(4))
 
 
 @every_algorithm

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from runtime.config import ConfigError
-from runtime.optim import PartOptimizer, learning_options, make_optimizer, optimizer_config, scheduler_config
+from runtime.optim import (
+    PartOptimizer,
+    check_schedule,
+    learning_options,
+    make_optimizer,
+    optimizer_config,
+    scheduler_config,
+)
 
 
 @pytest.mark.parametrize("name", ["SGD", "adam", "AdamW", "RMSprop", "adagrad", "NAdam", "RAdam", "Adamax"])
@@ -89,3 +96,29 @@ def test_no_schedule_is_a_constant_rate() -> None:
 def test_schedules_that_need_a_metric_are_refused() -> None:
     with pytest.raises(ConfigError, match="scheduler.name=reducelronplateau"):
         scheduler_config({"name": "reducelronplateau"})
+
+
+def test_a_persistent_optimizer_gets_every_option_that_the_schedule_moves() -> None:
+    """CyclicLR moves the momentum too, and back to where it began."""
+    optimizer = optimizer_config({"name": "sgd", "lr": 0.01, "momentum": 0.9})
+    scheduler = scheduler_config({"name": "CyclicLR", "base_lr": 0.01, "max_lr": 0.1, "step_size_up": 2})
+    kept = make_optimizer(optimizer, [nn.Parameter(torch.zeros(1))])
+    seen = []
+    for round in range(6):
+        PartOptimizer([kept]).set([learning_options(optimizer, scheduler, round)])
+        seen.append(kept.param_groups[0]["momentum"])
+    assert seen[2] < seen[1] < seen[0] == 0.9
+    assert seen[4] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler", "rounds"),
+    [
+        ({"name": "sgd", "lr": 0.1}, {"name": "StepLR", "step_size": 0}, 3),
+        ({"name": "sgd", "lr": 0.1}, {"name": "OneCycleLR", "max_lr": 0.3, "total_steps": 5}, 20),
+        ({"name": "adagrad", "lr": 0.1}, {"name": "CyclicLR", "base_lr": 0.01, "max_lr": 0.1}, 3),
+    ],
+)
+def test_schedules_that_would_fail_later_are_refused_now(optimizer, scheduler, rounds: int) -> None:
+    with pytest.raises(ConfigError, match="scheduler="):
+        check_schedule(optimizer_config(optimizer), scheduler_config(scheduler), rounds, "scheduler")

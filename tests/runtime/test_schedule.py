@@ -159,18 +159,38 @@ def test_cohorts_follow_the_fraction_and_the_seed(configure) -> None:
     assert cohorts == [federation.cohort(round) for round in range(200)]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_clients_with_too_little_data_are_skipped(configure) -> None:
-    """An empty client always; one with a single sample only where batch normalisation needs two."""
+    """An empty client always; one with a single sample only where normalisation needs two."""
     setting = ("num_clients=300", "dataset.distribution=quantity_skew", "dataset.alpha=0.2", "dataset.min_samples=0")
     plain = Federation(configure("algorithm=fed_avg", *setting, "rounds=1"))
-    normed = Federation(configure("algorithm=fed_avg", *setting, "model=resnet20", "model.options.width=2", "rounds=1"))
+    # The stem for ImageNet leaves one pixel of an 8x8 image: one sample has no variance there.
+    tiny = ("model=resnet18", "model.options.width=2", "rounds=1")
+    normed = Federation(configure("algorithm=fed_avg", *setting, *tiny))
+    split = Federation(configure("algorithm=sl_single_server", *setting, *tiny, "model.cut=conv1"))
     sizes = plain.partition.sizes
     assert (sizes == 0).any()
     assert (sizes == 1).any()
     assert sorted(plain.cohort(0)) == [client for client in range(300) if sizes[client] > 0]
-    assert sorted(normed.cohort(0)) == [client for client in range(300) if sizes[client] > 1]
-    for federation in (plain, normed):
+    for federation in (normed, split):
+        assert sorted(federation.cohort(0)) == [client for client in range(300) if sizes[client] > 1]
+    for federation in (plain, normed, split):
         record, _ = federation.step()
         assert record.train_loss is not None
         assert record.train_loss == record.train_loss
+
+
+def test_batches_of_one_that_cannot_be_normalised_are_refused(configure) -> None:
+    model = ("algorithm=fed_avg", "model=resnet18", "model.options.width=2")
+    with pytest.raises(ConfigError, match="batch_size=1: expected at least 2"):
+        Federation(configure(*model, "batch_size=1"))
+    with pytest.raises(ConfigError, match="dataset.drop_last=never: expected auto or always"):
+        Federation(configure(*model, "dataset.drop_last=never", "batch_size=2", "num_clients=7"))
+    record, _ = Federation(configure("algorithm=fed_avg", "batch_size=1", "num_clients=100", "frac=0.01")).step()
+    assert record.clients == 1
+
+
+def test_clients_without_a_full_batch_are_skipped_when_only_full_ones_count(configure) -> None:
+    setting = ("dataset.drop_last=always", "dataset.distribution=quantity_skew", "dataset.alpha=0.3", "num_clients=20")
+    federation = Federation(configure("algorithm=scaffold", *setting, "batch_size=64"))
+    assert sorted(federation.cohort(0)) == [c for c in range(20) if federation.partition.sizes[c] >= 64]
+    assert len(federation.cohort(0)) < 20

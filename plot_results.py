@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"--out: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     report(made)
     return 0 if made.files and not made.empty else 1
 

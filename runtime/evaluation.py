@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datasets import Source
+from datasets import Partition, Source
 from runtime import rng
 from runtime.blueprint import BATCH_NORM, Blueprint
 
@@ -104,3 +104,18 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     worst = tensor.sort().values[: max(1, len(tensor) // 10)]
     return {"mean": float(tensor.mean()), "std": float(tensor.std(correction=0)), "worst_decile": float(worst.mean())}
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of at least one value."""
+    return sum(values) / len(values)
+
+
+def spread_over_clients(name: str, scores: Sequence[Score], local: Partition | None = None) -> dict[str, float]:
+    """``spread`` of clients' accuracies, as metrics: on the whole test set, or on each client's own share of it."""
+    if local is None:
+        values = [score.accuracy for score in scores]
+    else:
+        shares = [(score, local.indices(client)) for client, score in enumerate(scores)]
+        values = [float(score.correct[share].double().mean()) for score, share in shares if len(share)]
+    return {f"{name}/{key}": value for key, value in spread(values).items()}

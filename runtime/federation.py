@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from runtime.blueprint import DTYPES, Blueprint
 from runtime.checkpoint import Checkpoint, Manifest
 from runtime.config import ConfigError
 from runtime.contexts import ClientContext, ClientState, Seat, ServerContext
-from runtime.evaluation import Score, evaluate, spread
+from runtime.evaluation import Score, evaluate, mean, spread_over_clients
 from runtime.ledger import Ledger, Traffic
 from runtime.results import RoundRecord
 from runtime.schedule import SCHEDULES, RoundReport
@@ -281,7 +281,7 @@ class Federation:
             validation = self._score(modules, validation=True)
             metrics |= {"val_acc": validation.accuracy, "val_loss": validation.loss}
         if self.local_test is not None:
-            metrics |= _named("local_acc", [score] * self.population, self.local_test)
+            metrics |= spread_over_clients("local_acc", [score] * self.population, self.local_test)
         return score.accuracy, score.loss, metrics
 
     def _global_names(self) -> tuple[str, ...]:
@@ -316,14 +316,14 @@ class Federation:
             if self.dataset.validation is not None:
                 validations.append(self._score([seat.parts["model"]], validation=True))
             untrained = client if row is None else untrained
-        loss = _mean([score.loss for score in scores])
-        metrics = _named("client_acc", scores) if len(scores) > 1 else {}
+        loss = mean([score.loss for score in scores])
+        metrics = spread_over_clients("client_acc", scores) if len(scores) > 1 else {}
         if self.local_test is not None:
-            metrics |= _named("local_acc", scores, self.local_test)
+            metrics |= spread_over_clients("local_acc", scores, self.local_test)
         if validations:
-            metrics["val_acc"] = _mean([score.accuracy for score in validations])
-            metrics["val_loss"] = _mean([score.loss for score in validations])
-        return _mean([score.accuracy for score in scores]), loss, metrics
+            metrics["val_acc"] = mean([score.accuracy for score in validations])
+            metrics["val_loss"] = mean([score.loss for score in validations])
+        return mean([score.accuracy for score in scores]), loss, metrics
 
     def full_model(self) -> dict[str, Tensor] | None:
         """The state of one whole model under the model's own names; None where each client has its own."""
@@ -375,20 +375,6 @@ class Federation:
         self.ledger.load_state_dict(manifest.ledger)
         self.seconds = dict(manifest.seconds)
         return manifest.results
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _named(name: str, scores: Sequence[Score], local: Partition | None = None) -> dict[str, float]:
-    """Mean, deviation and worst decile over clients: on the whole test set, or on each client's own share of it."""
-    if local is None:
-        values = [score.accuracy for score in scores]
-    else:
-        shares = [(score, local.indices(client)) for client, score in enumerate(scores)]
-        values = [float(score.correct[share].double().mean()) for score, share in shares if len(share)]
-    return {f"{name}/{key}": value for key, value in spread(values).items()}
 
 
 def _available_memory(device: torch.device) -> int:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from runtime.config import ConfigError
 from runtime.hydra_errors import CONFIG_DIR, check_options, explain
-from runtime.hydra_support import load_config, preprocess
+from runtime.hydra_support import Job, load_config, preprocess
 from runtime.run_folder import RunFolder, is_locked, read_status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,6 +246,26 @@ def test_only_unknown_options_are_refused() -> None:
 def test_what_is_no_mistake_in_the_configuration_is_not_explained_away() -> None:
     assert explain(RuntimeError("a bug")) is None
     assert explain(ValueError("a bug")) is None
+    assert explain(FileNotFoundError(2, "No such file", "a bug")) is None
+
+
+def test_a_save_dir_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError) as caught:
+        (tmp_path / "file" / "run").mkdir(parents=True)
+    assert explain(caught.value) == f"{tmp_path / 'file' / 'run'}: cannot be written: Not a directory"
+
+
+def test_the_folder_to_resume_is_never_removed(tmp_path: Path) -> None:
+    """It is the user's own, empty or not."""
+    (tmp_path / "mine").mkdir()
+    composed = compose_job(f"resume={tmp_path / 'mine'}", f"save_dir={tmp_path}")
+    with read_write(composed.hydra), read_write(composed.hydra.runtime):
+        composed.hydra.runtime.output_dir = str(tmp_path / "mine")
+    HydraConfig.instance().set_config(composed)
+    with pytest.raises(SystemExit), Job(composed) as job, job.claim(job.config()):
+        pass
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_main_is_short() -> None:

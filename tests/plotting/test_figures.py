@@ -111,6 +111,17 @@ def test_a_picture_of_nothing_and_of_a_diverged_run(tmp_path: Path) -> None:
         assert first_picture(tmp_path, results, "sl").stat().st_size > 1000
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(
+    write_run: WriteRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run("fed_avg")
+    (tmp_path / "file").touch()
+    assert plot_results.main(["--saves", str(tmp_path / "saves"), "--out", str(tmp_path / "file" / "out")]) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith(f"--out: {tmp_path / 'file'}")
+    assert told.err.count("\n") == 1
+
+
 def test_without_any_edit_runs_are_grouped_and_drawn(
     write_run: WriteRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,7 +140,7 @@ def private_places() -> set[str]:
 
 def test_no_file_names_a_package_registry_or_a_place_of_this_machine() -> None:
     # In pieces, so that this file does not name them.
-    hosts = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("registry", "npmjs"))]
+    hosts = [".".join(parts) for parts in (("pypi", "org"), ("python" + "hosted", "org"), ("registry", "npmjs"))]
     hosts += [".".join(parts) for parts in (("conda", "anaconda", "org"), ("deb", "debian", "org"))]
     found = []
     for path in shipped():

@@ -61,6 +61,7 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert traffic
 
 
+@pytest.mark.filterwarnings("default")  # trackers warn about their own dependencies
 @pytest.mark.parametrize("logger", [file.stem for file in sorted((ROOT / "logger").glob("*.yaml"))])
 def test_every_logger_follows_a_run(logger: str, tmp_path: Path) -> None:
     if logger != "csv":

@@ -34,11 +34,11 @@ class WeightedSum:
                 self.state[name] = value * share
 
 
-class BareFedAvg:
-    """Federated averaging.
+class _Bare:
+    """What the bare loops are made of.
 
     Args:
-        parts: ``model``, which all clients take turns to train.
+        parts: by name; all clients take turns to train them.
         make_optimizer: a fresh optimizer of a part.
         autocast: the precision of forward and backward passes, entered once per client.
     """
@@ -50,6 +50,10 @@ class BareFedAvg:
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._parts, self._make_optimizer, self._autocast = parts, make_optimizer, autocast
+
+
+class BareFedAvg(_Bare):
+    """Federated averaging; its one part is ``model``."""
 
     def round(self, start: Mapping[str, State], cohort: Sequence[Batches]) -> dict[str, State]:
         """One round from the global weights ``start``, by part; returns the next global weights."""
@@ -67,7 +71,7 @@ class BareFedAvg:
         return {"model": average.state}
 
 
-class BareSplit:
+class BareSplit(_Bare):
     """Split learning with one server model, updated in the order of the clients; see ``BareFedAvg``."""
 
     def __init__(
@@ -76,7 +80,7 @@ class BareSplit:
         make_optimizer: MakeOptimizer,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self._parts, self._make_optimizer, self._autocast = parts, make_optimizer, autocast
+        super().__init__(parts, make_optimizer, autocast)
         self._server_optimizer = make_optimizer(parts["server"])
 
     def round(self, start: Mapping[str, State], cohort: Sequence[Batches]) -> dict[str, State]:

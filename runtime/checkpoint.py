@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.serial import load_state, replace_file, save_state, sync_folder
+from runtime.files import replace_file, sync_folder
+from runtime.serial import load_state, save_state
 
 MANIFEST = "manifest.json"
 

@@ -24,8 +24,8 @@ import yaml
 
 from runtime.config import NO_VALUE, ConfigError
 from runtime.environment import describe_environment
+from runtime.files import replace_file, sync_file
 from runtime.loggers import Logger
-from runtime.serial import replace_file, sync_file
 
 log = logging.getLogger(__name__)
 

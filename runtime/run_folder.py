@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Literal, cast
 
 from runtime.config import ConfigError
+from runtime.files import replace_file, temporary_name
 
 State = Literal["running", "finished", "failed"]
 
@@ -168,7 +169,7 @@ class RunFolder:
                 os.close(lock)
             path = path.parent / unique_name()
         folder = cls(path, lock, resumed=resumed, save_dir=save_dir)
-        _write(path / IDENTITY, identity + "\n")
+        replace_file(path / IDENTITY, identity + "\n")
         folder.mark("running")
         return folder
 
@@ -198,7 +199,7 @@ class RunFolder:
 
     def mark(self, state: State, error: str | None = None) -> None:
         """Write the run's state; `error` is one line about a failure."""
-        _write(self.path / STATUS, json.dumps({"state": state, "error": error}) + "\n")
+        replace_file(self.path / STATUS, json.dumps({"state": state, "error": error}) + "\n")
 
     def holds_work(self) -> bool:
         """Whether the folder holds anything that cost more than a start: a checkpoint, weights, or a record."""
@@ -270,7 +271,7 @@ def _try_lock(path: Path) -> int | None:
 
 def _is_fresh(path: Path) -> bool:
     """No run was ever marked as running here: at most a claim that a kill cut short."""
-    claim = {LOCK, IDENTITY, _temporary(path / IDENTITY).name, _temporary(path / STATUS).name}
+    claim = {LOCK, IDENTITY, temporary_name(path / IDENTITY).name, temporary_name(path / STATUS).name}
     return {entry.name for entry in path.iterdir()} <= claim
 
 
@@ -279,20 +280,6 @@ def _read_identity(path: Path) -> str | None:
         return (path / IDENTITY).read_text(encoding="utf-8").strip()
     except OSError:
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a kill leaves the old or the new text and never half of one."""
-    temporary = _temporary(path)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
 
 
 def run_path(save_dir: str | Path, levels: Iterable[object], unique: str) -> Path:

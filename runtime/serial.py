@@ -6,13 +6,14 @@ Tensors are stored under their path; the rest, with the shape of the nesting, go
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import safetensors.torch
 from torch import Tensor
+
+from runtime.files import sync_file
 
 _TENSOR = "__tensor__"
 _TUPLE = "__tuple__"
@@ -64,26 +65,6 @@ def load_state(path: Path) -> Any:
     return _restore(json.loads(metadata["state"]), tensors)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees either the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new files in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def open_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The tensors and the metadata of a safetensors file, on the CPU."""
     safe_open: Any = safetensors.safe_open  # untyped
@@ -100,9 +81,3 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     module: Any = safetensors.torch  # partly untyped
     module.save_file(copies, path, dict(metadata) if metadata else None)
     sync_file(path)
-
-
-def sync_file(path: Path) -> None:
-    """Make the content of a file durable."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -16,7 +16,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from runtime.serial import open_tensors, save_tensors, sync_folder
+from runtime.files import sync_folder
+from runtime.serial import open_tensors, save_tensors
 
 Row: TypeAlias = dict[str, Tensor]
 Key: TypeAlias = tuple[int, str]

@@ -256,8 +256,8 @@ def test_splitfed_v1_equals_fed_avg(configure) -> None:
         assert torch.allclose(whole_model(cut)[key], tensor, rtol=1e-9, atol=1e-12), key
 
 
-def test_a_vanishing_round_keeps_the_model(configure) -> None:
-    """With a budget of one round's bytes the run stops there, and says so by its round count."""
+def test_the_budget_of_bytes_ends_the_run(configure) -> None:
+    """The run stops after the round in which the budget is spent."""
     config = replace(configure("algorithm=fed_avg", "rounds=50"), comm_threshold_mb=1e-6)
     federation = play(Federation(config))
     assert federation.round == 1

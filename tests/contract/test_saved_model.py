@@ -1,0 +1,44 @@
+"""A finished run's model.safetensors is one whole model, whatever the method cut, with the recorded accuracy."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+
+import algorithms
+from models import build_model
+from runtime.experiment import MODEL_FILE, run
+from runtime.federation import Federation
+from runtime.run_folder import RunFolder
+from runtime.settings import RunConfig
+
+WHOLE = [n for n in algorithms.names() if algorithms.get(n).evaluates == "global" or algorithms.get(n).pooled]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_it_loads_into_the_whole_model_with_the_recorded_accuracy(configure, tmp_path: Path, name: str) -> None:
+    config = configure(f"algorithm={name}", "model=cnn2", "progress=none", "threads=1", "batch_size=40", "rounds=3")
+    with RunFolder.claim(tmp_path / "run") as folder:
+        run(config, folder)
+    mapping = config.to_mapping()
+    mapping["model"]["init"] = str(tmp_path / "run")
+    again = RunConfig.from_mapping(mapping)
+    test = Federation(config).dataset.test
+    x, y = next(test.batches(torch.arange(len(test)), batch_size=len(test)))
+    with torch.no_grad():
+        accuracy = (build_model(again.model, Federation(config).dataset.info).eval()(x).argmax(1) == y).double().mean()
+    assert accuracy.item() == json.loads((tmp_path / "run" / "results.json").read_text())["test_acc"][-1]
+
+
+def test_a_split_resnet_loads_into_torchvisions(configure, tmp_path: Path) -> None:
+    config = configure("algorithm=sl_single_server", "model=resnet18", "rounds=1", "num_clients=1", "batch_size=1437")
+    with RunFolder.claim(tmp_path / "run") as folder:
+        run(config, folder)
+    state = load_file(tmp_path / "run" / MODEL_FILE)
+    assert state["conv1.weight"].shape[1] == 1, "the digits are grey"
+    network = torchvision.models.resnet18(num_classes=10)
+    network.conv1 = torch.nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
+    network.load_state_dict(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,11 +78,12 @@ def evaluate(
     correct: list[Tensor] = []
     with evaluating(modules, batch_statistics=own) as forward, blueprint.autocast():
         order = _order(len(source), mixed=any(own))
-        for piece in order.tensor_split(-(-len(order) // batch_size)):
-            for x, y in source.batches(piece, batch_size=len(piece)):
-                logits = forward(x).float() if blueprint.dtype == torch.float32 else forward(x)
-                losses.append(F.cross_entropy(logits, y, reduction="sum"))
-                correct.append(logits.argmax(1) == y)
+        # Batches of nearly equal size: a remainder of a few samples would have poor statistics of its own.
+        even = math.ceil(len(order) / math.ceil(len(order) / batch_size))
+        for x, y in source.batches(order, batch_size=even):
+            logits = forward(x).float() if blueprint.dtype == torch.float32 else forward(x)
+            losses.append(F.cross_entropy(logits, y, reduction="sum"))
+            correct.append(logits.argmax(1) == y)
     right = torch.empty(len(order), dtype=torch.bool)
     right[order] = torch.cat(correct).cpu()
     return Score(float(right.double().mean()), float(torch.stack(losses).double().sum()) / len(right), right)
@@ -92,11 +94,9 @@ def _order(samples: int, *, mixed: bool) -> Tensor:
 
     Test sets are often sorted by class, and a batch of one class has statistics of its own.
     """
-    return (
-        torch.randperm(samples, generator=rng.torch_generator(0, stream="test order"))
-        if mixed
-        else torch.arange(samples)
-    )
+    if not mixed:
+        return torch.arange(samples)
+    return torch.randperm(samples, generator=rng.torch_generator(0, stream="test order"))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -125,6 +125,8 @@ def test_a_killed_run_is_continued_and_an_interrupted_one_says_so(tmp_path: Path
     (folder,) = run_folders(tmp_path)
     assert read_status(folder)["state"] == "running"
     pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    # A parent that ignores the signal (a job in a shell's background) would hand that on.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(endless, cwd=ROOT, env=environment(), **pipes) as process:
         try:
             wait_for(lambda: "resumed after round" in (folder / "run.log").read_text())

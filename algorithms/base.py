@@ -132,6 +132,7 @@ class Algorithm:
             on by one message at a time.
         evaluates: ``global`` tests the server's model, ``clients`` tests each client's own.
         pooled: one client holds all the data.
+        in_turn: a round's clients can only work one after the other, as each starts from what the one before left.
         traffic: the arrows of the method, from which its bytes follow in closed form.
     """
 
@@ -142,6 +143,7 @@ class Algorithm:
     schedule: ClassVar[Literal["sequential", "lockstep"]] = "sequential"
     evaluates: ClassVar[Literal["global", "clients"]] = "global"
     pooled: ClassVar[bool] = False
+    in_turn: ClassVar[bool] = False
     traffic: ClassVar[tuple[Flow, ...]] = ()
     Server: ClassVar[type[Server]] = Server
 

@@ -100,4 +100,5 @@ class SplitLearning(SplitFedV2):
     It is handed on from each to the next through the server.
     """
 
+    in_turn = True
     Server = RelayServer

@@ -35,7 +35,7 @@ class Manifest:
     server: str
     rows: dict[str, list[list[str | int]]]
     version: int
-    ledger: list[list[str | int]]
+    ledger: dict[str, Any]
     results: dict[str, Any]
     seconds: dict[str, float]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from datasets import Partition, Source
 from runtime import rng
 from runtime.blueprint import BATCH_NORM, Blueprint
+from runtime.results import ClientRow
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -26,6 +27,15 @@ class Score:
     accuracy: float
     loss: float
     correct: Tensor
+
+
+class Evaluation(NamedTuple):
+    """What a round's test found: accuracy and loss, further metrics, and the lines of ``client_accuracy.csv``."""
+
+    accuracy: float
+    loss: float
+    metrics: dict[str, float]
+    clients: list[ClientRow]
 
 
 @contextmanager
@@ -111,11 +121,17 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def spread_over_clients(name: str, scores: Sequence[Score], local: Partition | None = None) -> dict[str, float]:
-    """``spread`` of clients' accuracies, as metrics: on the whole test set, or on each client's own share of it."""
+def rows_of_clients(metric: str, scores: Sequence[Score], local: Partition | None = None) -> list[ClientRow]:
+    """Each client's accuracy: on the whole test set, or on its own share of it (left out where that is empty)."""
     if local is None:
-        values = [score.accuracy for score in scores]
-    else:
-        shares = [(score, local.indices(client)) for client, score in enumerate(scores)]
-        values = [float(score.correct[share].double().mean()) for score, share in shares if len(share)]
-    return {f"{name}/{key}": value for key, value in spread(values).items()}
+        return [(metric, client, len(score.correct), score.accuracy) for client, score in enumerate(scores)]
+    shares = [(client, score.correct[local.indices(client)].double()) for client, score in enumerate(scores)]
+    return [(metric, client, len(right), float(right.mean())) for client, right in shares if len(right)]
+
+
+def spread_over_clients(rows: Sequence[ClientRow]) -> dict[str, float]:
+    """``spread`` of the accuracies of each metric, as metrics."""
+    values: dict[str, list[float]] = {}
+    for metric, _, _, accuracy in rows:
+        values.setdefault(metric, []).append(accuracy)
+    return {f"{name}/{key}": value for name, each in values.items() for key, value in spread(each).items()}

@@ -23,9 +23,9 @@ from runtime.blueprint import DTYPES, Blueprint
 from runtime.checkpoint import Checkpoint, Manifest
 from runtime.config import ConfigError
 from runtime.contexts import ClientContext, ClientState, Seat, ServerContext
-from runtime.evaluation import Score, evaluate, mean, spread_over_clients
+from runtime.evaluation import Evaluation, Score, evaluate, mean, rows_of_clients, spread_over_clients
 from runtime.ledger import Ledger, Traffic
-from runtime.results import RoundRecord
+from runtime.results import ClientRow, RoundRecord
 from runtime.schedule import SCHEDULES, RoundReport
 from runtime.session import Channel, LocalSession, ServerParty, Workplace
 from runtime.settings import RunConfig
@@ -175,17 +175,18 @@ class Federation:
         loss = metrics.pop("loss", None)
         if report.dropped:
             metrics["dropped"] = float(len(report.dropped))
-        accuracy = test_loss = None
+        found: Evaluation | None = None
         if self.done or self.round % self.config.eval_interval == 0:
             begin = time.perf_counter()
-            accuracy, test_loss, more = self.evaluate()
-            metrics |= more
+            found = self.evaluate()
+            metrics |= found.metrics
             self.seconds["eval"] += time.perf_counter() - begin
         self.seconds["wall"] += time.perf_counter() - start
+        lines = self.ledger.close_round(self.round)
         record = RoundRecord(
             round=self.round,
-            test_acc=accuracy,
-            test_loss=test_loss,
+            test_acc=None if found is None else found.accuracy,
+            test_loss=None if found is None else found.loss,
             train_loss=loss,
             comm_load=self.ledger.training().payload,
             comm_up=self.ledger.training("up").payload,
@@ -196,9 +197,12 @@ class Federation:
             time_server=self.seconds["server"],
             time_eval=self.seconds["eval"],
             clients=len(report.survivors),
+            round_trips=self.ledger.round_trips,
+            in_turn=self.algorithm.in_turn,
             metrics=metrics,
+            client_rows=[] if found is None else found.clients,
         )
-        return record, self.ledger.close_round(self.round)
+        return record, lines
 
     def _train(self) -> RoundReport:
         cohort = self.cohort(self.round)
@@ -270,8 +274,8 @@ class Federation:
 
     # ------------------------------------------------------------------ evaluation
 
-    def evaluate(self) -> tuple[float, float, dict[str, float]]:
-        """Test accuracy and loss of what the algorithm says is to be tested, and further metrics."""
+    def evaluate(self) -> Evaluation:
+        """Test what the algorithm says is to be tested."""
         if self.algorithm.evaluates == "clients":
             return self._evaluate_clients()
         modules = [self.server.ctx.part(name) for name in self._global_names()]
@@ -280,9 +284,10 @@ class Federation:
         if self.dataset.validation is not None:
             validation = self._score(modules, validation=True)
             metrics |= {"val_acc": validation.accuracy, "val_loss": validation.loss}
+        rows: list[ClientRow] = []
         if self.local_test is not None:
-            metrics |= spread_over_clients("local_acc", [score] * self.population, self.local_test)
-        return score.accuracy, score.loss, metrics
+            rows = rows_of_clients("local_acc", [score] * self.population, self.local_test)
+        return Evaluation(score.accuracy, score.loss, metrics | spread_over_clients(rows), rows)
 
     def _global_names(self) -> tuple[str, ...]:
         return ("client", "server") if self.algorithm.layout.cut else ("model",)
@@ -300,7 +305,7 @@ class Federation:
             batch_statistics=[not shared and name in self.algorithm.shared for name in names],
         )
 
-    def _evaluate_clients(self) -> tuple[float, float, dict[str, float]]:
+    def _evaluate_clients(self) -> Evaluation:
         seat = Seat(self.blueprint.parts(("model",)))
         scores: list[Score] = []
         validations: list[Score] = []
@@ -317,13 +322,14 @@ class Federation:
                 validations.append(self._score([seat.parts["model"]], validation=True))
             untrained = client if row is None else untrained
         loss = mean([score.loss for score in scores])
-        metrics = spread_over_clients("client_acc", scores) if len(scores) > 1 else {}
+        rows = rows_of_clients("client_acc", scores) if len(scores) > 1 else []
         if self.local_test is not None:
-            metrics |= spread_over_clients("local_acc", scores, self.local_test)
+            rows += rows_of_clients("local_acc", scores, self.local_test)
+        metrics = spread_over_clients(rows)
         if validations:
             metrics["val_acc"] = mean([score.accuracy for score in validations])
             metrics["val_loss"] = mean([score.loss for score in validations])
-        return mean([score.accuracy for score in scores]), loss, metrics
+        return Evaluation(mean([score.accuracy for score in scores]), loss, metrics, rows)
 
     def full_model(self) -> dict[str, Tensor] | None:
         """The state of one whole model under the model's own names; None where each client has its own."""

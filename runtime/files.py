@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+RESULTS = "results.json"
+CLIENT_ACCURACY = "client_accuracy.csv"
+
 
 def temporary_name(path: Path) -> Path:
     """Where the new content of ``path`` is until it takes the old one's place."""

@@ -1,4 +1,4 @@
-"""The ledger: every byte that crosses the boundary, charged by the channel alone.
+"""The ledger: every byte that crosses the boundary and every reply waited for, charged by the channel alone.
 
 No algorithm contains byte arithmetic. Each message is charged by round, direction, kind, field and client with two
 figures: payload bytes (element count times element size, what papers count) and framed bytes (what the wire carries).
@@ -6,11 +6,11 @@ figures: payload bytes (element count times element size, what papers count) and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from runtime.boundary import METRICS, Payload, field_of, payload_bytes
+from runtime.boundary import METRICS, MODEL, Payload, field_of, payload_bytes
 from runtime.codec import framed_bytes
 
 Direction = Literal["up", "down"]
@@ -44,10 +44,14 @@ class Count:
 class Ledger:
     """Running totals of all traffic, and the lines of the current round.
 
-    Memory is bounded by the cohort: ``close_round`` hands out the round's lines and forgets them.
+    Memory is bounded by the cohort: ``close_round`` hands out the round's lines and forgets them. ``round_trips``
+    counts over closed rounds how often a client waited for the server: once for each reply, and once for the message
+    that opens its round together with the upload that ends it, if either carries anything.
     """
 
     def __init__(self) -> None:
+        self.round_trips = 0
+        self._replies = 0
         self._totals: dict[tuple[str, str, str], Count] = {}
         self._round: dict[tuple[str, str, str, int], Count] = {}
 
@@ -61,8 +65,14 @@ class Ledger:
             self._totals.setdefault((direction, kind, field), Count()).add(size, framed[field])
             self._round.setdefault((direction, kind, field, client), Count()).add(size, framed[field])
 
+    def replied(self) -> None:
+        """Count a reply that a client waited for, whether or not it carries bytes."""
+        self._replies += 1
+
     def close_round(self, round: int) -> list[Traffic]:
         """The lines of the round that ends now, in the order in which they first occurred."""
+        self.round_trips += self._replies + len({client for _, kind, _, client in self._round if kind == MODEL})
+        self._replies = 0
         lines = [Traffic(round, *key, count.payload, count.framed) for key, count in self._round.items()]
         self._round.clear()
         return lines
@@ -80,14 +90,17 @@ class Ledger:
                 result.add(count.payload, count.framed)
         return result
 
-    def state_dict(self) -> list[list[str | int]]:
+    def state_dict(self) -> dict[str, Any]:
         """The totals, for a checkpoint's manifest."""
-        return [[*key, count.payload, count.framed] for key, count in self._totals.items()]
+        totals = [[*key, count.payload, count.framed] for key, count in self._totals.items()]
+        return {"totals": totals, "round_trips": self.round_trips}
 
-    def load_state_dict(self, state: list[list[str | int]]) -> None:
-        """Take up the totals of a checkpoint; lines of an unfinished round are forgotten."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the totals of a checkpoint; what an unfinished round left is forgotten."""
         self._round.clear()
+        self._replies = 0
+        self.round_trips = int(state["round_trips"])
         self._totals = {
             (str(way), str(kind), str(field)): Count(int(payload), int(framed))
-            for way, kind, field, payload, framed in state
+            for way, kind, field, payload, framed in state["totals"]
         }

@@ -1,4 +1,4 @@
-"""What a run writes down: `results.json`, `metrics.csv`, `extras.csv`, `communication.csv`, `config.yaml`, `env.json`.
+"""What a run writes down: `results.json`, `config.yaml`, `env.json` and csv files.
 
 The csv files only ever grow by whole rounds; a checkpoint keeps their lengths and the history, and a resumed run cuts
 them back to these lengths. So a run that was killed at any instant and resumed leaves the same bytes as one that was
@@ -24,26 +24,30 @@ import yaml
 
 from runtime.config import NO_VALUE, ConfigError
 from runtime.environment import describe_environment
-from runtime.files import replace_file, sync_file
+from runtime.files import CLIENT_ACCURACY, RESULTS, replace_file, sync_file
 from runtime.loggers import Logger
+from runtime.units import byte_unit as byte_unit
+from runtime.units import format_bytes as format_bytes
 
 log = logging.getLogger(__name__)
 
 TrafficRow = tuple[int, str, str, str, int, int, int]
 """round, direction ("up" or "down"), kind, field, client, payload bytes, framed bytes"""
 
-RESULTS = "results.json"
+ClientRow = tuple[str, int, int, float]
+"""metric, client, samples that it was measured on, accuracy as a fraction"""
+
 _COLUMNS = {
     "metrics.csv": (
         *("round", "test_acc", "test_loss", "train_loss", "comm_load", "comm_up", "comm_down", "comm_framed"),
-        *("clients", "time_wall", "time_client", "time_server", "time_eval"),
+        *("clients", "round_trips", "time_wall", "time_client", "time_server", "time_eval"),
     ),
     "extras.csv": ("round", "name", "value"),
     "communication.csv": ("round", "direction", "kind", "field", "client", "payload_bytes", "framed_bytes"),
 }
 _SERIES = (
     *("test_acc", "test_loss", "train_loss", "comm_load", "comm_up", "comm_down", "comm_framed"),
-    *("time_wall", "time_client", "time_server", "time_eval"),
+    *("round_trips", "client_rounds", "time_wall", "time_client", "time_server", "time_eval"),
 )
 # Rewriting the whole history at each evaluated round is quadratic in their number; it may take this share of the time.
 _WRITE_SHARE = 0.05
@@ -55,7 +59,9 @@ class RoundRecord:
 
     `round` counts completed rounds from 1. Accuracies are fractions; `test_*` are None in a round that was not
     evaluated. `comm_*` are cumulative payload bytes of training traffic (`comm_framed`: bytes on the wire), `time_*`
-    cumulative seconds. `clients` survived the round. `metrics` are the algorithm's own, e.g. "align/error_before".
+    cumulative seconds. `clients` survived the round. `round_trips` counts so far how often a client waited for the
+    server, see `runtime.ledger.Ledger`; `in_turn` tells that a round's clients work one after the other. `metrics` are
+    the algorithm's own, e.g. "align/error_before", `client_rows` what was measured client by client.
     """
 
     round: int
@@ -71,7 +77,10 @@ class RoundRecord:
     time_server: float
     time_eval: float
     clients: int
+    round_trips: int = 0
+    in_turn: bool = False
     metrics: dict[str, float] = field(default_factory=dict[str, float])
+    client_rows: list[ClientRow] = field(default_factory=list[ClientRow])
 
     @property
     def evaluated(self) -> bool:
@@ -113,7 +122,8 @@ class _History:
     """Everything that `results.json` and the summary need; plain containers, so that it is a checkpoint's state too.
 
     `totals` holds cumulative [payload, framed] bytes by "direction/kind/field"; `traffic` the payload part of it at
-    each evaluated round. `pending` holds metrics of rounds since the last evaluation.
+    each evaluated round. `pending` holds metrics of rounds since the last evaluation, `client_rows` what that measured
+    client by client.
     """
 
     rounds: list[int] = field(default_factory=list[int])
@@ -123,6 +133,7 @@ class _History:
     totals: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     pending: dict[str, float | None] = field(default_factory=dict[str, float | None])
     last: dict[str, Any] = field(default_factory=dict[str, Any])
+    client_rows: list[list[Any]] = field(default_factory=list[list[Any]])
 
     def add(self, record: RoundRecord, traffic: Iterable[TrafficRow]) -> None:
         assert record.round > self.last.get("round", 0), f"round {record.round} after round {self.last['round']}"
@@ -131,8 +142,11 @@ class _History:
             total[0] += int(payload)
             total[1] += int(framed)
         self.pending.update({name: _finite(value) for name, value in record.metrics.items()})
-        self.last = {"round": record.round, **{name: _finite(getattr(record, name)) for name in _SERIES}}
+        own = {name: _finite(value) for name, value in vars(record).items() if name in _SERIES}
+        clients = self.last.get("client_rounds", 0) + record.clients
+        self.last = {"round": record.round, "in_turn": record.in_turn, "client_rounds": clients, **own}
         if record.evaluated:
+            self.client_rows = [[*names, _plain(accuracy)] for *names, accuracy in record.client_rows]
             self._evaluated()
 
     def _evaluated(self) -> None:
@@ -287,11 +301,14 @@ class Results:
         cumulative payload bytes "comm_load", "comm_up", "comm_down" (and "comm_framed"), cumulative seconds "time_*".
         "metrics" maps each further name to such a list, with the last value since the evaluation before, or null;
         "traffic" maps "direction/kind/field" to cumulative payload bytes. A figure that is not finite is null.
+        Cumulative too: "round_trips" as in `RoundRecord`, and "client_rounds", clients that finished a round. "in_turn"
+        is a single bool.
         """
         history = self._history
         content: dict[str, Any] = {"rounds": history.rounds, **history.series}
         content["metrics"] = dict(sorted(history.metrics.items()))
         content["traffic"] = dict(sorted(history.traffic.items()))
+        content["in_turn"] = bool(history.last.get("in_turn"))
         if self._summary is not None:
             content["summary"] = self._summary
         return {**content, "finished": self._finished}
@@ -305,15 +322,19 @@ class Results:
                 self._append(name, [columns])
 
     def _append(self, name: str, rows: Iterable[Sequence[Any]]) -> None:
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        if text.tell():
+        text = _csv_text(rows)
+        if text:
             # Opened each time: three files a round cost little, and an interrupted run leaves none open.
             with (self.folder / name).open("ab") as file:
-                file.write(text.getvalue().encode())
+                file.write(text.encode())
 
     def _write_results(self) -> None:
         began = time.monotonic()
+        path = self.folder / CLIENT_ACCURACY
+        if self._history.client_rows:
+            replace_file(path, _csv_text([("metric", "client", "samples", "accuracy"), *self._history.client_rows]))
+        else:
+            path.unlink(missing_ok=True)  # of a round after the checkpoint that the run went back to
         replace_file(self.folder / RESULTS, _one_line_a_list(self.results()))
         self._written_at = time.monotonic()
         self._write_cost = self._written_at - began
@@ -335,16 +356,10 @@ class Results:
                 self._loggers.remove(logger)
 
 
-def format_bytes(count: float) -> str:
-    """A number of bytes in decimal units, e.g. "12.2 GB", as the papers count."""
-    size, unit = byte_unit(count)
-    return f"{count / size:.{0 if size == 1 else 2 if count < 10 * size else 1}f} {unit}"
-
-
-def byte_unit(largest: float) -> tuple[float, str]:
-    """Size and name of the decimal unit in which a magnitude reads best: (1e6, "MB") for 12_000_000."""
-    units = (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-    return next(((size, name) for name, size in units if largest >= size), (1.0, "B"))
+def _csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _finite(value: Any) -> Any:

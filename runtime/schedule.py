@@ -54,7 +54,7 @@ def sequential(cohort: list[int], open: Opener, drop: Dropper, server: ServerPar
             while isinstance(event, Message):
                 message = channel.up(client, event.kind, event.fields)
                 reply = server.serve(event.kind, {client: message})[client]
-                event = session.advance(channel.down(client, event.kind, reply or {}) if event.expects_reply else {})
+                event = session.advance(channel.reply(client, event.kind, reply or {}) if event.expects_reply else {})
             _finish(client, event, server, channel, report)
         except ClientDroppedError:
             _drop(client, drop, server, report)
@@ -94,7 +94,7 @@ class _Lockstep:
         inbox = {client: self.channel.up(client, kind, self.waiting.pop(client).fields) for client in clients}
         replies = self.server.serve(kind, inbox)
         for client in clients:
-            reply = self.channel.down(client, kind, replies[client] or {})
+            reply = self.channel.reply(client, kind, replies[client] or {})
             self._move(client, lambda c=client, r=reply: self.sessions[c].advance(r))
 
     def _move(self, client: int, step: Callable[[], Message | Upload]) -> None:

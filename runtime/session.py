@@ -106,9 +106,14 @@ class Channel:
         self._ledger = ledger
 
     def down(self, client: int, kind: str, payload: Payload) -> Reply:
-        """A message or reply of the server to a client."""
+        """A message of the server to a client."""
         self._ledger.charge("down", kind, client, payload)
         return owned(payload)
+
+    def reply(self, client: int, kind: str, payload: Payload) -> Reply:
+        """The server's answer to a question that the client waits for."""
+        self._ledger.replied()
+        return self.down(client, kind, payload)
 
     def up(self, client: int, kind: str, payload: Payload) -> Reply:
         """A message of a client to the server."""

@@ -1,11 +1,15 @@
-"""The bytes of a run in closed form, from the arrows that an algorithm declares and the sizes of its parts and data."""
+"""The bytes and the round trips of a run in closed form.
+
+They follow from the arrows that an algorithm declares and the sizes of its parts and data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from algorithms.base import Flow
 from datasets import batch_sizes
 from runtime.blueprint import state_bytes
 from runtime.boundary import MODEL, SCALAR_BYTES
@@ -17,22 +21,39 @@ def expected_bytes(federation: Federation, rounds: Iterable[int]) -> dict[tuple[
 
     Nothing is trained: a run is measured by its ledger, this says beforehand what the ledger will hold.
     """
-    config = federation.config
     per_sample = {"labels": SCALAR_BYTES, "smashed": smashed_bytes(federation)}
     whole, travelling = part_bytes(federation, whole=True), part_bytes(federation, whole=False)
     total: dict[tuple[str, str], int] = {}
+    for flows in _crossings(federation, rounds):
+        for flow, sizes in flows:
+            size = sum(sizes) if flow.per == "batch" else 1
+            each = per_sample if flow.per == "batch" else (travelling if flow.kind == MODEL else whole)
+            key = flow.direction, flow.kind
+            total[key] = total.get(key, 0) + size * sum(each[field] for field in flow.fields)
+    return total
+
+
+def expected_round_trips(federation: Federation, rounds: Iterable[int]) -> int:
+    """How often clients wait for the server over the given rounds: for what opens a round, and for each reply."""
+    total = 0
+    for flows in _crossings(federation, rounds):
+        replies = {flow.kind: len(sizes) for flow, sizes in flows if flow.direction == "down"}
+        replies |= {flow.kind: 1 for flow, _ in flows if flow.kind == MODEL}
+        total += sum(replies.values())
+    return total
+
+
+def _crossings(federation: Federation, rounds: Iterable[int]) -> Iterator[list[tuple[Flow, list[int]]]]:
+    """For each client's round its arrows, each with the sizes of the batches that cross, or [1] for one a round."""
+    config = federation.config
     seen: set[int] = set()
     for round in rounds:
         for client in federation.cohort(round):
             samples = int(federation.partition.sizes[client])
             sizes = config.local_epochs * batch_sizes(samples, config.batch_size, config.dataset.drop_last)
-            for flow in federation.algorithm.arrows(config.algorithm, round, is_first=client not in seen):
-                size = sum(sizes[:: flow.interval(config.algorithm)]) if flow.per == "batch" else 1
-                each = per_sample if flow.per == "batch" else (travelling if flow.kind == MODEL else whole)
-                key = flow.direction, flow.kind
-                total[key] = total.get(key, 0) + size * sum(each[field] for field in flow.fields)
+            flows = federation.algorithm.arrows(config.algorithm, round, is_first=client not in seen)
+            yield [(flow, sizes[:: flow.interval(config.algorithm)] if flow.per == "batch" else [1]) for flow in flows]
             seen.add(client)
-    return total
 
 
 def part_bytes(federation: Federation, *, whole: bool) -> dict[str, int]:

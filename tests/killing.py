@@ -26,7 +26,7 @@ SETTING = (
 OWN = {
     "fsl_sage": ("algorithm.align_interval=2", "algorithm.align_epochs=2"),
     "scaffold": ("lr=0.05",),
-    "local_only": (),
+    "local_only": ("dataset.local_test=true",),
 }
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.rmdir")
 
@@ -71,7 +71,9 @@ def left(folder: Path) -> dict[str, object]:
     results = json.loads((folder / "results.json").read_text())
     with (folder / "metrics.csv").open() as file:
         rows = [{k: v for k, v in row.items() if not k.startswith("time_")} for row in csv.DictReader(file)]
+    clients = folder / "client_accuracy.csv"
     return {
+        "clients": clients.read_text() if clients.exists() else "",
         "results": {key: value for key, value in results.items() if not key.startswith("time_")},
         "metrics": rows,
         "extras": (folder / "extras.csv").read_text(),

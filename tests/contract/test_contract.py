@@ -11,7 +11,7 @@ import algorithms
 from runtime.boundary import Message
 from runtime.federation import Federation
 from runtime.ledger import CONTROL_KINDS
-from runtime.traffic import expected_bytes
+from runtime.traffic import expected_bytes, expected_round_trips
 from tests.conftest import play, same, weights
 
 NAMES = algorithms.names()
@@ -46,6 +46,7 @@ def test_bytes_equal_the_closed_form(configure, name: str, setting: tuple[str, .
         if kind not in CONTROL_KINDS:
             measured[direction, kind] = measured.get((direction, kind), 0) + count.payload
     assert measured == expected_bytes(federation, range(federation.round))
+    assert federation.ledger.round_trips == expected_round_trips(federation, range(federation.round))
 
 
 def test_bytes_of_a_warm_start(configure) -> None:
@@ -56,6 +57,26 @@ def test_bytes_of_a_warm_start(configure) -> None:
         if (way, kind) in measured:
             measured[way, kind] += count.payload
     assert measured == expected_bytes(federation, range(4))
+    # Four rounds of four clients; aligned in the second and the fourth.
+    assert federation.ledger.round_trips == expected_round_trips(federation, range(4)) == 4 * 4 + 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "trips"),
+    # Two rounds of four clients with 4 batches each (1437 samples, 100 in a batch); alignment in both rounds.
+    [
+        *(("centralized", 0), ("local_only", 0), ("fed_avg", 8), ("fed_prox", 8), ("scaffold", 8), ("cse_fsl", 8)),
+        *(("sl", 8 + 2 * 4 * 4), ("sl_single_server", 8 + 2 * 4 * 4), ("sl_multi_server", 8 + 2 * 4 * 4)),
+        ("fsl_sage", 8 + 8),
+    ],
+)
+def test_round_trips_by_hand(configure, name: str, trips: int) -> None:
+    more = ("algorithm.align_interval=1", "algorithm.align_epochs=1") if name == "fsl_sage" else ()
+    federation = Federation(configure(f"algorithm={name}", *more))
+    assert {-(-int(size) // 100) for size in federation.partition.sizes} == {4 if federation.population > 1 else 15}
+    records = [federation.step()[0] for _ in range(2)]
+    assert records[1].round_trips == 2 * records[0].round_trips == trips
+    assert {record.in_turn for record in records} == {name == "sl"}
 
 
 @every_algorithm

@@ -40,6 +40,9 @@ def make_record(
         time_server=clock * number / 4,
         time_eval=clock * number / 8,
         clients=2,
+        round_trips=5 * number,
+        in_turn=number > 3,
+        client_rows=[("local_acc", client, 7, 1 / (number + client)) for client in range(2)] if evaluated else [],
         metrics={"align/error": 1 / number} if metrics is None and number % 3 == 0 else metrics or {},
     )
 
@@ -59,6 +62,8 @@ def run(results: Results, first: int, last: int, every: int = 1, clock: float = 
 
 def without_times(folder: Path) -> dict[str, bytes]:
     content = {name: (folder / name).read_bytes() for name in FILES}
+    table = folder / "client_accuracy.csv"
+    content[table.name] = table.read_bytes() if table.exists() else b""
     lines = content["results.json"].splitlines(keepends=True)
     content["results.json"] = b"".join(line for line in lines if not line.strip().startswith(b'"time_'))
     content["metrics.csv"] = b"\n".join(
@@ -78,6 +83,9 @@ def test_results_json_has_one_entry_per_evaluated_round(tmp_path: Path) -> None:
     assert found["comm_load"] == [60, 120, 180]
     assert found["comm_up"] == [40, 80, 120]
     assert found["time_client"] == [1.0, 2.0, 3.0]
+    assert found["round_trips"] == [10, 20, 30]
+    assert found["client_rounds"] == [4, 8, 12]
+    assert found["in_turn"] is True
     # Reported in rounds 3 and 6: the value of round 3 shows at the evaluation after it.
     assert found["metrics"] == {"align/error": [None, 1 / 3, 1 / 6]}
     assert found["traffic"]["up/smashed/z"] == [36, 72, 108]
@@ -88,6 +96,32 @@ def test_results_json_has_one_entry_per_evaluated_round(tmp_path: Path) -> None:
     assert {len(found[name]) for name in series} == {3}
 
 
+def test_the_last_measurement_of_each_client_is_a_table(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    path = tmp_path / "client_accuracy.csv"
+    record = make_record(1)
+    record.client_rows = []
+    results.record(record)
+    results.state()
+    assert not path.exists()
+    run(results, 2, 4, every=2)
+    results.state()
+    table = pd.read_csv(path)
+    expected = {"metric": ["local_acc"] * 2, "client": [0, 1], "samples": [7, 7], "accuracy": [1 / 4, 1 / 5]}
+    assert table.to_dict("list") == expected
+
+
+def test_going_back_takes_later_measurements_of_clients_away(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    run(results, 1, 1, every=2)
+    state = results.state()
+    run(results, 2, 2, every=2)
+    results.state()
+    assert (tmp_path / "client_accuracy.csv").exists()
+    Results(tmp_path).restore(state)
+    assert not (tmp_path / "client_accuracy.csv").exists()
+
+
 def test_csv_files_are_plain_tables(tmp_path: Path) -> None:
     results = Results(tmp_path)
     run(results, 1, 6, every=2)
@@ -96,6 +130,7 @@ def test_csv_files_are_plain_tables(tmp_path: Path) -> None:
     assert list(metrics["round"]) == [1, 2, 3, 4, 5, 6]
     assert metrics["test_acc"].isna().tolist() == [True, False] * 3
     assert metrics["test_acc"][5] == 1 - 1 / 7
+    assert metrics["round_trips"].tolist() == [5, 10, 15, 20, 25, 30]
     assert tuple(metrics.columns[-4:]) == TIMES
     extras = pd.read_csv(tmp_path / "extras.csv")
     assert extras.to_dict("list") == {"round": [3, 6], "name": ["align/error"] * 2, "value": [1 / 3, 1 / 6]}

@@ -1,12 +1,14 @@
-"""Figures and tables of finished runs: `python plot_results.py [--saves DIR] [--out DIR] [--config FILE]`."""
+"""Figures, tables and reports of finished runs; `python plot_results.py --help` lists the options."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from plotting.compose import Composed, compose, read_config
+from plotting.compose import Composed, compose
+from plotting.experiments import read_config
 from runtime.config import ConfigError
 
 
@@ -16,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--saves", type=Path, default=Path("saves"), help="folder with runs (default: saves)")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the figures (default: figures)")
     parser.add_argument("--config", type=Path, help="what to draw (default: exp_configs.yaml beside this file)")
+    parser.add_argument("--only", metavar="NAME", help="draw the comparison of this name alone")
     options = parser.parse_args(arguments)
     try:
         if options.config is not None and not options.config.is_file():
@@ -23,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.saves.is_dir():
             raise ConfigError("--saves", options.saves, "a folder with runs")
         config = read_config(options.config or Path(__file__).with_name("exp_configs.yaml"))
-        made = compose(options.saves, options.out, config)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        made = compose(options.saves, options.out, config, options.only, processes=cores)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
@@ -38,15 +42,16 @@ def report(made: Composed) -> None:
     """Tell what was drawn, and what was left out and why."""
     for path in made.files:
         print(path)
-    for folder, reason in made.found.damaged.items():
-        print(f"left out, damaged: {folder}: {reason}", file=sys.stderr)
-    if made.found.unfinished:
-        print(f"left out, not finished: {len(made.found.unfinished)} runs", file=sys.stderr)
-        for folder in made.found.unfinished:
-            print(f"  {folder}", file=sys.stderr)
-    for name in made.empty:
-        print(f"comparison {name}: no finished run has what its `where` asks for", file=sys.stderr)
-    if not made.files:
+    for title, folders in (("damaged", made.found.damaged), ("not finished", made.found.unfinished)):
+        for folder, reason in folders.items():
+            print(f"left out, {title}: {folder}: {reason}", file=sys.stderr)
+    for run in made.found.older:
+        print(f"left out, older than a run of the same setting and seed: {run.folder}", file=sys.stderr)
+    for line in made.left_out:
+        print(line, file=sys.stderr)
+    for name, reason in made.empty.items():
+        print(f"comparison {name}: {reason}", file=sys.stderr)
+    if not made.files and not made.empty:
         print("nothing to draw: no finished run was found", file=sys.stderr)
 
 

@@ -1,153 +1,157 @@
-"""From a folder of runs and `exp_configs.yaml` to a folder of figures and tables."""
+"""From a folder of runs and `exp_configs.yaml` to a folder of figures, tables and reports."""
 
 from __future__ import annotations
 
-import re
+import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
-import yaml
-
-from plotting.curves import default_target, make_curves
-from plotting.figures import FIGURES, FORMATS, Options, make_figure, save_figure
+from plotting.curves import Curve, default_budget, default_target, make_curves
+from plotting.experiments import Comparison, PlotConfig
+from plotting.figures import FIGURES, Options, make_figure, save_figure
 from plotting.runs import Found, Run, find_runs
+from plotting.selection import NoRuns, automatic, outside, resolve_key, select
 from plotting.style import applied
-from plotting.tables import as_csv, as_markdown, table_rows
-from runtime.config import ConfigError, build
+from plotting.tables import as_csv, as_latex, as_markdown, table_rows
+from plotting.timing import Link
+from runtime.config import ConfigError
 
-Target = float | Literal["auto", "none"]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Runs to compare: those whose configuration has the given values.
-
-    name: folder of the figures. title: above them; null: from the runs. where: dotted key of a run's configuration to a
-    value or a list of allowed ones. target: accuracy (fraction) whose cost is marked. Null keys are as at the top.
-    """
-
-    name: str
-    where: dict[str, Any]
-    title: str | None = None
-    target: Target | None = None
-    figures: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.,=+-]*\w[\w.,=+-]*", self.name):
-            raise ConfigError("name", self.name, "a name fit for a folder: letters, digits and any of _ - . , = +")
-        _check_figures(self.figures or ())
-        _check_target(self.target)
-
-
-@dataclass(frozen=True)
-class PlotConfig:
-    """What `plot_results.py` draws.
-
-    comparisons: sets of runs; none: one for each dataset, model and distribution found. target: see `Comparison`; auto
-    is 95% of the best accuracy of a comparison. without_fields: message fields that are left out of the bytes.
-    """
-
-    comparisons: tuple[Comparison, ...] = ()
-    figures: tuple[str, ...] = ("accuracy_communication", "accuracy_rounds")
-    formats: tuple[Literal["svg", "pdf", "png"], ...] = FORMATS
-    target: Target = "auto"
-    without_fields: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        _check_figures(self.figures)
-        _check_target(self.target)
-        if not self.formats:
-            raise ConfigError("formats", "[]", "at least one of", FORMATS)
-        names = [comparison.name for comparison in self.comparisons]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError("comparisons", name, "names that differ from each other")
+_TABLES = {"md": as_markdown, "tex": as_latex, "csv": lambda rows, _: as_csv(rows)}
+# Another process takes longer to start than a few comparisons to draw.
+_PARALLEL_FROM = 4
 
 
 @dataclass(frozen=True)
 class Composed:
-    """What was read and what was made: files in order, and for each comparison that matched no run its name."""
+    """What was read and what was made.
+
+    found: the runs. files: in order. empty: for each comparison without a run, why. left_out: what comparisons leave
+    out, one line each.
+    """
 
     found: Found
-    files: list[Path]
-    empty: list[str]
+    files: list[Path] = field(default_factory=list)
+    empty: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
 
-def read_config(path: Path) -> PlotConfig:
-    """Read `exp_configs.yaml`; a file that is not there, or an empty one, stands for the defaults.
+@dataclass(frozen=True)
+class _Job:
+    """One comparison with its runs and all that is drawn of it."""
 
-    Raises:
-        ConfigError: not YAML, an unknown key or a wrong value.
-    """
-    if not path.exists():
-        return PlotConfig()
-    try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), "", f"valid YAML ({' '.join(str(error).split())})") from None
-    return build(PlotConfig, values or {})
+    comparison: Comparison
+    runs: list[Run]
+    folder: Path
+    formats: tuple[str, ...]
+    left_out: list[str]
 
 
-def compose(saves: Path, out: Path, config: PlotConfig) -> Composed:
-    """Draw every comparison into its own folder below `out`, with `table.md` and `table.csv`.
+def compose(saves: Path, out: Path, config: PlotConfig, only: str | None = None, processes: int = 1) -> Composed:
+    """Draw every comparison into its own folder below `out`, with its tables and its report.
 
     Args:
         saves: folder below which runs lie.
         out: folder for the figures; made if it is not there.
         config: what to draw.
+        only: name of the one comparison to draw; None: all.
+        processes: that draw, where there is enough to do. More than one need a main module that may be imported.
+
+    Raises:
+        ConfigError: a key, a folder or a metric that no run has, or `only` is no comparison.
+        OSError: a file cannot be written.
     """
-    found = find_runs(saves)
-    comparisons = config.comparisons or automatic(found.runs)
+    made = Composed(find_runs(saves, *outside(config.comparisons, saves)))
+    comparisons = config.comparisons or automatic(made.found.runs, config)
+    jobs: list[_Job] = []
+    for comparison in _chosen(comparisons, only):
+        try:
+            jobs.append(_job(config.complete(comparison), made, saves, out, config.formats))
+        except NoRuns as error:
+            made.empty[comparison.name] = str(error)
+        except ConfigError as error:
+            raise error.within(f"comparisons.{comparison.name}") from None
+    workers = min(processes, len(jobs)) if len(jobs) >= _PARALLEL_FROM else 1
+    if workers > 1:
+        # Not by fork: libraries that are loaded may have threads by then.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            drawn = list(pool.map(_draw, jobs))
+    else:
+        drawn = [_draw(job) for job in jobs]
+    for files, left_out in drawn:
+        made.files.extend(files)
+        made.left_out.extend(left_out)
+    return made
+
+
+def _chosen(comparisons: Sequence[Comparison], only: str | None) -> Sequence[Comparison]:
+    names = [comparison.name for comparison in comparisons]
+    if only is not None and only not in names:
+        raise ConfigError("--only", only, "the name of a comparison", names)
+    return [comparison for comparison in comparisons if only in (None, comparison.name)]
+
+
+def _job(comparison: Comparison, made: Composed, saves: Path, out: Path, formats: tuple[str, ...]) -> _Job:
+    metric = comparison.metric or "test_acc"
+    runs = select(comparison, made.found, saves)
+    measured = [run for run in runs if metric in run.metrics]
+    if not measured:
+        everywhere = {name for run in made.found.runs for name in run.metrics}
+        if metric not in everywhere:
+            raise ConfigError("metric", metric, "a metric of its runs", sorted(everywhere))
+        raise NoRuns(f"none of its runs has the metric {metric}")
+    lacking = [f"{run.folder} has no metric {metric}" for run in runs if metric not in run.metrics]
+    made.left_out.extend(f"comparison {comparison.name}: {line}" for line in lacking)
+    # What could not be read may have belonged to it.
+    lacking += [f"{folder} is not finished: {state}" for folder, state in made.found.unfinished.items()]
+    lacking += [f"{folder} is damaged: {reason}" for folder, reason in made.found.damaged.items()]
+    if comparison.over is not None:
+        resolve_key(comparison.over, measured, "over")
+    return _Job(comparison, measured, out / comparison.name, formats, lacking)
+
+
+def _draw(job: _Job) -> tuple[list[Path], list[str]]:
+    """Draw one comparison; returns the files and what was left out."""
+    comparison, folder = job.comparison, job.folder
+    fields, link = comparison.without_fields or (), comparison.link or Link()
+    curves = make_curves(job.runs, comparison.metric or "test_acc", fields, link)
+    options = _options(comparison, job.runs, curves)
+    names = "auto" if comparison.figures is None else comparison.figures
+    wanted = list(FIGURES) if names == "auto" else names
+    drawn = [name for name in wanted if FIGURES[name].applies(curves, options)]
     files: list[Path] = []
-    empty: list[str] = []
-    for comparison in comparisons:
-        runs = [run for run in found.runs if matches(run, comparison.where)]
-        if runs:
-            files += _draw(comparison, runs, out / comparison.name, config)
-        else:
-            empty.append(comparison.name)
-    return Composed(found, files, empty)
-
-
-def automatic(runs: Sequence[Run]) -> tuple[Comparison, ...]:
-    """One comparison for each dataset, model and distribution among the runs, in order of their names."""
-    groups: dict[str, Run] = {}
-    for run in runs:
-        name = f"{run.get('dataset.name')}-{run.get('model.name')}-{run.distribution}"
-        groups.setdefault(re.sub(r"[^\w.,=+-]+", "-", name), run)
-    keys = ("dataset.name", "model.name")
-    return tuple(
-        Comparison(name, {key: run.get(key) for key in keys} | {"distribution": run.distribution})
-        for name, run in sorted(groups.items())
-    )
-
-
-def matches(run: Run, where: dict[str, Any]) -> bool:
-    """Whether a run's configuration has the values of `where`; "distribution" stands for the spread and its shape."""
-    for key, wanted in where.items():
-        value = run.distribution if key == "distribution" else run.get(key)
-        if value not in (wanted if isinstance(wanted, list) else [wanted]):
-            return False
-    return True
-
-
-def _draw(comparison: Comparison, runs: Sequence[Run], folder: Path, config: PlotConfig) -> list[Path]:
-    curves = make_curves(runs, config.without_fields)
-    wanted = config.target if comparison.target is None else comparison.target
-    target = default_target(curves) if wanted == "auto" else None if wanted == "none" else wanted
-    options = Options(comparison.title or _title(runs), target, config.without_fields)
-    files: list[Path] = []
+    folder.mkdir(parents=True, exist_ok=True)
     with applied():
-        for name in config.figures if comparison.figures is None else comparison.figures:
-            files += save_figure(make_figure(name, curves, options), folder / name, config.formats)
-    rows = table_rows(curves, target, config.without_fields)
-    for name, text in (("table.md", as_markdown(rows, options.title, target)), ("table.csv", as_csv(rows))):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-        files.append(folder / name)
-    return files
+        for name in drawn:
+            files += save_figure(make_figure(name, curves, options), folder / name, job.formats)
+    rows = table_rows(curves, options)
+    for ending in comparison.tables or ():
+        path = folder / f"table.{ending}"
+        path.write_text(_TABLES[ending](rows, options), encoding="utf-8")
+        files.append(path)
+    if comparison.report:
+        # Its libraries take long to import, and not everyone asks for it.
+        from plotting.report import write_report
+
+        files.append(write_report(folder / "report.html", curves, options, rows, job.left_out))
+    left_out = [f"{name}: it needs {FIGURES[name].needs}" for name in wanted if name not in drawn and names != "auto"]
+    return files, [f"comparison {comparison.name}: no figure {text}" for text in left_out]
+
+
+def _options(comparison: Comparison, runs: Sequence[Run], curves: Sequence[Curve]) -> Options:
+    fields = comparison.without_fields or ()
+    target, budget = comparison.target, comparison.budget_mb
+    return Options(
+        title=_title(runs) if comparison.title is None else comparison.title,
+        metric=curves[0].metric,
+        target=default_target(curves) if target == "auto" else target if isinstance(target, float) else None,
+        without_fields=fields,
+        link=comparison.link or Link(),
+        budget=default_budget(curves, fields) if budget is None else budget * 1e6,
+        over=None if comparison.over is None else resolve_key(comparison.over, runs, "over"),
+    )
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -156,14 +160,3 @@ def _title(runs: Sequence[Run]) -> str:
 
     datasets, models = each([run.get("dataset.name") for run in runs]), each([run.get("model.name") for run in runs])
     return f"{datasets}, {models}, {each([run.distribution_label for run in runs])}"
-
-
-def _check_figures(names: Sequence[str]) -> None:
-    for name in names:
-        if name not in FIGURES:
-            raise ConfigError("figures", name, "a figure", FIGURES)
-
-
-def _check_target(target: Target | None) -> None:
-    if isinstance(target, float) and not 0 < target <= 1:
-        raise ConfigError("target", target, "an accuracy as a fraction > 0 and <= 1, auto or none")

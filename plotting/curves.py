@@ -8,23 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from plotting.runs import Run
-
-Array = NDArray[np.float64]
+from plotting.content import METRICS
+from plotting.runs import Array, Run, short
+from plotting.timing import Link
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One method's accuracy by round and by bytes, averaged over the seeds of one setting.
+    """One method's metric by round, by bytes and by simulated time, averaged over the seeds of one setting.
 
     Attributes:
         method: registered name. label: what tells it from other settings of the same method, or "".
         variant: 0 for the first setting of its method in a group, 1 for the next, ...
         runs: what was averaged.
-        rounds, bytes, accuracy, deviation: [n]; bytes are cumulative payload, accuracy a fraction, `deviation` its
-            population standard deviation over seeds. An evaluation that gave no finite number is NaN.
+        rounds, bytes: [n]; bytes are cumulative payload. seconds: [n] simulated seconds so far, or None where a run
+            lacks what it takes.
+        value, deviation: [n] the metric's mean and population standard deviation over seeds. An evaluation that gave
+            no finite number is NaN.
+        metric: its name, as in `Run.series`.
     """
 
     method: str
@@ -33,8 +35,10 @@ class Curve:
     runs: tuple[Run, ...]
     rounds: Array
     bytes: Array
-    accuracy: Array
+    seconds: Array | None
+    value: Array
     deviation: Array
+    metric: str
 
     @property
     def sends(self) -> bool:
@@ -42,44 +46,75 @@ class Curve:
         return bool(self.bytes[-1] > 0)
 
 
-def make_curves(runs: Sequence[Run], without_fields: tuple[str, ...] = ()) -> list[Curve]:
+def make_curves(
+    runs: Sequence[Run], metric: str = "test_acc", without_fields: tuple[str, ...] = (), link: Link | None = None
+) -> list[Curve]:
     """The curves of a group of runs, by method and within it by setting, in order of their names.
 
     Args:
         runs: runs that shall be compared.
+        metric: as in `Run.series`.
         without_fields: as in `Run.bytes`.
+        link: of every client, for simulated time; None: `Link()`.
+
+    Raises:
+        ValueError: a run has no such metric.
     """
-    settings: dict[tuple[str, str], list[Run]] = {}
-    for run in sorted(runs, key=lambda run: run.method):
-        settings.setdefault((run.method, str(sorted(run.setting.items()))), []).append(run)
+    settings: dict[tuple[str, str, str], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.method, run.code)):
+        settings.setdefault((run.method, run.code, str(sorted(run.setting.items()))), []).append(run)
+    mixed = len({run.code for run in runs}) > 1
     curves: list[Curve] = []
-    for method in dict.fromkeys(method for method, _ in settings):
-        variants = [each for (name, _), each in sorted(settings.items()) if name == method]
-        labels = _differences([each[0] for each in variants])
+    for method in dict.fromkeys(method for method, *_ in settings):
+        variants = [
+            group for (name, *_), each in sorted(settings.items()) if name == method for group in _together(each)
+        ]
+        labels = _labels([each[0] for each in variants], mixed)
         for variant, (each, label) in enumerate(zip(variants, labels, strict=True)):
-            curves.append(_average(method, label, variant, each, without_fields))
+            axes = (metric, without_fields, link or Link())
+            curves.append(Curve(method, label, variant, tuple(each), **_average(each, *axes), metric=metric))
     return curves
 
 
-def _average(method: str, label: str, variant: int, runs: Sequence[Run], without_fields: tuple[str, ...]) -> Curve:
+def higher_is_better(metric: str) -> bool:
+    """Whether more of a metric is better: not for losses and errors."""
+    return not metric.endswith("loss") and "error" not in metric
+
+
+def _average(runs: Sequence[Run], metric: str, without_fields: tuple[str, ...], link: Link) -> dict[str, Any]:
     # Only rounds that every seed reached: a mean over fewer seeds would jump where one of them stops.
     rounds = sorted(set.intersection(*(set(run.results["rounds"]) for run in runs)))
-    accuracy, load = [], []
-    for run in runs:
-        at = [run.results["rounds"].index(number) for number in rounds]
-        values = [math.nan if value is None else value for value in run.results["test_acc"]]
-        accuracy.append(np.asarray(values, dtype=np.float64)[at])
-        load.append(np.asarray(run.bytes(without_fields), dtype=np.float64)[at])
-    return Curve(
-        method=method,
-        label=label,
-        variant=variant,
-        runs=tuple(runs),
-        rounds=np.asarray(rounds, dtype=np.float64),
-        bytes=np.mean(load, axis=0),
-        accuracy=np.mean(accuracy, axis=0),
-        deviation=np.std(accuracy, axis=0),
-    )
+    at = [np.searchsorted(run.results["rounds"], rounds) for run in runs]
+
+    def picked(columns: Sequence[Any]) -> Array:
+        return np.asarray([np.asarray(column, np.float64)[each] for column, each in zip(columns, at, strict=True)])
+
+    values = picked([run.series(metric) for run in runs])
+    seconds = [run.seconds(link) for run in runs]
+    return {
+        "rounds": np.asarray(rounds, dtype=np.float64),
+        "bytes": picked([run.bytes(without_fields) for run in runs]).mean(axis=0),
+        "seconds": None if any(each is None for each in seconds) else picked(seconds).mean(axis=0),
+        "value": values.mean(axis=0),
+        "deviation": values.std(axis=0),
+    }
+
+
+def _together(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs of one setting as one group; each alone where they have no evaluated round in common."""
+    common = set.intersection(*(set(run.results["rounds"]) for run in runs))
+    return [list(runs)] if common else [[run] for run in runs]
+
+
+def _labels(runs: Sequence[Run], mixed: bool) -> list[str]:
+    """For each run what tells it from the others; `mixed` says that runs of several programs are compared."""
+    labels = [""] * len(runs)
+    for code in dict.fromkeys(run.code for run in runs):
+        # Settings of different programs are not compared: they share few keys.
+        at = [index for index, run in enumerate(runs) if run.code == code]
+        for index, label in zip(at, _differences([runs[index] for index in at]), strict=True):
+            labels[index] = ", ".join(text for text in (f"{code}'s code" if mixed and code else "", label) if text)
+    return labels
 
 
 def _differences(runs: Sequence[Run]) -> list[str]:
@@ -89,7 +124,9 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     keys = sorted(key for key in names if len(set(values[key])) > 1)
     # `optimizer.lr` follows `lr` unless it is set apart: told once.
     keys = [key for key in keys if key == (top := key.rpartition(".")[2]) or values.get(top) != values[key]]
-    return [", ".join(f"{_short(key)}={_text(run.get(key))}" for key in keys) for run in runs]
+    if not keys and len(runs) > 1:
+        keys = ["seed"]
+    return [", ".join(f"{_short(key)}={short(run.get(key))}" for key in keys) for run in runs]
 
 
 def _short(key: str) -> str:
@@ -97,39 +134,74 @@ def _short(key: str) -> str:
     return key.removesuffix(".name") if key.endswith(".name") else key.removeprefix("algorithm.")
 
 
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def final_values(curve: Curve) -> Array:
+    """The last evaluation of each seed [seeds]; of a metric that is not measured each time, its last measurement."""
+    found: list[float] = []
+    for run in curve.runs:
+        values = run.series(curve.metric)
+        measured = values if curve.metric in METRICS else values[~np.isnan(values)]
+        found.append(float(measured[-1]) if len(measured) else math.nan)
+    return np.asarray(found)
 
 
-def final_accuracies(curve: Curve) -> Array:
-    """The last evaluation of each seed [seeds]."""
-    return np.asarray([_numbers(run)[-1] for run in curve.runs])
-
-
-def best_accuracies(curve: Curve) -> Array:
+def best_values(curve: Curve) -> Array:
     """The best evaluation of each seed [seeds]; NaN for one without a finite evaluation."""
-    found = [_numbers(run) for run in curve.runs]
-    return np.asarray([np.nan if np.isnan(each).all() else np.nanmax(each) for each in found])
+    best = np.nanmax if higher_is_better(curve.metric) else np.nanmin
+    found = [run.series(curve.metric) for run in curve.runs]
+    return np.asarray([np.nan if np.isnan(each).all() else best(each) for each in found])
+
+
+def values_at_budget(curve: Curve, budget: float, without_fields: tuple[str, ...] = ()) -> Array:
+    """Each seed's last evaluation that came with at most `budget` bytes [seeds]; NaN where the first one cost more.
+
+    A metric that is not measured each time gives its last measurement until then.
+    """
+    found: list[float] = []
+    for run in curve.runs:
+        within = np.asarray(run.bytes(without_fields)) <= budget
+        values = run.series(curve.metric)[within]
+        measured = values if curve.metric in METRICS else values[~np.isnan(values)]
+        found.append(float(measured[-1]) if len(measured) else math.nan)
+    return np.asarray(found)
+
+
+def total_bytes(curve: Curve, without_fields: tuple[str, ...] = ()) -> Array:
+    """Bytes that each seed sent in all [seeds]."""
+    return np.asarray([run.bytes(without_fields)[-1] for run in curve.runs], dtype=np.float64)
 
 
 def bytes_to_reach(curve: Curve, target: float, without_fields: tuple[str, ...] = ()) -> list[int | None]:
-    """Bytes that each seed had sent at its first evaluation with an accuracy of at least `target`; None if never."""
+    """Bytes that each seed had sent at its first evaluation at least as good as `target`; None if never."""
     needed: list[int | None] = []
     for run in curve.runs:
-        reached = np.flatnonzero(_numbers(run) >= target)
+        values = run.series(curve.metric)
+        reached = np.flatnonzero(values >= target if higher_is_better(curve.metric) else values <= target)
         needed.append(run.bytes(without_fields)[int(reached[0])] if len(reached) else None)
     return needed
 
 
 def default_target(curves: Sequence[Curve]) -> float | None:
-    """95% of the best accuracy among the methods that communicate, rounded down to a whole percent."""
-    best = [float(np.nanmean(best_accuracies(curve))) for curve in curves if curve.sends and _has_number(curve)]
-    return math.floor(95 * max(best) + 1e-9) / 100 if best else None
+    """What the best method that communicates reaches with a little to spare; None where no such value makes sense.
+
+    Of a metric of which more is better 95% of the best value, rounded down to a whole percent; of one of which less is
+    better the best value and 5% of it, rounded up to two digits.
+    """
+    found = [float(np.nanmean(best_values(curve))) for curve in curves if curve.sends and _has_number(curve)]
+    if not found:
+        return None
+    if higher_is_better(curves[0].metric):
+        return math.floor(95 * max(found) + 1e-9) / 100 if max(found) > 0 else None
+    if min(found) <= 0:
+        return None
+    digit = 10.0 ** (math.floor(math.log10(1.05 * min(found))) - 1)
+    return float(f"{math.ceil(1.05 * min(found) / digit - 1e-9) * digit:.2g}")
 
 
-def _numbers(run: Run) -> Array:
-    return np.asarray([np.nan if value is None else value for value in run.results["test_acc"]], dtype=np.float64)
+def default_budget(curves: Sequence[Curve], without_fields: tuple[str, ...] = ()) -> float | None:
+    """The bytes of the run that sent the least among those that communicate: every run has a value there."""
+    totals = [float(total) for curve in curves for total in total_bytes(curve, without_fields) if total > 0]
+    return min(totals, default=None)
 
 
 def _has_number(curve: Curve) -> bool:
-    return bool(np.isfinite(best_accuracies(curve)).any())
+    return bool(np.isfinite(best_values(curve)).any())

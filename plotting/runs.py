@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
-from runtime.results import RESULTS
+from plotting.content import METRICS, check_results
+from plotting.foreign import CODE, read_foreign
+from plotting.timing import Link, simulated_time
+from runtime.files import RESULTS
+
+Array = NDArray[np.float64]
+CONFIG = "config.yaml"
 
 ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
 # The settings that shape a distribution; others are without effect on it and are not told.
@@ -31,17 +40,27 @@ _DISTRIBUTIONS = {
     "quantity_skew": "quantity skew",
 }
 # Keys that do not decide a run's result, or repeat for averaging.
-_IRRELEVANT = ("seed", "save_dir", "resume", "logger", "checkpoint_interval", "progress", "device", "transport")
-_SERIES = ("rounds", "test_acc", "test_loss", "comm_load", "comm_up", "comm_down")
+_IRRELEVANT = (
+    *("seed", "save_dir", "resume", "logger", "checkpoint_interval", "progress", "device", "transport"),
+    *("threads", "state_memory_mb"),
+)
+# libyaml's loader, where PyYAML was built with it, reads eight times as fast.
+_FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Deeply nested text ends the parsers in a RecursionError.
+_UNREADABLE = (OSError, ValueError, yaml.YAMLError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its resolved configuration and its `results.json`."""
+    """A finished run: its folder, its resolved configuration and its `results.json`.
+
+    `code` names the program that wrote it where it is another one, "FSL-SAGE" for instance, and is "" otherwise.
+    """
 
     folder: Path
     config: dict[str, Any]
     results: dict[str, Any]
+    code: str = ""
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a dotted key of the configuration, e.g. "dataset.alpha"."""
@@ -61,23 +80,34 @@ class Run:
     def distribution(self) -> str:
         """How the data is spread over clients, e.g. "noniid_dirichlet-alpha=0.1"; with what has an effect only."""
         name = str(self.get("dataset.distribution"))
-        return "-".join([name, *(f"{key}={self.get(f'dataset.{key}')}" for key in _SHAPES.get(name, {}))])
+        return "-".join([name, *(f"{key}={short(self.get(f'dataset.{key}'))}" for key in self._shape)])
 
     @property
     def distribution_label(self) -> str:
         """The same for people, e.g. "Dirichlet α=0.1"."""
         name = str(self.get("dataset.distribution"))
-        shape = [f"{label}={self.get(f'dataset.{key}')}" for key, label in _SHAPES.get(name, {}).items()]
+        shape = [f"{label}={short(self.get(f'dataset.{key}'))}" for key, label in self._shape.items()]
         return " ".join([_DISTRIBUTIONS.get(name, name), ", ".join(shape)]).strip()
+
+    @property
+    def alpha(self) -> float | None:
+        """Dirichlet's alpha where the distribution has one."""
+        value = self.get("dataset.alpha")
+        return float(value) if "alpha" in self._shape and type(value) in (int, float) else None
+
+    @property
+    def _shape(self) -> dict[str, str]:
+        """The keys below `dataset` that shape the distribution, with their names for people."""
+        return _SHAPES.get(str(self.get("dataset.distribution")), {})
 
     @cached_property
     def setting(self) -> dict[str, Any]:
         """Everything that may explain a difference between two runs, but the seed; values as text."""
         shapes = {f"dataset.{key}" for keys in _SHAPES.values() for key in keys}
-        effective = {f"dataset.{key}" for key in _SHAPES.get(str(self.get("dataset.distribution")), {})}
+        effective = {f"dataset.{key}" for key in self._shape}
         ignored = (shapes - effective) | {"dataset.root", "dataset.storage", "dataset.workers"}
         return {
-            key: json.dumps(value, default=str)
+            key: json.dumps(_whole(value), default=str)
             for key, value in self.flat.items()
             if key.split(".")[0] not in _IRRELEVANT and key not in ignored
         }
@@ -90,76 +120,171 @@ class Run:
         """
         load = list(self.results["comm_load"])
         for name, counts in self.results.get("traffic", {}).items():
-            if name.split("/", 2)[-1] in without_fields:
+            _, kind, field = name.split("/", 2)
+            # What clients report of themselves is in no `comm_load`.
+            if field in without_fields and kind != "metrics":
                 load = [total - count for total, count in zip(load, counts, strict=True)]
         return load
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names that `series` takes."""
+        return (*(name for name in METRICS if name in self.results), *self.results.get("metrics", {}))
+
+    def series(self, metric: str) -> Array:
+        """A metric at the evaluated rounds [n]; NaN where it was not measured or not finite.
+
+        Args:
+            metric: "test_acc" (fraction), "test_loss", "train_loss", or a further metric such as "local_acc/mean".
+
+        Raises:
+            ValueError: the run has no such metric.
+        """
+        if metric not in self.metrics:
+            raise ValueError(f"no metric {metric}; it has {', '.join(self.metrics)}")
+        values = self.results[metric] if metric in METRICS else self.results["metrics"][metric]
+        series = np.asarray(values, dtype=np.float64)
+        return np.where(np.isfinite(series), series, np.nan)
+
+    def seconds(self, link: Link) -> Array | None:
+        """Simulated seconds so far at the evaluated rounds [n]; None where the run lacks what it takes."""
+        return simulated_time(self.results, link)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What lies below a folder: finished runs, unfinished ones, and damaged ones with the reason, by path."""
+    """What lies below a folder.
 
-    runs: list[Run]
-    unfinished: list[Path]
-    damaged: dict[Path, str]
-
-
-def find_runs(saves: Path) -> Found:
-    """Read every run below `saves`: every folder that holds a `config.yaml` and a `results.json`.
-
-    Of finished runs with the same setting and the same seed only the latest is kept.
+    Attributes:
+        runs: finished runs by path; of those with the same setting and seed only the latest.
+        older: the rest of them.
+        unfinished, damaged: folders of runs that cannot be drawn, with the reason.
     """
-    unfinished: list[Path] = []
-    damaged: dict[Path, str] = {}
-    latest: dict[tuple[str, str], tuple[float, Run]] = {}
-    for config in sorted(saves.rglob("config.yaml")):
-        folder = config.parent
-        path = folder / RESULTS
-        if not path.exists():
-            unfinished.append(folder)
-            continue
+
+    runs: list[Run] = field(default_factory=list)
+    older: list[Run] = field(default_factory=list)
+    unfinished: dict[Path, str] = field(default_factory=dict)
+    damaged: dict[Path, str] = field(default_factory=dict)
+
+
+def find_runs(*folders: Path) -> Found:
+    """Read every run below the folders: each folder that holds a `config.yaml`, and those of FSL-SAGE's own code."""
+    found = Found()
+    latest: dict[tuple[str, str, str], tuple[float, Run]] = {}
+    for folder, files in _run_folders(folders, found.damaged):
         try:
+            if RESULTS not in files:
+                found.unfinished[folder] = _state(folder)
+                continue
             run = read_run(folder)
-            written = path.stat().st_mtime
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            damaged[folder] = " ".join(str(error).split())
+            written = (folder / RESULTS).stat().st_mtime
+        except _UNREADABLE as error:
+            found.damaged[folder] = _reason(error)
             continue
         if not run.results.get("finished", True):
-            unfinished.append(folder)
+            found.unfinished[folder] = _state(folder)
             continue
-        key = (json.dumps(run.setting, sort_keys=True), str(run.get("seed")))
-        if key not in latest or latest[key][0] <= written:
+        key = (run.code, json.dumps(run.setting, sort_keys=True), str(run.get("seed")))
+        earlier = latest.get(key)
+        if earlier is None or earlier[0] <= written:
             latest[key] = (written, run)
-    runs = sorted((run for _, run in latest.values()), key=lambda run: run.folder)
-    return Found(runs, unfinished, damaged)
+        found.older.extend([] if earlier is None else [earlier[1] if earlier[0] <= written else run])
+    found.runs.extend(sorted((run for _, run in latest.values()), key=lambda run: run.folder))
+    return found
 
 
 def read_run(folder: Path) -> Run:
-    """Read one run.
+    """Read one run, of this platform or of FSL-SAGE's own code.
 
     Raises:
         ValueError: a file is not what it should be; the text says which and why.
-        OSError, yaml.YAMLError: a file cannot be read.
+        OSError, yaml.YAMLError, RecursionError: a file cannot be read.
     """
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    results = _results(folder)
+    path = folder / CONFIG
+    if not path.exists():
+        return Run(folder, *read_foreign(folder, results), code=CODE)
     try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{RESULTS}: {error}") from None
-    if not isinstance(config, dict) or not isinstance(results, dict):
-        raise ValueError(f"{'config.yaml' if not isinstance(config, dict) else RESULTS} holds no mapping")
+        config = _load_yaml(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{CONFIG}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{CONFIG} holds no mapping")
     run = Run(folder, config, results)
     for key in ("algorithm.name", "model.name", "dataset.name", "dataset.distribution"):
-        if run.get(key) is None:
-            raise ValueError(f"config.yaml has no {key}")
-    for name in _SERIES:
-        if not isinstance(results.get(name), list):
-            raise ValueError(f"{RESULTS} has no list {name}")
-        if len(results[name]) != len(results["rounds"]):
-            raise ValueError(f"{RESULTS}: {name} has {len(results[name])} entries, rounds {len(results['rounds'])}")
-    if not results["rounds"]:
-        raise ValueError(f"{RESULTS} holds no evaluated round")
+        if not isinstance(run.get(key), str):
+            raise ValueError(f"{CONFIG} has no {key}")
+    try:
+        check_results(results)
+    except ValueError as error:
+        raise ValueError(f"{RESULTS}: {error}") from None
     return run
+
+
+def short(value: Any) -> str:
+    """A value of a configuration in a legend or a name: as on the command line, numbers without needless digits."""
+    return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
+
+
+def _run_folders(folders: tuple[Path, ...], unreadable: dict[Path, str]) -> Iterator[tuple[Path, set[str]]]:
+    """Every folder that is a run or looks like one, once, with the names of its files; in order of their paths."""
+    seen: set[Path] = set()
+
+    def tell(error: OSError) -> None:
+        unreadable[Path(error.filename)] = _reason(error)
+
+    for top in folders:
+        for name, inner, files in os.walk(top, onerror=tell):
+            inner[:] = sorted(each for each in inner if not each.startswith("."))
+            if CONFIG in files:
+                # What lies in a run's folder belongs to it: checkpoints, and what trackers write.
+                inner.clear()
+            folder = Path(name)
+            if (CONFIG in files or RESULTS in files) and folder.absolute() not in seen:
+                seen.add(folder.absolute())
+                yield folder, set(files)
+
+
+def _load_yaml(text: bytes) -> Any:
+    # Text that is nested ten thousands deep overflows the stack in libyaml's loader, which ends the process. Of what
+    # may nest one level each, this many are harmless; indented lines of this length together make few levels.
+    nested = sum(text.count(mark) for mark in (b"[", b"{", b"-", b"?")) > 1000 or len(text) > 200_000
+    return yaml.load(text, Loader=yaml.SafeLoader if nested else _FAST_LOADER)
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    try:
+        results = json.loads((folder / RESULTS).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{RESULTS}: {error}") from None
+    if not isinstance(results, dict):
+        raise ValueError(f"{RESULTS} holds no mapping")
+    return results
+
+
+def _state(folder: Path) -> str:
+    """What a run that did not come to its end says of itself."""
+    try:
+        status = json.loads((folder / "status.json").read_bytes())
+        return ": ".join(" ".join(str(status[key]).split()) for key in ("state", "error") if status.get(key))
+    except (OSError, ValueError, AttributeError, KeyError):
+        return "no results yet"
+
+
+def _reason(error: BaseException) -> str:
+    """An error in one line, without the path that is told beside it."""
+    if isinstance(error, FileNotFoundError):
+        return "it vanished while it was read"
+    if isinstance(error, OSError):
+        return f"{Path(error.filename or '').name or 'it'} cannot be read: {error.strerror}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return " ".join(str(error).split())
+
+
+def _whole(value: Any) -> Any:
+    """1.0 as 1: the same setting, whichever way it was spelled."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -8,13 +8,30 @@ from dataclasses import dataclass
 from itertools import product
 
 import matplotlib
+from matplotlib.colors import to_hex, to_rgb
 
-# Okabe and Ito's palette (2008) without yellow, which is too faint for a line on white.
+# Okabe and Ito's palette (2008) without yellow, which is too faint for a line on white, and three more that stay apart
+# from it and from each other under red-green blindness.
 _BLUE, _VERMILLION, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-_ORANGE, _SKY, _BLACK, _GREY = "#E69F00", "#56B4E9", "#000000", "#7F7F7F"
+_ORANGE, _SKY, _BLACK = "#E69F00", "#56B4E9", "#000000"
+_GREY, _NAVY, _INDIGO = "#595959", "#003E5C", "#4B0082"
 # Tol's muted palette (2021), for methods that are not listed: none of these looks like a listed one.
 _SPARE = tuple(product(("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#117733"), ("<", ">", "p", "d", "8")))
 _DASHES = ("-", "--", ":", "-.")
+# Share of white (above 0) or black (below) that is mixed into a method's colour; their number has no common divisor
+# with that of the dashes, so that twelve settings of one method all look different.
+_SHADES = (0.0, 0.45, -0.45)
+
+_METRICS = {
+    "test_acc": "test accuracy",
+    "test_loss": "test loss (nats)",
+    "train_loss": "training loss (nats)",
+    "val_acc": "validation accuracy",
+    "val_loss": "validation loss (nats)",
+    "client_acc": "accuracy of each client's own model",
+    "local_acc": "accuracy on local test sets",
+}
+_SPREADS = {"mean": "mean", "std": "standard deviation", "worst_decile": "worst tenth of clients"}
 
 TEXT_WIDTH = 6.4
 """Inches: a figure of this width keeps its letters readable in one column of a page or on a slide."""
@@ -33,9 +50,9 @@ METHODS = {
     "centralized": MethodStyle("Centralized", _BLACK, "*"),
     "local_only": MethodStyle("Local only", _GREY, "x"),
     "fed_avg": MethodStyle("FedAvg", _BLUE, "o"),
-    "fed_prox": MethodStyle("FedProx", _BLUE, "P"),
+    "fed_prox": MethodStyle("FedProx", _NAVY, "P"),
     "scaffold": MethodStyle("SCAFFOLD", _SKY, "h"),
-    "sl": MethodStyle("SL", _PURPLE, "X"),
+    "sl": MethodStyle("SL", _INDIGO, "X"),
     "sl_multi_server": MethodStyle("SplitFed v1 (multi-server)", _GREEN, "s"),
     "sl_single_server": MethodStyle("SplitFed v2 (single-server)", _PURPLE, "D"),
     "cse_fsl": MethodStyle("CSE-FSL", _ORANGE, "^"),
@@ -56,6 +73,35 @@ def dashes(variant: int) -> str:
     return _DASHES[variant % len(_DASHES)]
 
 
+def shade(color: str, variant: int) -> str:
+    """The colour of the n-th variant (from 0) of a method: its own, a lighter or a darker one."""
+    share = _SHADES[variant % len(_SHADES)]
+    # What is dark already is made lighter in two degrees.
+    if sum(to_rgb(color)) < 1 and share < 0:
+        share = 0.7
+    end = 1.0 if share > 0 else 0.0
+    red, green, blue = (value + abs(share) * (end - value) for value in to_rgb(color))
+    return to_hex((red, green, blue))
+
+
+def metric_label(metric: str) -> str:
+    """A metric in plain words with its unit, e.g. "test accuracy"; one that is not known by its name."""
+    name, _, spread = metric.partition("/")
+    if name not in _METRICS:
+        return metric
+    return f"{_METRICS[name]}, {_SPREADS.get(spread, spread)}" if spread else _METRICS[name]
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a fraction that reads best in percent."""
+    return metric.partition("/")[0].endswith("acc")
+
+
+def format_metric(metric: str, value: float) -> str:
+    """A value of a metric for people, e.g. "81.3%" or "0.275"."""
+    return f"{100 * value:.4g}%" if is_share(metric) else f"{value:.4g}"
+
+
 def applied() -> AbstractContextManager[None]:
     """Settings that every figure is drawn and saved under; the caller's own come back afterwards."""
     return matplotlib.rc_context(
@@ -70,6 +116,9 @@ def applied() -> AbstractContextManager[None]:
             "grid.linewidth": 0.6,
             "lines.linewidth": 1.6,
             "lines.markersize": 5,
+            # Names of methods and settings are no formulas.
+            "text.parse_math": False,
+            "hatch.linewidth": 0.7,
             "legend.frameon": False,
             "legend.fontsize": 8,
             "savefig.dpi": 200,

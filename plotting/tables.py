@@ -1,48 +1,59 @@
-"""The table beside the figures: final and best accuracy, and bytes to reach a target, by method."""
+"""The table beside the figures: a metric's final and best value, its value at a byte budget, and bytes to a target."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from plotting.curves import Curve, best_accuracies, bytes_to_reach, final_accuracies
-from plotting.style import method_style
-from runtime.results import format_bytes
+from plotting.curves import (
+    Array,
+    Curve,
+    best_values,
+    bytes_to_reach,
+    final_values,
+    higher_is_better,
+    total_bytes,
+    values_at_budget,
+)
+from plotting.figures import Options
+from plotting.style import format_metric, is_share, method_style, metric_label
+from runtime.units import byte_unit, format_bytes
 
 COLUMNS = (
-    *("method", "setting", "seeds", "rounds", "final_acc", "final_acc_std", "best_acc", "best_acc_std"),
-    *("comm_load_bytes", "target_acc", "target_reached", "bytes_to_target"),
+    *("method", "setting", "code", "metric", "seeds", "rounds", "final", "final_std", "best", "best_std"),
+    *("comm_load_bytes", "comm_load_bytes_std", "budget_bytes", "at_budget", "at_budget_std", "at_budget_seeds"),
+    *("target", "target_seeds", "bytes_to_target", "bytes_to_target_std"),
 )
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "\N{GREEK SMALL LETTER ALPHA}": r"$\alpha$",
+    "±": r"$\pm$",
+}
 
 
-def table_rows(
-    curves: Sequence[Curve], target: float | None, without_fields: tuple[str, ...] = ()
-) -> list[dict[str, Any]]:
+def table_rows(curves: Sequence[Curve], options: Options) -> list[dict[str, Any]]:
     """One row a curve with the columns `COLUMNS`, figures unrounded.
 
-    Accuracies are fractions, mean and population standard deviation over seeds. `target_reached` counts the seeds that
-    reached the target, `bytes_to_target` is their mean, or None if none did.
+    Each figure is a mean over seeds, and its `_std` the population standard deviation. `at_budget` is the last
+    evaluation within `options.budget` bytes and `at_budget_seeds` the number of seeds that have one; `target_seeds`
+    counts the seeds that reached the target, `bytes_to_target` is their mean. What does not apply is None; a figure
+    that is not finite is NaN. `code` names the program that wrote the runs where it is another one.
     """
-    rows: list[dict[str, Any]] = []
-    for curve in curves:
-        final, best = final_accuracies(curve), best_accuracies(curve)
-        needed = [] if target is None else bytes_to_reach(curve, target, without_fields)
-        reached = [count for count in needed if count is not None]
-        values = (
-            *(curve.method, curve.label, len(curve.runs), int(curve.rounds[-1])),
-            *(float(np.mean(final)), float(np.std(final)), float(np.mean(best)), float(np.std(best))),
-            *(int(curve.bytes[-1]), target, len(reached), float(np.mean(reached)) if reached else None),
-        )
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
-    return rows
+    return [dict(zip(COLUMNS, _row_values(curve, options), strict=True)) for curve in curves]
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as csv, unrounded."""
+    """The rows as csv, unrounded; empty where a figure does not apply."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -50,28 +61,150 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def as_markdown(rows: Sequence[dict[str, Any]], title: str, target: float | None) -> str:
-    """The rows as a Markdown table for people."""
-    reach = [] if target is None else [f"bytes to {100 * target:.4g}%"]
-    lines = [
-        f"## {title}",
-        "",
-        _row("method", "seeds", "rounds", "final accuracy", "best accuracy", "communication", *reach),
+def as_markdown(rows: Sequence[dict[str, Any]], options: Options) -> str:
+    """The rows as a Markdown table with its notes."""
+    heads, cells = table_cells(rows, options, bold=lambda text: f"**{text}**")
+
+    def line(texts: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+    table = [line(heads), line(["---", *["---:"] * (len(heads) - 1)]), *(line(row) for row in cells)]
+    return "\n".join([f"## {options.title}", "", *table, "", " ".join(table_notes(rows, options))]) + "\n"
+
+
+def as_latex(rows: Sequence[dict[str, Any]], options: Options) -> str:
+    """The rows as a LaTeX table for `booktabs`; title and notes are its caption."""
+    # Marked with characters that no text holds, because the cells are escaped afterwards.
+    heads, cells = table_cells(rows, options, bold=lambda text: f"\x01{text}\x02")
+
+    def line(texts: Sequence[str]) -> str:
+        escaped = " & ".join(_escaped(text) for text in texts)
+        return "    " + escaped.replace("\x01", r"\textbf{").replace("\x02", "}") + r" \\"
+
+    caption = _escaped(". ".join(text for text in (options.title, " ".join(table_notes(rows, options))) if text))
+    return "\n".join(
+        [
+            "% \\usepackage{booktabs}",
+            "\\begin{table}",
+            "  \\centering",
+            f"  \\caption{{{caption}}}",
+            f"  \\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
+            *("    \\toprule", line(heads), "    \\midrule", *(line(row) for row in cells), "    \\bottomrule"),
+            "  \\end{tabular}",
+            "\\end{table}\n",
+        ]
+    )
+
+
+def _row_values(curve: Curve, options: Options) -> tuple[Any, ...]:
+    fields = options.without_fields
+    needed = [] if options.target is None else bytes_to_reach(curve, options.target, fields)
+    reached = np.asarray([count for count in needed if count is not None], dtype=np.float64)
+    budget = options.budget
+    within = None if budget is None else values_at_budget(curve, budget, fields)
+    known = None if within is None else within[~np.isnan(within)]
+    return (
+        *(curve.method, curve.label, curve.runs[0].code, curve.metric, len(curve.runs), int(curve.rounds[-1])),
+        *(*_moments(final_values(curve)), *_moments(best_values(curve)), *_moments(total_bytes(curve, fields))),
+        *(budget, *_moments(known), None if known is None else len(known)),
+        *(options.target, None if options.target is None else len(reached), *_moments(reached)),
+    )
+
+
+def _moments(values: Array | None) -> tuple[float | None, float | None]:
+    """Mean and population standard deviation; None and None of nothing."""
+    return (None, None) if values is None or not len(values) else (float(np.mean(values)), float(np.std(values)))
+
+
+def table_cells(
+    rows: Sequence[dict[str, Any]], options: Options, bold: Callable[[str], str]
+) -> tuple[list[str], list[list[str]]]:
+    """The heads, and for each row its texts, the best ones of each column bold."""
+    unit = " (%)" if is_share(options.metric) else ""
+    columns: list[tuple[str, list[str]]] = [
+        ("method", [_name(row) for row in rows]),
+        ("seeds", [str(row["seeds"]) for row in rows]),
+        ("rounds", [str(row["rounds"]) for row in rows]),
     ]
-    lines.append(_row("---", *["---:"] * (5 + len(reach))))
-    for row in rows:
-        name = method_style(row["method"]).label + (f" ({row['setting']})" if row["setting"] else "")
-        cells = [name, str(row["seeds"]), str(row["rounds"]), _accuracy(row, "final_acc"), _accuracy(row, "best_acc")]
-        cells.append(format_bytes(row["comm_load_bytes"]) if row["comm_load_bytes"] else "none")
-        lines.append(_row(*cells, *([_reached(row)] if reach else [])))
-    return "\n".join(lines) + "\n"
+    names = ["final", "best"] + (["at_budget"] if options.budget is not None else [])
+    for name in names:
+        head = name if name != "at_budget" or options.budget is None else f"at {format_bytes(options.budget)}"
+        texts = [_value(row, name) for row in rows]
+        less = not higher_is_better(options.metric)
+        columns.append((f"{head}{unit}", _emphasized(rows, name, texts, bold, less)))
+    columns.append(("communication", [_bytes(row, "comm_load_bytes") for row in rows]))
+    if options.target is not None:
+        texts = [_reached(row) for row in rows]
+        head = f"bytes to {format_metric(options.metric, options.target)}"
+        columns.append((head, _emphasized(rows, "bytes_to_target", texts, bold, less=True)))
+    return [head for head, _ in columns], [list(texts) for texts in zip(*(texts for _, texts in columns), strict=True)]
 
 
-def _accuracy(row: dict[str, Any], name: str) -> str:
-    if not np.isfinite(row[name]):
+def _emphasized(
+    rows: Sequence[dict[str, Any]], name: str, texts: Sequence[str], bold: Callable[[str], str], less: bool
+) -> list[str]:
+    """The texts, bold where no other row that competes is better; nothing is bold where only one competes."""
+    competing = [at for at, row in enumerate(rows) if _competes(row, name, rows)]
+    if len(competing) < 2:
+        return list(texts)
+    best = (min if less else max)(rows[at][name] for at in competing)
+    # Rows that read the same are equally good: what tells them apart is not in the table.
+    winners = {texts[at] for at in competing if rows[at][name] == best}
+    if winners == {texts[at] for at in competing}:
+        return list(texts)
+    return [bold(text) if at in competing and text in winners else text for at, text in enumerate(texts)]
+
+
+def _competes(row: dict[str, Any], name: str, rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether a row may be the best: not a reference that sends nothing (unless all are), nor a part of the seeds."""
+    sends = row["comm_load_bytes"] > 0 or not any(other["comm_load_bytes"] for other in rows)
+    seeds = {"bytes_to_target": "target_seeds", "at_budget": "at_budget_seeds"}.get(name, "seeds")
+    return sends and row[name] is not None and bool(np.isfinite(row[name])) and row[seeds] == row["seeds"]
+
+
+def table_notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
+    less = "" if higher_is_better(options.metric) else " (less is better)"
+    label = metric_label(options.metric)
+    notes = [f"{label[:1].upper()}{label[1:]}{less}: of the last evaluation, and of the best one."]
+    if any(row["seeds"] > 1 for row in rows):
+        notes.append("Mean ± population standard deviation over seeds.")
+    if options.budget is not None:
+        notes.append(f"At {format_bytes(options.budget)}: of the last evaluation that came with at most these bytes.")
+    left_out = f", without {', '.join(options.without_fields)}" if options.without_fields else ""
+    notes.append(f"Communication: payload of the whole run{left_out}; 1 kB is 1000 bytes.")
+    if any(row["comm_load_bytes"] for row in rows) and len(rows) > 1:
+        notes.append("Bold: the best of those that communicate.")
+    for code in dict.fromkeys(row["code"] for row in rows if row["code"]):
+        notes.append(f"Runs of {code}'s code count no labels.")
+    return notes
+
+
+def _name(row: dict[str, Any]) -> str:
+    return method_style(row["method"]).label + (f" ({row['setting']})" if row["setting"] else "")
+
+
+def _value(row: dict[str, Any], name: str) -> str:
+    value, deviation = row[name], row[f"{name}_std"]
+    if value is None:
+        return "-"
+    if not np.isfinite(value):
         return "not finite"
-    spread = f" ± {100 * row[f'{name}_std']:.2f}" if row["seeds"] > 1 else ""
-    return f"{100 * row[name]:.2f}{spread} %"
+    seeds = row["at_budget_seeds"] if name == "at_budget" else row["seeds"]
+    if is_share(row["metric"]):
+        text, spread = f"{100 * value:.2f}", f"{100 * deviation:.2f}"
+    else:
+        text, spread = f"{value:.4g}", f"{deviation:.2g}"
+    return (f"{text} ± {spread}" if seeds > 1 else text) + _some(seeds, row)
+
+
+def _bytes(row: dict[str, Any], name: str) -> str:
+    value, deviation = row[name], row[f"{name}_std"]
+    if not value:
+        return "none"
+    size, unit = byte_unit(value)
+    number = format_bytes(value).split(" ")[0]
+    digits = len(number.partition(".")[2])
+    return f"{number} ± {deviation / size:.{digits}f} {unit}" if deviation else f"{number} {unit}"
 
 
 def _reached(row: dict[str, Any]) -> str:
@@ -79,9 +212,14 @@ def _reached(row: dict[str, Any]) -> str:
         return "none"
     if row["bytes_to_target"] is None:
         return "not reached"
-    some = f" ({row['target_reached']} of {row['seeds']} seeds)" if row["target_reached"] < row["seeds"] else ""
-    return format_bytes(row["bytes_to_target"]) + some
+    return _bytes(row, "bytes_to_target") + _some(row["target_seeds"], row)
 
 
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def _some(count: int, row: dict[str, Any]) -> str:
+    return f" ({count} of {row['seeds']} seeds)" if count < row["seeds"] else ""
+
+
+def _escaped(text: str) -> str:
+    """Text for LaTeX, with a thin space between a number and its unit that no line breaks."""
+    escaped = "".join(_LATEX.get(character, character) for character in text)
+    return re.sub(r"(?<=\d) (?=[kMGTP]?B\b)", r"\\,", escaped)

@@ -1,0 +1,21 @@
+"""The figures: `FIGURES` lists those that `exp_configs.yaml` may name; each takes curves and fills a figure."""
+
+from plotting.figures import bars, clients, lines, settings
+from plotting.figures.base import FIGURES, FigureKind, Options, make_figure, register
+from plotting.figures.first import first_picture
+from plotting.saving import FORMATS, save_figure
+
+__all__ = [
+    "FIGURES",
+    "FORMATS",
+    "FigureKind",
+    "Options",
+    "bars",
+    "clients",
+    "first_picture",
+    "lines",
+    "make_figure",
+    "register",
+    "save_figure",
+    "settings",
+]

@@ -1,0 +1,78 @@
+"""What figures are made of: their options, their registry, and how one is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from matplotlib.figure import Figure
+
+from plotting.curves import Curve
+from plotting.figures.layout import new_figure, put_title
+from plotting.timing import Link
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a figure may need besides its curves.
+
+    title: above it. metric: what is drawn, a name as in `Run.series`. target: value of the metric whose cost is
+    marked, or None. without_fields: as in `Run.bytes`. link: of every client, for simulated time. budget: bytes at
+    which methods are compared in tables, or None. over: dotted key of the configuration that an ablation is drawn
+    against; None: the one key in which the runs of a method differ.
+    """
+
+    title: str = ""
+    metric: str = "test_acc"
+    target: float | None = None
+    without_fields: tuple[str, ...] = ()
+    link: Link = field(default_factory=Link)
+    budget: float | None = None
+    over: str | None = None
+
+
+Draw = Callable[[Figure, Sequence[Curve], Options], None]
+Applies = Callable[[Sequence[Curve], Options], bool]
+
+
+@dataclass(frozen=True)
+class FigureKind:
+    """One kind of figure.
+
+    draw: fills an empty figure, its legend included. applies: whether the curves have what it shows; never raises.
+    needs: in a few words, what that is.
+    """
+
+    draw: Draw
+    applies: Applies
+    needs: str
+
+
+FIGURES: dict[str, FigureKind] = {}
+
+
+def register(name: str, needs: str, applies: Applies) -> Callable[[Draw], Draw]:
+    """Make a figure available under `figures` in `exp_configs.yaml`; the name is its file's name too."""
+
+    def decorate(draw: Draw) -> Draw:
+        if name in FIGURES:
+            raise ValueError(f"figure {name!r} is registered twice")
+        FIGURES[name] = FigureKind(draw, applies, needs)
+        return draw
+
+    return decorate
+
+
+def make_figure(name: str, curves: Sequence[Curve], options: Options) -> Figure:
+    """Draw one registered figure; to be called and saved within `style.applied()`.
+
+    Raises:
+        ValueError: the curves do not have what it needs.
+    """
+    kind = FIGURES[name]
+    if not kind.applies(curves, options):
+        raise ValueError(f"{name} needs {kind.needs}")
+    figure = new_figure()
+    kind.draw(figure, curves, options)
+    put_title(figure, options.title)
+    return figure

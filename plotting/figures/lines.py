@@ -1,0 +1,135 @@
+"""Curves: a metric against rounds, communication and simulated time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from plotting.curves import Curve, bytes_to_reach, final_values
+from plotting.figures.axes import (
+    Unit,
+    amount_axis,
+    bytes_unit,
+    draw_curve,
+    draw_level,
+    draw_target,
+    label_of,
+    look,
+    metric_axis,
+    seconds_unit,
+)
+from plotting.figures.base import Options, register
+from plotting.figures.layout import axis_text, put_legend
+from plotting.runs import Array
+from plotting.style import format_metric
+from runtime.units import format_bytes
+
+
+def _any(curves: Sequence[Curve], _: Options) -> bool:
+    return bool(curves)
+
+
+def _any_time(curves: Sequence[Curve], _: Options) -> bool:
+    return any(curve.seconds is not None for curve in curves)
+
+
+@register("accuracy_communication", "a run", _any)
+def accuracy_communication(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
+    """A metric against cumulative payload bytes; methods that send nothing are levels."""
+    axes = figure.add_subplot()
+    x = {id(curve): curve.bytes for curve in curves if curve.sends}
+    size, unit = _against(axes, curves, x, bytes_unit, options)
+    without = f" without {', '.join(options.without_fields)}" if options.without_fields else ""
+    axes.set_xlabel(axis_text(figure, f"communication{without}" + (f" ({unit})" if unit else "")))
+    costs: dict[int, str] = {}
+    if options.target is not None:
+        for curve in curves:
+            if curve.sends:
+                costs[id(curve)] = _mark_cost(axes, curve, options, options.target, size)
+    note = ""
+    if options.target is not None and costs:
+        mean = ", mean over seeds" if any(len(curve.runs) > 1 for curve in curves) else ""
+        note = f"sent when {format_metric(options.metric, options.target)} is first reached{mean}:"
+    _legend(figure, axes, curves, costs, note)
+
+
+@register("accuracy_rounds", "a run", _any)
+def accuracy_rounds(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
+    """A metric against completed rounds."""
+    axes = figure.add_subplot()
+    for place, curve in enumerate(curves):
+        draw_curve(axes, curve.rounds, curve, place)
+    _finish(axes, curves, options)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("rounds")
+    _legend(figure, axes, curves)
+
+
+@register("accuracy_time", "a run that recorded its seconds, bytes and round trips", _any_time)
+def accuracy_time(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
+    """A metric against simulated time over the given link; methods that send nothing are levels."""
+    axes = figure.add_subplot()
+    x = {id(curve): curve.seconds for curve in curves if curve.sends and curve.seconds is not None}
+    _, unit = _against(axes, curves, x, seconds_unit, options)
+    missing = [label_of(curve) for curve in curves if curve.sends and curve.seconds is None]
+    label = f"simulated time{f' ({unit})' if unit else ''}, each client's link: {options.link.label}"
+    note = f"not drawn, as no time was recorded: {'; '.join(missing)}" if missing else ""
+    axes.set_xlabel(axis_text(figure, label, note))
+    _legend(figure, axes, curves)
+
+
+def _against(
+    axes: Axes, curves: Sequence[Curve], x: dict[int, Array], unit: Unit, options: Options
+) -> tuple[float, str]:
+    """Draw the curves that have an x, by identity, and levels for those that send nothing."""
+    size, name = amount_axis(axes, [float(each[-1]) for each in x.values() if each[-1] > 0], unit)
+    for place, curve in enumerate(curves):
+        if id(curve) in x:
+            draw_curve(axes, x[id(curve)] / size, curve, place)
+        elif not curve.sends:
+            level = final_values(curve)
+            value = float(np.nanmean(level)) if np.isfinite(level).any() else np.nan
+            draw_level(axes, curve.method, curve.variant, value, label_of(curve))
+    if not x:
+        axes.set_xticks([])
+    _finish(axes, curves, options)
+    return size, name if x else ""
+
+
+def _finish(axes: Axes, curves: Sequence[Curve], options: Options) -> None:
+    metric_axis(axes, options.metric, [curve.value for curve in curves])
+    if options.target is not None:
+        draw_target(axes, options.metric, options.target)
+    if axes.get_xscale() == "linear":
+        axes.set_xlim(left=0)
+
+
+def _mark_cost(axes: Axes, curve: Curve, options: Options, target: float, size: float) -> str:
+    """Mark the mean bytes after which the seeds had reached the target, and tell them for the legend."""
+    found = bytes_to_reach(curve, target, options.without_fields)
+    needed = [count for count in found if count is not None]
+    if not needed:
+        return "not reached"
+    mean = float(np.mean(needed))
+    mark = look(curve.method, curve.variant) | {"linestyle": "", "markersize": 8, "markeredgewidth": 1.4, "zorder": 4}
+    axes.plot(mean / size, target, **mark, markerfacecolor="none")
+    some = f" ({len(needed)} of {len(found)} seeds)" if len(needed) < len(found) else ""
+    return f"{format_bytes(mean)}{some}"
+
+
+def _legend(
+    figure: Figure, axes: Axes, curves: Sequence[Curve], costs: dict[int, str] | None = None, note: str = ""
+) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    drawn = dict(zip(labels, handles, strict=True))
+    texts: list[str] = []
+    for curve in curves:
+        if label_of(curve) in drawn:
+            level = "" if curve.sends else ": sends nothing"
+            cost = f": {costs[id(curve)]}" if costs and id(curve) in costs else ""
+            texts.append(f"{label_of(curve)}{level}{cost}")
+    put_legend(figure, [drawn[label_of(curve)] for curve in curves if label_of(curve) in drawn], texts, note)

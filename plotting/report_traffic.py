@@ -1,0 +1,61 @@
+"""The chart of a report that tells what was sent: bytes of a whole run by kind and direction, stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from plotting.curves import Curve
+from plotting.figures.axes import label_of
+from plotting.figures.bars import EDGE, kind_looks, traffic_of
+from plotting.figures.base import Options
+from plotting.figures.layout import wrapped
+from plotting.report_charts import NAME, Chart, byte_axis, numbers, plain
+from plotting.report_style import Key
+
+_ROOM, _LINE, _GAP = 100, 17, 14
+"""Pixels: of the chart without bars, of a line of a bar's name, and between names."""
+_NAME, _POINTS = 1.7, 9.0
+"""Inches of a bar's name and the size of its letters: on a page of 400 pixels half is left to the bars."""
+
+
+def traffic_charts(curves: Sequence[Curve], options: Options) -> list[Chart]:
+    """What each setting sent in a whole run, mean over seeds; none where no run recorded its bytes by kind."""
+    found = [(curve, traffic_of(curve, options.without_fields)) for curve in curves]
+    bars = [(curve, sent) for curve, sent in found if sent]
+    if not bars:
+        return []
+    # Two curves may have one name, and then two bars: a place is a number.
+    names = [wrapped(label_of(curve), _NAME, _POINTS).split("\n") for curve, _ in bars]
+    places = list(range(len(bars)))
+    ticks = {"tickvals": places, "ticktext": ["<br>".join(plain(line) for line in lines) for lines in names]}
+    mean = " Means over seeds." if any(len(curve.runs) > 1 for curve, _ in bars) else ""
+    without = f" without {', '.join(options.without_fields)}" if options.without_fields else ""
+    chart = Chart(
+        name="traffic",
+        heading="Communication by kind",
+        description="bytes of the whole run by kind of message and direction; their sums are in the table",
+        axes={"x": byte_axis("communication", "communication")},
+        y={"autorange": "reversed", "showgrid": False, "zeroline": False, **ticks},
+        note=f"Of the whole run{without}, by kind of message; up: from clients to the server.{mean}",
+        height=_ROOM + sum(_GAP + _LINE * len(lines) for lines in names),
+    )
+    for name, look in kind_looks({name for _, sent in bars for name in sent}).items():
+        hatched = bool(look["hatch"])
+        chart.keys.append(Key(name, name, look["facecolor"], marker="s", hatched=hatched))
+        chart.columns[name] = {"x": numbers(sent.get(name, 0.0) for _, sent in bars)}
+        fill = {"color": look["facecolor"], "line": {"color": EDGE, "width": 1}}
+        pattern = {"shape": "/" if hatched else "", "fgcolor": EDGE, "fillmode": "overlay", "size": 7, "solidity": 0.2}
+        trace = {
+            "type": "bar",
+            "orientation": "h",
+            "name": plain(name),
+            "at": name,
+            "groups": [name],
+            "y": places,
+            "marker": fill | {"pattern": pattern},
+            "text": [plain(label_of(curve)) for curve, _ in bars],
+            "textposition": "none",
+            "hovertemplate": f"{NAME}%{{text}}{{x}}",
+        }
+        chart.traces.append(trace)
+    return [chart]

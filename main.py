@@ -6,18 +6,16 @@ Keys and their values are in `hydra_config/`; `python main.py --cfg job` prints 
 import hydra
 from omegaconf import DictConfig
 
-from runtime.hydra_support import Job, launch
+from runtime.launch import launch, start
 
 
 @hydra.main(version_base=None, config_path="hydra_config", config_name="config")
-def main(composed: DictConfig) -> None:
-    """One job: composed configuration -> typed configuration -> run folder -> experiment."""
-    with Job(composed) as job:
-        config = job.config()
-        with job.claim(config) as folder:
-            from runtime.experiment import run  # late, so that --help and mistakes do not wait for it
+def main(composed: DictConfig) -> float | None:
+    """One run, or one job of a sweep: composed configuration -> typed configuration -> run folder -> experiment.
 
-            run(config, folder)
+    Gives a job's final accuracy, for sweepers that search for the best one.
+    """
+    return start(composed)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rich import box
 from rich.console import Console
@@ -23,7 +23,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from runtime.config import ConfigError
-from runtime.results import RoundRecord, RunSummary, format_bytes
+from runtime.units import format_bytes
+
+if TYPE_CHECKING:
+    from runtime.results import RoundRecord, RunSummary
 
 log = logging.getLogger(__name__)
 

@@ -5,22 +5,22 @@ process ends, however it ends, so a killed run is found unlocked and unfinished 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, cast
 
+from runtime import locks
 from runtime.config import ConfigError
 from runtime.files import replace_file, temporary_name
+from runtime.locks import FileLock
 
 State = Literal["running", "finished", "failed"]
 
@@ -29,8 +29,6 @@ LOCK, IDENTITY, STATUS = ".lock", "identity", "status.json"
 _UNNAMED = ("algorithm", "model", "dataset", "dataset.distribution", "lr", "seed")
 _UNNAMED_BELOW = ("save_dir", "resume", "logger", "checkpoint_interval", "progress", "hydra")
 _NAME_BYTES = 150
-# Another process that only looks whether a folder is locked holds its lock for an instant.
-_LOCK_TRIES, _LOCK_PAUSE_S = 5, 0.02
 
 
 def unique_name() -> str:
@@ -75,35 +73,39 @@ def read_status(path: Path) -> dict[str, Any]:
 
 def is_locked(path: Path) -> bool:
     """Whether a live process owns the run folder."""
-    try:
-        handle = os.open(path / LOCK, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+    return locks.is_locked(path / LOCK)
 
 
 def find_unfinished(above: Path, identity: str) -> Path | None:
-    """The newest run folder two levels below `above` that has this identity, is not finished and that nobody owns.
+    """The newest run folder below `above` that has this identity, is not finished and that nobody owns."""
+    return next((folder for folder in _find(above, identity) if _can_continue(folder) and not is_locked(folder)), None)
 
-    Two levels, because the same configuration may be spelled in several ways on a command line, which gives differing
-    names to the level between.
+
+def find_finished(above: Path, identity: str) -> Path | None:
+    """The newest run folder below `above` that has this identity and holds a finished run."""
+    return next((folder for folder in _find(above, identity) if read_status(folder).get("state") == "finished"), None)
+
+
+def find_running(above: Path, identity: str) -> Path | None:
+    """A run folder below `above` that has this identity and that a live process owns."""
+    return next((folder for folder in _find(above, identity) if is_locked(folder)), None)
+
+
+def _find(above: Path, identity: str) -> Iterator[Path]:
+    """Run folders of an identity, newest first.
+
+    They lie two levels below, because the same configuration may be spelled in several ways on a command line, which
+    gives differing names to the level between.
     """
     for mark in sorted(above.glob(f"*/*/{IDENTITY}"), key=lambda mark: mark.parent.name, reverse=True):
-        folder = mark.parent
-        with contextlib.suppress(OSError):
-            if (
-                mark.read_text(encoding="utf-8").strip() == identity
-                and (_is_open(folder) or _is_fresh(folder))
-                and not is_locked(folder)
-            ):
-                return folder
-    return None
+        if _read_identity(mark.parent) == identity:
+            yield mark.parent
+
+
+def _can_continue(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return _is_open(folder) or _is_fresh(folder)
+    return False
 
 
 def _is_open(folder: Path) -> bool:
@@ -138,13 +140,11 @@ class RunFolder:
         resumed: whether it holds an earlier, unfinished part of the same run.
     """
 
-    def __init__(self, path: Path, lock: int, *, resumed: bool, save_dir: Path) -> None:
+    def __init__(self, path: Path, lock: FileLock, *, resumed: bool, save_dir: Path) -> None:
         self.path = path
         self.resumed = resumed
         self._save_dir = save_dir
-        self._lock: int | None = lock
-        # A forked child (a data worker) would keep the lock alive after this process is killed.
-        os.register_at_fork(after_in_child=self._close)
+        self._lock = lock
 
     @classmethod
     def claim(cls, path: Path, identity: str = "", *, save_dir: Path | None = None) -> "RunFolder":
@@ -161,12 +161,12 @@ class RunFolder:
         save_dir = path.parent if save_dir is None else save_dir
         while True:
             path.mkdir(parents=True, exist_ok=True)
-            lock = _try_lock(path)
+            lock = FileLock.take(path / LOCK)
             if lock is not None:
                 resumed = _is_open(path) and _read_identity(path) == identity
                 if resumed or _is_fresh(path):
                     break
-                os.close(lock)
+                lock.release()
             path = path.parent / unique_name()
         folder = cls(path, lock, resumed=resumed, save_dir=save_dir)
         replace_file(path / IDENTITY, identity + "\n")
@@ -185,11 +185,11 @@ class RunFolder:
             raise ConfigError("resume", str(path), f"auto, never or the folder of an unfinished run; this one {state}")
         if _read_identity(path) != identity:
             raise ConfigError("resume", str(path), "the folder of a run of the same configuration")
-        lock = _try_lock(path)
+        lock = FileLock.take(path / LOCK)
         if lock is None:
             raise ConfigError("resume", str(path), "a run folder that no other process is using")
         if not _is_open(path):
-            os.close(lock)
+            lock.release()
             raise ConfigError(
                 "resume", str(path), "auto, never or the folder of an unfinished run; this one has finished"
             )
@@ -221,12 +221,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Give the folder up; another process may then own it."""
-        self._close()
-
-    def _close(self) -> None:
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            os.close(lock)
+        self._lock.release()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -242,31 +237,6 @@ class RunFolder:
         elif isinstance(error, Exception):
             self.mark("failed", " ".join(f"{type(error).__name__}: {error}".split()))
         self.release()
-
-
-def _try_lock(path: Path) -> int | None:
-    """A descriptor that holds the folder's lock, or None when another process does."""
-    for attempt in range(_LOCK_TRIES):
-        if attempt:
-            time.sleep(_LOCK_PAUSE_S)
-        try:
-            handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            return None  # removed by its owner just now
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The owner before us may have removed the folder between our opening and locking the file.
-            if os.path.samestat(os.fstat(handle), os.stat(path / LOCK)):
-                return handle
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        except OSError as error:
-            os.close(handle)
-            raise ConfigError(
-                "save_dir", str(path), f"a folder on a file system that can lock files ({error})"
-            ) from error
-        os.close(handle)
-    return None
 
 
 def _is_fresh(path: Path) -> bool:

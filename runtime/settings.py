@@ -22,7 +22,7 @@ Part = Literal["model", "client", "server", "auxiliary"]
 PARTS: tuple[Part, ...] = ("model", "client", "server", "auxiliary")
 
 # Where a run is kept and shown; everything else decides its result.
-_NOT_DECIDING = ("save_dir", "resume", "logger", "checkpoint_interval", "state_memory_mb", "progress")
+_NOT_DECIDING = ("save_dir", "resume", "logger", "checkpoint_interval", "state_memory_mb", "progress", "jobs_per_gpu")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class RunConfig:
         rounds, local_epochs, batch_size: as in the papers. lr: learning rate that the optimizer takes up.
         seed: the source of all randomness.
         device: auto, cpu, cuda or cuda:k. precision: of the arithmetic; parameters are kept in float32 under bf16.
+        jobs_per_gpu: jobs of sweeps that share a GPU.
         threads: of one run on the processor; auto is one for a small model, else what torch takes.
         eval_interval: rounds from one evaluation to the next. eval_batch_size: samples per evaluation batch.
         comm_threshold_mb: stop after the round in which the payload of training passes this many MB (10^6 bytes).
@@ -68,6 +69,7 @@ class RunConfig:
     device: str
     threads: int | Literal["auto"]
     precision: Literal["fp32", "bf16", "fp64"]
+    jobs_per_gpu: int
     eval_interval: int
     eval_batch_size: int
     comm_threshold_mb: float | None
@@ -79,7 +81,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         counts = "num_clients rounds local_epochs batch_size eval_interval eval_batch_size checkpoint_interval"
-        for key in counts.split():
+        for key in (*counts.split(), "jobs_per_gpu"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "an integer >= 1")
         if not 0 < self.frac <= 1:

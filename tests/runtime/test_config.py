@@ -151,6 +151,6 @@ def test_any_value_is_shown_in_one_short_line(value: object) -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import runtime.config, runtime.run_folder, runtime.hydra_support, sys; sys.exit('torch' in sys.modules)"
+    code = "import runtime.config, runtime.run_folder, runtime.launch, sys; sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

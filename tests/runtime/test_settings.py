@@ -204,7 +204,7 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
         if key == "transport" or key.startswith("logger"):
             continue  # one choice only; several choices are tried below
         new = other[key] if key in other else not value if isinstance(value, bool) else value + 1
-        same = key in ("save_dir", "resume", "progress", "checkpoint_interval", "state_memory_mb")
+        same = key in ("save_dir", "resume", "progress", "checkpoint_interval", "state_memory_mb", "jobs_per_gpu")
         assert (RunConfig.from_mapping(changed(**{key: new})).identity() == base) == same, key
     assert RunConfig.from_mapping(changed(logger={"tensorboard": {}})).identity() == base
     assert RunConfig.from_mapping(changed(model__server__optimizer={"lr": 0.5})).identity() != base

@@ -1,0 +1,77 @@
+"""One run from its configuration to its end: the folder it gets, and the log in it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import traceback
+from collections.abc import Generator, Iterable
+from pathlib import Path
+
+from runtime.config import ConfigError
+from runtime.experiment import run
+from runtime.loggers import check_loggers
+from runtime.run_folder import RunFolder, find_unfinished, run_path, unique_name, what_differs
+from runtime.settings import RunConfig
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError for what this machine lacks: a device, or the package of a logger."""
+    config.torch_device()
+    check_loggers(config.logger)
+
+
+def runs_like(config: RunConfig) -> Path:
+    """The folder below which all runs of this configuration lie, however their command lines spelled it."""
+    data = f"{config.dataset.name}-{config.dataset.distribution}"
+    return run_path(config.save_dir, (config.algorithm_name, config.model.name, data), "")
+
+
+def choose_folder(config: RunConfig, overrides: Iterable[str]) -> Path:
+    """An unfinished run of this configuration, if `resume` allows, or else a new folder; makes nothing."""
+    above = runs_like(config)
+    unfinished = find_unfinished(above, config.identity()) if config.resume == "auto" else None
+    differs = what_differs(config.lr, config.seed, overrides)
+    return unfinished or run_path(above, (differs,), unique_name())
+
+
+@contextlib.contextmanager
+def claim(config: RunConfig, overrides: Iterable[str]) -> Generator[RunFolder]:
+    """Own the run's folder, and log to `run.log` in it, for the length of the block."""
+    identity = config.identity()
+    save_dir = config.save_dir.absolute()
+    if config.resume in ("auto", "never"):
+        folder = RunFolder.claim(choose_folder(config, overrides), identity, save_dir=save_dir)
+    else:
+        folder = RunFolder.continue_at(Path(config.resume).absolute(), identity, save_dir=save_dir)
+    with folder, _log_to(folder.path / "run.log"):
+        yield folder
+
+
+def execute(config: RunConfig, overrides: Iterable[str]) -> None:
+    """Run the experiment in a folder of its own.
+
+    Args:
+        overrides: what the command line set, which the folder's name tells.
+    """
+    with claim(config, overrides) as folder:
+        run(config, folder)
+
+
+@contextlib.contextmanager
+def _log_to(path: Path) -> Generator[None]:
+    stream = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, ConfigError):
+            stream.write(traceback.format_exc())
+        raise
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+        stream.close()

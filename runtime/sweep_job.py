@@ -1,0 +1,159 @@
+"""A job of a sweep in a process of its own, which may fail, crash or be killed without harm to any other.
+
+That process is forked from a server (multiprocessing's `forkserver`) that has imported everything and computed nothing:
+a job starts in a moment, all jobs of a sweep run the same code although somebody edits it meanwhile, and a job may have
+worker processes of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Generator
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from hydra.core.utils import configure_log
+from omegaconf import DictConfig, OmegaConf
+
+from runtime.experiment import run
+from runtime.hydra_errors import explain
+from runtime.job import check, claim, runs_like
+from runtime.locks import FileLock
+from runtime.run_folder import find_finished, find_running
+from runtime.settings import RunConfig
+from runtime.slots import gpu_slot
+from runtime.sweep import OUTPUT, JobFolder
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+# A job that is told to end and sits in one long operation ends without having its say.
+_GRACE_S = 20.0
+
+
+def main(folder: str) -> None:
+    """Run the job described in `folder`; its state there says how it ended. Called in the job's own process."""
+    job = JobFolder(Path(folder))
+    _take_output(job.path / OUTPUT)
+    _end_with_parent()
+    content = job.read_job()
+    sys.argv = sys.orig_argv = ["python", "main.py", *content["overrides"]]  # for env.json: the same run, on its own
+    configure_log(cast(DictConfig, OmegaConf.create(content["logging"])), content["verbose"])
+    job.update(pid=os.getpid())
+    try:
+        _run(job, content)
+    except KeyboardInterrupt:
+        job.update(state="interrupted")
+    except Exception as error:
+        reason = explain(error, content["overrides"])
+        if reason is None or content["tracebacks"]:
+            traceback.print_exc()
+        elif not job.read().folder or not Path(job.read().folder).is_dir():
+            os.truncate(job.path / OUTPUT, 0)  # a mistake that left nothing: its one line says it all
+            job.update(folder="")
+        job.update(state="failed", error=reason or " ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _run(job: JobFolder, content: dict[str, Any]) -> None:
+    config = RunConfig.from_mapping(content["values"])
+    check(config)
+    job.update(rounds=config.rounds)
+    with _alone(job, config, patient=content["patient"]) as may_run:
+        if not may_run:
+            return
+
+        def waiting(text: str) -> None:
+            log.info("waiting for %s", text)
+            job.update(state="waiting", place=f"waits for {text}")
+
+        with gpu_slot(config.device, config.jobs_per_gpu, waiting) as gpu:
+            place = f"{f'GPU {gpu.uuid} ({gpu.name})' if gpu else 'processor'}, threads: {content['threads']}"
+            with claim(config, content["overrides"]) as folder:
+                log.info("job %d: %s", job.read().number, place)
+                job.update(state="running", folder=str(folder.path), place=place, began=time.time())
+                run(config, folder)
+    job.update(state="finished")
+
+
+@contextlib.contextmanager
+def _alone(job: JobFolder, config: RunConfig, *, patient: bool) -> Generator[bool]:
+    """Make sure that no other job runs, or ran, this configuration; gives whether it is ours to run.
+
+    A patient job waits for another process that runs it, and takes over if that one ends without finishing.
+    """
+    if config.resume != "auto":
+        yield True
+        return
+    above, identity = runs_like(config), config.identity()
+    while True:
+        lock = _take(config.save_dir.absolute() / "multirun" / "running" / identity)
+        try:
+            finished = find_finished(above, identity)
+            if finished is not None:
+                job.update(state="skipped", folder=str(finished))
+            elif lock is not None and find_running(above, identity) is None:
+                yield True
+                return
+            elif not patient:
+                job.update(state="elsewhere", folder=str(find_running(above, identity) or ""))
+            else:
+                job.update(state="waiting", place="waits for another process that runs the same configuration")
+                time.sleep(_POLL_S)
+                continue
+            yield False
+            return
+        finally:
+            if lock is not None:
+                lock.release(remove=True)
+                with contextlib.suppress(OSError):
+                    lock.path.parent.rmdir()
+
+
+def _take(path: Path) -> FileLock | None:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock.take(path)
+        if lock is not None or path.exists():
+            return lock
+
+
+def _take_output(path: Path) -> None:
+    """Send everything that this process prints, the system's last words on it too, to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    os.close(handle)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+
+
+def _end_with_parent() -> None:
+    """End this process, as if interrupted, when the one that started it ends or when it is asked to."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(_GRACE_S)
+        _exit_now()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _exit_now() -> NoReturn:
+    os._exit(1)

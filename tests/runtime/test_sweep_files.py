@@ -1,0 +1,221 @@
+"""What a sweep's files say of its jobs, and what is shown of that."""
+
+import csv
+import io
+import multiprocessing
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from runtime.supervise import start, threads_of
+from runtime.sweep import DONE, Job, JobFolder, Progress, Sweep, read_progress
+from runtime.sweep_console import Display, outcome, shared_overrides, show_table, tally
+
+HEADER = "round,test_acc,test_loss,train_loss,comm_load,comm_up,comm_down,comm_framed,clients,time_wall\n"
+
+
+def write_metrics(folder: Path, rows: list[tuple[int, float | None, int, float]], tail: str = "") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"{number},{'' if accuracy is None else accuracy},,0.5,{sent},0,0,0,3,{seconds}\n"
+        for number, accuracy, sent, seconds in rows
+    ]
+    (folder / "metrics.csv").write_text(HEADER + "".join(lines) + tail)
+
+
+def job_folder(sweep: Path, number: int, **state: object) -> JobFolder:
+    folder = JobFolder(sweep / "jobs" / str(number))
+    folder.start(number, ["lr=0.1", f"seed={number}"])
+    folder.update(**state)
+    return folder
+
+
+@given(
+    st.lists(st.tuples(st.none() | st.floats(0, 1), st.integers(0, 10**15)), min_size=1, max_size=60),
+    st.integers(0, 900),
+)
+def test_progress_is_the_last_complete_line_and_the_last_evaluation(
+    tmp_path_factory: pytest.TempPathFactory, rounds: list[tuple[float | None, int]], padding: int
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    # Enough rounds before these for the file to be longer than what is read of it.
+    rows = [(n + 1, 0.25, 7, 0.5) for n in range(padding)]
+    rows += [(padding + n + 1, acc, sent, 1.5 * n) for n, (acc, sent) in enumerate(rounds)]
+    write_metrics(folder, rows, tail="99999,0.9")
+    with open(folder / "metrics.csv") as file:
+        complete = list(csv.DictReader(file))[:-1]
+    evaluated = [float(row["test_acc"]) for row in complete if row["test_acc"]]
+    expected = Progress(
+        int(complete[-1]["round"]),
+        evaluated[-1] if evaluated else None,
+        int(complete[-1]["comm_load"]),
+        float(complete[-1]["time_wall"]),
+    )
+    assert read_progress(folder) == expected
+
+
+NUMBERLESS = HEADER + "one,2,3,4,5,6,7,8,9,10\n"
+
+
+@pytest.mark.parametrize("content", ["", "round", HEADER, HEADER + "1,0.5", NUMBERLESS, "\x00\n"])
+def test_a_file_that_says_nothing_is_no_progress(tmp_path: Path, content: str) -> None:
+    (tmp_path / "metrics.csv").write_text(content)
+    assert read_progress(tmp_path) == Progress()
+    assert read_progress(tmp_path / "absent") == Progress()
+
+
+def test_jobs_are_listed_before_they_begin_and_damaged_files_are_no_harm(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, [["lr=0.1", f"seed={seed}"] for seed in range(3)])
+    assert [(job.state, job.overrides[-1]) for job, _ in sweep.jobs()] == [
+        ("queued", f"seed={seed}") for seed in range(3)
+    ]
+    job_folder(tmp_path, 1, state="running", rounds=9)
+    (tmp_path / "jobs" / "2").mkdir()
+    (tmp_path / "jobs" / "2" / "state.json").write_text('{"state": "runn')
+    assert [job.state for job, _ in sweep.jobs()] == ["queued", "running", "queued"]
+    assert [job.number for job, _ in Sweep(tmp_path).jobs()] == [1, 2]  # of a sweeper that decides as it goes
+
+
+@pytest.mark.parametrize("state", DONE)
+def test_a_job_that_is_done_gets_its_time_and_is_not_read_again(tmp_path: Path, state: str) -> None:
+    sweep = Sweep(tmp_path, [["seed=0"]])
+    folder = job_folder(tmp_path, 0, state=state)
+    ((job, _),) = sweep.jobs()
+    assert (job.is_done, job.ended >= job.began > 0) == (True, True)
+    folder.update(state="running")
+    assert sweep.jobs()[0][0].state == state
+
+
+def test_the_table_holds_every_job(tmp_path: Path) -> None:
+    write_metrics(tmp_path / "run", [(1, 0.5, 100, 1.0), (2, None, 250, 2.5)])
+    job_folder(tmp_path, 0, state="finished", folder=str(tmp_path / "run"))
+    job_folder(tmp_path, 1, state="failed", error='lr="0,5": expected a number')
+    sweep = Sweep(tmp_path, [["lr=0.1", f"seed={seed}"] for seed in range(3)])
+    rows = list(csv.DictReader(io.StringIO(sweep.write_table().read_text())))
+    assert [row["state"] for row in rows] == ["finished", "failed", "queued"]
+    assert [row["overrides"] for row in rows] == ["lr=0.1 seed=0", "lr=0.1 seed=1", "lr=0.1 seed=2"]
+    assert (rows[0]["test_acc"], rows[0]["comm_load"], rows[0]["time_wall"]) == ("0.5", "250", "2.5")
+    assert (rows[1]["error"], rows[1]["test_acc"]) == ('lr="0,5": expected a number', "")
+
+
+def examples() -> list[tuple[Job, Progress]]:
+    return [
+        (Job(0, ("lr=0.1", "++model.cut=[a,b]"), "finished", "/runs/zero"), Progress(9, 0.875, 2_500_000, 75.0)),
+        (Job(1, ("lr=0.1", "seed=1"), "failed", error="lr=0.1: expected [less]"), Progress()),
+        (Job(2, ("lr=0.1", "seed=2"), "skipped", "/runs/two"), Progress(9, None, 0, 5.0)),
+        (Job(3, ("lr=0.1", "seed=3"), "waiting", place="waits for a free GPU"), Progress()),
+        (Job(4, ("lr=0.1", "seed=4"), "running", "/runs/four", rounds=10), Progress(5, 0.5, 1000, 20.0)),
+        (Job(5, ("lr=0.1", "seed=5")), Progress()),
+    ]
+
+
+def test_the_last_table_tells_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_table(examples(), tmp_path, "go on with [this]")
+    shown = capsys.readouterr()
+    for text in (
+        *("all jobs: lr=0.1", "model.cut=[a,b]", "87.50%", "2.50 MB", "1 min 15 s", "#0 /runs/zero"),
+        *("lr=0.1: expected [less]", "skipped", "3/6 jobs done (1 of them before), 1 failed, 1 running, 1 waiting"),
+    ):
+        assert text in shown.out, text
+    assert "1 of 6 jobs failed; the same command tries them again" in shown.err
+    assert "0 in part, 1 not begun" in shown.err
+    assert "go on with [this]" in shown.err
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_one_display_fits_the_terminal_whatever_its_jobs_are_called(tmp_path: Path, width: int) -> None:
+    jobs = [["dataset=digits", f"seed={seed}[b]", f"model.options.a_long_name={'x' * 90}"] for seed in range(30)]
+    for number in range(25):
+        job_folder(tmp_path, number, state="running", rounds=10, folder=str(tmp_path / "run"))
+    write_metrics(tmp_path / "run", [(4, 0.5, 10**9, 8.0)])
+    console = Console(width=width, height=12, file=io.StringIO(), force_terminal=True)
+    display = Display(Sweep(tmp_path, jobs), "none")
+    with console.capture() as captured:
+        console.print(display._picture(console))
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", captured.get()).rstrip("\n").split("\n")
+    assert len(lines) <= 12
+    assert all(len(line) <= width for line in lines)
+    assert lines[0].startswith("0/30 jobs done, 25 running")
+    assert lines[-1].startswith("... and 16 more")
+    assert all(f"seed={number}" in line for number, line in enumerate(lines[1:-1]))
+    assert all("4/10" in line and "50.00%" in line and "1.00 GB" in line for line in lines[1:-1])
+
+
+def test_lines_name_each_change_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display(Sweep(tmp_path, [["lr=0.1", f"seed={seed}"] for seed in range(2)]), "lines")
+    job_folder(tmp_path, 0, state="failed", error="no such key")
+    display.start()
+    display.stop()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["1/2 jobs done, 1 failed | #0 seed=0: failed: no such key"]
+
+
+def test_what_all_jobs_share_is_not_repeated() -> None:
+    assert shared_overrides([["a=1", "b=2", "c=3"], ["a=1", "b=3", "c=3"]]) == ("a=1", "c=3")
+    assert shared_overrides([["a=1"]]) == ()
+    assert shared_overrides([]) == ()
+
+
+def test_each_state_has_its_words() -> None:
+    told = [outcome(job, done) for job, done in examples()]
+    assert told[0] == "finished, 87.50%, 2.50 MB, 1 min 15 s"
+    assert told[1] == "failed: lr=0.1: expected [less]"
+    assert told[2] == "skipped, -, 0 B, finished before"
+    assert told[3] == "waiting waits for a free GPU"
+    assert tally([]) == "0/0 jobs done"
+
+
+def test_a_state_survives_the_disk(tmp_path: Path) -> None:
+    folder = job_folder(tmp_path, 4, state="running", rounds=3, place="GPU 1")
+    assert folder.update(rounds=5) == folder.read()
+    assert asdict(folder.read())["rounds"] == 5
+
+
+def load(folder: str) -> None:
+    """What a job may do: read data with worker processes of its own."""
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    data = TensorDataset(torch.arange(100))
+    total = sum(int(batch.sum()) for (batch,) in DataLoader(data, batch_size=10, num_workers=2))
+    (Path(folder) / "total").write_text(str(total))
+
+
+def test_a_job_may_have_data_workers_of_its_own(tmp_path: Path) -> None:
+    process = start(JobFolder(tmp_path), load)
+    process.join(120)
+    assert process.exitcode == 0
+    assert (tmp_path / "total").read_text() == str(sum(range(100)))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment", "expected"),
+    [
+        ({"n_jobs": 2}, None, 4),
+        ({"n_jobs": 3}, None, 2),
+        ({"n_jobs": 20}, None, 1),
+        ({"n_jobs": -1}, None, 1),
+        ({"n_jobs": -7}, None, 4),
+        ({"n_jobs": 2}, "3", 3),
+        ({"cpus_per_task": 6}, None, 6),
+        ({"cpus_per_task": 60}, None, 8),
+        ({"ray": {"remote": {"num_cpus": 2}}}, None, 2),
+        ({}, None, 8),
+    ],
+)
+def test_threads_are_a_jobs_share_of_eight_cores(
+    launcher: dict[str, object], environment: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    assert threads_of(OmegaConf.create(launcher)) == expected

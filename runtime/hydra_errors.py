@@ -54,8 +54,8 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str | None:
         if isinstance(link, ConfigError):
             return str(link)
         link = link.__cause__
-    if isinstance(error, OSError) and error.errno in _FOLDER_ERRORS and error.filename:
-        return str(ConfigError(str(error.filename), NO_VALUE, f"cannot be written: {error.strerror}"))
+    if isinstance(error, OSError) and error.errno in _FOLDER_ERRORS and (error.filename or error.errno == errno.ENOSPC):
+        return str(ConfigError(str(error.filename or "a file"), NO_VALUE, f"cannot be written: {error.strerror}"))
     if isinstance(error, HydraException | OmegaConfBaseException):
         return str(_translate(error, overrides))
     return None

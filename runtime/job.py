@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 
 from runtime.config import ConfigError
-from runtime.experiment import run
 from runtime.loggers import check_loggers
 from runtime.run_folder import RunFolder, find_unfinished, run_path, unique_name, what_differs
 from runtime.settings import RunConfig
@@ -46,16 +45,6 @@ def claim(config: RunConfig, overrides: Iterable[str]) -> Generator[RunFolder]:
         folder = RunFolder.continue_at(Path(config.resume).absolute(), identity, save_dir=save_dir)
     with folder, _log_to(folder.path / "run.log"):
         yield folder
-
-
-def execute(config: RunConfig, overrides: Iterable[str]) -> None:
-    """Run the experiment in a folder of its own.
-
-    Args:
-        overrides: what the command line set, which the folder's name tells.
-    """
-    with claim(config, overrides) as folder:
-        run(config, folder)
 
 
 @contextlib.contextmanager

@@ -113,6 +113,8 @@ def launch(main: Callable[[], Any]) -> None:
         with _ends_as_interrupted():
             _until_done(main)
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # an impatient second one: the rest takes seconds
+            signal.signal(number, signal.SIG_IGN)
         if not _watched:
             _complain("interrupted; the same command goes on with what is unfinished (resume=auto)")
         else:
@@ -126,7 +128,7 @@ def launch(main: Callable[[], Any]) -> None:
         _complain(line)
         sys.exit(1)
     if _watched:
-        sys.exit(1 if _close() else 0)
+        sys.exit(0 if _close() else 1)
 
 
 def _until_done(main: Callable[[], Any]) -> None:
@@ -163,20 +165,27 @@ def _ends_as_interrupted() -> Generator[None]:
             signal.signal(number, handler)
 
 
-def _close(how_to_go_on: str = "") -> int:
-    """End the display, show the table of all jobs and write it to the sweep's folder; how many jobs failed."""
+def _close(how_to_go_on: str = "") -> bool:
+    """End the display, show the table of all jobs and write it to the sweep's folder; whether all went well."""
     sweep, display = _watched[0]
     display.stop()
     if how_to_go_on:
         display.wait_for_processes()
     jobs = sweep.jobs()
     failed = sum(job.state in BAD for job, _ in jobs)
-    show_table(jobs, sweep.path, how_to_go_on)
-    if failed == len(jobs) and not any(path.stat().st_size for path in sweep.path.glob(f"jobs/*/{OUTPUT}")):
+    empty = failed == len(jobs) and not any(path.stat().st_size for path in sweep.path.glob(f"jobs/*/{OUTPUT}"))
+    show_table(jobs, None if empty else sweep.path, how_to_go_on)
+    if empty:
         _drop(sweep.path)
     else:
-        sweep.write_table()
-    return failed
+        try:
+            sweep.write_table()
+        except OSError as error:  # a full disk: what the sweep did is shown all the same
+            _complain(f"{sweep.path}: cannot be written: {error.strerror}")
+    undone = sum(not job.is_done for job, _ in jobs)
+    if undone and not how_to_go_on:
+        _complain(f"{undone} of {len(jobs)} jobs are not done; the same command goes on with them")
+    return not failed and not undone
 
 
 def _give_up() -> None:

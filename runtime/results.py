@@ -26,8 +26,6 @@ from runtime.config import NO_VALUE, ConfigError
 from runtime.environment import describe_environment
 from runtime.files import CLIENT_ACCURACY, RESULTS, replace_file, sync_file
 from runtime.loggers import Logger
-from runtime.units import byte_unit as byte_unit
-from runtime.units import format_bytes as format_bytes
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,15 @@ run itself in there, its death would take the worker along, and joblib then give
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
-from multiprocessing.connection import wait
+import threading
+import time
+from collections.abc import Callable, Generator
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -22,18 +26,23 @@ from runtime.hydra_errors import explain
 from runtime.sweep import OUTPUT, PATIENT, JobFolder, read_progress
 
 LAUNCHER, TRACEBACKS = "CUTLAYER_LAUNCHER", "CUTLAYER_TRACEBACKS"
+# Slurm sends these to every process of a task. The server has to outlive the job's process, whose end it reports.
+_CLUSTER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 1.0
 _GRACE_S = 30.0
 
 
 def supervise(composed: DictConfig, plain_values: Callable[[DictConfig], dict[str, Any]]) -> float | None:
-    """Run the job that Hydra composed in a process of its own, unless this sweep has done with it; never raises.
+    """Run the job that Hydra composed in a process of its own, unless this sweep has done with it.
 
     Args:
         plain_values: gives the configuration without Hydra's part as plain containers.
 
     Returns:
         The run's final accuracy (fraction), None where there is none.
+
+    Raises:
+        OSError: the state cannot be written. Whatever goes wrong with the job itself becomes its state.
     """
     job = JobFolder(Path(HydraConfig.get().runtime.output_dir))
     if not job.read().is_done:
@@ -70,15 +79,11 @@ def _run(job: JobFolder, composed: DictConfig, plain_values: Callable[[DictConfi
 
 
 def _attend(job: JobFolder) -> None:
+    _end_with_launcher()
     process = start(job, enter)
-    launcher = os.getppid() if os.environ.get(LAUNCHER) == str(os.getppid()) else None
     try:
-        while not wait([process.sentinel], _POLL_S):
-            if launcher is not None and os.getppid() != launcher:
-                _stop(process)
-                os._exit(1)  # nobody is left to tell
         process.join()
-    except KeyboardInterrupt:
+    except BaseException:  # an interrupt, or submitit's SystemExit when Slurm takes the task away and queues it again
         _stop(process)
         if not job.read().is_done:
             job.update(state="interrupted")
@@ -87,13 +92,43 @@ def _attend(job: JobFolder) -> None:
         job.update(state="killed", error=_last_words(process.exitcode, job.path / OUTPUT))
 
 
+@cache
+def _end_with_launcher() -> None:
+    """Where this process is a worker of joblib's, end it once its launcher has died; its job then ends by itself."""
+    # Not `os.getppid()`: the launcher may have died while this process came up.
+    launcher = int(os.environ.get(LAUNCHER, os.getpid()))
+    if not str(HydraConfig.get().launcher._target_).endswith(".JoblibLauncher") or launcher == os.getpid():
+        return
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_POLL_S)
+        os._exit(1)  # nobody is left to tell
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def start(job: JobFolder, target: Callable[[str], None]) -> ForkServerProcess:
     """Start a process that calls `target` with the job's folder."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["runtime.sweep_job"])
+    with _ignored(*_CLUSTER_SIGNALS):
+        forkserver.ensure_running()
     process = context.Process(target=target, args=(str(job.path),), name=f"job {job.path.name}")
     process.start()
     return process
+
+
+@contextlib.contextmanager
+def _ignored(*numbers: signal.Signals) -> Generator[None]:
+    """Let a process started in the block ignore these signals."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # else not Python's own
+                signal.signal(number, handler)
 
 
 def enter(folder: str) -> None:

@@ -150,9 +150,7 @@ class Sweep:
         """Write `jobs.csv`: number, state, overrides, accuracy, bytes, seconds, folder and error of every job."""
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(
-            ("job", "state", "overrides", "rounds", "test_acc", "comm_load", "time_wall", "folder", "error")
-        )
+        writer.writerow(_COLUMNS)
         for job, done in self.jobs():
             row = (done.round, done.accuracy, done.bytes, done.seconds) if job.folder else ("", "", "", "")
             writer.writerow((job.number, job.state, " ".join(job.overrides), *row, job.folder, job.error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -145,7 +146,12 @@ def shared_overrides(jobs: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 def distinct(job: Job, shared: Sequence[str]) -> str:
     """The overrides that tell the job from the others."""
-    return " ".join(each.lstrip("+") for each in job.overrides if each not in shared) or "(no overrides)"
+    return " ".join(_plain(each) for each in job.overrides if each not in shared) or "(no overrides)"
+
+
+def _plain(override: str) -> str:
+    """An override without Hydra's own signs: the + before it, and the backslashes that protect characters."""
+    return re.sub(r"\\(.)", r"\1", override.lstrip("+"))
 
 
 def tally(jobs: Jobs) -> str:
@@ -168,12 +174,12 @@ def outcome(job: Job, done: Progress) -> str:
     return f"{job.state} on {job.place}" if job.state == "running" else f"{job.state} {job.place}".rstrip()
 
 
-def show_table(jobs: Jobs, sweep: Path, how_to_go_on: str = "") -> None:
+def show_table(jobs: Jobs, sweep: Path | None, how_to_go_on: str = "") -> None:
     """Print every job: what it ran, its state, accuracy, bytes, time, the line of its error, and its folder."""
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else _LOG_WIDTH, soft_wrap=not terminal)
     shared = shared_overrides([job.overrides for job, _ in jobs])
-    common = " ".join(each.lstrip("+") for each in shared)
+    common = " ".join(_plain(each) for each in shared)
     style = box.ROUNDED if terminal else box.ASCII2
     table = Table(
         title=Text(f"all jobs: {common}") if common else None, title_justify="left", box=style, show_lines=False
@@ -195,7 +201,8 @@ def show_table(jobs: Jobs, sweep: Path, how_to_go_on: str = "") -> None:
     for job, _ in jobs:
         if job.folder:
             console.print(Text(f"#{job.number:<{len(str(len(jobs)))}} {_nearby(Path(job.folder))}"), soft_wrap=True)
-    console.print(Text(f"{tally(jobs)}; logs and this table: {_nearby(sweep)}"), soft_wrap=True)
+    kept = f"; logs and this table: {_nearby(sweep)}" if sweep else ""
+    console.print(Text(tally(jobs) + kept), soft_wrap=True)
     failed = sum(job.state in BAD for job, _ in jobs)
     sys.stdout.flush()
     if failed:

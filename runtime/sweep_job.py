@@ -27,8 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from runtime.experiment import run
 from runtime.hydra_errors import explain
 from runtime.job import check, claim, runs_like
-from runtime.locks import FileLock
-from runtime.run_folder import find_finished, find_running
+from runtime.locks import FileLock, is_locked
+from runtime.run_folder import LOCK, find_finished, find_running
 from runtime.settings import RunConfig
 from runtime.slots import gpu_slot
 from runtime.sweep import OUTPUT, JobFolder
@@ -65,23 +65,41 @@ def main(folder: str) -> None:
 
 def _run(job: JobFolder, content: dict[str, Any]) -> None:
     config = RunConfig.from_mapping(content["values"])
-    check(config)
     job.update(rounds=config.rounds)
     with _alone(job, config, patient=content["patient"]) as may_run:
         if not may_run:
             return
 
+        waited: list[str] = []
+
         def waiting(text: str) -> None:
+            waited.append(text)
             log.info("waiting for %s", text)
             job.update(state="waiting", place=f"waits for {text}")
 
         with gpu_slot(config.device, config.jobs_per_gpu, waiting) as gpu:
+            if waited and _taken(job, config):  # by a single run, which knows nothing of this sweep
+                return
+            check(config)  # not before: it starts CUDA, which then sees for good what was visible at that moment
             place = f"{f'GPU {gpu.uuid} ({gpu.name})' if gpu else 'processor'}, threads: {content['threads']}"
             with claim(config, content["overrides"]) as folder:
                 log.info("job %d: %s", job.read().number, place)
                 job.update(state="running", folder=str(folder.path), place=place, began=time.time())
                 run(config, folder)
     job.update(state="finished")
+
+
+def _taken(job: JobFolder, config: RunConfig) -> bool:
+    """Whether another process has finished this configuration, or runs it, which the job's state then says."""
+    if config.resume != "auto":
+        return False
+    above, identity = runs_like(config), config.identity()
+    finished, running = find_finished(above, identity), find_running(above, identity)
+    if finished is not None:
+        job.update(state="skipped", folder=str(finished))
+    elif running is not None:
+        job.update(state="elsewhere", folder=str(running))
+    return finished is not None or running is not None
 
 
 @contextlib.contextmanager
@@ -93,29 +111,31 @@ def _alone(job: JobFolder, config: RunConfig, *, patient: bool) -> Generator[boo
     if config.resume != "auto":
         yield True
         return
-    above, identity = runs_like(config), config.identity()
+    path = config.save_dir.absolute() / "multirun" / "running" / config.identity()
     while True:
-        lock = _take(config.save_dir.absolute() / "multirun" / "running" / identity)
+        lock = _take(path)
         try:
-            finished = find_finished(above, identity)
-            if finished is not None:
-                job.update(state="skipped", folder=str(finished))
-            elif lock is not None and find_running(above, identity) is None:
+            if lock is not None and not _taken(job, config):
                 yield True
                 return
-            elif not patient:
-                job.update(state="elsewhere", folder=str(find_running(above, identity) or ""))
-            else:
-                job.update(state="waiting", place="waits for another process that runs the same configuration")
-                time.sleep(_POLL_S)
-                continue
-            yield False
-            return
+            if lock is None:
+                job.update(state="elsewhere", folder=str(find_running(runs_like(config), config.identity()) or ""))
+            if job.read().is_done or not patient:
+                yield False
+                return
+            job.update(state="waiting", place="waits for another process that runs the same configuration")
         finally:
             if lock is not None:
                 lock.release(remove=True)
                 with contextlib.suppress(OSError):
                     lock.path.parent.rmdir()
+        _wait_for(path, Path(job.read().folder))
+
+
+def _wait_for(lock: Path, folder: Path) -> None:
+    """Wait until no process runs a configuration: in a sweep, which holds its lock, or on its own in `folder`."""
+    while is_locked(lock) or is_locked(folder / LOCK):
+        time.sleep(_POLL_S)
 
 
 def _take(path: Path) -> FileLock | None:
@@ -143,17 +163,20 @@ def _end_with_parent() -> None:
     """End this process, as if interrupted, when the one that started it ends or when it is asked to."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
 
     def watch() -> None:
         wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(_GRACE_S)
-        _exit_now()
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _exit_now() -> NoReturn:
-    os._exit(1)
+def _interrupt(*_: object) -> NoReturn:
+    """Interrupt once: Slurm tells all processes of a task to end, and so does the supervisor that it tells."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt

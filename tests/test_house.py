@@ -11,7 +11,7 @@ import datasets
 import models
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("algorithms", "benchmarks", "datasets", "models", "plotting", "runtime")
+PACKAGES = ("algorithms", "benchmarks", "datasets", "hydra_plugins", "models", "plotting", "runtime")
 SOURCES = sorted(
     [
         *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")),

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from runtime.hydra_support import load_config
+from runtime.locks import FileLock
 from runtime.run_folder import read_status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,13 +28,13 @@ SWEEP = ("algorithm=fed_avg,cse_fsl", "seed=0,1")
 JOBS = 4
 
 
-def start(saves: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(saves: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """A sweep in a process group of its own, as a terminal gives it."""
     arguments = arguments or SWEEP
     return subprocess.Popen(
         [sys.executable, "main.py", "-m", *SETTING, f"save_dir={saves}", *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -44,10 +46,11 @@ def start(saves: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(timeout=seconds)
+        process.wait(seconds)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+    out, err = process.communicate()
     return process.returncode, out, err
 
 
@@ -103,14 +106,23 @@ def table(saves: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def processes_of(saves: Path) -> list[int]:
-    """Processes that have something open below `saves`."""
-    found: list[int] = []
+def processes_of(sweep: subprocess.Popen[str]) -> list[str]:
+    """Command lines of the live processes of a sweep's session: launcher, workers, jobs."""
+    found: list[str] = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if any(str(saves) in os.readlink(handle) for handle in (process / "fd").iterdir()):
-                found.append(int(process.name))
+            state, _, _, session = (process / "stat").read_text().rpartition(") ")[2].split()[:4]
+            if int(session) == sweep.pid and state != "Z":
+                found.append((process / "cmdline").read_text().replace("\0", " "))
     return found
+
+
+def wait_until_gone(sweep: subprocess.Popen[str], what: str = "", seconds: float = 60) -> None:
+    """Until no live process of the sweep has `what` in its command line."""
+    end = time.monotonic() + seconds
+    while left := [line for line in processes_of(sweep) if what in line]:
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +185,10 @@ def test_nothing_runs_on_after_the_launcher_was_killed_and_the_same_command_goes
 ) -> None:
     process = start(tmp_path)
     wait_for(lambda: job_in_mid_run(tmp_path), process)
+    assert len(processes_of(process)) > JOBS
     process.kill()
     process.communicate()
-    end = time.monotonic() + 40
-    while processes_of(tmp_path):
-        assert time.monotonic() < end, "jobs outlive their launcher"
-        time.sleep(0.1)
+    wait_until_gone(process)
     code, _, err = finish(start(tmp_path))
     assert (code, err) == (0, "")
     compare(tmp_path, undisturbed)
@@ -190,13 +200,15 @@ def test_an_interrupted_sweep_ends_cleanly_and_says_how_to_go_on(
     process = start(tmp_path)
     wait_for(lambda: job_in_mid_run(tmp_path), process)
     os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)  # an impatient second one
     code, out, err = finish(process)
     assert code == 130
     assert "Traceback" not in out + err
     last = err.strip().splitlines()[-1]
     assert last.startswith("interrupted (")
     assert last.endswith(f"save_dir={tmp_path} {' '.join(SWEEP)}")
-    assert processes_of(tmp_path) == []
+    assert processes_of(process) == []
     states = [row["state"] for row in table(tmp_path)]
     assert "interrupted" in states
     assert set(states) <= {"interrupted", "finished", "queued"}
@@ -220,3 +232,80 @@ def test_two_sweeps_at_once_share_the_work(tmp_path: Path, undisturbed: dict[str
         assert {row["state"] for row in rows} <= {"finished", "skipped"}
         assert all(row["test_acc"] and row["folder"] for row in rows)
     assert not (tmp_path / "multirun" / "running").exists()
+
+
+def test_no_job_begins_for_a_launcher_that_was_killed_before_its_first_one(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    wait_for(lambda: any("loky.backend.popen" in line for line in processes_of(process)), process)
+    process.kill()
+    process.wait()
+    time.sleep(15)  # a worker that had begun to start would have its job's process by now
+    wait_until_gone(process, "forkserver")
+    for state in tmp_path.glob("multirun/*/jobs/*/state.json"):
+        assert json.loads(state.read_text())["state"] != "running"
+    finish(process)  # joblib's workers that had not been given a job yet wait for one for good, and hold our pipes
+
+
+def test_sweeps_of_the_same_instant_never_run_a_configuration_twice(tmp_path: Path) -> None:
+    sweeps = [start(tmp_path, "algorithm=fed_avg", f"seed={seeds}", "rounds=5") for seeds in ("0,1", "1,0")]
+    assert [finish(process)[0] for process in sweeps] == [0, 0]
+    assert {run["state"] for run in left(tmp_path).values()} == {"finished"}
+    assert len(left(tmp_path)) == 2
+
+
+def test_a_configuration_whose_lock_another_process_holds_is_waited_for(tmp_path: Path) -> None:
+    setting = ("algorithm=fed_avg", "seed=0", "rounds=5")
+    identity = load_config([*SETTING[:-1], *setting]).identity()
+    (tmp_path / "multirun" / "running").mkdir(parents=True)
+    lock = FileLock.take(tmp_path / "multirun" / "running" / identity)
+    assert lock is not None
+    process = start(tmp_path, *setting)
+    (state,) = wait_for(lambda: list(tmp_path.glob("multirun/*/jobs/0/state.json")), process)
+    wait_for(lambda: "waits for another process" in state.read_text(), process)
+    assert not left(tmp_path)
+    lock.release(remove=True)
+    assert finish(process)[0] == 0
+    assert [run["state"] for run in left(tmp_path).values()] == ["finished"]
+
+
+def test_a_sweep_whose_workers_die_again_and_again_is_given_up_and_says_so(tmp_path: Path) -> None:
+    process = start(tmp_path, "algorithm=fed_avg", "seed=0", "rounds=100000")
+    killed: set[int] = set()
+    end = time.monotonic() + 200
+    while process.poll() is None:
+        assert time.monotonic() < end
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                _, _, _, session = status.read_text().rpartition(") ")[2].split()[:4]
+                pid = int(status.parent.name)
+                if int(session) == process.pid and "loky.backend.popen" in (status.parent / "cmdline").read_text():
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+        time.sleep(0.5)
+    code, _, err = finish(process)
+    assert killed
+    assert code == 1
+    assert err.endswith("1 of 1 jobs are not done; the same command goes on with them\n")
+
+
+def test_a_single_run_that_finished_while_a_job_waited_for_a_gpu_is_not_run_again(tmp_path: Path) -> None:
+    """A tool that lists one GPU makes the job wait for its slot; without CUDA the job would then fail to use it."""
+    tools, slots = tmp_path / "tools", tmp_path / "slots" / "cutlayer-gpu-slots"
+    tools.mkdir()
+    slots.mkdir(parents=True)
+    (tools / "nvidia-smi").write_text("#!/bin/sh\necho '0, GPU-a, H100'\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    lock = FileLock.take(slots / "GPU-a-0")
+    assert lock is not None
+    saves = tmp_path / "saves"
+    setting = ("algorithm=fed_avg", "seed=0", "rounds=5", "device=auto")
+    environment = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(slots.parent)}
+    process = start(saves, *setting, **environment)
+    (state,) = wait_for(lambda: list(saves.glob("multirun/*/jobs/0/state.json")), process)
+    wait_for(lambda: "waits for a free GPU" in state.read_text(), process)
+    command = [sys.executable, "main.py", *SETTING[:-1], f"save_dir={saves}", *setting]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lock.release()
+    assert finish(process)[0] == 0
+    assert [run["state"] for run in left(saves).values()] == ["finished"]
+    assert [row["state"] for row in table(saves)] == ["skipped"]

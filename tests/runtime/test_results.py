@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from runtime.config import ConfigError
 from runtime.environment import describe_environment, git_revision
 from runtime.loggers import Logger, LoggerConfig
-from runtime.results import Results, RoundRecord, TrafficRow, byte_unit, format_bytes
+from runtime.results import Results, RoundRecord, TrafficRow
+from runtime.units import byte_unit, format_bytes
 
 TIMES = ("time_wall", "time_client", "time_server", "time_eval")
 FILES = ("results.json", "metrics.csv", "extras.csv", "communication.csv")

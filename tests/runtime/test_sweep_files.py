@@ -107,7 +107,10 @@ def test_the_table_holds_every_job(tmp_path: Path) -> None:
 
 def examples() -> list[tuple[Job, Progress]]:
     return [
-        (Job(0, ("lr=0.1", "++model.cut=[a,b]"), "finished", "/runs/zero"), Progress(9, 0.875, 2_500_000, 75.0)),
+        (
+            Job(0, ("lr=0.1", "++model.cut=[a,b]", "device=cuda\\:3"), "finished", "/runs/zero"),
+            Progress(9, 0.875, 2_500_000, 75.0),
+        ),
         (Job(1, ("lr=0.1", "seed=1"), "failed", error="lr=0.1: expected [less]"), Progress()),
         (Job(2, ("lr=0.1", "seed=2"), "skipped", "/runs/two"), Progress(9, None, 0, 5.0)),
         (Job(3, ("lr=0.1", "seed=3"), "waiting", place="waits for a free GPU"), Progress()),
@@ -120,7 +123,7 @@ def test_the_last_table_tells_everything(tmp_path: Path, capsys: pytest.CaptureF
     show_table(examples(), tmp_path, "go on with [this]")
     shown = capsys.readouterr()
     for text in (
-        *("all jobs: lr=0.1", "model.cut=[a,b]", "87.50%", "2.50 MB", "1 min 15 s", "#0 /runs/zero"),
+        *("all jobs: lr=0.1", "model.cut=[a,b] device=cuda:3", "87.50%", "2.50 MB", "1 min 15 s", "#0 /runs/zero"),
         *("lr=0.1: expected [less]", "skipped", "3/6 jobs done (1 of them before), 1 failed, 1 running, 1 waiting"),
     ):
         assert text in shown.out, text

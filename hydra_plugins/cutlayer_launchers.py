@@ -1,0 +1,15 @@
+"""Where Hydra looks for launchers: classes of a module of the package `hydra_plugins`, and nowhere else.
+
+Hydra runs this module once more than Python does, so that what it defines has to be no more than names.
+"""
+
+from runtime.clusters.ray import RayLauncher
+from runtime.clusters.slurm import SlurmLauncher
+
+
+class Ray(RayLauncher):
+    """`hydra/launcher=ray`."""
+
+
+class SubmititSlurm(SlurmLauncher):
+    """`hydra/launcher=submitit_slurm`."""

@@ -10,7 +10,6 @@ import argparse
 import copy
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -137,11 +136,8 @@ def measure(saves: Path, out: Path, options: argparse.Namespace, show: Callable[
     seconds, done = _timed(lambda: subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True))
     files = [Path(line) for line in done.stdout.splitlines()]
     folders, size = len({path.parent for path in files}), sum(path.stat().st_size for path in files)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    show(
-        f"  plot_results.py      {seconds:6.2f} s  {folders} comparisons, {len(files)} files, {size / 1e6:.0f} MB; "
-        f"{used.ru_utime + used.ru_stime:.1f} s of processor"
-    )
+    drawn = f"{folders} comparisons, {len(files)} files, {size / 1e6:.0f} MB"
+    show(f"  plot_results.py      {seconds:6.2f} s  {drawn}")
 
 
 def _stages() -> list[tuple[str, PlotConfig]]:

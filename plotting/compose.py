@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from plotting.curves import Curve, default_budget, default_target, make_curves
@@ -17,10 +21,13 @@ from plotting.style import applied
 from plotting.tables import as_csv, as_latex, as_markdown, table_rows
 from plotting.timing import Link
 from runtime.config import ConfigError
+from runtime.files import RESULTS
 
 _TABLES = {"md": as_markdown, "tex": as_latex, "csv": lambda rows, _: as_csv(rows)}
 # Another process takes longer to start than a few comparisons to draw.
 _PARALLEL_FROM = 4
+# So many runs take longer to read than those processes to start.
+_MANY_RUNS = 300
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ def compose(saves: Path, out: Path, config: PlotConfig, only: str | None = None,
         ConfigError: a key, a folder or a metric that no run has, or `only` is no comparison.
         OSError: a file cannot be written.
     """
+    if processes > 1 and any(islice(saves.rglob(RESULTS), _MANY_RUNS, None)):
+        _prepare_processes()
     made = Composed(find_runs(saves, *outside(config.comparisons, saves)))
     comparisons = config.comparisons or automatic(made.found.runs, config)
     jobs: list[_Job] = []
@@ -74,9 +83,7 @@ def compose(saves: Path, out: Path, config: PlotConfig, only: str | None = None,
             raise error.within(f"comparisons.{comparison.name}") from None
     workers = min(processes, len(jobs)) if len(jobs) >= _PARALLEL_FROM else 1
     if workers > 1:
-        # Not by fork: libraries that are loaded may have threads by then.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, mp_context=_prepare_processes(), initializer=gc.disable) as pool:
             drawn = list(pool.map(_draw, jobs))
     else:
         drawn = [_draw(job) for job in jobs]
@@ -84,6 +91,15 @@ def compose(saves: Path, out: Path, config: PlotConfig, only: str | None = None,
         made.files.extend(files)
         made.left_out.extend(left_out)
     return made
+
+
+def _prepare_processes() -> ForkServerContext:
+    """Start to load the libraries that processes which draw need, once for all of them."""
+    # Not by fork from here: libraries that are loaded may have threads by then.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "plotting.report"])
+    forkserver.ensure_running()
+    return context
 
 
 def _chosen(comparisons: Sequence[Comparison], only: str | None) -> Sequence[Comparison]:

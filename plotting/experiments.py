@@ -63,7 +63,7 @@ class PlotConfig:
 
     comparisons: tuple[Comparison, ...] = ()
     figures: Figures = "auto"
-    formats: tuple[Literal["svg", "pdf", "png"], ...] = ("svg", "pdf")
+    formats: tuple[Literal["svg", "pdf", "png"], ...] = FORMATS
     metric: str = "test_acc"
     target: Target = "auto"
     without_fields: tuple[str, ...] = ()

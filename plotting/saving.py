@@ -28,8 +28,9 @@ def save_figure(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS) ->
     To be called within `style.applied()`.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    figure.draw_without_rendering()
     engine, dpi = figure.get_layout_engine(), figure.dpi
+    if engine is not None:
+        engine.execute(figure)
     # `savefig` would lay it out for each format again, and draw it twice.
     figure.set_layout_engine("none")
     paths: list[Path] = []
@@ -55,7 +56,7 @@ def _pdf(figure: Figure, path: Path) -> None:
 
 def _png(figure: Figure, path: Path) -> None:
     figure.dpi = matplotlib.rcParams["savefig.dpi"]
-    FigureCanvasAgg(figure).print_png(str(path), pil_kwargs={"compress_level": 3})
+    FigureCanvasAgg(figure).print_png(str(path), pil_kwargs={"compress_level": 1})
 
 
 _SAVERS: dict[str, Callable[[Figure, Path], None]] = {"svg": _svg, "pdf": _pdf, "png": _png}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as listing
-from benchmarks import bare, evaluation, measure, memory, round_time, traffic
+from benchmarks import bare, evaluation, measure, memory, plotting, round_time, traffic
 
 DECIMAL = r"\d+\.\d+"
 
@@ -107,3 +107,11 @@ def test_the_list_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_spread_is_smallest_median_and_largest() -> None:
     assert measure.Spread.of([3.0, 1.0, 2.0]).show(1e3, 0, " ms") == "2000 ms (1000 .. 3000)"
+
+
+def test_plotting_reads_and_draws_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plotting.main(["--runs", "24", "--rounds", "3", "--alphas", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "24 runs of 3 rounds" in shown
+    assert re.search(rf"reading +{DECIMAL} s  24 runs", shown)
+    assert re.search(rf"plot_results.py +{DECIMAL} s  3 comparisons, \d+ files", shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from plotting.content import METRICS
-from plotting.runs import Array, Run, short
+from plotting.runs import SPREAD_KEYS, Array, Run, short
 from plotting.timing import Link
+
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,11 @@ def make_curves(
     settings: dict[tuple[str, str, str], list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.method, run.code)):
         settings.setdefault((run.method, run.code, str(sorted(run.setting.items()))), []).append(run)
+    ordered = sorted(settings.items(), key=lambda item: [_natural(text) for text in item[0]])
     mixed = len({run.code for run in runs}) > 1
     curves: list[Curve] = []
     for method in dict.fromkeys(method for method, *_ in settings):
-        variants = [
-            group for (name, *_), each in sorted(settings.items()) if name == method for group in _together(each)
-        ]
+        variants = [group for (name, *_), each in ordered if name == method for group in _together(each)]
         labels = _labels([each[0] for each in variants], mixed)
         for variant, (each, label) in enumerate(zip(variants, labels, strict=True)):
             axes = (metric, without_fields, link or Link())
@@ -126,7 +128,17 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     keys = [key for key in keys if key == (top := key.rpartition(".")[2]) or values.get(top) != values[key]]
     if not keys and len(runs) > 1:
         keys = ["seed"]
-    return [", ".join(f"{_short(key)}={short(run.get(key))}" for key in keys) for run in runs]
+    # The distribution and the settings that shape it are one thing: "Dirichlet α=0.1".
+    others = [key for key in keys if key not in SPREAD_KEYS]
+    told = [[run.distribution_label] if len(others) < len(keys) else [] for run in runs]
+    each = [[f"{_short(key)}={short(run.get(key))}" for key in others] for run in runs]
+    return [", ".join(spread + rest) for spread, rest in zip(told, each, strict=True)]
+
+
+def _natural(text: str) -> list[Any]:
+    """A key that sorts numbers in a text by their size."""
+    parts = _NUMBER.split(text)
+    return [float(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def _short(key: str) -> str:

@@ -31,6 +31,8 @@ _SHAPES = {
     "shards": {"classes_per_client": "classes per client"},
     "class_major": {"major_share": "major share"},
 }
+SPREAD_KEYS = frozenset({"dataset.distribution", *(f"dataset.{key}" for keys in _SHAPES.values() for key in keys)})
+"""The keys that together say how the data is spread over clients."""
 _DISTRIBUTIONS = {
     "iid": "IID",
     "noniid_dirichlet": "Dirichlet",

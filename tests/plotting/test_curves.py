@@ -19,7 +19,7 @@ from plotting.curves import (
     make_curves,
     values_at_budget,
 )
-from plotting.runs import Run, find_runs
+from plotting.runs import ALPHA, Run, find_runs
 from plotting.timing import Link
 from tests.plotting.conftest import WriteRun, config_of
 
@@ -198,3 +198,13 @@ def test_simulated_seconds_are_averaged_where_all_runs_have_them(write_run: Writ
     assert (slow > fast).all()
     del runs[0].results["time_client"]
     assert make_curves(runs)[0].seconds is None
+
+
+def test_settings_are_told_as_people_say_them_and_come_in_the_order_of_their_numbers(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    write_run("fed_avg")
+    for alpha in (10.0, 0.1, 2.0):
+        write_run("fed_avg", distribution="noniid_dirichlet", alpha=alpha)
+    labels = [curve.label for curve in make_curves(find_runs(tmp_path / "saves").runs)]
+    assert labels == [*(f"Dirichlet {ALPHA}={alpha}" for alpha in ("0.1", "2", "10")), "IID"]

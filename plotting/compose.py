@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from plotting.curves import Curve, default_budget, default_target, make_curves
@@ -22,10 +19,12 @@ from plotting.tables import as_csv, as_latex, as_markdown, table_rows
 from plotting.timing import Link
 from runtime.config import ConfigError
 from runtime.files import RESULTS
+from runtime.forking import server
 
 _TABLES = {"md": as_markdown, "tex": as_latex, "csv": lambda rows, _: as_csv(rows)}
 # Another process takes longer to start than a few comparisons to draw.
 _PARALLEL_FROM = 4
+_LIBRARIES = (__name__, "plotting.report")
 # So many runs take longer to read than those processes to start.
 _MANY_RUNS = 300
 
@@ -70,7 +69,7 @@ def compose(saves: Path, out: Path, config: PlotConfig, only: str | None = None,
         OSError: a file cannot be written.
     """
     if processes > 1 and any(islice(saves.rglob(RESULTS), _MANY_RUNS, None)):
-        _prepare_processes()
+        server(*_LIBRARIES)  # loads while this process reads
     made = Composed(find_runs(saves, *outside(config.comparisons, saves)))
     comparisons = config.comparisons or automatic(made.found.runs, config)
     jobs: list[_Job] = []
@@ -83,7 +82,7 @@ def compose(saves: Path, out: Path, config: PlotConfig, only: str | None = None,
             raise error.within(f"comparisons.{comparison.name}") from None
     workers = min(processes, len(jobs)) if len(jobs) >= _PARALLEL_FROM else 1
     if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=_prepare_processes(), initializer=gc.disable) as pool:
+        with ProcessPoolExecutor(workers, mp_context=server(*_LIBRARIES), initializer=gc.disable) as pool:
             drawn = list(pool.map(_draw, jobs))
     else:
         drawn = [_draw(job) for job in jobs]
@@ -91,15 +90,6 @@ def compose(saves: Path, out: Path, config: PlotConfig, only: str | None = None,
         made.files.extend(files)
         made.left_out.extend(left_out)
     return made
-
-
-def _prepare_processes() -> ForkServerContext:
-    """Start to load the libraries that processes which draw need, once for all of them."""
-    # Not by fork from here: libraries that are loaded may have threads by then.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "plotting.report"])
-    forkserver.ensure_running()
-    return context
 
 
 def _chosen(comparisons: Sequence[Comparison], only: str | None) -> Sequence[Comparison]:

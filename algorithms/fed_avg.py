@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor, nn
 
 from algorithms import register
 from algorithms.base import Algorithm, Flow, cross_entropy
@@ -10,6 +13,32 @@ from runtime.blueprint import Layout
 from runtime.boundary import Payload
 from runtime.config import ConfigError
 from runtime.contexts import ClientContext
+
+
+def copies(model: nn.Module) -> list[Tensor]:
+    """The model's parameters as they are now."""
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def train(ctx: ClientContext) -> None:
+    """Local epochs on the model by cross-entropy."""
+    model, optimizer = ctx.part("model"), ctx.optimizer("model")
+    for x, y in ctx.batches():
+        loss = cross_entropy(model(x), y)
+        optimizer.update(loss)
+        ctx.log("loss", loss)
+
+
+def train_near(
+    ctx: ClientContext, anchor: Sequence[Tensor], pull: float, *, stream: str = "batches", log: str = "loss"
+) -> None:
+    """Local epochs on the model with pull/2 ||w - anchor||^2 added to the loss; reported is the loss without it."""
+    model, optimizer = ctx.part("model"), ctx.optimizer("model")
+    for x, y in ctx.batches(stream):
+        loss = cross_entropy(model(x), y)
+        distance = sum((w - a).square().sum() for w, a in zip(model.parameters(), anchor, strict=True))
+        optimizer.update(loss + pull / 2 * distance)
+        ctx.log(log, loss)
 
 
 @register("fed_avg")
@@ -24,11 +53,7 @@ class FedAvg(Algorithm):
     def client(ctx: ClientContext, down: Payload) -> Payload:
         """Local training from the global model; the upload is the trained model."""
         ctx.load(down)
-        model, optimizer = ctx.part("model"), ctx.optimizer("model")
-        for x, y in ctx.batches():
-            loss = cross_entropy(model(x), y)
-            optimizer.update(loss)
-            ctx.log("loss", loss)
+        train(ctx)
         return ctx.dump("model")
 
 
@@ -50,11 +75,5 @@ class FedProx(FedAvg):
     def client(ctx: ClientContext, down: Payload) -> Payload:
         """FedAvg's local training with the proximal term."""
         ctx.load(down)
-        model, optimizer = ctx.part("model"), ctx.optimizer("model")
-        anchor = [parameter.detach().clone() for parameter in model.parameters()]
-        for x, y in ctx.batches():
-            loss = cross_entropy(model(x), y)
-            distance = sum((w - a).square().sum() for w, a in zip(model.parameters(), anchor, strict=True))
-            optimizer.update(loss + ctx.config.mu / 2 * distance)
-            ctx.log("loss", loss)
+        train_near(ctx, copies(ctx.part("model")), ctx.config.mu)
         return ctx.dump("model")

@@ -14,7 +14,7 @@ class LocalOnly(Algorithm):
     """Each client trains its own model on its own data; reported is the mean over clients."""
 
     layout = Layout(client=("model",), server=())
-    evaluates = "clients"
+    personal = ("model",)
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:

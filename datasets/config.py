@@ -34,7 +34,9 @@ class DatasetConfig:
         shuffle: draw a new order in each epoch.
         drop_last: what happens to a last batch that is not full; see `datasets.batching.batch_sizes`.
         validation: share of the training set, equal in every class, that is held out.
-        local_test: give each client a share of the test set with its own class proportions.
+        local_test: give each client a share of the test set with its own class proportions. With `only`, what is tested
+            is each client's model (of most methods the global one) on its own share alone, and the accuracy is the
+            mean over clients.
         storage: `device` holds all images as uint8 on the device, `stream` reads them when needed, `auto` chooses
             `device` up to 2 GiB of decoded images.
         workers: threads that read and decode images; 0 reads them in the caller's thread.
@@ -54,7 +56,7 @@ class DatasetConfig:
     shuffle: bool = True
     drop_last: Literal["auto", "always", "never"] = "auto"
     validation: float = 0.0
-    local_test: bool = False
+    local_test: bool | Literal["only"] = False
     storage: Literal["auto", "device", "stream"] = "auto"
     workers: int = 4
     options: dict[str, Any] = field(default_factory=dict)

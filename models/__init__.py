@@ -1,22 +1,29 @@
 """Models: whole networks by name, their cut into a client and a server part, and auxiliary models for the client."""
 
-from models import resnet, small  # noqa: F401  (they register their models)
+from models import mobilenet, resnet, small, vit  # noqa: F401  (they register their models)
 from models.auxiliary import build_auxiliary
 from models.building import build_model, check_model
-from models.config import AUXILIARY_SIZES, AuxiliaryConfig, ModelConfig, PartConfig
+from models.config import AUXILIARY_SIZES, AuxiliaryConfig, AuxiliaryHeadsConfig, ModelConfig, PartConfig
+from models.heads import AuxiliaryHeads, build_auxiliary_heads, forward_with_blocks, head_blocks
 from models.registry import default_cut, names, register
-from models.splitting import cuts, split
+from models.splitting import body_and_head, cuts, split
 
 __all__ = [
     "AUXILIARY_SIZES",
     "AuxiliaryConfig",
+    "AuxiliaryHeads",
+    "AuxiliaryHeadsConfig",
     "ModelConfig",
     "PartConfig",
+    "body_and_head",
     "build_auxiliary",
+    "build_auxiliary_heads",
     "build_model",
     "check_model",
     "cuts",
     "default_cut",
+    "forward_with_blocks",
+    "head_blocks",
     "names",
     "register",
     "split",

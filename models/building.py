@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from models.config import ModelConfig
+from models.heads import build_auxiliary_heads
 from models.registry import entry
 from models.splitting import split
 from runtime.config import ConfigError
@@ -34,9 +35,14 @@ def build_model(config: ModelConfig, info: DatasetInfo) -> nn.Module:
 
 
 def check_model(config: ModelConfig, info: DatasetInfo) -> None:
-    """Raise the `ConfigError` that building and cutting this model would raise; allocates and reads no weights."""
+    """Raise the `ConfigError` that building and cutting this model, and heads on the blocks that it names, would raise.
+
+    Allocates and reads no weights.
+    """
     with torch.device("meta"):
         model = entry(config.name).build(info, config.typed_options())
+        if config.auxiliary_heads.blocks is not None:
+            build_auxiliary_heads(config, info, model)
     split(model, config.cut_after)
     if config.init is not None:
         _compare(model, config.init)

@@ -34,11 +34,23 @@ class AuxiliaryConfig:
 
 
 @dataclass(frozen=True)
+class AuxiliaryHeadsConfig:
+    """Auxiliary heads: `blocks` are the modules after which one is attached; None means the model's own."""
+
+    blocks: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and not self.blocks:
+            raise ConfigError("blocks", self.blocks, "null or a list of one or more modules of the model")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Which model, where it is cut and what it starts from.
 
     `cut` None is the model's own default cut; `init` is a safetensors file, or a run's folder with a model.safetensors
-    in it, and None means fresh weights; `options` are the model's own (see its builder), checked when this is made.
+    in it, and None means fresh weights; `auxiliary_heads` are for methods that train on what is inside the model;
+    `options` are the model's own (see its builder), checked when this is made.
     """
 
     name: str
@@ -47,6 +59,9 @@ class ModelConfig:
     client: PartConfig = field(default_factory=PartConfig)
     server: PartConfig = field(default_factory=PartConfig)
     auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
+    body: PartConfig = field(default_factory=PartConfig)
+    head: PartConfig = field(default_factory=PartConfig)
+    auxiliary_heads: AuxiliaryHeadsConfig = field(default_factory=AuxiliaryHeadsConfig)
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

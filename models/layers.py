@@ -20,6 +20,13 @@ class GlobalAvgPool(nn.AdaptiveAvgPool2d):
         return torch.flatten(super().forward(input), 1)
 
 
+class FeatureMean(nn.Module):
+    """Mean over all but batch and features: [b, c, h, w] -> [b, c], [b, tokens, d] -> [b, d]; [b, d] stays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1) if x.dim() == 3 else x.flatten(2).mean(2) if x.dim() > 3 else x
+
+
 class LocalResponseNorm(nn.Module):
     """Normalise over `size` neighbouring channels (Krizhevsky et al. 2012, section 3.3): [b, c, h, w] -> same shape.
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from datasets import DatasetInfo
 
 Builder = Callable[["DatasetInfo", Any], nn.Sequential]
+# Names of blocks, or what gives them for the model's options.
+Blocks = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 
 # Width of the thinned auxiliary models as a share of the server part's width, by size. Chosen so that a model whose
 # bytes lie in dense layers gets about a fifth (default) and a twelfth (half) of its server part, the shares that the
@@ -33,7 +35,8 @@ class Entry:
     """What the registry knows of a model.
 
     `build(info, options)` returns an `nn.Sequential` of named children ending in the linear classifier, with fresh
-    weights from torch's global generator; `cut` is the child that ends the client part by default.
+    weights from torch's global generator; `cut` is the child that ends the client part by default, `blocks` are the
+    modules that auxiliary heads are attached to by default, None where a general rule finds them.
     """
 
     name: str
@@ -41,23 +44,34 @@ class Entry:
     cut: str
     options: type
     thinning: Mapping[str, float]
+    blocks: Blocks | None = None
+
+    def blocks_for(self, options: Any) -> tuple[str, ...] | None:
+        """The default blocks of the model with these `options`; None if it is registered with none."""
+        return self.blocks(options) if callable(self.blocks) else self.blocks
 
 
 _ENTRIES: dict[str, Entry] = {}
 
 
 def register(
-    name: str, *, cut: str, options: type = NoOptions, thinning: Mapping[str, float] = DENSE_THINNING
+    name: str,
+    *,
+    cut: str,
+    options: type = NoOptions,
+    thinning: Mapping[str, float] = DENSE_THINNING,
+    blocks: Blocks | None = None,
 ) -> Callable[[Builder], Builder]:
     """Register `build(info, options) -> nn.Sequential` as model `name`, cut after its child `cut` by default.
 
     `options` is the frozen dataclass that `model.options` is checked against, `thinning` the share of the server part's
-    width that the auxiliary models `half` and `default` keep.
+    width that the auxiliary models `half` and `default` keep, `blocks` the modules that have an auxiliary head by
+    default (see `models/heads.py`), or a function that gives them for the model's options.
     """
 
     def add(build: Builder) -> Builder:
         assert name not in _ENTRIES, f"model {name} is registered twice"
-        _ENTRIES[name] = Entry(name, build, cut, options, thinning)
+        _ENTRIES[name] = Entry(name, build, cut, options, thinning, blocks)
         return build
 
     return add

@@ -107,13 +107,21 @@ def _register_all() -> None:
         152: (Bottleneck, (3, 8, 36, 3)),
     }
     for depth, (block, blocks) in imagenet.items():
-        register(f"resnet{depth}", cut="layer2", options=ResNetOptions, thinning=RESIDUAL_THINNING)(
-            partial(resnet, block, blocks)
-        )
+        register(
+            f"resnet{depth}",
+            cut="layer2",
+            options=ResNetOptions,
+            thinning=RESIDUAL_THINNING,
+            blocks=("layer1", "layer2", "layer3"),
+        )(partial(resnet, block, blocks))
     for depth in (20, 32, 56, 110, 1202):
-        register(f"resnet{depth}", cut="layer1", options=CifarResNetOptions, thinning=RESIDUAL_THINNING)(
-            partial(cifar_resnet, depth)
-        )
+        register(
+            f"resnet{depth}",
+            cut="layer1",
+            options=CifarResNetOptions,
+            thinning=RESIDUAL_THINNING,
+            blocks=("layer1", "layer2"),
+        )(partial(cifar_resnet, depth))
 
 
 _register_all()

@@ -1,4 +1,4 @@
-"""Small models: two convolutional networks and a perceptron."""
+"""Small models: three convolutional networks and a perceptron."""
 
 from __future__ import annotations
 
@@ -89,6 +89,46 @@ def cnn2(info: DatasetInfo, _: NoOptions) -> nn.Sequential:
         ("relu3", nn.ReLU()),
         ("fc2", nn.Linear(128, info.classes)),
     ]
+    return nn.Sequential(OrderedDict(children))
+
+
+@dataclass(frozen=True)
+class Cnn4Options:
+    """`width`: channels of each block."""
+
+    width: int = 64
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ConfigError("width", self.width, "an integer >= 1")
+
+
+@register(
+    "cnn4",
+    cut="block2",
+    options=Cnn4Options,
+    thinning={"half": 0.125, "default": 0.25},
+    blocks=("block1", "block2", "block3"),
+)
+def cnn4(info: DatasetInfo, options: Cnn4Options) -> nn.Sequential:
+    """Four blocks of 3x3 convolution, BatchNorm, ReLU and 2x2 max-pooling, then the classifier.
+
+    The embedding network of few-shot learning (Vinyals et al. 2016), which papers on personalised federated learning
+    took up: images [b, channels, h, w] -> logits [b, classes].
+    """
+    channels, height, width = info.shape
+    children: list[tuple[str, nn.Module]] = []
+    for i in range(1, 5):
+        kernel = (min(2, height), min(2, width))  # a side of one pixel is not pooled any further
+        block: OrderedDict[str, nn.Module] = OrderedDict(
+            conv=nn.Conv2d(channels, options.width, 3, padding=1),
+            bn=nn.BatchNorm2d(options.width),
+            relu=nn.ReLU(),
+            pool=nn.MaxPool2d(kernel),
+        )
+        children.append((f"block{i}", nn.Sequential(block)))
+        channels, height, width = options.width, height // kernel[0], width // kernel[1]
+    children += [("flatten", nn.Flatten()), ("fc", nn.Linear(channels * height * width, info.classes))]
     return nn.Sequential(OrderedDict(children))
 
 

@@ -8,7 +8,12 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from runtime.config import ConfigError
+from runtime.config import NO_VALUE, ConfigError
+
+
+def named(model: nn.Module) -> dict[str, nn.Module]:
+    """The children of `model` by name; unlike `named_children`, with a module that occurs twice under both names."""
+    return {name: child for name, child in model._modules.items() if child is not None}
 
 
 def cuts(model: nn.Module) -> tuple[str, ...]:
@@ -16,11 +21,9 @@ def cuts(model: nn.Module) -> tuple[str, ...]:
 
     All but the last, and but those that would leave the client part without a parameter and so with nothing to learn.
     """
-    if not isinstance(model, nn.Sequential):
-        raise ConfigError("model.name", type(model).__name__, "an nn.Sequential of named children")
     valid: list[str] = []
     trainable = False
-    for name, child in list(model.named_children())[:-1]:
+    for name, child in _children(model)[:-1]:
         trainable = trainable or any(True for _ in child.parameters())
         if trainable:
             valid.append(name)
@@ -37,14 +40,48 @@ def split(model: nn.Module, cut: str) -> tuple[nn.Module, nn.Module]:
     valid = cuts(model)
     if cut not in valid:
         raise ConfigError("model.cut", cut, "the child of the model that ends the client part", valid)
-    children = list(model.named_children())
-    end = [name for name, _ in children].index(cut) + 1
-    client, server = (nn.Sequential(OrderedDict(part)) for part in (children[:end], children[end:]))
-    if {id(tensor) for tensor in _tensors(client)} & {id(tensor) for tensor in _tensors(server)}:
+    client, server = _divide(model, 1 + list(named(model)).index(cut))
+    if _shared(client, server):
         raise ConfigError("model.cut", cut, "a cut that does not divide weights shared by two children", valid)
-    # A new container starts in training mode; the children, shared with the model, keep theirs.
-    client.training = server.training = model.training
     return client, server
+
+
+def body_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """All children of `model` but the last, and the last, its classifier: head(body(x)) is model(x), bit for bit.
+
+    As with `split` both are sequences of the model's own modules under their own names (`fc.weight`). A model that is
+    not an `nn.Sequential`, whose body or classifier has no weights, or in which they share some is a `ConfigError`.
+    """
+    children = _children(model)
+    body, head = _divide(model, len(children) - 1)
+    if not all(any(True for _ in part.parameters()) for part in (body, head)):
+        raise ConfigError(
+            "model.name", NO_VALUE, "the model needs weights in its last child, the classifier, and before it"
+        )
+    if _shared(body, head):
+        name = children[-1][0]
+        raise ConfigError("model.name", NO_VALUE, f"the classifier {name} shares weights with other layers")
+    return body, head
+
+
+def _children(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Sequential):
+        raise ConfigError("model.name", type(model).__name__, "an nn.Sequential of named children")
+    return list(named(model).items())
+
+
+def _divide(model: nn.Module, end: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """The first `end` children and the others, each as a sequence in the model's mode."""
+    children = _children(model)
+    first, second = (nn.Sequential(OrderedDict(part)) for part in (children[:end], children[end:]))
+    # A new container starts in training mode; the children, shared with the model, keep theirs.
+    first.training = second.training = model.training
+    return first, second
+
+
+def _shared(first: nn.Module, second: nn.Module) -> bool:
+    """Whether any tensor belongs to both."""
+    return bool({id(tensor) for tensor in _tensors(first)} & {id(tensor) for tensor in _tensors(second)})
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

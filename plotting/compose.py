@@ -17,6 +17,7 @@ from plotting.selection import NoRuns, automatic, outside, resolve_key, select
 from plotting.style import applied
 from plotting.tables import as_csv, as_latex, as_markdown, table_rows
 from plotting.timing import Link
+from plotting.tuning_tables import tuning_tables
 from runtime.config import ConfigError
 from runtime.files import RESULTS
 from runtime.forking import server
@@ -109,6 +110,8 @@ def _job(comparison: Comparison, made: Composed, saves: Path, out: Path, formats
             raise ConfigError("metric", metric, "a metric of its runs", sorted(everywhere))
         raise NoRuns(f"none of its runs has the metric {metric}")
     lacking = [f"{run.folder} has no metric {metric}" for run in runs if metric not in run.metrics]
+    damaged = {folder: reason for run in measured for folder, reason in run.personalized.damaged.items()}
+    lacking += [f"{folder} is damaged: {reason}" for folder, reason in damaged.items()]
     made.left_out.extend(f"comparison {comparison.name}: {line}" for line in lacking)
     # What could not be read may have belonged to it.
     lacking += [f"{folder} is not finished: {state}" for folder, state in made.found.unfinished.items()]
@@ -137,6 +140,11 @@ def _draw(job: _Job) -> tuple[list[Path], list[str]]:
         path = folder / f"table.{ending}"
         path.write_text(_TABLES[ending](rows, options), encoding="utf-8")
         files.append(path)
+    for table in tuning_tables(curves):
+        for ending in comparison.tables or ():
+            path = folder / f"{table.name}.{ending}"
+            path.write_text(table.text(ending, options.title), encoding="utf-8")
+            files.append(path)
     if comparison.report:
         # Its libraries take long to import, and not everyone asks for it.
         from plotting.report import write_report

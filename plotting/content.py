@@ -1,8 +1,10 @@
-"""What `results.json` must hold: checked once when it is read, so that nothing after it meets odd content."""
+"""What `results.json` must hold, checked once when it is read, so that nothing after it meets odd content; and what is
+told of a file that does not hold what it should."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import NoneType
 from typing import Any, cast
 
@@ -43,6 +45,17 @@ def check_results(results: Mapping[str, Any], required: Sequence[str] = REQUIRED
             raise ValueError(f"{name} holds {odd!r:.40}, which is no number")
         if name in _COUNTS or name.startswith("traffic."):
             _check_count(name, values)
+
+
+def reason(error: BaseException) -> str:
+    """An error of reading in one line, without the path that is told beside it."""
+    if isinstance(error, FileNotFoundError):
+        return "it vanished while it was read"
+    if isinstance(error, OSError):
+        return f"{Path(error.filename or '').name or 'it'} cannot be read: {error.strerror}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return " ".join(str(error).split())
 
 
 def _lists(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

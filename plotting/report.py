@@ -25,9 +25,11 @@ from plotting.report_charts import Chart
 from plotting.report_curves import curves_chart
 from plotting.report_sweeps import sweep_charts
 from plotting.report_traffic import traffic_charts
+from plotting.report_tuning import tuning_charts
 from plotting.runs import Run
 from plotting.style import metric_label
 from plotting.tables import table_cells, table_notes
+from plotting.tuning_tables import Table, tuning_tables
 
 _FOLDER = Path(__file__).parent
 # libyaml's, where PyYAML was built with it, is several times as fast.
@@ -44,6 +46,18 @@ class Cell:
     value: str
     words: bool = False
     best: bool = False
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """One table: its id in the page, the heading above it, its caption, heads, rows of cells and notes."""
+
+    name: str
+    heading: str
+    caption: str
+    heads: list[str]
+    rows: list[list[Cell]]
+    notes: list[str]
 
 
 def write_report(
@@ -65,20 +79,14 @@ def write_report(
     Returns:
         `path`.
     """
-    charts = [curves_chart(curves, options), *sweep_charts(curves, options), *traffic_charts(curves, options)]
+    charts = [curves_chart(curves, options), *sweep_charts(curves, options), *tuning_charts(curves)]
+    charts += traffic_charts(curves, options)
     script = (_FOLDER / "report.js").read_text(encoding="utf-8")
     library, packed = _library()
-    heads, cells = _table(rows, options)
-    runs = [run for curve in curves for run in curve.runs]
-    differing = _differing(runs)
-    shared = _shared_folder(runs)
-    script = (_FOLDER / "report.js").read_text(encoding="utf-8")
-    library, packed = _library()
-    heads, cells = _table(rows, options)
     runs = [run for curve in curves for run in curve.runs]
     differing = _differing(runs)
     # What all folders have in common is told once.
-    shared = os.path.commonpath([run.folder.parent for run in runs]) if runs else "."
+    shared = _shared_folder(runs)
     page = _template().render(
         title=options.title or "Comparison",
         summary=_summary(curves, options),
@@ -88,10 +96,7 @@ def write_report(
         packed=packed,
         charts=charts,
         drawn={"charts": {chart.name: chart.spec() for chart in charts}, "on_dark": _colors_on_dark(charts)},
-        caption=f"{metric_label(options.metric)} and communication by method",
-        heads=heads,
-        rows=cells,
-        notes=table_notes(rows, options),
+        tables=[_table(rows, options), *map(_tuning_table, tuning_tables(curves))],
         curves=[(label_of(curve), [_told(run, shared, differing) for run in curve.runs]) for curve in curves],
         shared=shared,
         left_out=left_out,
@@ -135,23 +140,42 @@ def _colors_on_dark(charts: Sequence[Chart]) -> dict[str, str]:
     return {color: other for chart in charts for color, other in chart.colors_on_dark().items()}
 
 
-def _table(rows: Sequence[dict[str, Any]], options: Options) -> tuple[list[str], list[list[Cell]]]:
-    """Heads and cells of the table, as in the other formats."""
-    heads, texts = table_cells(rows, options, bold=lambda text: f"{_BEST}{text}")
+def _table(rows: Sequence[dict[str, Any]], options: Options) -> PageTable:
+    """The table of the metric, as in the other formats."""
+    heads, texts = table_cells(rows, options, bold=_marked)
     names = ["seeds", "rounds", "final", "best"] + (["at_budget"] if options.budget is not None else [])
     names += ["comm_load_bytes"] + (["bytes_to_target"] if options.target is not None else [])
-    cells = [
-        [Cell(name, name, words=True)]
-        + [
-            Cell(text.removeprefix(_BEST), _sorted_by(row[key]), best=text.startswith(_BEST))
-            for key, text in zip(names, values, strict=True)
+    values = [[name, *(row[key] for key in names)] for row, (name, *_) in zip(rows, texts, strict=True)]
+    caption = f"{metric_label(options.metric)} and communication by method"
+    return PageTable("table", "Table", caption, heads, _cells(texts, values), table_notes(rows, options))
+
+
+def _tuning_table(table: Table) -> PageTable:
+    """A table of personalisation, as in the other formats."""
+    values = [list(row) for row in zip(*(column.values for column in table.columns), strict=True)]
+    cells = _cells(table.cells(_marked), values)
+    heads = [column.head for column in table.columns]
+    return PageTable(table.name, table.heading, f"{table.heading} by method", heads, cells, table.notes)
+
+
+def _cells(texts: Sequence[Sequence[str]], values: Sequence[Sequence[float | str | None]]) -> list[list[Cell]]:
+    """Cells of the rows; the first of each is its name."""
+    return [
+        [
+            Cell(text.removeprefix(_BEST), _sorted_by(value), words=not at, best=text.startswith(_BEST))
+            for at, (text, value) in enumerate(zip(*row, strict=True))
         ]
-        for row, (name, *values) in zip(rows, texts, strict=True)
+        for row in zip(texts, values, strict=True)
     ]
-    return heads, cells
 
 
-def _sorted_by(value: float | None) -> str:
+def _marked(text: str) -> str:
+    return f"{_BEST}{text}"
+
+
+def _sorted_by(value: float | str | None) -> str:
+    if isinstance(value, str):
+        return value
     return "" if value is None or not math.isfinite(value) else repr(value)
 
 

@@ -25,9 +25,11 @@ SYMBOLS = {
     ">": "triangle-right",
     "*": "star",
     "h": "hexagon",
+    "H": "hexagon2",
     "P": "cross",
     "X": "x",
     "x": "x-thin-open",
+    "+": "cross-thin-open",
     "": "circle",
 }
 # For each of matplotlib's line styles the chart library's name and the strokes and gaps in a legend, in pixels.

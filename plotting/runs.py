@@ -14,8 +14,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from plotting.content import METRICS, check_results
+from plotting.content import METRICS, check_results, reason
 from plotting.foreign import CODE, read_foreign
+from plotting.personalized import Evaluations, read_personalized
 from plotting.timing import Link, simulated_time
 from runtime.files import RESULTS
 
@@ -41,10 +42,11 @@ _DISTRIBUTIONS = {
     "class_major": "majority class",
     "quantity_skew": "quantity skew",
 }
-# Keys that do not decide a run's result, or repeat for averaging.
+# Keys that do not decide a run's result, or repeat for averaging. What was fine-tuned after training, and how, is told
+# by the evaluations themselves.
 _IRRELEVANT = (
     *("seed", "save_dir", "resume", "logger", "checkpoint_interval", "progress", "device", "transport"),
-    *("threads", "state_memory_mb"),
+    *("threads", "state_memory_mb", "personalize"),
 )
 # libyaml's loader, where PyYAML was built with it, reads eight times as fast.
 _FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -148,6 +150,11 @@ class Run:
         series = np.asarray(values, dtype=np.float64)
         return np.where(np.isfinite(series), series, np.nan)
 
+    @cached_property
+    def personalized(self) -> Evaluations:
+        """What its clients reach with models of their own, fine-tuned from what it trained; read once."""
+        return Evaluations() if self.code else read_personalized(self.folder)
+
     def seconds(self, link: Link) -> Array | None:
         """Simulated seconds so far at the evaluated rounds [n]; None where the run lacks what it takes."""
         return simulated_time(self.results, link)
@@ -181,7 +188,7 @@ def find_runs(*folders: Path) -> Found:
             run = read_run(folder)
             written = (folder / RESULTS).stat().st_mtime
         except _UNREADABLE as error:
-            found.damaged[folder] = _reason(error)
+            found.damaged[folder] = reason(error)
             continue
         if not run.results.get("finished", True):
             found.unfinished[folder] = _state(folder)
@@ -233,7 +240,7 @@ def _run_folders(folders: tuple[Path, ...], unreadable: dict[Path, str]) -> Iter
     seen: set[Path] = set()
 
     def tell(error: OSError) -> None:
-        unreadable[Path(error.filename)] = _reason(error)
+        unreadable[Path(error.filename)] = reason(error)
 
     for top in folders:
         for name, inner, files in os.walk(top, onerror=tell):
@@ -271,17 +278,6 @@ def _state(folder: Path) -> str:
         return ": ".join(" ".join(str(status[key]).split()) for key in ("state", "error") if status.get(key))
     except (OSError, ValueError, AttributeError, KeyError):
         return "no results yet"
-
-
-def _reason(error: BaseException) -> str:
-    """An error in one line, without the path that is told beside it."""
-    if isinstance(error, FileNotFoundError):
-        return "it vanished while it was read"
-    if isinstance(error, OSError):
-        return f"{Path(error.filename or '').name or 'it'} cannot be read: {error.strerror}"
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return " ".join(str(error).split())
 
 
 def _whole(value: Any) -> Any:

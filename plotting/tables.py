@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +19,7 @@ from plotting.curves import (
 )
 from plotting.figures import Options
 from plotting.style import format_metric, is_share, method_style, metric_label
+from plotting.table_text import csv_text, emphasized, latex, latex_bold, markdown, markdown_bold
 from runtime.units import byte_unit, format_bytes
 
 COLUMNS = (
@@ -29,16 +27,6 @@ COLUMNS = (
     *("comm_load_bytes", "comm_load_bytes_std", "budget_bytes", "at_budget", "at_budget_std", "at_budget_seeds"),
     *("target", "target_seeds", "bytes_to_target", "bytes_to_target_std"),
 )
-_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "\N{GREEK SMALL LETTER ALPHA}": r"$\alpha$",
-    "±": r"$\pm$",
-}
 
 
 def table_rows(curves: Sequence[Curve], options: Options) -> list[dict[str, Any]]:
@@ -54,46 +42,17 @@ def table_rows(curves: Sequence[Curve], options: Options) -> list[dict[str, Any]
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as csv, unrounded; empty where a figure does not apply."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(COLUMNS, rows)
 
 
 def as_markdown(rows: Sequence[dict[str, Any]], options: Options) -> str:
     """The rows as a Markdown table with its notes."""
-    heads, cells = table_cells(rows, options, bold=lambda text: f"**{text}**")
-
-    def line(texts: Sequence[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
-
-    table = [line(heads), line(["---", *["---:"] * (len(heads) - 1)]), *(line(row) for row in cells)]
-    return "\n".join([f"## {options.title}", "", *table, "", " ".join(table_notes(rows, options))]) + "\n"
+    return markdown(options.title, *table_cells(rows, options, bold=markdown_bold), table_notes(rows, options))
 
 
 def as_latex(rows: Sequence[dict[str, Any]], options: Options) -> str:
     """The rows as a LaTeX table for `booktabs`; title and notes are its caption."""
-    # Marked with characters that no text holds, because the cells are escaped afterwards.
-    heads, cells = table_cells(rows, options, bold=lambda text: f"\x01{text}\x02")
-
-    def line(texts: Sequence[str]) -> str:
-        escaped = " & ".join(_escaped(text) for text in texts)
-        return "    " + escaped.replace("\x01", r"\textbf{").replace("\x02", "}") + r" \\"
-
-    caption = _escaped(". ".join(text for text in (options.title, " ".join(table_notes(rows, options))) if text))
-    return "\n".join(
-        [
-            "% \\usepackage{booktabs}",
-            "\\begin{table}",
-            "  \\centering",
-            f"  \\caption{{{caption}}}",
-            f"  \\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
-            *("    \\toprule", line(heads), "    \\midrule", *(line(row) for row in cells), "    \\bottomrule"),
-            "  \\end{tabular}",
-            "\\end{table}\n",
-        ]
-    )
+    return latex(options.title, *table_cells(rows, options, bold=latex_bold), table_notes(rows, options))
 
 
 def _row_values(curve: Curve, options: Options) -> tuple[Any, ...]:
@@ -143,16 +102,8 @@ def table_cells(
 def _emphasized(
     rows: Sequence[dict[str, Any]], name: str, texts: Sequence[str], bold: Callable[[str], str], less: bool
 ) -> list[str]:
-    """The texts, bold where no other row that competes is better; nothing is bold where only one competes."""
-    competing = [at for at, row in enumerate(rows) if _competes(row, name, rows)]
-    if len(competing) < 2:
-        return list(texts)
-    best = (min if less else max)(rows[at][name] for at in competing)
-    # Rows that read the same are equally good: what tells them apart is not in the table.
-    winners = {texts[at] for at in competing if rows[at][name] == best}
-    if winners == {texts[at] for at in competing}:
-        return list(texts)
-    return [bold(text) if at in competing and text in winners else text for at, text in enumerate(texts)]
+    competing = [row[name] if _competes(row, name, rows) else None for row in rows]
+    return emphasized(competing, texts, bold, less)
 
 
 def _competes(row: dict[str, Any], name: str, rows: Sequence[dict[str, Any]]) -> bool:
@@ -217,9 +168,3 @@ def _reached(row: dict[str, Any]) -> str:
 
 def _some(count: int, row: dict[str, Any]) -> str:
     return f" ({count} of {row['seeds']} seeds)" if count < row["seeds"] else ""
-
-
-def _escaped(text: str) -> str:
-    """Text for LaTeX, with a thin space between a number and its unit that no line breaks."""
-    escaped = "".join(_LATEX.get(character, character) for character in text)
-    return re.sub(r"(?<=\d) (?=[kMGTP]?B\b)", r"\\,", escaped)

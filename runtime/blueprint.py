@@ -6,20 +6,30 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from datasets import DatasetInfo
-from models import ModelConfig, build_auxiliary, build_model, default_cut, split
+from models import (
+    ModelConfig,
+    body_and_head,
+    build_auxiliary,
+    build_auxiliary_heads,
+    build_model,
+    default_cut,
+    split,
+)
 from runtime import rng
 from runtime.aggregate import BufferPolicy
 from runtime.optim import OptimizerConfig, PartOptimizer, SchedulerConfig, learning_options, make_optimizer
 
 BATCH_NORM: Any = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  the base of all of them
 Parts = dict[str, nn.Module]
+DIVISIONS = (("model",), ("client", "server"), ("body", "head"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 
@@ -36,15 +46,25 @@ class LearningConfig(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which parts a method has, by party: ``model`` is the uncut model, ``client`` and ``server`` are its halves."""
+    """Which parts a method has, by party.
+
+    ``model`` is the whole model; ``client`` and ``server`` are its halves at the cut layer; ``body`` is all of it but
+    the classifier, which is the ``head``. Beside these stand ``auxiliary``, the client's stand-in for the server part,
+    and ``auxiliary_heads``, further classifiers on inner blocks of the body.
+    """
 
     client: tuple[str, ...]
     server: tuple[str, ...]
 
     @property
+    def whole(self) -> tuple[str, ...]:
+        """The parts that make up the model, in the order in which data goes through them."""
+        return next(parts for parts in DIVISIONS if not {*self.client, *self.server}.isdisjoint(parts))
+
+    @property
     def cut(self) -> bool:
-        """Whether the method cuts the model."""
-        return "model" not in (*self.client, *self.server)
+        """Whether the model is cut between the parties."""
+        return self.whole == ("client", "server")
 
 
 class Blueprint:
@@ -65,6 +85,7 @@ class Blueprint:
         self.buffers = buffers
         self._precision = precision
         self._parts = self._build(config, layout, info)
+        self._general = config.optimizer_for("model")
         self._optimizers = {name: config.optimizer_for(name) for name in self._parts}
         self._schedulers = {name: config.scheduler_for(name) for name in self._parts}
         self.initial = {name: copied_state(part) for name, part in self._parts.items()}
@@ -83,8 +104,13 @@ class Blueprint:
         if "auxiliary" in needed:
             with rng.TorchStream(rng.derive(seed, stream="auxiliary"), cpu):
                 parts["auxiliary"] = build_auxiliary(config, info, whole)
+        if "auxiliary_heads" in needed:
+            with rng.TorchStream(rng.derive(seed, stream="auxiliary heads"), cpu):
+                parts["auxiliary_heads"] = build_auxiliary_heads(config, info, whole)
         if layout.cut:
             parts["client"], parts["server"] = split(whole, model_cut(config))
+        elif layout.whole == ("body", "head"):
+            parts["body"], parts["head"] = body_and_head(whole)
         return {name: parts[name].to(self.device, self.dtype).train() for name in parts if name in needed}
 
     def parts(self, names: Iterable[str]) -> Parts:
@@ -104,6 +130,11 @@ class Blueprint:
         )
         self.schedule(optimizer, [name for name, _ in modules], round)
         return optimizer
+
+    def fine_tuner(self, modules: Iterable[nn.Module], lr: float) -> PartOptimizer:
+        """A fresh optimizer of the run's general kind over the modules together, at a constant learning rate."""
+        config = replace(self._general, options={**self._general.options, "lr": lr})
+        return PartOptimizer([make_optimizer(config, chain.from_iterable(module.parameters() for module in modules))])
 
     def schedule(self, optimizer: PartOptimizer, names: Iterable[str], round: int) -> None:
         """Set what the parts' schedules say for ``round`` (0-based)."""

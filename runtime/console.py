@@ -26,6 +26,7 @@ from runtime.config import ConfigError
 from runtime.units import format_bytes
 
 if TYPE_CHECKING:
+    from runtime.personalize import Personalized
     from runtime.results import RoundRecord, RunSummary
 
 log = logging.getLogger(__name__)
@@ -114,6 +115,15 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done + fraction)
 
+    def clients(self, done: int, of: int) -> None:
+        """Show that `done` clients of `of` have been personalised, once all rounds are over."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"personalising {done}/{of}", total=of, completed=done)
+        now = time.monotonic()
+        if self._mode != "none" and now - self._last_line >= LINE_INTERVAL:
+            self._last_line = now
+            log.info("%s", f"{self._title}: personalised {done}/{of} clients", extra={"progress": True})
+
     def line(self, record: RoundRecord) -> str:
         """One round in one plain line."""
         done = record.round - self._first + 1
@@ -169,6 +179,7 @@ def show_summary(
     title: str = "",
     mode: str = "auto",
     console: Console | None = None,
+    personal: Personalized | None = None,
 ) -> None:
     """Show the table at a run's end: on the terminal in colour, in the log as text; nowhere with mode "none".
 
@@ -178,14 +189,19 @@ def show_summary(
         title: what ran.
         mode: as in `Progress`.
         console: where to draw; standard output by default.
+        personal: what personalisation found, if it was asked for.
     """
     if mode == "none":
         return
     text = io.StringIO()
-    _print(Console(file=text, width=_LOG_WIDTH, color_system=None), summary, files, title, box.ASCII2)
+    _print(
+        Console(file=text, width=_LOG_WIDTH, color_system=None),
+        summary_table(summary, title, box.ASCII2, personal),
+        files,
+    )
     handlers: list[logging.StreamHandler[Any]] = []
     if mode == "bar" or on_terminal():
-        _print(console or Console(), summary, files, title, box.ROUNDED)
+        _print(console or Console(), summary_table(summary, title, personal=personal), files)
         handlers = _terminal_handlers((sys.stdout, sys.stderr))
     for handler in handlers:
         handler.addFilter(_not_progress)
@@ -194,8 +210,10 @@ def show_summary(
         handler.removeFilter(_not_progress)
 
 
-def summary_table(summary: RunSummary, title: str = "", style: box.Box = box.ROUNDED) -> Table:
-    """Final and best accuracy, communication by direction and kind, and time by party, as a rich table."""
+def summary_table(
+    summary: RunSummary, title: str = "", style: box.Box = box.ROUNDED, personal: Personalized | None = None
+) -> Table:
+    """Final, best and personalised accuracy, communication by direction and kind, and time by party."""
     table = Table(title=title or None, title_style="bold", box=style, show_header=False, title_justify="left")
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True, style="bold")
@@ -205,6 +223,11 @@ def summary_table(summary: RunSummary, title: str = "", style: box.Box = box.ROU
     table.add_row(
         "best accuracy", _percent(summary.best_acc), f"in round {summary.best_round}" if summary.best_round else ""
     )
+    if personal is not None:
+        table.add_section()
+        table.add_row("personalised", "", "accuracy on the clients' own test data")
+        for row in personal_rows(personal):
+            table.add_row(*row)
     table.add_section()
     load, framed = format_bytes(summary.comm_load), format_bytes(summary.comm_framed)
     table.add_row("communication", load, f"of training, as payload; {framed} on the wire" if summary.comm_load else "")
@@ -234,9 +257,35 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def _print(console: Console, summary: RunSummary, files: RunFiles | None, title: str, style: box.Box) -> None:
+def personal_rows(personal: Personalized) -> list[tuple[str, str, str]]:
+    """For each number of epochs of fine-tuning: its name, the mean accuracy over clients, and how it spreads."""
+    return [
+        (
+            "  before fine-tuning" if not epochs else f"  after {epochs} epoch{'s' * (epochs > 1)} of {personal.part}",
+            _percent(mean),
+            f"± {std:.2%} over {personal.clients} clients, worst decile {worst:.2%}",
+        )
+        for epochs, mean, std, worst in zip(
+            personal.epochs, personal.mean, personal.std, personal.worst_decile, strict=True
+        )
+    ]
+
+
+def show_personalized(personal: Personalized, folder: Path, title: str = "", mode: str = "auto") -> None:
+    """Print what personalisation of a saved run found; nothing with mode "none"."""
+    if mode == "none":
+        return
+    table = Table(title=title or None, title_style="bold", box=box.ROUNDED, show_header=False, title_justify="left")
+    for style in ("", "bold", "dim"):
+        table.add_column("", style=style, no_wrap=True)
+    for row in personal_rows(personal):
+        table.add_row(*row)
+    _print(Console(), table, RunFiles(folder))
+
+
+def _print(console: Console, table: Table, files: RunFiles | None) -> None:
     console.print()
-    console.print(summary_table(summary, title, style))
+    console.print(table)
     if files is not None:
         # Not wrapped and not styled in parts: a path must stay one word to be copied or clicked.
         console.print(Text(f"results  {_nearby(files.folder)}"), soft_wrap=True)

@@ -16,7 +16,7 @@ from runtime.boundary import Payload, Value, flatten, unflatten
 from runtime.optim import PartOptimizer
 from runtime.store import Row, Store
 
-BatchMaker = Callable[[torch.Generator], Iterator[tuple[Tensor, Tensor]]]
+BatchMaker = Callable[[torch.Generator, int | None], Iterator[tuple[Tensor, Tensor]]]
 
 
 class Means:
@@ -137,9 +137,12 @@ class ClientContext:
         """A fresh optimizer over the parts, as configured for each, at this round's learning rate."""
         return self._blueprint.optimizer([(name, self.part(name)) for name in names], self.round)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The round's batches, ``local_epochs`` passes: x [b, C, H, W] on the device, y int64 [b]."""
-        return self._batches(self.generator("batches"))
+    def batches(self, stream: str = "batches", epochs: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The round's batches, ``local_epochs`` passes unless told: x [b, C, H, W] on the device, y int64 [b].
+
+        A method that goes through the data twice names another ``stream`` of randomness for the second time.
+        """
+        return self._batches(self.generator(stream), epochs)
 
     def generator(self, stream: str) -> torch.Generator:
         """A CPU generator for one stream of this client in this round."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datasets import Partition, Source
+from datasets import Source
 from runtime import rng
 from runtime.blueprint import BATCH_NORM, Blueprint
 from runtime.results import ClientRow
@@ -22,11 +22,24 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy in [0, 1], mean cross-entropy, and which samples were right (bool [n], on the CPU)."""
+    """Samples that were tested: their cross-entropies, and which were right (float64 and bool [n], on the CPU)."""
 
-    accuracy: float
-    loss: float
+    losses: Tensor
     correct: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the samples that were right, in [0, 1]."""
+        return float(self.correct.double().mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return float(self.losses.mean())
+
+    def of(self, samples: Tensor) -> Score:
+        """The score on some of the samples: int64 [k], positions among those that were tested."""
+        return Score(self.losses[samples], self.correct[samples])
 
 
 class Evaluation(NamedTuple):
@@ -76,27 +89,29 @@ def evaluate(
     *,
     batch_size: int,
     batch_statistics: Sequence[bool] | None = None,
+    samples: Tensor | None = None,
 ) -> Score:
-    """Test the composed modules on a whole source.
+    """Test the composed modules on a whole source, or on some of it.
 
     Args:
         modules: applied one after the other; the last gives logits [b, classes].
         batch_statistics: per module, see ``evaluating``.
+        samples: int64 [k], k >= 1, indices into the source; the score lists them in this order.
     """
     own = batch_statistics or [False] * len(modules)
     losses: list[Tensor] = []
     correct: list[Tensor] = []
+    samples = torch.arange(len(source)) if samples is None else samples
     with evaluating(modules, batch_statistics=own) as forward, blueprint.autocast():
-        order = _order(len(source), mixed=any(own))
+        order = _order(len(samples), mixed=any(own))
         # Batches of nearly equal size: a remainder of a few samples would have poor statistics of its own.
         even = math.ceil(len(order) / math.ceil(len(order) / batch_size))
-        for x, y in source.batches(order, batch_size=even):
+        for x, y in source.batches(samples[order], batch_size=even):
             logits = forward(x).float() if blueprint.dtype == torch.float32 else forward(x)
-            losses.append(F.cross_entropy(logits, y, reduction="sum"))
+            losses.append(F.cross_entropy(logits, y, reduction="none"))
             correct.append(logits.argmax(1) == y)
-    right = torch.empty(len(order), dtype=torch.bool)
-    right[order] = torch.cat(correct).cpu()
-    return Score(float(right.double().mean()), float(torch.stack(losses).double().sum()) / len(right), right)
+    score = Score(torch.cat(losses).double().cpu(), torch.cat(correct).cpu())
+    return score.of(order.argsort()) if any(own) else score
 
 
 def _order(samples: int, *, mixed: bool) -> Tensor:
@@ -119,14 +134,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def mean(values: Sequence[float]) -> float:
     """The mean of at least one value."""
     return sum(values) / len(values)
-
-
-def rows_of_clients(metric: str, scores: Sequence[Score], local: Partition | None = None) -> list[ClientRow]:
-    """Each client's accuracy: on the whole test set, or on its own share of it (left out where that is empty)."""
-    if local is None:
-        return [(metric, client, len(score.correct), score.accuracy) for client, score in enumerate(scores)]
-    shares = [(client, score.correct[local.indices(client)].double()) for client, score in enumerate(scores)]
-    return [(metric, client, len(right), float(right.mean())) for client, right in shares if len(right)]
 
 
 def spread_over_clients(rows: Sequence[ClientRow]) -> dict[str, float]:

@@ -13,15 +13,15 @@ from plotting import first_picture
 from runtime.config import ConfigError
 from runtime.console import Progress, RunFiles, show_summary
 from runtime.federation import Federation
+from runtime.files import MODEL_FILE
 from runtime.loggers import build_loggers
+from runtime.personalize import Personalized, personalize
 from runtime.results import Results, RunSummary
 from runtime.run_folder import RunFolder
 from runtime.serial import save_tensors
 from runtime.settings import RunConfig
 
 log = logging.getLogger(__name__)
-
-MODEL_FILE = "model.safetensors"
 
 # Below this many parameters the work of one operation is too little to divide, and threads that wait for each other on
 # a busy machine cost many times what they save on an idle one.
@@ -35,9 +35,9 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     Raises:
         ConfigError: what cannot be built as configured.
     """
-    _make_deterministic(config.torch_device())
+    make_deterministic(config.torch_device())
     federation = Federation(config, folder.path)
-    _set_threads(config, federation)
+    set_threads(config, federation)
     results = Results(folder.path, build_loggers(config.logger, folder.path, folder.resumed))
     state = federation.resume()
     if state is not None:
@@ -50,6 +50,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     try:
         with Progress(config.rounds, title, config.progress, done=federation.round) as progress:
             _rounds(federation, results, progress)
+            personal = _personalized(federation, folder.path, progress)
     except BaseException:
         results.close()
         raise
@@ -58,8 +59,16 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
         save_tensors(folder.path / MODEL_FILE, model, {"format": "pt"})
     summary = results.finish()
     picture = first_picture(folder.path, results.results(), title, config.algorithm_name)
-    show_summary(summary, RunFiles(folder.path, picture), title, config.progress)
+    show_summary(summary, RunFiles(folder.path, picture), title, config.progress, personal=personal)
     return summary
+
+
+def _personalized(federation: Federation, folder: Path, progress: Progress) -> Personalized | None:
+    config = federation.config.personalize
+    if config.part is None:
+        return None
+    log.info("personalising: %d clients, %s", federation.population, config.setting)
+    return personalize(federation, config, folder, progress.clients)
 
 
 def _rounds(federation: Federation, results: Results, progress: Progress) -> None:
@@ -80,20 +89,20 @@ def _rounds(federation: Federation, results: Results, progress: Progress) -> Non
 def _save_partition(federation: Federation, folder: Path) -> None:
     info, labels = federation.dataset.info, federation.dataset.train.labels
     federation.partition.save(folder, labels, info.classes, info.class_names)
-    if federation.local_test is not None:
+    if federation.evaluator.local_test is not None:
         (folder / "local_test").mkdir(exist_ok=True)
         test = federation.dataset.test.labels
-        federation.local_test.save(folder / "local_test", test, info.classes, info.class_names)
+        federation.evaluator.local_test.save(folder / "local_test", test, info.classes, info.class_names)
 
 
-def _set_threads(config: RunConfig, federation: Federation) -> None:
+def set_threads(config: RunConfig, federation: Federation) -> None:
     small = federation.device.type == "cpu" and federation.parameters < SMALL_MODEL
     automatic = 1 if small else _ALL_THREADS
     # Set in either case: an earlier job of this process may have left another number.
     torch.set_num_threads(automatic if config.threads == "auto" else config.threads)
 
 
-def _make_deterministic(device: torch.device) -> None:
+def make_deterministic(device: torch.device) -> None:
     """Ask for kernels that give the same bits each time; on a CPU they all do, for one number of threads."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this only

@@ -6,26 +6,26 @@ import logging
 import math
 import os
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import algorithms
-from datasets import Dataset, Partition, apply_partition, batch_sizes, load, partition
+from datasets import Dataset, Partition, batch_sizes, load, partition
 from models import check_model
 from runtime import rng
 from runtime.blueprint import DTYPES, Blueprint
 from runtime.checkpoint import Checkpoint, Manifest
 from runtime.config import ConfigError
 from runtime.contexts import ClientContext, ClientState, Seat, ServerContext
-from runtime.evaluation import Evaluation, Score, evaluate, mean, rows_of_clients, spread_over_clients
+from runtime.evaluation import Evaluation
+from runtime.evaluator import Evaluator
 from runtime.ledger import Ledger, Traffic
-from runtime.results import ClientRow, RoundRecord
+from runtime.results import RoundRecord
 from runtime.schedule import SCHEDULES, RoundReport
 from runtime.session import Channel, LocalSession, ServerParty, Workplace
 from runtime.settings import RunConfig
@@ -59,7 +59,6 @@ class Federation:
         check_model(config.model, self.dataset.info)
         self.population = 1 if self.algorithm.pooled else config.num_clients
         self.partition = self._partition()
-        self.local_test = self._local_test() if config.dataset.local_test else None
         self.blueprint = Blueprint(
             config,
             self.algorithm.layout,
@@ -68,7 +67,7 @@ class Federation:
             precision=config.precision,
             buffers=config.aggregate.buffers,
         )
-        self.parameters = sum(self.blueprint.parameters(name) for name in self._global_names())
+        self.parameters = sum(self.blueprint.parameters(name) for name in self.algorithm.layout.whole)
         self._smallest = 2 if self._needs_two() else 1
         self._checkpoint = None if folder is None else Checkpoint(folder / CHECKPOINT_FOLDER)
         self.stores = {
@@ -83,6 +82,7 @@ class Federation:
         self.round = 0
         self.seconds = {"wall": 0.0, "client": 0.0, "server": 0.0, "eval": 0.0}
         self.server = self._build_server()
+        self.evaluator = Evaluator(self)
         self._seats: list[Seat] = []
         self._skipped: set[int] = set()
 
@@ -94,10 +94,6 @@ class Federation:
             config = replace(config, distribution="iid", min_samples=0)
         labels = self.dataset.train.labels.numpy()
         return partition(labels, self.population, config, seed=self.config.seed, groups=self.dataset.groups)
-
-    def _local_test(self) -> Partition:
-        labels, test = self.dataset.train.labels.numpy(), self.dataset.test.labels.numpy()
-        return apply_partition(self.partition, labels, test, seed=self.config.seed)
 
     def _build_server(self) -> Any:
         layout = self.algorithm.layout
@@ -147,12 +143,14 @@ class Federation:
         """
         layout, config = self.algorithm.layout, self.config
         parts = self.blueprint.parts({*layout.client, *layout.server})
-        x = torch.zeros(1, *self.dataset.info.shape, dtype=self.blueprint.dtype, device=self.device)
+        x = z = torch.zeros(1, *self.dataset.info.shape, dtype=self.blueprint.dtype, device=self.device)
         try:
             with torch.no_grad(), rng.TorchStream(0, self.device):
-                z = parts["client" if layout.cut else "model"](x)
-                for name in parts.keys() & {"server", "auxiliary"}:
-                    parts[name](z)
+                for name in layout.whole:
+                    z = x
+                    x = parts[name](z)
+                if "auxiliary" in parts:
+                    parts["auxiliary"](z)
         except ValueError:
             if config.batch_size == 1:
                 raise ConfigError(
@@ -239,7 +237,7 @@ class Federation:
             config=self.config.algorithm,
             samples=len(self.partition.indices(client)),
             state=ClientState(self.stores["clients"], client),
-            batches=lambda generator: self._batches(client, generator),
+            batches=lambda generator, epochs: self._batches(client, generator, epochs),
         )
         seed = rng.derive(self.config.seed, round=self.round, client=client, stream="client")
 
@@ -249,17 +247,23 @@ class Federation:
 
         return LocalSession(self.algorithm, context, Workplace(self.blueprint, seed), leave)
 
-    def _batches(self, client: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(
+        self, client: int, generator: torch.Generator, epochs: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         config = self.config
         return self.dataset.train.batches(
             self.partition.indices(client),
             batch_size=config.batch_size,
-            epochs=config.local_epochs,
+            epochs=config.local_epochs if epochs is None else epochs,
             shuffle=config.dataset.shuffle,
             augment=True,
             drop_last=config.dataset.drop_last,
             generator=generator,
         )
+
+    def epoch(self, client: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over a client's training data; no batch where the client has none to train on."""
+        return self._batches(client, generator, 1) if self._can_train(client) else iter(())
 
     def _check_memory(self, clients: int) -> None:
         needed = clients * self.blueprint.training_bytes(self.algorithm.layout.client)
@@ -272,73 +276,28 @@ class Federation:
                 f"{available / 1e9:.1f} GB are free",
             )
 
-    # ------------------------------------------------------------------ evaluation
+    # ------------------------------------------------------------------ what was learnt
 
     def evaluate(self) -> Evaluation:
         """Test what the algorithm says is to be tested."""
-        if self.algorithm.evaluates == "clients":
-            return self._evaluate_clients()
-        modules = [self.server.ctx.part(name) for name in self._global_names()]
-        score = self._score(modules)
-        metrics: dict[str, float] = {}
-        if self.dataset.validation is not None:
-            validation = self._score(modules, validation=True)
-            metrics |= {"val_acc": validation.accuracy, "val_loss": validation.loss}
-        rows: list[ClientRow] = []
-        if self.local_test is not None:
-            rows = rows_of_clients("local_acc", [score] * self.population, self.local_test)
-        return Evaluation(score.accuracy, score.loss, metrics | spread_over_clients(rows), rows)
+        return self.evaluator.evaluate()
 
-    def _global_names(self) -> tuple[str, ...]:
-        return ("client", "server") if self.algorithm.layout.cut else ("model",)
-
-    def _score(self, modules: list[nn.Module], *, validation: bool = False) -> Score:
-        source = self.dataset.validation if validation else self.dataset.test
-        assert source is not None
-        shared = self.config.aggregate.buffers == "average"
-        names = self._global_names()
-        return evaluate(
-            modules,
-            source,
-            self.blueprint,
-            batch_size=self.config.eval_batch_size,
-            batch_statistics=[not shared and name in self.algorithm.shared for name in names],
-        )
-
-    def _evaluate_clients(self) -> Evaluation:
-        seat = Seat(self.blueprint.parts(("model",)))
-        scores: list[Score] = []
-        validations: list[Score] = []
-        untrained: int | None = None
-        for client in range(self.population):
-            row = self.stores["clients"].get(client, "model")
-            if row is None and untrained is not None:
-                scores.append(scores[untrained])
-                validations += validations[untrained : untrained + 1]
-                continue
-            seat.parts["model"].load_state_dict(row or self.blueprint.initial["model"])
-            scores.append(self._score([seat.parts["model"]]))
-            if self.dataset.validation is not None:
-                validations.append(self._score([seat.parts["model"]], validation=True))
-            untrained = client if row is None else untrained
-        loss = mean([score.loss for score in scores])
-        rows = rows_of_clients("client_acc", scores) if len(scores) > 1 else []
-        if self.local_test is not None:
-            rows += rows_of_clients("local_acc", scores, self.local_test)
-        metrics = spread_over_clients(rows)
-        if validations:
-            metrics["val_acc"] = mean([score.accuracy for score in validations])
-            metrics["val_loss"] = mean([score.loss for score in validations])
-        return Evaluation(mean([score.accuracy for score in scores]), loss, metrics, rows)
+    def client_states(self, client: int) -> dict[str, Mapping[str, Tensor]]:
+        """The parts that make up the model a client uses, in order: its own ones, and for the others the server's."""
+        states: dict[str, Mapping[str, Tensor]] = {}
+        held = self.server.ctx.parts
+        for name in self.algorithm.layout.whole:
+            own = self.stores["clients"].get(client, name) if name in self.algorithm.personal else None
+            shared = held[name].state_dict() if name in held else self.blueprint.initial[name]
+            states[name] = shared if own is None else own
+        return states
 
     def full_model(self) -> dict[str, Tensor] | None:
         """The state of one whole model under the model's own names; None where each client has its own."""
-        if self.algorithm.evaluates == "clients":
-            return self.stores["clients"].get(0, "model") if self.population == 1 else None
-        state: OrderedDict[str, Tensor] = OrderedDict()
-        for name in self._global_names():
-            state.update(self.server.ctx.part(name).state_dict())
-        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+        if self.algorithm.personal and self.population > 1:
+            return None
+        states = self.client_states(0).values()
+        return {name: tensor.detach().cpu().contiguous().clone() for state in states for name, tensor in state.items()}
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -360,8 +319,11 @@ class Federation:
         for store in self.stores.values():
             store.clean()
 
-    def resume(self) -> dict[str, Any] | None:
+    def resume(self, *, recorded: str | None = None) -> dict[str, Any] | None:
         """Take up the folder's checkpoint; returns its results, or None where there is no checkpoint.
+
+        Args:
+            recorded: the identity that the run was recorded with, if it is not that of this federation's configuration.
 
         Raises:
             ConfigError: the checkpoint belongs to another configuration.
@@ -371,7 +333,7 @@ class Federation:
                 store.restore([], 0)
             return None
         manifest, server_state = self._checkpoint.read()
-        if manifest.identity != self.config.identity():
+        if manifest.identity != (recorded or self.config.identity()):
             raise ConfigError("resume", manifest.identity, "a checkpoint of the same configuration")
         self.round = manifest.round
         self.server.ctx.open_round(max(0, manifest.round - 1))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 RESULTS = "results.json"
 CLIENT_ACCURACY = "client_accuracy.csv"
+PERSONALIZED = "personalized"
+MODEL_FILE = "model.safetensors"
 
 
 def temporary_name(path: Path) -> Path:

@@ -21,7 +21,7 @@ from runtime.slots import visible_gpus
 if TYPE_CHECKING:
     from runtime.settings import RunConfig
 
-_PARTS = r"model\.(?:client|server|auxiliary)"
+_PARTS = r"model\.(?:client|server|auxiliary|body|head)"
 # Mappings that take any key: which ones are right depends on a name in them, and the typed configuration checks it.
 _BELOW_OPEN = re.compile(rf"(?:(?:{_PARTS}\.)?(?:optimizer|scheduler)|(?:model|dataset)\.options)\.[^=]+=")
 _SHORTHANDS = {
@@ -113,11 +113,23 @@ def _sweep_folder(save_dir: str) -> str:
     return _sweep.setdefault(save_dir, str(Path(save_dir).absolute() / "multirun" / unique_name()))
 
 
+def _share(rounds: int, share: float) -> int:
+    """A share of the rounds, to the nearest one and at least 1, for schedules that follow the length of a run."""
+    return max(1, round(int(rounds) * float(share)))
+
+
+def _rounds_of(epochs: int, local_epochs: int) -> int:
+    """The rounds in which a client takes `epochs` local epochs in all, at `local_epochs` a round."""
+    return max(1, round(int(epochs) / max(1, int(local_epochs))))
+
+
 def register_resolvers() -> None:
     """Make the resolvers of `hydra_config/config.yaml` known to OmegaConf."""
     # Cached: the workers of a launcher take the folder over with the configuration that they are sent.
     OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("parallel_jobs", _parallel_jobs, replace=True)
+    OmegaConf.register_new_resolver("share", _share, replace=True)
+    OmegaConf.register_new_resolver("rounds_of", _rounds_of, replace=True)
 
 
 register_resolvers()

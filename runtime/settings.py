@@ -15,14 +15,26 @@ from datasets import DatasetConfig
 from models import ModelConfig
 from runtime.aggregate import AggregateConfig
 from runtime.config import NO_VALUE, ConfigError, build, plain
+from runtime.fine_tuning import PersonalizeConfig
 from runtime.loggers import LoggerConfig, logger_config
 from runtime.optim import OptimizerConfig, SchedulerConfig, check_schedule, optimizer_config, scheduler_config
 
-Part = Literal["model", "client", "server", "auxiliary"]
-PARTS: tuple[Part, ...] = ("model", "client", "server", "auxiliary")
+Part = Literal["model", "client", "server", "auxiliary", "body", "head", "auxiliary_heads"]
+# Those whose optimizer and schedule may be refined under `model`.
+REFINED: tuple[Part, ...] = ("client", "server", "auxiliary", "body", "head")
+PARTS: tuple[Part, ...] = ("model", *REFINED)
 
 # Where a run is kept and shown; everything else decides its result.
-_NOT_DECIDING = ("save_dir", "resume", "logger", "checkpoint_interval", "state_memory_mb", "progress", "jobs_per_gpu")
+_NOT_DECIDING = (
+    "save_dir",
+    "resume",
+    "logger",
+    "checkpoint_interval",
+    "state_memory_mb",
+    "progress",
+    "jobs_per_gpu",
+    "personalize",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class RunConfig:
     Attributes:
         algorithm_name: registered name of the algorithm (`algorithm.name` in the mapping).
         algorithm: the instance of that algorithm's own `Config`.
-        model, dataset, aggregate: see their classes.
+        model, dataset, aggregate, personalize: see their classes.
         optimizer, scheduler: what every part of the model inherits; `optimizer_for` and `scheduler_for` give a part's.
         transport: how messages travel.
         logger: trackers beside the run's own files.
@@ -57,6 +69,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig | None
     aggregate: AggregateConfig
+    personalize: PersonalizeConfig
     transport: Literal["local"]
     logger: tuple[LoggerConfig, ...]
     num_clients: int
@@ -171,7 +184,7 @@ class RunConfig:
         return _scheduler({**inherited, **refinement}, f"model.{part}.scheduler" if refinement else "scheduler")
 
     def _refinement(self, part: str, kind: Literal["optimizer", "scheduler"]) -> dict[str, Any]:
-        return {} if part == "model" else getattr(getattr(self.model, part), kind)
+        return getattr(getattr(self.model, part), kind) if part in REFINED else {}
 
 
 def _check_lr(lr: object) -> None:

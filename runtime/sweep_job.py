@@ -24,11 +24,14 @@ from typing import Any, NoReturn, cast
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
+from runtime.config import plain
 from runtime.experiment import run
 from runtime.hydra_errors import explain
 from runtime.job import check, claim, runs_like
 from runtime.locks import FileLock, is_locked
+from runtime.personalize import read
 from runtime.run_folder import LOCK, find_finished, find_running
+from runtime.saved import personalize_run
 from runtime.settings import RunConfig
 from runtime.slots import gpu_slot
 from runtime.sweep import OUTPUT, JobFolder
@@ -67,9 +70,6 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
     config = RunConfig.from_mapping(content["values"])
     job.update(rounds=config.rounds)
     with _alone(job, config, patient=content["patient"]) as may_run:
-        if not may_run:
-            return
-
         waited: list[str] = []
 
         def waiting(text: str) -> None:
@@ -77,6 +77,13 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
             log.info("waiting for %s", text)
             job.update(state="waiting", place=f"waits for {text}")
 
+        if not may_run:
+            if _is_to_personalize(job, config):
+                with gpu_slot(config.device, config.jobs_per_gpu, waiting):
+                    job.update(state="running", began=time.time())
+                    personalize_run(Path(job.read().folder), _measured(config))
+                job.update(state="finished")
+            return
         with gpu_slot(config.device, config.jobs_per_gpu, waiting) as gpu:
             if waited and _taken(job, config):  # by a single run, which knows nothing of this sweep
                 return
@@ -87,6 +94,19 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
                 job.update(state="running", folder=str(folder.path), place=place, began=time.time())
                 run(config, folder)
     job.update(state="finished")
+
+
+def _is_to_personalize(job: JobFolder, config: RunConfig) -> bool:
+    """Whether an earlier run had finished the job's configuration, but not with this setting of personalisation."""
+    state = job.read()
+    wanted = state.state == "skipped" and config.personalize.part is not None
+    return wanted and read(Path(state.folder), config.personalize) is None
+
+
+def _measured(config: RunConfig) -> dict[str, Any]:
+    """What the job asks to be measured of an earlier run, and on which device."""
+    keys = {f"personalize.{key}": value for key, value in plain(config.personalize).items()}
+    return {**keys, "device": config.device, "threads": config.threads, "progress": config.progress}
 
 
 def _taken(job: JobFolder, config: RunConfig) -> bool:

@@ -16,16 +16,6 @@ settings.register_profile("house", deadline=None)
 settings.load_profile("house")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
-ROWS = (
-    "model",
-    "model.optimizer",
-    "auxiliary",
-    "buffer",
-    "control",
-    "client.buffers",
-    "model.buffers",
-    "auxiliary.buffers",
-)
 SMALL = (
     "num_clients=4",
     "rounds=2",
@@ -66,10 +56,9 @@ def weights(federation: Federation) -> dict[str, torch.Tensor]:
         for key, tensor in part.state_dict().items()
     }
     for kind, store in federation.stores.items():
-        for client in range(federation.population):
-            for row in ROWS:
-                for key, tensor in (store.get(client, row) or {}).items():
-                    state[f"{kind}/{client}/{row}/{key}"] = tensor
+        for client, row in sorted({*store._memory, *store._files}):
+            for key, tensor in (store.get(client, row) or {}).items():
+                state[f"{kind}/{client}/{row}/{key}"] = tensor
     return state
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 PACKAGES = ("algorithms", "benchmarks", "datasets", "hydra_plugins", "models", "plotting", "runtime")
-PROGRAMS = ("main.py", "plot_results.py")
+PROGRAMS = ("main.py", "personalize.py", "plot_results.py")
 # Import names that are not the distribution's own.
 DISTRIBUTIONS = {
     "PIL": "pillow",

@@ -1,6 +1,6 @@
 """The figures: `FIGURES` lists those that `exp_configs.yaml` may name; each takes curves and fills a figure."""
 
-from plotting.figures import bars, clients, lines, settings
+from plotting.figures import bars, clients, fine_tuning, lines, settings
 from plotting.figures.base import FIGURES, FigureKind, Options, make_figure, register
 from plotting.figures.first import first_picture
 from plotting.saving import FORMATS, save_figure
@@ -12,6 +12,7 @@ __all__ = [
     "Options",
     "bars",
     "clients",
+    "fine_tuning",
     "first_picture",
     "lines",
     "make_figure",

@@ -35,8 +35,10 @@ _PARTS: dict[str, dict[str, Any]] = {
 }
 _KINDS = ("#77AADD", "#EEDD88", "#EE8866", "#44BB99", "#FFAABB", "#BBCC33", "#99DDFF", "#AAAA00")
 BAR = 0.2
-"""Height of a bar in the units of `method_rows`."""
+"""Height of a bar in the units of `named_rows`."""
 _NAMES_WIDTH = 2.1
+ROWS_WIDTH = 3.7
+"""Inches that the axes beside the names of `named_rows` have at least, and so the text below them."""
 _TICK, _NUMBER = 9.0, 8.0
 
 
@@ -60,7 +62,7 @@ def latency(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     unit = _stack(figure, axes, bars, _PARTS, seconds_unit, format_seconds)
     note = f"not drawn, as no time was recorded: {'; '.join(missing)}" if missing else ""
     link = f"each client's link: {options.link.label}"
-    axes.set_xlabel(axis_text(figure, f"simulated time of one round ({unit})", link, note))
+    axes.set_xlabel(axis_text(figure, f"simulated time of one round ({unit})", link, note, width=ROWS_WIDTH))
     put_legend(figure, _patches(_PARTS), [_PART_LABELS[name] for name in _PARTS])
 
 
@@ -91,7 +93,7 @@ def traffic_kinds(figure: Figure, curves: Sequence[Curve], options: Options) -> 
     unit = _stack(figure, axes, bars, looks, bytes_unit, lambda count: format_bytes(count) if count else "nothing")
     without = f" without {', '.join(options.without_fields)}" if options.without_fields else ""
     note = f"not drawn, as no kinds were recorded: {'; '.join(missing)}" if missing else ""
-    axes.set_xlabel(axis_text(figure, f"communication{without}, whole run ({unit})", note))
+    axes.set_xlabel(axis_text(figure, f"communication{without}, whole run ({unit})", note, width=ROWS_WIDTH))
     put_legend(figure, _patches(looks), list(looks), "kind of message; up: from clients to the server")
 
 
@@ -137,20 +139,29 @@ def _stack(
 
 
 def method_rows(figure: Figure, axes: Axes, curves: Sequence[Curve]) -> list[float]:
-    """One row for each curve, the first on top, named at the left beside its marker; sets the figure's height.
+    """One row for each curve, as `named_rows`."""
+    return named_rows(figure, axes, [(label_of(curve), curve.method, curve.variant) for curve in curves])
+
+
+def named_rows(figure: Figure, axes: Axes, entries: Sequence[tuple[str, str, int]], least: float = 0.0) -> list[float]:
+    """One row for each entry, the first on top, named at the left beside its marker; sets the figure's height.
+
+    Args:
+        entries: of each row the name, the method and the variant that it looks like.
+        least: inches that a row is high at least.
 
     Returns:
-        The rows' places on the y axis, in inches.
+        The places of the rows' middles on the y axis, in inches.
     """
-    names = [wrapped(label_of(curve), _NAMES_WIDTH, _TICK) for curve in curves]
-    edges = np.cumsum([0.0, *(0.14 + 0.17 * (name.count("\n") + 1) for name in names)])
+    names = [wrapped(name, _NAMES_WIDTH, _TICK) for name, *_ in entries]
+    edges = np.cumsum([0.0, *(max(least, 0.14 + 0.17 * (name.count("\n") + 1)) for name in names)])
     rows = [float(-(a + b) / 2) for a, b in pairwise(edges)]
     axes.set_ylim(-edges[-1] - 0.05, 0.05)
     axes.set_yticks(rows, names)
     axes.tick_params(axis="y", length=0, pad=14)
     axes.grid(visible=False, axis="y")
-    for row, curve in zip(rows, curves, strict=True):
-        style = look(curve.method, curve.variant) | {"linestyle": "", "clip_on": False, "markersize": 6}
+    for row, (_, method, variant) in zip(rows, entries, strict=True):
+        style = look(method, variant) | {"linestyle": "", "clip_on": False, "markersize": 6}
         axes.plot([0], [row], transform=_beside_axis(figure, axes), **style)
     new_height(figure, max(1.4, float(edges[-1]) + 0.75))
     return rows

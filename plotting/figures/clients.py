@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from plotting.curves import Curve
 from plotting.figures.axes import Percent, label_of, look
-from plotting.figures.bars import BAR, method_rows
+from plotting.figures.bars import BAR, ROWS_WIDTH, method_rows
 from plotting.figures.base import Options, register
 from plotting.figures.layout import axis_text, grow, new_height, put_legend, text_width, wrapped
 from plotting.runs import Array, Run
@@ -155,7 +155,7 @@ def client_accuracy(figure: Figure, curves: Sequence[Curve], options: Options) -
     axes.xaxis.set_major_formatter(Percent())
     missing = [label_of(curve) for curve in curves if all(curve is not each for each, _ in found)]
     note = f"not drawn, as clients were not measured: {'; '.join(missing)}" if missing else ""
-    axes.set_xlabel(axis_text(figure, metric_label(metric), note))
+    axes.set_xlabel(axis_text(figure, metric_label(metric), note, width=ROWS_WIDTH))
     dot = f"a client (of every {_DOTS} or more, {_DOTS} are drawn)" if subset else "a client"
     handles = [
         Line2D([], [], color="#555555", linewidth=7, alpha=0.35),

@@ -26,6 +26,9 @@ NARROW: dict[str, dict[str, Any]] = {
     "resnet152": {"width": 4},
     "resnet110": {"width": 2},
     "resnet1202": {"width": 2},
+    "mobilenet_cifar": {"width": 4},
+    "cnn4": {"width": 16},
+    "vit": {"hidden": 16, "heads": 2, "mlp": 32, "depth": 4},
 }
 MODELS = names()
 

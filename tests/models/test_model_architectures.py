@@ -6,9 +6,11 @@ import torchvision
 from model_cases import MODELS, SHAPES, config, images, info, settle
 from torch import nn
 
-from models import ModelConfig, build_model, default_cut, names
+from models import ModelConfig, build_model, check_model, default_cut, names
 from models.layers import GlobalAvgPool, LocalResponseNorm, PadShortcut
 from models.registry import entry
+from models.vit import VitOptions
+from runtime.config import ConfigError
 
 
 def _parameters(module: nn.Module) -> int:
@@ -20,6 +22,9 @@ def test_registered_names_and_their_default_cuts() -> None:
         "simple_conv": "pool2",
         "cnn2": "pool2",
         "mlp": "relu1",
+        "cnn4": "block2",
+        "mobilenet_cifar": "block5",
+        "vit": "block3",
         **dict.fromkeys(("resnet18", "resnet50", "resnet152"), "layer2"),
         **dict.fromkeys(("resnet20", "resnet32", "resnet56", "resnet110", "resnet1202"), "layer1"),
     }
@@ -79,6 +84,119 @@ def test_simple_conv_has_the_published_parameters_on_24_pixel_crops() -> None:
     model = build_model(ModelConfig("simple_conv"), crop)
     dense = (64 * 6 * 6 + 1) * 384 + 385 * 192 + 193 * 10
     assert _parameters(model) == (75 + 1) * 64 + (64 * 25 + 1) * 64 + dense
+
+
+@pytest.mark.parametrize(("classes", "published"), [(1000, 4_231_976), (10, 3_217_226)])
+def test_mobilenet_has_the_published_parameters(classes: int, published: int) -> None:
+    shape = info("cifar10").__class__("colour", 3, 32, 32, classes, ())
+    assert _parameters(build_model(ModelConfig("mobilenet_cifar"), shape)) == published
+
+
+def test_mobilenet_output_sizes_and_parameters_of_each_block() -> None:
+    # Howard et al. 2017, table 1, of which the stem's stride of 2 is left out.
+    model = build_model(ModelConfig("mobilenet_cifar", options={"width": 8}), info("cifar10"))
+    x = model.get_submodule("relu")(model.get_submodule("bn1")(model.get_submodule("conv1")(images("cifar10", 2))))
+    channels, shapes = 8, []
+    for i in range(1, 14):
+        block = model.get_submodule(f"block{i}")
+        x = block(x)
+        out = x.shape[1]
+        assert _parameters(block) == 9 * channels + 2 * channels + channels * out + 2 * out
+        shapes.append((out * 4, x.shape[2]))
+        channels = out
+    assert shapes == [(64, 32), (128, 16), (128, 16), (256, 8), (256, 8), *[(512, 4)] * 6, (1024, 2), (1024, 2)]
+    # Depthwise: a channel of the output depends on the same channel of the input only.
+    z = torch.randn(1, 8, 5, 5, requires_grad=True)
+    model.get_submodule("block1.depthwise")(z)[0, 3].sum().backward()
+    assert z.grad is not None
+    assert [bool(channel.any()) for channel in z.grad[0]] == [i == 3 for i in range(8)]
+
+
+def test_cnn4_has_the_published_parameters() -> None:
+    # The embedding of the prototypical networks' authors, whose size the few-shot literature gives as 113,088.
+    model = build_model(ModelConfig("cnn4"), info("cifar10"))
+    classifier = model.get_submodule("fc")
+    assert _parameters(model) - _parameters(classifier) == 113_088
+    assert _parameters(classifier) == (64 * 2 * 2 + 1) * 10
+
+
+def _torchvision_vit(side: int, classes: int, options: VitOptions) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """torchvision's transformer with weights everywhere, and these under the names that `vit` gives them."""
+    torch.manual_seed(3)
+    reference = torchvision.models.VisionTransformer(
+        side, options.patch, options.depth, options.heads, options.hidden, options.mlp, num_classes=classes
+    )
+    state: dict[str, torch.Tensor] = {}
+    for key, tensor in reference.state_dict().items():
+        tensor.copy_(torch.randn(tensor.shape) * 0.3)  # what starts at zero would hide a mistake
+        for theirs, ours in (
+            ("conv_proj", "patches.conv"),
+            ("class_token", "patches.token"),
+            ("encoder.pos_embedding", "patches.position"),
+            ("encoder.ln", "norm"),
+            ("heads.head", "fc"),
+        ):
+            if key.startswith(theirs):
+                state[key.replace(theirs, ours)] = tensor
+        if key.startswith("encoder.layers"):
+            block, _, rest = key.removeprefix("encoder.layers.encoder_layer_").partition(".")
+            state[f"block{int(block) + 1}.{rest}"] = tensor
+    return reference, state
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"patch": 8, "hidden": 24, "heads": 3, "mlp": 40, "depth": 5}])
+def test_vit_is_torchvisions(options: dict[str, int], training: bool) -> None:
+    reference, state = _torchvision_vit(32, 10, VitOptions(**options))
+    model = build_model(ModelConfig("vit", options=options), info("cifar10"))
+    assert model.state_dict().keys() == state.keys()
+    model.load_state_dict(state)
+    x = images("cifar10", 3).requires_grad_()
+    ours, theirs = (m.train(training)(x) for m in (model, reference))
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(logits.square().sum(), x)[0] for logits in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_vit_starts_as_torchvisions_does() -> None:
+    wide = ModelConfig("vit", options={"depth": 1, "hidden": 256, "mlp": 512})
+    state = build_model(wide, info("tinyimagenet")).state_dict()
+    assert not state["patches.token"].any()
+    assert not state["patches.conv.bias"].any()
+    assert float(state["patches.position"].std()) == pytest.approx(0.02, rel=0.05)
+    assert float(state["patches.conv.weight"].std()) == pytest.approx(48**-0.5, rel=0.05)
+    assert state["fc.weight"].any()  # torchvision's zeros are for fine-tuning
+
+
+def test_vit_fills_images_up_on_the_right_and_below() -> None:
+    options = {"depth": 1, "hidden": 8, "heads": 2, "mlp": 8}
+    model = build_model(ModelConfig("vit", options=options), info("oblong")).eval()  # 13x21 becomes 16x24
+    whole = info("oblong").__class__("filled", 2, 16, 24, 3, ())
+    filled = build_model(ModelConfig("vit", options=options), whole).eval()
+    filled.load_state_dict(model.state_dict())
+    x = images("oblong", 2)
+    assert torch.equal(model(x), filled(nn.functional.pad(x, (0, 3, 0, 3))))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("vit", {"hidden": 30}, r"options\.heads=4: expected a divisor of hidden=30"),
+        ("vit", {"depth": 0}, r"options\.depth=0: expected an integer >= 1"),
+        ("vit", {"dropout": 1.0}, r"options\.dropout=1\.0: expected a number >= 0 and < 1"),
+        ("cnn4", {"width": 0}, r"options\.width=0"),
+        ("mobilenet_cifar", {"width": -1}, r"options\.width=-1"),
+        ("mobilenet_cifar", {"depth": 3}, r"options\.depth: no such key"),
+    ],
+)
+def test_bad_options_are_named(name: str, options: dict[str, int], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        ModelConfig(name, options=options)
+
+
+def test_a_shallow_transformer_says_where_it_may_be_cut() -> None:
+    with pytest.raises(ConfigError, match=r"model\.cut=block3: .*choices: patches, block1, block2, norm, token"):
+        check_model(ModelConfig("vit", options={"depth": 2}), info("cifar10"))
 
 
 def test_mlp_widths_follow_options_and_dataset() -> None:

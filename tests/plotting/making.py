@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,6 +31,7 @@ def make_run(
     results: Mapping[str, Any] | None = None,
     partition: Sequence[Sequence[int]] = (),
     clients: Mapping[str, Sequence[float]] | None = None,
+    personalized: Mapping[tuple[str, float], Mapping[int, Sequence[float]]] | None = None,
     **keys: Any,
 ) -> Run:
     """Write one run and read it.
@@ -39,6 +41,7 @@ def make_run(
         results: further keys of results.json, or other values for those that are there; None leaves a key out.
         partition: samples of each class, by client.
         clients: accuracies of the clients by metric.
+        personalized: accuracies of the clients by part and learning rate of fine-tuning, and by epochs.
         keys: of the configuration, as in `config_of`; dotted ones in a mapping `more`.
     """
     more = keys.pop("more", {})
@@ -72,7 +75,30 @@ def make_run(
     if clients:
         lines = [[name, n, 10, value] for name, values in clients.items() for n, value in enumerate(values)]
         _write(folder / "client_accuracy.csv", [["metric", "client", "samples", "accuracy"], *lines])
+    for (part, lr), by_epochs in (personalized or {}).items():
+        write_personalized(folder, part, lr, by_epochs)
     return read_run(folder)
+
+
+def write_personalized(
+    run: Path, part: str, lr: float, by_epochs: Mapping[int, Sequence[float]], /, **other: Any
+) -> Path:
+    """Write an evaluation into a run's folder, `other` values in its summary (None leaves one out); returns its own."""
+    folder = run / "personalized" / f"part={part},lr={lr},epochs={'-'.join(map(str, by_epochs))}"
+    folder.mkdir(parents=True)
+    values = np.asarray(list(by_epochs.values()), dtype=np.float64)
+    edges = np.linspace(0, 1, 21)
+    worst = np.sort(values, axis=1)[:, : -(-values.shape[1] // 10)]
+    summary = {"part": part, "lr": lr, "epochs": list(by_epochs), "round": 3, "clients": values.shape[1], "skipped": 0}
+    summary |= {"mean": values.mean(1).tolist(), "std": values.std(1).tolist(), "loss": [1.0] * len(values)}
+    summary |= {"worst_decile": worst.mean(1).tolist(), "finished": True}
+    counts = [np.histogram(row, edges)[0].tolist() for row in values]
+    summary |= {"histogram": {"edges": edges.tolist(), "counts": counts}} | other
+    kept = {key: value for key, value in summary.items() if value is not None}
+    (folder / "summary.json").write_text(json.dumps(kept))
+    rows = [[n, 10, epochs, value, 1.0] for epochs, row in by_epochs.items() for n, value in enumerate(row)]
+    _write(folder / "clients.csv", [["client", "samples", "epochs", "accuracy", "loss"], *rows])
+    return folder
 
 
 def _write(path: Path, rows: Sequence[Sequence[Any]]) -> None:

@@ -17,6 +17,7 @@ from tests.plotting.making import draw, line, make_run
 def everything(folder: Path) -> list[Run]:
     """Runs that every kind of figure applies to."""
     keys: dict[str, Any] = {"partition": [[1, 2], [3, 4]], "clients": {"local_acc": [0.3, 0.9]}}
+    keys["personalized"] = {("full", 0.1): {0: [0.3, 0.9], 1: [0.4, 0.9]}}
     shape: dict[str, Any] = {"distribution": "noniid_dirichlet"}
     return [
         make_run(folder / "1", "fed_avg", **keys, **shape, alpha=0.1),

@@ -1,5 +1,6 @@
 """No text of any figure overlaps another or is cut off, whatever is drawn."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.plotting.making import check_texts, draw, make_run
 LONG = "a_method_of_ones_own_with_quite_a_long_name_that_goes_on_and_on"
 TITLE = "A data set with a long name, a model with one too, " * 3
 KINDS = {f"{way}/{kind}/z" for way in ("up", "down") for kind in ("model", "smashed", "align", "something_else")}
+OF_NO_METRIC = {"latency", "traffic_kinds", "partition", "client_accuracy", "fine_tuning", "client_histogram"}
 every_figure = pytest.mark.parametrize("name", sorted(FIGURES))
 
 
@@ -37,6 +39,9 @@ def rich(folder: Path, method: str, number: int, *, alpha: float = 0.1, rounds: 
         results={"traffic": traffic},
         partition=generator.integers(0, 500, (7, 10)).tolist(),
         clients={"local_acc": list(generator.uniform(0, 1, 7))},
+        personalized={
+            ("full", 0.01 * (number % 2 + 1)): {at: list(generator.uniform(0, 1, 7)) for at in (0, 1, 5, 50)}
+        },
         distribution="noniid_dirichlet",
         alpha=alpha,
         num_clients=7,
@@ -73,13 +78,13 @@ def test_twelve_methods_with_long_names(name: str, tmp_path: Path, monkeypatch: 
 
 
 @every_figure
-def test_the_ten_methods_and_three_settings_of_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_methods_and_three_settings_of_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [rich(tmp_path, method, at, alpha=alpha) for at, method in enumerate(METHODS) for alpha in (0.1,)]
     runs += [rich(tmp_path, "fsl_sage", 50 + at, alpha=alpha) for at, alpha in enumerate((0.5, 0.55, 1000.0))]
     runs += [
         rich(tmp_path, "fsl_sage", 60 + at, more={"model.cut": cut}) for at, cut in enumerate(("layer1", "layer2"))
     ]
-    check(name, runs, monkeypatch, Options("Ten methods", target=0.5, over="model.cut"))
+    check(name, runs, monkeypatch, Options("All methods", target=0.5, over="model.cut"))
 
 
 ALONE = sorted(set(FIGURES) - {"metric_alpha", "ablation", "accuracy_scatter"})
@@ -91,7 +96,13 @@ def test_one_run_alone(
     name: str, accuracy: tuple[float | None, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(
-        tmp_path / "run", "fsl_sage", accuracy=accuracy, partition=[[1]], clients={"local_acc": [0.5]}, more={"lr": 1}
+        tmp_path / "run",
+        "fsl_sage",
+        accuracy=accuracy,
+        partition=[[1]],
+        clients={"local_acc": [0.5]},
+        personalized={("full", 0.1): {0: [0.5], 1: [1.0]}},
+        more={"lr": 1},
     )
     check(name, [run], monkeypatch)
 
@@ -105,6 +116,7 @@ def test_all_values_alike(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
             method,
             partition=[[5, 5], [5, 5]],
             clients={"local_acc": [0.8, 0.8]},
+            personalized={("full", 0.1): {0: [0.8, 0.8], 5: [0.8, 0.8]}, ("head", 0.1): {0: [0.8, 0.8], 1: [0.8, 0.8]}},
             distribution="noniid_dirichlet",
             alpha=alpha,
             seed=seed,
@@ -152,7 +164,7 @@ def test_bars_with_tiny_and_with_huge_parts(name: str, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("metric", ["test_loss", "local_acc/worst_decile", "align/error_after"])
-@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"latency", "traffic_kinds", "partition", "client_accuracy"}))
+@pytest.mark.parametrize("name", sorted(set(FIGURES) - OF_NO_METRIC))
 def test_other_metrics(name: str, metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"local_acc/worst_decile": [0.1, None, 0.3, 0.4], "align/error_after": [1e-6, None, None, 1e3]}
     runs = [rich(tmp_path, method, at, alpha=at + 1) for at, method in enumerate(("sl", "fed_avg"))]
@@ -161,6 +173,17 @@ def test_other_metrics(name: str, metric: str, tmp_path: Path, monkeypatch: pyte
         run.results["metrics"] = values
         run.results["test_loss"] = [50.0, 2.0, 0.4, 0.01]
     check(name, runs, monkeypatch, Options("Metrics", metric, over="lr", target=0.3))
+
+
+@pytest.mark.parametrize("name", ["latency", "traffic_kinds", "client_accuracy", "client_histogram", "fine_tuning"])
+def test_methods_that_cannot_be_drawn_are_named_beside_long_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = {"traffic": None, "round_trips": None}
+    runs = [rich(tmp_path, LONG, 0), *(make_run(tmp_path / each, each, results=lacking) for each in METHODS)]
+    told = " ".join(check(name, runs, monkeypatch)).replace("\n", " ")
+    (note,) = re.findall(r"not drawn, as .*: Centralized; .*", told)
+    assert all(style.label in note for style in METHODS.values())
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -279,6 +279,28 @@ def test_a_browser_that_cannot_draw_says_so(report: Path, browser: Browser) -> N
     context.close()
 
 
+def test_fine_tuning_is_drawn_and_its_tables_are_sorted(tmp_path: Path, open_page: Open) -> None:
+    values = {"fed_avg": (0.5, 0.625), "fed_babu": (0.25, 0.75)}
+    runs = [
+        make_run(tmp_path / method, method, personalized={("full", 0.1): {0: [before] * 4, 5: [after] * 4}})
+        for method, (before, after) in values.items()
+    ]
+    page = open_page(write(tmp_path / "report.html", runs))
+    assert lines(page, "fine_tuning") == ["FedAvg", "FedBABU"]
+    page.locator("#fine_tuning .legend button", has_text="FedAvg").click()
+    assert lines(page, "fine_tuning") == ["FedBABU"]
+    page.mouse.move(*middle(page.locator("#fine_tuning .scatterlayer .points path").last))
+    told = page.locator("#fine_tuning .hoverlayer .hovertext").text_content() or ""
+    for text in ("FedBABU", "mean 75% ± 0% over clients", "worst tenth 75%", "epochs of fine-tuning: 5", "seeds: 1"):
+        assert text in told
+    table = page.locator("section:has(#table_fine_tuning-heading)")
+    for order in (["FedAvg", "FedBABU"], ["FedBABU", "FedAvg"]):
+        table.locator("th button", has_text="5 epochs").click()
+        assert table.locator("tbody th").all_text_contents() == order
+    # The other tables stay as they were.
+    assert page.locator("section:has(#table-heading) tbody th").all_text_contents() == ["FedAvg", "FedBABU"]
+
+
 def test_no_other_script_runs_and_nothing_is_asked_for(report: Path, browser: Browser) -> None:
     context = browser.new_context(offline=True)
     page = context.new_page()

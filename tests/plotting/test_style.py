@@ -36,6 +36,16 @@ def test_every_two_methods_differ_in_colour_for_the_colour_blind(sight: str) -> 
         assert float(np.linalg.norm(lab(first.color, sight) - lab("white", sight))) > 30, f"{a} is faint"
 
 
+@pytest.mark.parametrize("sight", SIGHT)
+def test_no_method_of_ones_own_looks_like_a_listed_one(sight: str) -> None:
+    spare = {(style.color, style.marker) for style in (method_style(f"method{number}") for number in range(300))}
+    assert len(spare) > 20
+    for name, style in METHODS.items():
+        for color, marker in spare:
+            far = float(np.linalg.norm(lab(style.color, sight) - lab(color, sight))) > 15
+            assert far or marker != style.marker, f"{name} and {color} {marker}"
+
+
 def test_the_simulation_of_colour_blindness_confuses_what_it_should() -> None:
     red, green = "#C05020", "#7A7A1E"
     far = float(np.linalg.norm(lab(red, "all cones") - lab(green, "all cones")))

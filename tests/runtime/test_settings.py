@@ -177,6 +177,8 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
         "model__cut": "0",
         "model__init": "weights.safetensors",
         "model__auxiliary__size": "half",
+        "model__auxiliary_heads__blocks": ["layer1"],
+        "personalize__part": "head",
         "dataset__name": "mnist",
         "dataset__root": "elsewhere",
         "dataset__distribution": "dirichlet",
@@ -205,6 +207,7 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
             continue  # one choice only; several choices are tried below
         new = other[key] if key in other else not value if isinstance(value, bool) else value + 1
         same = key in ("save_dir", "resume", "progress", "checkpoint_interval", "state_memory_mb", "jobs_per_gpu")
+        same = same or key.startswith("personalize")
         assert (RunConfig.from_mapping(changed(**{key: new})).identity() == base) == same, key
     assert RunConfig.from_mapping(changed(logger={"tensorboard": {}})).identity() == base
     assert RunConfig.from_mapping(changed(model__server__optimizer={"lr": 0.5})).identity() != base
@@ -231,8 +234,10 @@ def test_parts_inherit_and_refine_the_top_level_optimizer() -> None:
         "client": {"lr": 0.01, "momentum": 0.9},
         "server": {"lr": 0.1},
         "auxiliary": {"lr": 0.1},  # another optimizer: nothing but the learning rate is inherited
+        "body": {"lr": 0.1, "momentum": 0.9},
+        "head": {"lr": 0.1, "momentum": 0.9},
     }
-    assert [config.optimizer_for(part).name for part in PARTS] == ["sgd", "sgd", "sgd", "adam"]
+    assert [config.optimizer_for(part).name for part in PARTS] == ["sgd", "sgd", "sgd", "adam", "sgd", "sgd"]
 
 
 def test_parts_inherit_and_refine_the_top_level_scheduler() -> None:
@@ -251,7 +256,7 @@ def test_parts_inherit_and_refine_the_top_level_scheduler() -> None:
         "model": ("cosineannealinglr", {"T_max": 7}),
         "client": ("cosineannealinglr", {"T_max": 7, "eta_min": 0.5}),
         "server": ("steplr", {"step_size": 3}),
-        "auxiliary": ("cosineannealinglr", {"T_max": 7}),
+        **{part: ("cosineannealinglr", {"T_max": 7}) for part in ("auxiliary", "body", "head")},
     }
     assert load_config(["algorithm=fed_avg"]).scheduler_for("client") is None
 

@@ -1,0 +1,118 @@
+"""MHMD: FedBABU whose body also learns from classifiers on its inner blocks, which teach each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from algorithms import register
+from algorithms.base import cross_entropy
+from algorithms.personal import FedBABU
+from models import AuxiliaryHeads
+from runtime.blueprint import Layout
+from runtime.boundary import Payload
+from runtime.config import ConfigError
+from runtime.contexts import ClientContext
+
+
+@dataclass(frozen=True)
+class MHMDConfig:
+    """The terms of the loss; every default is the published one.
+
+    Attributes:
+        auxiliary_weight: weight of the cross-entropy of each auxiliary head.
+        distillation_weight: weight of each distillation term.
+        temperature: what auxiliary heads' logits are divided by: ``per_sample``, the sigmoid of the head's own last
+            output, or one number for all samples.
+        distill: which way: the final head teaches the auxiliary ones, they teach it, both or none.
+        gate: distil only the samples that the teacher classifies correctly.
+        reduction: of the divergence over the gated samples: ``mean`` over samples and classes (what torch calls mean),
+            ``batchmean`` over samples, or ``sum``.
+        teacher_gradient: whether the divergence also trains the teacher.
+    """
+
+    auxiliary_weight: float = 10.0
+    distillation_weight: float = 1.0
+    temperature: Literal["per_sample"] | float = "per_sample"
+    distill: Literal["both", "to_auxiliary", "to_final", "none"] = "both"
+    gate: bool = True
+    reduction: Literal["mean", "batchmean", "sum"] = "mean"
+    teacher_gradient: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("auxiliary_weight", "distillation_weight"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise ConfigError(key, getattr(self, key), "a finite number >= 0")
+        if self.temperature != "per_sample" and not 0 < self.temperature < float("inf"):
+            raise ConfigError("temperature", self.temperature, "per_sample or a finite number > 0")
+
+
+def tempered(outputs: Tensor, temperature: Literal["per_sample"] | float) -> Tensor:
+    """An auxiliary head's logits [b, C] at its temperature, from its outputs [b, C + 1]."""
+    logits = outputs[:, :-1]
+    return logits / (outputs[:, -1:].sigmoid() if temperature == "per_sample" else temperature)
+
+
+def divergence(student: Tensor, teacher: Tensor, y: Tensor, config: MHMDConfig) -> Tensor:
+    """KL(teacher || student) of logits [b, C], on the samples that the teacher gets right; 0 where there is none."""
+    if config.gate:
+        right = teacher.argmax(1) == y
+        student, teacher = student[right], teacher[right]
+    if not len(student):
+        return student.sum()  # zero, and still part of the graph
+    teacher = teacher if config.teacher_gradient else teacher.detach()
+    p, q = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
+    over = {"mean": student.numel(), "batchmean": len(student), "sum": 1}[config.reduction]
+    return F.kl_div(p, q, reduction="sum", log_target=True) / over
+
+
+def mhmd_loss(final: Tensor, auxiliary: Sequence[Tensor], y: Tensor, config: MHMDConfig) -> dict[str, Tensor]:
+    """The terms of the loss: cross-entropy ``loss`` of the final head, ``auxiliary_loss``, ``distillation``, and their
+    weighted sum ``total``.
+
+    Args:
+        final: logits [b, C]. auxiliary: each head's outputs [b, C + 1]. y: int64 [b].
+    """
+    loss = cross_entropy(final, y)
+    heads = [tempered(outputs, config.temperature) for outputs in auxiliary]
+    auxiliary_loss = torch.stack([cross_entropy(logits, y) for logits in heads]).sum()
+    distillation = torch.zeros_like(loss)
+    for logits in heads:
+        if config.distill in ("both", "to_auxiliary"):
+            distillation = distillation + divergence(logits, final, y, config)
+        if config.distill in ("both", "to_final"):
+            distillation = distillation + divergence(final, logits, y, config)
+    total = loss + config.auxiliary_weight * auxiliary_loss + config.distillation_weight * distillation
+    return {"loss": loss, "auxiliary_loss": auxiliary_loss, "distillation": distillation, "total": total}
+
+
+@register("mhmd")
+class MHMD(FedBABU):
+    """Multi-Head Mutual Distillation on FedBABU.
+
+    ``model.auxiliary_heads.blocks`` names the inner blocks whose outputs the auxiliary heads classify. Like the final
+    head they keep the initial weights that all clients share, and never travel; without them, the model is tested.
+    """
+
+    Config = MHMDConfig
+    layout = Layout(client=("body", "head", "auxiliary_heads"), server=("body", "head"))
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> Payload:
+        """Local training of the body under all heads."""
+        ctx.load(down)
+        body, head = ctx.part("body"), ctx.part("head").requires_grad_(False)
+        heads = cast(AuxiliaryHeads, ctx.part("auxiliary_heads").requires_grad_(False))
+        optimizer = ctx.optimizer("body")
+        for x, y in ctx.batches():
+            z, auxiliary = heads.attached(body, x)
+            terms = mhmd_loss(head(z), auxiliary, y, ctx.config)
+            optimizer.update(terms.pop("total"))
+            for name, value in terms.items():
+                ctx.log(name, value)
+        return ctx.dump("body")

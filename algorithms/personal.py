@@ -1,0 +1,112 @@
+"""Methods that divide the model into a body and a head: FedBABU, FedPer, FedRep, LG-FedAvg."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from algorithms import register
+from algorithms.base import Algorithm, Flow, cross_entropy
+from runtime.blueprint import Layout
+from runtime.boundary import Payload
+from runtime.config import ConfigError
+from runtime.contexts import ClientContext
+
+BODY_AND_HEAD = Layout(client=("body", "head"), server=("body", "head"))
+
+
+def train(ctx: ClientContext, *trained: str, stream: str = "batches", epochs: int | None = None) -> None:
+    """Local epochs on the named parts, by cross-entropy of the whole model; the others stay as they are."""
+    body, head = ctx.part("body"), ctx.part("head")
+    for name, part in (("body", body), ("head", head)):
+        part.requires_grad_(name in trained)
+    optimizer = ctx.optimizer(*trained)
+    for x, y in ctx.batches(stream, epochs):
+        loss = cross_entropy(head(body(x)), y)
+        optimizer.update(loss)
+        ctx.log("loss", loss)
+
+
+@register("fed_babu")
+class FedBABU(Algorithm):
+    """FedBABU (Oh et al., ICLR 2022, algorithm 1): the body is trained and averaged.
+
+    The head keeps the initial weights that all clients share, and never travels; it is fitted to a client only when the
+    trained model is personalised.
+    """
+
+    layout = BODY_AND_HEAD
+    shared = ("body",)
+    traffic = (Flow("down", "model", ("body",)), Flow("up", "model", ("body",)))
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> Payload:
+        """Local training of the body under the fixed head."""
+        ctx.load(down)
+        train(ctx, "body")
+        return ctx.dump("body")
+
+
+@register("fed_per")
+class FedPer(FedBABU):
+    """FedPer (Arivazhagan et al., 2019): body and head are trained together, and each client keeps its own head."""
+
+    personal = ("head",)
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> Payload:
+        """Local training from the global body and the client's head; the upload is the body."""
+        ctx.load(down)
+        ctx.restore("head")
+        train(ctx, "body", "head")
+        ctx.keep("head")
+        return ctx.dump("body")
+
+
+@register("fed_rep")
+class FedRep(FedPer):
+    """FedRep (Collins et al., ICML 2021, algorithm 1): first the client's own head, then the shared body.
+
+    The head takes the round's local epochs with the body fixed, then the body ``body_epochs`` with the head fixed.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """body_epochs: passes over the client's data on the body, after the ``local_epochs`` on the head, >= 1."""
+
+        body_epochs: int = 1
+
+        def __post_init__(self) -> None:
+            if self.body_epochs < 1:
+                raise ConfigError("body_epochs", self.body_epochs, "an integer >= 1")
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> Payload:
+        """The head, then the body; the upload is the body."""
+        ctx.load(down)
+        ctx.restore("head")
+        train(ctx, "head")
+        train(ctx, "body", stream="body batches", epochs=ctx.config.body_epochs)
+        ctx.keep("head")
+        return ctx.dump("body")
+
+
+@register("lg_fed_avg")
+class LGFedAvg(Algorithm):
+    """LG-FedAvg (Liang et al., 2020): each client keeps its own body, the head is averaged.
+
+    The paper starts from a model trained with FedAvg: ``model.init=<folder of a FedAvg run>`` does so.
+    """
+
+    layout = BODY_AND_HEAD
+    shared = ("head",)
+    personal = ("body",)
+    traffic = (Flow("down", "model", ("head",)), Flow("up", "model", ("head",)))
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> Payload:
+        """Local training from the client's body and the global head; the upload is the head."""
+        ctx.load(down)
+        ctx.restore("body")
+        train(ctx, "body", "head")
+        ctx.keep("body")
+        return ctx.dump("head")

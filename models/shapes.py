@@ -1,0 +1,21 @@
+"""What a module makes of an input's shape, found without computing or touching anything."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def trace(module: nn.Module, x: Tensor) -> Tensor:
+    """What `module` gives for `x`, both on the meta device: shape only, and the module's own state is not touched."""
+    state = {name: t.to("meta") for name, t in chain(module.named_parameters(), module.named_buffers())}
+    with torch.no_grad():
+        return functional_call(module, state, (x,))
+
+
+def features(output: Tensor) -> int:
+    """The width of what a layer gives: c of [b, c, h, w], d of [b, tokens, d] and of [b, d]."""
+    return output.shape[-1] if output.dim() == 3 else output.shape[1]

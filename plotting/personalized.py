@@ -1,0 +1,167 @@
+"""What a run's folder tells of personalisation: accuracy of every client's own fine-tuned model, by epochs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from plotting.content import reason
+
+FOLDER = "personalized"
+SUMMARY = "summary.json"
+_ACCURACIES = ("mean", "std", "worst_decile")
+
+
+@dataclass(frozen=True)
+class Point:
+    """Accuracy of the clients' models after so many epochs of fine-tuning, as fractions.
+
+    Attributes:
+        epochs: 0 for the model as it was trained.
+        mean, std, worst: over clients the mean, the population standard deviation, and the mean of the worst tenth.
+        edges, shares: [bins + 1], [bins]; the share of the clients whose accuracy lies between two edges. Both are
+            empty where several histograms with different edges were to be averaged.
+    """
+
+    epochs: int
+    mean: float
+    std: float
+    worst: float
+    edges: tuple[float, ...] = ()
+    shares: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Personalized:
+    """One way to fine-tune, evaluated on the clients of one run.
+
+    Attributes:
+        part: what of the model was fine-tuned, e.g. "full". lr: learning rate of fine-tuning.
+        round: after which round of training. clients: how many were evaluated.
+        points: by number of epochs, rising.
+    """
+
+    part: str
+    lr: float
+    round: int
+    clients: int
+    points: dict[int, Point]
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """All evaluations of a run, by part and learning rate; and those that cannot be read, with the reason."""
+
+    found: tuple[Personalized, ...] = ()
+    damaged: dict[Path, str] = field(default_factory=dict[Path, str])
+
+
+def read_personalized(folder: Path) -> Evaluations:
+    """Read every finished evaluation below a run's folder; what has no summary or is not finished is left out.
+
+    Evaluations of the same part and learning rate are one: those after the latest round count. Where several of these
+    hold a number of epochs, the one with most numbers of epochs has it.
+    """
+    evaluations = Evaluations()
+    found: list[Personalized] = []
+    for setting in _settings(folder / FOLDER, evaluations.damaged):
+        try:
+            summary = json.loads((setting / SUMMARY).read_bytes())
+            if not isinstance(summary, dict):
+                raise ValueError("it holds no mapping")
+            if summary.get("finished") is True:
+                found.append(_checked(summary))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except ValueError as error:
+            evaluations.damaged[setting] = f"{SUMMARY}: {reason(error)}"
+        except (OSError, RecursionError) as error:
+            evaluations.damaged[setting] = reason(error)
+    return Evaluations(tuple(_merged(found)), evaluations.damaged)
+
+
+def _settings(folder: Path, damaged: dict[Path, str]) -> list[Path]:
+    try:
+        return [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        damaged[folder] = reason(error)
+        return []
+
+
+def _checked(summary: dict[str, Any]) -> Personalized:
+    """The record of a summary.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    part, lr, round_, clients = (summary.get(name) for name in ("part", "lr", "round", "clients"))
+    if not isinstance(part, str) or not part:
+        raise ValueError("part is no name")
+    if not _is_number(lr):
+        raise ValueError("lr is no number")
+    if type(round_) is not int or round_ < 0:
+        raise ValueError("round is no number of a round")
+    if type(clients) is not int or clients < 1:
+        raise ValueError("no client was evaluated")
+    epochs = summary.get("epochs")
+    if not isinstance(epochs, list) or not epochs or set(map(type, epochs)) != {int} or min(epochs) < 0:
+        raise ValueError("epochs is no list of whole numbers from 0")
+    if len(set(epochs)) < len(epochs):
+        raise ValueError("epochs holds a number twice")
+    columns = [_shares_of_one(summary, name, len(epochs)) for name in _ACCURACIES]
+    edges, shares = _histogram(summary.get("histogram"), len(epochs))
+    rows = zip(epochs, *columns, shares, strict=True)
+    points = {count: Point(count, mean, std, worst, edges, each) for count, mean, std, worst, each in sorted(rows)}
+    return Personalized(part, float(lr), round_, clients, points)
+
+
+def _shares_of_one(summary: dict[str, Any], name: str, length: int) -> list[float]:
+    values = summary.get(name)
+    if not isinstance(values, list) or len(values) != length:
+        raise ValueError(f"{name} is no list of {length} entries, one for each of epochs")
+    for value in values:
+        if not _is_number(value) or not 0 <= value <= 1:
+            raise ValueError(f"{name} holds {value!r:.40}, which is no fraction")
+    return [float(value) for value in values]
+
+
+def _histogram(histogram: Any, length: int) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
+    """Edges [bins + 1] and for each of epochs the share of the clients in each bin."""
+    edges, counts = (histogram.get(key) for key in ("edges", "counts")) if isinstance(histogram, dict) else (None, None)
+    if not isinstance(edges, list) or len(edges) < 2 or not all(map(_is_number, edges)) or min(np.diff(edges)) <= 0:
+        raise ValueError("histogram.edges are no rising numbers")
+    if not isinstance(counts, list) or len(counts) != length:
+        raise ValueError(f"histogram.counts is no list of {length} entries, one for each of epochs")
+    for row in counts:
+        fits = isinstance(row, list) and len(row) == len(edges) - 1 and set(map(type, row)) == {int}
+        if not fits or min(row) < 0 or not sum(row):
+            raise ValueError(f"histogram.counts has a row that is no {len(edges) - 1} numbers of clients")
+    shares: list[tuple[float, ...]] = [tuple(count / sum(row) for count in row) for row in counts]
+    return tuple(map(float, edges)), shares
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    # A whole number of any length is JSON, but not every one is a float.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _merged(found: Sequence[Personalized]) -> list[Personalized]:
+    by_setting: dict[tuple[str, float], list[Personalized]] = {}
+    for each in sorted(found, key=lambda each: (each.round, len(each.points))):
+        by_setting.setdefault((each.part, each.lr), []).append(each)
+    merged: list[Personalized] = []
+    for (part, lr), same in sorted(by_setting.items()):
+        last = same[-1]
+        latest = [each for each in same if each.round == last.round]
+        points = {count: point for each in latest for count, point in each.points.items()}
+        merged.append(Personalized(part, lr, last.round, last.clients, dict(sorted(points.items()))))
+    return merged

@@ -1,0 +1,105 @@
+"""Tables as text: csv, Markdown and LaTeX of any heads and cells, and which cells are bold."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "\N{GREEK SMALL LETTER ALPHA}": r"$\alpha$",
+    "±": r"$\pm$",
+}
+
+
+def csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as csv, unrounded; empty where a figure does not apply."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def markdown(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A Markdown table with its title above and its notes below.
+
+    Args:
+        cells: of each row the texts; bold ones as `markdown_bold` made them.
+    """
+
+    def line(texts: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+    table = [line(heads), line(["---", *["---:"] * (len(heads) - 1)]), *(line(row) for row in cells)]
+    return "\n".join([f"## {title}", "", *table, "", " ".join(notes)]) + "\n"
+
+
+def latex(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A LaTeX table for `booktabs`; title and notes are its caption.
+
+    Args:
+        cells: of each row the texts, which are escaped here; bold ones as `latex_bold` made them.
+    """
+
+    def line(texts: Sequence[str]) -> str:
+        escaped = " & ".join(_escaped(text) for text in texts)
+        return "    " + escaped.replace("\x01", r"\textbf{").replace("\x02", "}") + r" \\"
+
+    caption = _escaped(". ".join(text for text in (title, " ".join(notes)) if text))
+    return "\n".join(
+        [
+            "% \\usepackage{booktabs}",
+            "\\begin{table}",
+            "  \\centering",
+            f"  \\caption{{{caption}}}",
+            f"  \\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
+            *("    \\toprule", line(heads), "    \\midrule", *(line(row) for row in cells), "    \\bottomrule"),
+            "  \\end{tabular}",
+            "\\end{table}\n",
+        ]
+    )
+
+
+def markdown_bold(text: str) -> str:
+    """A text in bold for `markdown`."""
+    return f"**{text}**"
+
+
+def latex_bold(text: str) -> str:
+    """A text in bold for `latex`: marked with characters that no text holds, because it is escaped afterwards."""
+    return f"\x01{text}\x02"
+
+
+def emphasized(
+    values: Sequence[float | None], texts: Sequence[str], bold: Callable[[str], str], less: bool = False
+) -> list[str]:
+    """The texts of a column, bold where no other row that competes is better; none is where only one competes.
+
+    Args:
+        values: of each row; None where it does not compete.
+        less: whether less is better.
+    """
+    competing = {at: value for at, value in enumerate(values) if value is not None}
+    if len(competing) < 2:
+        return list(texts)
+    best = (min if less else max)(competing.values())
+    # Rows that read the same are equally good: what tells them apart is not in the table.
+    winners = {texts[at] for at, value in competing.items() if value == best}
+    if winners == {texts[at] for at in competing}:
+        return list(texts)
+    return [bold(text) if at in competing and text in winners else text for at, text in enumerate(texts)]
+
+
+def _escaped(text: str) -> str:
+    """Text for LaTeX, with a thin space between a number and its unit that no line breaks."""
+    escaped = "".join(_LATEX.get(character, character) for character in text)
+    return re.sub(r"(?<=\d) (?=[kMGTP]?B\b)", r"\\,", escaped)

@@ -1,0 +1,174 @@
+"""Personalisation of a trained federation: every client fine-tunes the model on its own data and is tested on its own.
+
+It is an evaluation: nothing that training depends on changes, nothing is sent. A client starts from the model that it
+would use (the global one, with its own parts where the method has such), and one client at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from models import body_and_head
+from runtime import rng
+from runtime.blueprint import Parts
+from runtime.evaluation import Score, spread
+from runtime.federation import Federation
+from runtime.files import PERSONALIZED, replace_file, sync_file, temporary_name
+from runtime.fine_tuning import PersonalizeConfig, fine_tune
+from runtime.session import Workplace
+
+log = logging.getLogger(__name__)
+
+SUMMARY, CLIENTS = "summary.json", "clients.csv"
+_COLUMNS = ("client", "samples", "epochs", "accuracy", "loss")
+_BINS = 20
+
+Shown = Callable[[int, int], None]
+"""Told the number of clients that are done, and of all."""
+
+
+@dataclass(frozen=True)
+class Personalized:
+    """What personalisation found, over clients.
+
+    Lists are parallel to ``epochs``. Accuracies are fractions; ``std`` is that over clients, ``worst_decile`` the mean
+    of the lowest tenth. ``counts`` says how many clients lie in each of 20 equal bins of accuracy. ``skipped`` clients
+    have no test data of their own.
+    """
+
+    part: str
+    lr: float
+    epochs: list[int]
+    round: int
+    clients: int
+    skipped: int
+    mean: list[float]
+    std: list[float]
+    worst_decile: list[float]
+    loss: list[float]
+    counts: list[list[int]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        values = {name: value for name, value in vars(self).items() if name != "counts"}
+        edges = [round(edge, 10) for edge in np.linspace(0, 1, _BINS + 1).tolist()]
+        return {**values, "histogram": {"edges": edges, "counts": self.counts}, "finished": True}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Personalized:
+        """What ``to_json`` gave."""
+        values = {name: content[name] for name in cls.__dataclass_fields__ if name != "counts"}
+        return cls(**values, counts=content["histogram"]["counts"])
+
+
+def folder_of(run: Path, config: PersonalizeConfig) -> Path:
+    """Where a setting's results lie in a run's folder."""
+    return run / PERSONALIZED / config.setting
+
+
+def read(run: Path, config: PersonalizeConfig) -> Personalized | None:
+    """What an earlier personalisation of the run by this setting found; None where there was none that finished."""
+    try:
+        content = json.loads((folder_of(run, config) / SUMMARY).read_text(encoding="utf-8"))
+        return Personalized.from_json(content) if content["finished"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def personalize(
+    federation: Federation, config: PersonalizeConfig, run: Path, shown: Shown | None = None
+) -> Personalized:
+    """Fine-tune and test every client; writes ``summary.json`` and ``clients.csv`` below the run's folder.
+
+    Both appear when all clients are done, the summary last. The same federation gives the same bits again.
+    """
+    assert config.part is not None
+    folder = folder_of(run, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = temporary_name(folder / CLIENTS)
+    epochs = config.tested_after
+    accuracies: list[list[float]] = [[] for _ in epochs]
+    losses: list[list[float]] = [[] for _ in epochs]
+    tuner = _Tuner(federation, config)
+    clients = tuner.shares.sizes.nonzero()[0].tolist()
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(_COLUMNS)
+        for done, client in enumerate(clients):
+            if shown is not None:
+                shown(done, len(clients))
+            for at, (epoch, score) in enumerate(zip(epochs, tuner.scores(client), strict=True)):
+                accuracies[at].append(score.accuracy)
+                losses[at].append(score.loss)
+                rows.writerow((client, len(score.correct), epoch, score.accuracy, score.loss))
+    over = [spread(values) for values in accuracies]
+    found = Personalized(
+        part=config.part,
+        lr=config.lr,
+        epochs=list(epochs),
+        round=federation.round,
+        clients=len(clients),
+        skipped=federation.population - len(clients),
+        mean=[values["mean"] for values in over],
+        std=[values["std"] for values in over],
+        worst_decile=[values["worst_decile"] for values in over],
+        loss=[sum(values) / len(values) for values in losses],
+        counts=[np.histogram(values, bins=_BINS, range=(0.0, 1.0))[0].tolist() for values in accuracies],
+    )
+    sync_file(path)
+    path.replace(folder / CLIENTS)
+    replace_file(folder / SUMMARY, json.dumps(found.to_json(), allow_nan=False) + "\n")
+    return found
+
+
+class _Tuner:
+    """One client after another in one set of parts."""
+
+    def __init__(self, federation: Federation, config: PersonalizeConfig) -> None:
+        self._federation, self._config = federation, config
+        self.shares = federation.evaluator.local_test or federation.evaluator.shares(federation.dataset.test.labels)
+        self._parts: Parts = federation.blueprint.parts(federation.algorithm.layout.whole)
+        children = chain.from_iterable(part.named_children() for part in self._parts.values())
+        self._body, self._head = body_and_head(nn.Sequential(OrderedDict(children)))
+
+    def scores(self, client: int) -> Iterator[Score]:
+        """The client's scores on its own test data after each number of epochs in the list."""
+        federation, wanted = self._federation, self._config.tested_after
+        for name, state in federation.client_states(client).items():
+            self._parts[name].load_state_dict(state)
+        own = self.shares.indices(client)
+        work = Workplace(federation.blueprint, rng.derive(federation.config.seed, client=client, stream="personalize"))
+        tuning = self._tuning(client)
+        for epochs in range(wanted[-1] + 1):
+            with work.working():
+                next(tuning)
+            if epochs in wanted:
+                yield federation.evaluator.score(list(self._parts.values()), federation.dataset.test, own)
+
+    def _tuning(self, client: int) -> Iterator[int]:
+        federation, config = self._federation, self._config
+        part = config.part
+        assert part is not None
+        trained = {"body": [self._body], "head": [self._head], "full": [self._body, self._head]}[part]
+        for module in (self._body, self._head):
+            module.requires_grad_(module in trained)
+        generator = rng.torch_generator(federation.config.seed, client=client, stream="personalize batches")
+        return fine_tune(
+            self._body,
+            self._head,
+            part,
+            federation.blueprint.fine_tuner(trained, config.lr),
+            lambda: federation.epoch(client, generator),
+            keep_statistics=not any(federation.evaluator.batch_statistics),
+        )

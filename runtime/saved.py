@@ -1,0 +1,125 @@
+"""A finished (or checkpointed) run taken up again from its folder, to measure something more of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from runtime.config import ConfigError
+from runtime.console import Progress, show_personalized
+from runtime.experiment import make_deterministic, set_threads
+from runtime.federation import CHECKPOINT_FOLDER, Federation
+from runtime.files import MODEL_FILE, RESULTS
+from runtime.locks import FileLock
+from runtime.personalize import Personalized, folder_of, personalize
+from runtime.run_folder import IDENTITY, LOCK
+from runtime.settings import RunConfig
+
+# What may differ from the run: where its data and this machine's device are, and what is measured.
+CHANGEABLE = (
+    *("personalize.part", "personalize.epochs", "personalize.lr", "device", "threads", "eval_batch_size"),
+    *("dataset.root", "dataset.storage", "dataset.workers", "state_memory_mb", "progress"),
+)
+
+
+def find_runs(above: Path) -> list[Path]:
+    """The folder itself, or those below it, that hold a run with results.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (above / RESULTS).is_file():
+        return [above]
+    found = sorted(path.parent for path in above.rglob(RESULTS)) if above.is_dir() else []
+    if not found:
+        raise ConfigError("run", str(above), f"the folder of a run, or a folder with runs below it ({RESULTS})")
+    return found
+
+
+def read_config(run: Path, changes: Mapping[str, Any]) -> RunConfig:
+    """The run's configuration, with some keys changed.
+
+    Args:
+        changes: dotted keys of ``CHANGEABLE`` to their values.
+
+    Raises:
+        ConfigError: a key that cannot change, a bad value, or a folder without a readable ``config.yaml``.
+    """
+    for key in changes:
+        if key not in CHANGEABLE:
+            raise ConfigError("key", key, "one that may be set for a run that is over", CHANGEABLE)
+    path = run / "config.yaml"
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError("run", str(run), f"a folder with a readable config.yaml ({error})") from error
+    if not isinstance(mapping, dict):
+        raise ConfigError("run", str(run), "a folder with a readable config.yaml")
+    values = cast(dict[str, Any], mapping)
+    values.setdefault("personalize", {})
+    for key, value in changes.items():
+        *above, last = key.split(".")
+        section = values
+        for name in above:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return RunConfig.from_mapping(values)
+
+
+@contextlib.contextmanager
+def owned(run: Path) -> Generator[None]:
+    """Own a run's folder for the length of the block.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    lock = FileLock.take(run / LOCK)
+    if lock is None:
+        raise ConfigError("run", str(run), "a run that no other process is using")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def restore(run: Path, config: RunConfig) -> Federation:
+    """The run's federation as its last checkpoint left it.
+
+    A run whose checkpoint was removed is taken up from its model, if one model is all that the method learns.
+
+    Raises:
+        ConfigError: nothing is left of what was learnt.
+    """
+    federation = Federation(config, run)
+    recorded = (run / IDENTITY).read_text(encoding="utf-8").strip() if (run / IDENTITY).is_file() else None
+    if federation.resume(recorded=recorded) is not None:
+        return federation
+    if not (run / MODEL_FILE).is_file() or (federation.algorithm.personal and federation.population > 1):
+        raise ConfigError("run", str(run), f"a run with its {CHECKPOINT_FOLDER} folder, which this one lacks")
+    values = config.to_mapping()
+    values["model"]["init"] = str(run)
+    return Federation(RunConfig.from_mapping(values))
+
+
+def personalize_run(run: Path, changes: Mapping[str, Any]) -> Personalized:
+    """Personalise a run by its own ``personalize`` settings with ``changes``; shows its table.
+
+    Raises:
+        ConfigError: as `read_config`, `owned` and `restore`; or no part is named.
+    """
+    config = read_config(run, changes)
+    if config.personalize.part is None:
+        raise ConfigError("personalize.part", None, "what is fine-tuned", ("body", "head", "full"))
+    with owned(run):
+        make_deterministic(config.torch_device())
+        federation = restore(run, config)
+        set_threads(config, federation)
+        title = f"{config.algorithm_name} {config.model.name} {config.dataset.name}-{config.dataset.distribution}"
+        with Progress(federation.round, title, config.progress, done=federation.round) as progress:
+            found = personalize(federation, config.personalize, run, progress.clients)
+    show_personalized(found, folder_of(run, config.personalize), title, config.progress)
+    return found

@@ -23,8 +23,16 @@ CHOICES = [
     if not file.name.startswith("_")
 ]
 # Deep networks are narrowed: the yaml is what is tested here, the arithmetic is in tests/models.
-NARROW = {"resnet": "model.options.width=2"}
-SMALL = ("rounds=1", "num_clients=2", "device=cpu", "batch_size=8", "model.auxiliary=linear")
+NARROW = {"resnet": "model.options.width=2", "mobilenet": "model.options.width=2"}
+SMALL = (
+    "rounds=1",
+    "num_clients=2",
+    "device=cpu",
+    "batch_size=8",
+    "local_epochs=1",
+    "frac=1.0",
+    "model.auxiliary=linear",
+)
 
 
 def tiny(config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch.dtype) -> Dataset:
@@ -50,7 +58,10 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
         overrides.append("algorithm.align_epochs=1")
     elif not choice.startswith("algorithm"):
         overrides.append("algorithm=cse_fsl")
-    model = load_config(overrides).model.name
+    composed = load_config(overrides)
+    model = composed.model.name
+    if composed.dataset.distribution == "shards":
+        overrides.append("dataset.classes_per_client=5")  # the two clients hold the ten classes of the noise
     overrides += [narrow for prefix, narrow in NARROW.items() if model.startswith(prefix)]
     record, traffic = Federation(load_config(overrides)).step()
     assert record.clients == (1 if choice == "algorithm=centralized" else 2)

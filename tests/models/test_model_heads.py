@@ -221,7 +221,7 @@ def test_attaching_leaves_the_model_alone(name: str) -> None:
 )
 def test_blocks_that_cannot_have_a_head(name: str, blocks: list[str], reason: str) -> None:
     own = replace(config(name), auxiliary_heads=AuxiliaryHeadsConfig(tuple(blocks)))
-    with pytest.raises(ConfigError, match=rf"^model\.heads\.blocks{reason}") as error:
+    with pytest.raises(ConfigError, match=rf"^model\.auxiliary_heads\.blocks{reason}") as error:
         build_auxiliary_heads(own, info("digits"), built(name, "digits"))
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=reason):
@@ -234,16 +234,18 @@ def test_no_blocks_at_all() -> None:
     shallow = ModelConfig("mlp", options={"hidden": [8]})
     torch.manual_seed(0)
     model = _ENTRIES["mlp"].build(info("digits"), shallow.typed_options())
-    with pytest.raises(ConfigError, match=r"model\.heads\.blocks=null: .*choices: flatten, fc1, relu1"):
+    with pytest.raises(ConfigError, match=r"model\.auxiliary_heads\.blocks=null: .*choices: flatten, fc1, relu1"):
         head_blocks(shallow, model)
     check_model(shallow, info("digits"))  # of no concern to a method without heads
-    assert head_blocks(replace(shallow, heads=AuxiliaryHeadsConfig(("relu1",))), model) == ("relu1",)
+    assert head_blocks(replace(shallow, auxiliary_heads=AuxiliaryHeadsConfig(("relu1",))), model) == ("relu1",)
 
 
 def test_checking_heads_neither_draws_nor_allocates() -> None:
     before = torch.random.get_rng_state()
-    check_model(ModelConfig("resnet152", heads=AuxiliaryHeadsConfig(("layer1", "layer4"))), info("ham10000"))
-    check_model(ModelConfig("vit", heads=AuxiliaryHeadsConfig(("block4",)), options={"dropout": 0.5}), info("cifar10"))
+    check_model(ModelConfig("resnet152", auxiliary_heads=AuxiliaryHeadsConfig(("layer1", "layer4"))), info("ham10000"))
+    check_model(
+        ModelConfig("vit", auxiliary_heads=AuxiliaryHeadsConfig(("block4",)), options={"dropout": 0.5}), info("cifar10")
+    )
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -303,7 +305,7 @@ def test_a_users_model_without_blocks_of_its_own(monkeypatch: pytest.MonkeyPatch
         OrderedDict(flat=nn.Flatten(), a=nn.Linear(64, 4), odd=_Odd(), end=nn.Flatten(), fc=nn.Linear(4, 10))
     )
     with pytest.raises(ConfigError, match=r"blocks=odd: .*not \[2, 4, 1, 1, 1\]"):
-        build_auxiliary_heads(ModelConfig("own", heads=AuxiliaryHeadsConfig(("odd",))), info("digits"), odd)
+        build_auxiliary_heads(ModelConfig("own", auxiliary_heads=AuxiliaryHeadsConfig(("odd",))), info("digits"), odd)
 
 
 # ---------------------------------------------------------------------- body and classifier

@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
+from omegaconf import OmegaConf
 
 from runtime.config import NO_VALUE, ConfigError
 
@@ -55,7 +56,7 @@ def _is_run(text: str) -> bool:
 def _change(text: str) -> tuple[str, Any]:
     key, _, value = text.partition("=")
     try:
-        return key, yaml.safe_load(value)
+        return key, cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"])))["value"]
     except yaml.YAMLError as error:
         raise ConfigError(key, value, "a value such as 5, [0,1,5] or full") from error
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 BENCHMARKS = {
     "round_time": "wall time of a round against a bare PyTorch loop that does the same arithmetic on the same batches",
     "memory": "peak resident memory with 1,000 and with 100,000 clients, 50 of them in each round",
+    "cohort": "time of a round of 100 clients of whom 10 take part against a round of 10 clients",
+    "allocator": "time of a round with freed memory kept in the process against the C library's own setting",
     "traffic": "bytes of a round in closed form, for the five methods of the FSL-SAGE paper",
     "evaluation": "share of a round's wall time that evaluation takes",
     "plotting": "time to read, average and draw 2,000 saved runs of 200 rounds",

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from runtime.settings import resolve_device
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,17 @@ def timed(device: torch.device, work: Callable[[], T]) -> tuple[Seconds, T]:
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_mb() -> float:
+    """Largest resident set of this process so far, in MB (10^6 bytes); Linux only.
+
+    Not ``getrusage``, whose figure a process inherits from the one that started it.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise RuntimeError("this kernel does not report VmHWM")
 
 
 def machine_options(parser: argparse.ArgumentParser) -> None:

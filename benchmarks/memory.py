@@ -17,24 +17,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import machine_options, set_up
+from benchmarks.measure import ROOT, machine_options, peak_mb, set_up
 from runtime.federation import Federation
 from runtime.hydra_support import load_config
 
 ALGORITHMS = ("fed_avg", "scaffold", "fsl_sage")
 TARGET_MB = 100.0
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def peak_mb() -> float:
-    """Largest resident set of this process so far, in MB (10^6 bytes); Linux only.
-
-    Not ``getrusage``, whose figure a process inherits from the one that started it.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError("this kernel does not report VmHWM")
 
 
 def run_once(algorithm: str, clients: int, disk: bool, options: argparse.Namespace) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from plotting import first_picture
+from runtime.allocator import keep_freed_memory
 from runtime.config import ConfigError
 from runtime.console import Progress, RunFiles, show_summary
 from runtime.federation import Federation
@@ -35,7 +36,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     Raises:
         ConfigError: what cannot be built as configured.
     """
-    make_deterministic(config.torch_device())
+    prepare_process(config.torch_device())
     federation = Federation(config, folder.path)
     set_threads(config, federation)
     results = Results(folder.path, build_loggers(config.logger, folder.path, folder.resumed))
@@ -102,9 +103,11 @@ def set_threads(config: RunConfig, federation: Federation) -> None:
     torch.set_num_threads(automatic if config.threads == "auto" else config.threads)
 
 
-def make_deterministic(device: torch.device) -> None:
-    """Ask for kernels that give the same bits each time; on a CPU they all do, for one number of threads."""
-    if device.type == "cuda":
+def prepare_process(device: torch.device) -> None:
+    """Ask for kernels that give the same bits each time; on a CPU, where all do, for memory that is used again."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this only
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)

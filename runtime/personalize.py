@@ -6,11 +6,13 @@ would use (the global one, with its own parts where the method has such), and on
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch import nn
 from models import body_and_head
 from runtime import rng
 from runtime.blueprint import Parts
+from runtime.config import ConfigError
 from runtime.evaluation import Score, spread
 from runtime.federation import Federation
 from runtime.files import PERSONALIZED, replace_file, sync_file, temporary_name
@@ -91,7 +94,11 @@ def personalize(
 ) -> Personalized:
     """Fine-tune and test every client; writes ``summary.json`` and ``clients.csv`` below the run's folder.
 
-    Both appear when all clients are done, the summary last. The same federation gives the same bits again.
+    Both appear when all clients are done, the summary last; a failure leaves nothing. The same federation gives the
+    same bits again.
+
+    Raises:
+        ConfigError: a client's loss is not finite.
     """
     assert config.part is not None
     folder = folder_of(run, config)
@@ -102,13 +109,16 @@ def personalize(
     losses: list[list[float]] = [[] for _ in epochs]
     tuner = _Tuner(federation, config)
     clients = tuner.shares.sizes.nonzero()[0].tolist()
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with _nothing_left_by_failure(path), path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(_COLUMNS)
         for done, client in enumerate(clients):
             if shown is not None:
                 shown(done, len(clients))
             for at, (epoch, score) in enumerate(zip(epochs, tuner.scores(client), strict=True)):
+                if not math.isfinite(score.loss):
+                    found = f"a rate that converges: client {client}'s loss is {score.loss} after {epoch} epochs"
+                    raise ConfigError("personalize.lr", config.lr, found)
                 accuracies[at].append(score.accuracy)
                 losses[at].append(score.loss)
                 rows.writerow((client, len(score.correct), epoch, score.accuracy, score.loss))
@@ -130,6 +140,19 @@ def personalize(
     path.replace(folder / CLIENTS)
     replace_file(folder / SUMMARY, json.dumps(found.to_json(), allow_nan=False) + "\n")
     return found
+
+
+@contextlib.contextmanager
+def _nothing_left_by_failure(path: Path) -> Generator[None]:
+    """Remove a file that was not completed, and the two folders above it if they hold nothing else."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for folder in (path.parent, path.parent.parent):
+                folder.rmdir()
+        raise
 
 
 class _Tuner:

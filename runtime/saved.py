@@ -11,7 +11,7 @@ import yaml
 
 from runtime.config import ConfigError
 from runtime.console import Progress, show_personalized
-from runtime.experiment import make_deterministic, set_threads
+from runtime.experiment import prepare_process, set_threads
 from runtime.federation import CHECKPOINT_FOLDER, Federation
 from runtime.files import MODEL_FILE, RESULTS
 from runtime.locks import FileLock
@@ -115,7 +115,7 @@ def personalize_run(run: Path, changes: Mapping[str, Any]) -> Personalized:
     if config.personalize.part is None:
         raise ConfigError("personalize.part", None, "what is fine-tuned", ("body", "head", "full"))
     with owned(run):
-        make_deterministic(config.torch_device())
+        prepare_process(config.torch_device())
         federation = restore(run, config)
         set_threads(config, federation)
         title = f"{config.algorithm_name} {config.model.name} {config.dataset.name}-{config.dataset.distribution}"

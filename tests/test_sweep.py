@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,3 +312,22 @@ def test_a_single_run_that_finished_while_a_job_waited_for_a_gpu_is_not_run_agai
     assert finish(process)[0] == 0
     assert [run["state"] for run in left(saves).values()] == ["finished"]
     assert [row["state"] for row in table(saves)] == ["skipped"]
+
+
+def test_a_sweep_personalises_what_an_earlier_one_trained(
+    tmp_path: Path, undisturbed: dict[str, dict[str, Any]]
+) -> None:
+    """Two settings of each of two runs: nothing is trained again, each run gets both; then nothing is left to do."""
+    saves = tmp_path / "saves"
+    shutil.copytree(Path(os.path.commonpath([run["folder"] for run in undisturbed.values()])), saves)
+    before = {path: path.stat().st_mtime_ns for path in saves.rglob("model.safetensors")}
+    tune = ("algorithm=fed_avg", "seed=0,1", "personalize.part=head,full", "personalize.epochs=[0,1]")
+    written: dict[Path, int] = {}
+    for _ in range(2):
+        assert finish(start(saves, *tune))[0] == 0
+        found = {path: path.stat().st_mtime_ns for path in saves.rglob("personalized/*/summary.json")}
+        assert sorted(path.parent.name.partition(",")[0] for path in found) == ["part=full"] * 2 + ["part=head"] * 2
+        written = written or found
+        assert found == written
+    assert {path: path.stat().st_mtime_ns for path in saves.rglob("model.safetensors")} == before
+    compare(saves, undisturbed)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as listing
-from benchmarks import bare, evaluation, measure, memory, plotting, round_time, traffic
+from benchmarks import allocator, bare, cohort, evaluation, measure, memory, plotting, round_time, traffic
 
 DECIMAL = r"\d+\.\d+"
 
@@ -83,6 +83,50 @@ def test_one_run_prints_its_peak(algorithm: str, disk: str, capsys: pytest.Captu
 def test_evaluation_prints_its_share(capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluation.main(["--case", "tiny"]) == 0
     assert re.search(rf"ratio {DECIMAL}% of a round", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("algorithm", cohort.ALGORITHMS)
+def test_a_round_of_a_cohort_has_the_bytes_of_its_clients(algorithm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["--model", "mlp", "--clients", "20", "--cohort", "2", "--images", "20", "--repeats", "1"]
+    assert cohort.main([*keys, "--algorithm", algorithm]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"{algorithm} +ratio {DECIMAL} \({DECIMAL} \.\. {DECIMAL}\), bytes equal", shown)
+
+
+def test_cohorts_of_different_bytes_are_told_and_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    equal = cohort.federation
+
+    def one_more(algorithm: str, clients: int, options: argparse.Namespace) -> cohort.Federation:
+        shown = argparse.Namespace(**{**vars(options), "cohort": 3 if clients == 20 else 2})
+        return equal(algorithm, clients, shown)
+
+    monkeypatch.setattr(cohort, "federation", one_more)
+    keys = ["--model", "mlp", "--clients", "20", "--cohort", "2", "--images", "20", "--repeats", "1"]
+    assert cohort.main([*keys, "--algorithm", "fed_avg"]) == 1
+    assert "bytes DIFFER" in capsys.readouterr().out
+
+
+def test_the_allocators_sides_take_turns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sides: list[str] = []
+
+    def start(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        side = command[command.index("--one") + 1]
+        sides.append(side)
+        return subprocess.CompletedProcess(command, 0, stdout="1.5 300.0" if side == "kept" else "2.0 290.0")
+
+    monkeypatch.setattr(subprocess, "run", start)
+    assert allocator.main(["--repeats", "2"]) == 0
+    assert sides == ["kept", "default", "kept", "default"]
+    assert "ratio of time 0.750 (0.750 .. 0.750), more memory 10 MB" in capsys.readouterr().out
+
+
+def test_one_side_of_the_allocator_prints_seconds_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert allocator.main(["--one", "default", "--samples", "20", "--rounds", "1", "--batch", "5"]) == 0
+    seconds, peak = capsys.readouterr().out.split()
+    assert float(seconds) > 0
+    assert float(peak) > 50
 
 
 def test_traffic_of_the_papers_setting(capsys: pytest.CaptureFixture[str]) -> None:

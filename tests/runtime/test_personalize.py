@@ -170,10 +170,15 @@ def test_the_summary_on_disk(configure, tmp_path: Path) -> None:
     [
         (["personalize.part=full"], "name the folder of a run"),
         (["nowhere"], "run=nowhere: expected the folder of a run"),
-        (["RUN", "personalize.part=hed"], "did you mean personalize.part=head"),
+        (["RUN", "personalize.part=hed"], "body, head, full"),
         (["RUN", "personalize.part=full", "personalize.epochs=-1"], "personalize.epochs=-1: expected an integer >= 0"),
         (["RUN", "personalize.part=full", "personalize.epochs=[]"], "personalize.epochs=[]: expected"),
         (["RUN", "personalize.part=full", "personalize.lr=0"], "personalize.lr=0.0: expected a finite number > 0"),
+        (
+            ["RUN", "personalize.part=full", "personalize.lr=1e20"],
+            "personalize.lr=1e+20: expected a rate that converges",
+        ),
+        (["RUN", "personalize.epochs=["], "personalize.epochs=[: expected a value such as 5"),
         (["RUN", "personalise.part=full"], "did you mean personalize.part"),
         (["RUN", "lr=0.5"], "key=lr: expected one that may be set for a run that is over"),
         (["RUN"], "personalize.part=null: expected what is fine-tuned"),
@@ -185,8 +190,7 @@ def test_mistakes_are_told_in_one_line(configure, tmp_path: Path, capsys, argume
     assert command.main([str(path) if text == "RUN" else text for text in arguments]) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    wanted = line.replace("did you mean personalize.part=head", "body, head, full")
-    assert wanted in error
+    assert line in error
     assert not (path / "personalized").exists()
 
 

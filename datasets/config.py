@@ -30,6 +30,8 @@ class DatasetConfig:
             otherwise several groups go to one client. No other distribution leaves a sample out.
         augment: what training batches go through: `crop` is a random crop of the image padded by 4 black pixels,
             `flip` a horizontal flip of every second image by chance, `resized_crop_flip` the ImageNet crop.
+        resize: height and width that images are scaled to after the augmentation, bilinear with antialiasing; None
+            leaves them as they are.
         normalize: mean and deviation to normalise by: the dataset's own, ImageNet's, or none (values in 0..1).
         shuffle: draw a new order in each epoch.
         drop_last: what happens to a last batch that is not full; see `datasets.batching.batch_sizes`.
@@ -52,6 +54,7 @@ class DatasetConfig:
     min_samples: int = 1
     drop_unassigned: bool = False
     augment: Augment = "none"
+    resize: int | None = None
     normalize: Normalize = "dataset"
     shuffle: bool = True
     drop_last: Literal["auto", "always", "never"] = "auto"
@@ -70,6 +73,8 @@ class DatasetConfig:
             raise ConfigError("major_share", self.major_share, "a number from 0 to 1")
         if self.min_samples < 0:
             raise ConfigError("min_samples", self.min_samples, "an integer >= 0")
+        if self.resize is not None and self.resize < 1:
+            raise ConfigError("resize", self.resize, "null or an integer >= 1")
         if not 0 <= self.validation < 1:
             raise ConfigError("validation", self.validation, "a number >= 0 and < 1")
         if self.workers < 0:

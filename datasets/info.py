@@ -1,6 +1,6 @@
 """What is known of a dataset, and the loaded dataset itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from datasets.source import Source
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The numbers that models and partitions follow from; sizes in pixels."""
+    """The numbers that models and partitions follow from; sizes in pixels, as batches have them."""
 
     name: str
     channels: int
@@ -40,3 +40,12 @@ class Dataset:
     test: Source
     validation: Source | None = None
     groups: np.ndarray | None = None
+
+    def repeated(self, channels: int) -> "Dataset":
+        """The same dataset with its one channel given `channels` times; as it is where it has as many."""
+        if channels == self.info.channels:
+            return self
+        assert self.info.channels == 1, "only grey images can be repeated"
+        validation = None if self.validation is None else self.validation.repeated(channels)
+        info, train, test = replace(self.info, channels=channels), self.train, self.test
+        return Dataset(info, train.repeated(channels), test.repeated(channels), validation, self.groups)

@@ -37,7 +37,8 @@ def load(config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch
     channels, height, width = image_shape(raw.train)
     if image_shape(raw.test) != image_shape(raw.train):
         raise ConfigError("dataset.options", config.options, "training and test images of one size; give a size")
-    info = DatasetInfo(config.name, channels, height, width, len(raw.class_names), raw.class_names)
+    sides = (height, width) if config.resize is None else (config.resize, config.resize)
+    info = DatasetInfo(config.name, channels, *sides, len(raw.class_names), raw.class_names)
     resident = _resident(raw, config, device)
     if resident:
         # Decode before measuring, which then reads memory and not files again.
@@ -50,7 +51,8 @@ def load(config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch
             store = ResidentStore(_decoded(split.images, config.workers), device)
         else:
             store = StreamStore(split.images, device, config.workers)
-        return Source(store, split.labels, normalizer, augmentation(config.augment) if augmented else None, device)
+        chosen = augmentation(config.augment) if augmented else None
+        return Source(store, split.labels, normalizer, chosen, device, config.resize)
 
     validation = None if held is None else source(held, augmented=False)
     return Dataset(info, source(train, augmented=True), source(raw.test, augmented=False), validation, train.groups)

@@ -1,5 +1,6 @@
 """A set of labelled images that gives out ready batches on the device."""
 
+import copy
 import math
 import weakref
 from collections import deque
@@ -9,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from datasets.augment import Augmentation
 from datasets.batching import DropLast, batch_sizes
@@ -108,8 +110,11 @@ class Source:
 
     Attributes:
         labels: int64 [n] on the CPU.
-        shape: (channels, height, width) of an image.
+        shape: (channels, height, width) of an image in a batch.
         mean, std: what images are normalised by, per channel in 0..1.
+
+    Args:
+        resize: height and width of the images in a batch; None leaves the stored ones as they are.
     """
 
     def __init__(
@@ -119,15 +124,26 @@ class Source:
         normalizer: Normalizer,
         augmentation: Augmentation | None,
         device: torch.device,
+        resize: int | None = None,
     ) -> None:
+        channels, height, width = store.shape
         self.labels = labels
-        self.shape = store.shape
-        self._values = math.prod(store.shape)
+        self._size = (
+            None if resize in (None, height) and resize in (None, width) else [resize or height, resize or width]
+        )
+        self.shape = (channels, *(self._size or (height, width)))
+        self._values = max(math.prod(store.shape), math.prod(self.shape))
         self.mean, self.std = normalizer.mean, normalizer.std
         self._store, self._normalizer, self._augmentation, self._device = store, normalizer, augmentation, device
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def repeated(self, channels: int) -> "Source":
+        """The same images with their one channel given `channels` times, in the memory of one."""
+        twin = copy.copy(self)
+        twin.shape = (channels, *self.shape[1:])
+        return twin
 
     def batches(
         self,
@@ -170,7 +186,7 @@ class Source:
             order = order[:used]
             params = None
             if augmentation is not None and generator is not None:
-                drawn = augmentation.draw((used, self.shape[1], self.shape[2]), generator)
+                drawn = augmentation.draw((used, *self._store.shape[1:]), generator)
                 params = {name: value.to(self._device, non_blocking=True) for name, value in drawn.items()}
             yield from self._epoch(order, sizes, augmentation, params)
 
@@ -186,5 +202,12 @@ class Source:
             stop = start + length
             if augmentation is not None and params is not None:
                 x = augmentation.apply(x, {name: value[start:stop] for name, value in params.items()})
-            yield from zip(self._normalizer(x).split(group), labels[start:stop].split(group), strict=True)
+            yield from zip(self._finished(x).split(group), labels[start:stop].split(group), strict=True)
             start = stop
+
+    def _finished(self, x: Tensor) -> Tensor:
+        """Pixels [k, ...] of the stored shape as the images that batches have."""
+        x = self._normalizer(x)
+        if self._size is not None:
+            x = functional.interpolate(x, self._size, mode="bilinear", antialias=True)
+        return x if x.shape[1] == self.shape[0] else x.expand(-1, self.shape[0], -1, -1)

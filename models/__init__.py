@@ -1,9 +1,10 @@
 """Models: whole networks by name, their cut into a client and a server part, and auxiliary models for the client."""
 
-from models import mobilenet, resnet, small, vit  # noqa: F401  (they register their models)
+from models import mobilenet, resnet, small, sources, vit  # noqa: F401  (they register their models)
 from models.auxiliary import build_auxiliary
 from models.building import build_model, check_model
 from models.config import AUXILIARY_SIZES, AuxiliaryConfig, AuxiliaryHeadsConfig, ModelConfig, PartConfig
+from models.fitting import input_channels
 from models.heads import AuxiliaryHeads, build_auxiliary_heads, forward_with_blocks, head_blocks
 from models.registry import default_cut, names, register
 from models.splitting import body_and_head, cuts, split
@@ -24,6 +25,7 @@ __all__ = [
     "default_cut",
     "forward_with_blocks",
     "head_blocks",
+    "input_channels",
     "names",
     "register",
     "split",

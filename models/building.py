@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from models.config import ModelConfig
+from models.fitting import sketch
 from models.heads import build_auxiliary_heads
 from models.registry import entry
 from models.splitting import split
@@ -37,13 +38,16 @@ def build_model(config: ModelConfig, info: DatasetInfo) -> nn.Module:
 def check_model(config: ModelConfig, info: DatasetInfo) -> None:
     """Raise the `ConfigError` that building and cutting this model, and heads on the blocks that it names, would raise.
 
-    Allocates and reads no weights.
+    Allocates and reads no weights. Whether a model from elsewhere takes the images is `models.input_channels`' to say.
     """
-    with torch.device("meta"):
-        model = entry(config.name).build(info, config.typed_options())
-        if config.auxiliary_heads.blocks is not None:
+    if entry(config.name).is_foreign and config.cut is config.auxiliary_heads.blocks is config.init is None:
+        return
+    model = sketch(config, info)
+    if config.auxiliary_heads.blocks is not None:
+        with torch.device("meta"):
             build_auxiliary_heads(config, info, model)
-    split(model, config.cut_after)
+    if config.cut is not None or not entry(config.name).is_foreign:
+        split(model, config.cut_after)
     if config.init is not None:
         _compare(model, config.init)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.registry import entry, names
+from models.registry import choices, default_cut, entry, is_known
 from runtime.config import ConfigError, build
 
 AUXILIARY_SIZES = ("linear", "half", "default", "full")
@@ -50,7 +50,7 @@ class ModelConfig:
 
     `cut` None is the model's own default cut; `init` is a safetensors file, or a run's folder with a model.safetensors
     in it, and None means fresh weights; `auxiliary_heads` are for methods that train on what is inside the model;
-    `options` are the model's own (see its builder), checked when this is made.
+    `options` are the model's own (see its builder), checked when this is made, or when a model from a source is built.
     """
 
     name: str
@@ -65,15 +65,19 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in names():
-            raise ConfigError("name", self.name, "a registered model", names())
+        if not is_known(self.name):
+            raise ConfigError("name", self.name, "a registered model", choices())
         self.typed_options()
 
     def typed_options(self) -> Any:
-        """`options` as the model's own dataclass; `ConfigError` for an unknown key or a bad value."""
-        return build(entry(self.name).options, self.options, "options")
+        """`options` as the model's own dataclass; `ConfigError` for an unknown key or a bad value.
+
+        Those of a model from a source stay a mapping, and are checked when it is built.
+        """
+        kind = entry(self.name).options
+        return self.options if kind is None else build(kind, self.options, "options")
 
     @property
     def cut_after(self) -> str:
         """The child after which the model is cut: `cut`, or the model's own default."""
-        return entry(self.name).cut if self.cut is None else self.cut
+        return default_cut(self.name) if self.cut is None else self.cut

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,7 +14,9 @@ from runtime.config import ConfigError
 if TYPE_CHECKING:
     from datasets import DatasetInfo
 
-Builder = Callable[["DatasetInfo", Any], nn.Sequential]
+Builder = Callable[["DatasetInfo", Any], nn.Module]
+# From a name in a source and the model's options, both checked, to what builds the model.
+Source = Callable[[str, Mapping[str, Any]], Callable[["DatasetInfo"], nn.Module]]
 # Names of blocks, or what gives them for the model's options.
 Blocks = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 
@@ -34,17 +37,23 @@ class NoOptions:
 class Entry:
     """What the registry knows of a model.
 
-    `build(info, options)` returns an `nn.Sequential` of named children ending in the linear classifier, with fresh
-    weights from torch's global generator; `cut` is the child that ends the client part by default, `blocks` are the
-    modules that auxiliary heads are attached to by default, None where a general rule finds them.
+    `build(info, options)` returns the model with fresh weights from torch's global generator: an `nn.Sequential` of
+    named children ending in the linear classifier or, from a source, any module. `cut` is the child that ends the
+    client part by default, None where the model has none; `options` is None where the source checks them; `blocks` are
+    the modules that auxiliary heads are attached to by default, None where a general rule finds them.
     """
 
     name: str
     build: Builder
-    cut: str
-    options: type
+    cut: str | None
+    options: type | None
     thinning: Mapping[str, float]
     blocks: Blocks | None = None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the model is from elsewhere: any module, which need not follow the dataset's shape."""
+        return self.options is None
 
     def blocks_for(self, options: Any) -> tuple[str, ...] | None:
         """The default blocks of the model with these `options`; None if it is registered with none."""
@@ -52,6 +61,7 @@ class Entry:
 
 
 _ENTRIES: dict[str, Entry] = {}
+_SOURCES: dict[str, Source] = {}
 
 
 def register(
@@ -77,18 +87,65 @@ def register(
     return add
 
 
+def register_source(name: str) -> Callable[[Source], Source]:
+    """Register `find(inner, options)`, which gives the builder of model `<name>/<inner>` or raises a `ConfigError`."""
+
+    def add(find: Source) -> Source:
+        assert name not in _SOURCES, f"source {name} is registered twice"
+        _SOURCES[name] = find
+        return find
+
+    return add
+
+
 def names() -> tuple[str, ...]:
     """The registered models, sorted."""
     return tuple(sorted(_ENTRIES))
 
 
+def is_known(name: str) -> bool:
+    """Whether `name` is a registered model's, or that of one that a source may have."""
+    source, _, inner = name.partition("/")
+    return name in _ENTRIES or (source in _SOURCES and bool(inner))
+
+
+def choices() -> tuple[str, ...]:
+    """What a model's name may be, as told in messages."""
+    return (*names(), *(f"{source}/<name>" for source in sources()))
+
+
+def sources() -> tuple[str, ...]:
+    """The registered sources of further models, sorted."""
+    return tuple(sorted(_SOURCES))
+
+
 def entry(name: str) -> Entry:
-    """The registered model `name`; `ConfigError` if there is none."""
-    if name not in _ENTRIES:
-        raise ConfigError("model.name", name, "a registered model", names())
-    return _ENTRIES[name]
+    """The registered model `name`, or one from a source; `ConfigError` if there is none of either.
+
+    A source looks for the model when it is built, not here: its library may be slow to import.
+    """
+    if not is_known(name):
+        raise ConfigError("model.name", name, "a registered model", choices())
+    if name in _ENTRIES:
+        return _ENTRIES[name]
+    return Entry(name, partial(_build, name), None, None, DENSE_THINNING)
+
+
+def find(name: str, options: Mapping[str, Any]) -> Callable[[DatasetInfo], nn.Module] | None:
+    """What builds the model `name` of a source, None for a registered one; `ConfigError` if the source has none."""
+    source, _, inner = name.partition("/")
+    return None if name in _ENTRIES else _SOURCES[source](inner, options)
+
+
+def _build(name: str, info: DatasetInfo, options: Mapping[str, Any]) -> nn.Module:
+    builder = find(name, options)
+    assert builder is not None, "registered models have builders of their own"
+    return builder(info)
 
 
 def default_cut(name: str) -> str:
-    """The child after which model `name` is cut when the config names no cut."""
-    return entry(name).cut
+    """The child after which model `name` is cut when the config names no cut; `ConfigError` if it has none."""
+    cut = entry(name).cut
+    if cut is None:
+        raise ConfigError("model.cut", None, f"a module of the model, as {name} has no cut of its own")
+    return cut

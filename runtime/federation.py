@@ -16,7 +16,7 @@ from torch import Tensor
 
 import algorithms
 from datasets import Dataset, Partition, batch_sizes, load, partition
-from models import check_model
+from models import check_model, input_channels
 from runtime import rng
 from runtime.blueprint import DTYPES, Blueprint
 from runtime.checkpoint import Checkpoint, Manifest
@@ -53,9 +53,8 @@ class Federation:
         self.device = config.torch_device()
         for part in self.algorithm.layout.client:
             self.algorithm.check_optimizer(config.optimizer_for(part))
-        self.dataset: Dataset = load(
-            config.dataset, seed=config.seed, device=self.device, dtype=DTYPES[config.precision]
-        )
+        dataset = load(config.dataset, seed=config.seed, device=self.device, dtype=DTYPES[config.precision])
+        self.dataset: Dataset = dataset.repeated(input_channels(config.model, dataset.info))
         check_model(config.model, self.dataset.info)
         self.population = 1 if self.algorithm.pooled else config.num_clients
         self.partition = self._partition()

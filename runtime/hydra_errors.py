@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runtime.config import NO_VALUE, ConfigError, nearest
+from runtime.model_names import spellings
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "hydra_config"
 CONFIG_NAME = "config"
@@ -68,7 +69,7 @@ def _translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.partition("/")
         if group in groups():
-            return ConfigError(group, name, "one of the choices", options(group))
+            return ConfigError(group, name, "one of the choices", [*options(group), *spellings(group)])
     for pattern, reason in _REASONS.items():
         found = re.search(pattern, text)
         if found:
@@ -143,7 +144,7 @@ def check_choices(arguments: Iterable[str]) -> None:
     for argument in arguments:
         group, _, value = argument.partition("=")
         if value == "null" and group != "experiment" and group in groups():
-            raise ConfigError(group, None, "one of the choices", options(group))
+            raise ConfigError(group, None, "one of the choices", [*options(group), *spellings(group)])
 
 
 def check_options(arguments: Iterable[str], known: Iterable[str]) -> None:

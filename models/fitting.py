@@ -1,0 +1,113 @@
+"""Whether a model from elsewhere takes a dataset's images and gives a classifier's logits, tried without computing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.registry import entry, find
+from models.sources import told
+from runtime.config import NO_VALUE, ConfigError
+
+if TYPE_CHECKING:
+    from datasets import DatasetInfo
+
+_COLOURS = 3
+_SIDES = (32, 64, 96, 128, 224, 256, 299, 384, 512)  # that models are made for, or that many halvings leave whole
+
+
+def input_channels(config: ModelConfig, info: DatasetInfo) -> int:
+    """Channels of the images that the model is to be given: the dataset's, or 3 where grey ones are to be repeated.
+
+    A registered model follows the dataset. One from elsewhere is built without memory for its weights, its first
+    convolution looked at, and given images in training and in evaluation: `ConfigError` if it does not take them, with
+    a size that it would take if there is one, or if it gives something else than logits [b, classes].
+    """
+    if find(config.name, config.options) is None:
+        return info.channels
+    try:
+        return _fitted(config, info, anywhere=True)
+    except ConfigError as error:
+        side = next(
+            (side for side in _other_sides(info) if _fits(config, replace(info, height=side, width=side))), None
+        )
+        if side is None:
+            raise
+        cause = f" ({told(error.__cause__)})" if error.__cause__ else ""
+        sizes = f"images of {side}x{side} and not of {info.height}x{info.width}"
+        text = f"{config.name} takes {sizes}: dataset.resize={side} scales them{cause}"
+        raise ConfigError("dataset.resize", NO_VALUE, text) from error
+
+
+def sketch(config: ModelConfig, info: DatasetInfo, *, anywhere: bool = True) -> nn.Module:
+    """The model on the meta device; where it cannot be built there, and `anywhere`, on the CPU.
+
+    Torch's generator is left as it was.
+    """
+    build, options = entry(config.name).build, config.typed_options()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build(info, options)
+        except ConfigError as error:
+            if not (anywhere and _is_of_meta(error)):
+                raise
+        return build(info, options)
+
+
+def _fitted(config: ModelConfig, info: DatasetInfo, *, anywhere: bool) -> int:
+    model = sketch(config, info, anywhere=anywhere)
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = _COLOURS if info.channels == 1 and first == _COLOURS else info.channels
+    seen = replace(info, channels=channels)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            _check_logits(config, model, seen)
+        except ConfigError as error:
+            if not (anywhere and _is_of_meta(error)):
+                raise
+            _check_logits(config, entry(config.name).build(seen, config.typed_options()), seen)
+    return channels
+
+
+def _is_of_meta(error: ConfigError) -> bool:
+    """Whether an error comes from the meta device, whose tensors have no values, and not from the model."""
+    return "meta" in str(error.__cause__).lower()
+
+
+def _check_logits(config: ModelConfig, model: nn.Module, info: DatasetInfo) -> None:
+    """Give the model two images in training, as BatchNorm may ask for, and one in evaluation."""
+    parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    for count, mode in ((2, "training"), (1, "evaluation")):
+        x = torch.zeros(count, *info.shape, dtype=parameter.dtype, device=parameter.device)
+        try:
+            with torch.no_grad():
+                output: object = model.train(mode == "training")(x)
+        except Exception as error:
+            shape = "x".join(map(str, info.shape))
+            expected = f"a model that takes images of {shape}; in {mode} it fails ({told(error)})"
+            raise ConfigError("model.name", config.name, expected) from error
+        if not isinstance(output, Tensor):
+            expected = f"a model that gives one tensor of logits, not {type(output).__name__} as in {mode}"
+            raise ConfigError("model.name", config.name, expected)
+        if output.shape != (count, info.classes):
+            expected = f"a model that gives logits {[count, info.classes]} for {count} images, not {list(output.shape)}"
+            raise ConfigError("model.name", config.name, expected)
+
+
+def _other_sides(info: DatasetInfo) -> list[int]:
+    """Sizes to suggest: larger ones first, from the nearest on, then smaller ones."""
+    smaller = [side for side in _SIDES if side < min(info.height, info.width)]
+    return [side for side in _SIDES if side > min(info.height, info.width)] + smaller[::-1]
+
+
+def _fits(config: ModelConfig, info: DatasetInfo) -> bool:
+    try:
+        _fitted(config, info, anywhere=False)
+    except ConfigError:
+        return False
+    return True

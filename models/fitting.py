@@ -68,6 +68,9 @@ def _fitted(config: ModelConfig, info: DatasetInfo, *, anywhere: bool) -> int:
         try:
             _check_logits(config, model, seen)
         except ConfigError as error:
+            if first is not None and first != channels and error.__cause__:
+                found = f"a model for images of {channels} channels; its first convolution takes {first}"
+                raise ConfigError("model.name", config.name, found) from error
             if not (anywhere and _is_of_meta(error)):
                 raise
             _check_logits(config, entry(config.name).build(seen, config.typed_options()), seen)

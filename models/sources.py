@@ -73,8 +73,10 @@ def torchvision_model(name: str, options: Mapping[str, Any]) -> Builder:
 def timm_model(name: str, options: Mapping[str, Any]) -> Builder:
     """Any model of timm; the first convolution is made for the dataset's channels, as timm does."""
     timm = _package("timm", "timm", f"timm/{name}")
-    if not timm.is_model(name):  # names with a scheme, such as hf-hub:, would be looked up on the network
-        _check_name("timm", name, timm.list_models())
+    # Names with a scheme, such as hf-hub:, are none of these: they would be looked up on the network.
+    _check_name("timm", name.partition(".")[0], timm.list_models())
+    if "." in name:
+        _check_name("timm", name, timm.list_pretrained(f"{name.partition('.')[0]}.*"))
     _check_fresh(options)
 
     def build(info: DatasetInfo) -> nn.Module:
@@ -112,7 +114,7 @@ def huggingface_model(name: str, options: Mapping[str, Any]) -> Builder:
             raise ConfigError.unknown_key(f"model.options.{key}", known)
 
     def build(info: DatasetInfo) -> nn.Module:
-        settings: dict[str, Any] = {"num_labels": info.classes}
+        settings: dict[str, Any] = {"num_labels": info.classes, "architectures": []}
         settings |= {"num_channels": info.channels} if "num_channels" in known else {}
         settings |= {"image_size": _side(info)} if "image_size" in known else {}
         config = transformers.AutoConfig.for_model(name, **{**settings, **options})
@@ -185,9 +187,10 @@ def _check_name(source: str, name: str, known: Iterable[str]) -> None:
     """A `ConfigError` with the names most like `name`, of thousands, if it is not known."""
     known = list(known)
     if name not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=_SHOWN, cutoff=0.5) or known[:_SHOWN]
-        choices = [f"{source}/{other}" for other in close]
-        raise ConfigError("model.name", f"{source}/{name}", f"one of the {len(known)} models of {source}", choices)
+        close = difflib.get_close_matches(name.lower(), known, n=_SHOWN, cutoff=0.5)
+        examples = "" if close else f", such as {', '.join(known[:_SHOWN])}"
+        expected = f"one of the {len(known)} classifiers of {source}{examples}"
+        raise ConfigError("model.name", f"{source}/{name}", expected, [f"{source}/{other}" for other in close])
 
 
 def _check_fresh(options: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -222,10 +221,11 @@ def _imported(path: str) -> object:
                 continue
             expected = f"a module that can be imported, from this folder or PYTHONPATH ({told(error)})"
             raise ConfigError("model.name", full, expected) from error
-        for name in parts[end:]:
+        for at, name in enumerate(parts[end:], start=end):
             if not hasattr(found, name):
-                where = found.__name__ if isinstance(found, ModuleType) else module
-                raise ConfigError("model.name", full, f"a name in {where}, which has no {name}", _public(found))
+                where = ".".join(parts[:at])
+                names = [f"import/{where}.{other}" for other in _public(found)]
+                raise ConfigError("model.name", full, f"a name in {where}, which has no {name}", names)
             found = getattr(found, name)
         return found
     raise AssertionError("the first part is a module, or the loop has raised")

@@ -16,7 +16,7 @@ from runtime.console import Progress, RunFiles, show_summary
 from runtime.federation import Federation
 from runtime.files import MODEL_FILE
 from runtime.loggers import build_loggers
-from runtime.personalize import Personalized, personalize
+from runtime.personalize import Personalized, divided, personalize
 from runtime.results import Results, RunSummary
 from runtime.run_folder import RunFolder
 from runtime.serial import save_tensors
@@ -39,6 +39,8 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     prepare_process(config.torch_device())
     federation = Federation(config, folder.path)
     set_threads(config, federation)
+    if config.personalize.part is not None:  # a model that cannot be divided is a mistake before training, not after
+        divided(list(federation.blueprint.parts(federation.algorithm.layout.whole).values()), config.personalize.part)
     results = Results(folder.path, build_loggers(config.logger, folder.path, folder.resumed))
     state = federation.resume()
     if state is not None:

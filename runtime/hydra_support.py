@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _PARTS = r"model\.(?:client|server|auxiliary|body|head)"
 # Mappings that take any key: which ones are right depends on a name in them, and the typed configuration checks it.
-_BELOW_OPEN = re.compile(rf"(?:(?:{_PARTS}\.)?(?:optimizer|scheduler)|(?:model|dataset)\.options)\.[^=]+=")
+_BELOW_OPEN = re.compile(rf"(?:{_PARTS}\.)?(?:optimizer|scheduler)\.[^=]+=|(?:model|dataset)\.options(?:\.[^=]+)?=")
 _SHORTHANDS = {
     re.compile(r"^(model\.auxiliary)=(?=[^{])"): "size",
     re.compile(rf"^({_PARTS}\.(?:optimizer|scheduler))=(?=[^{{])"): "name",

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -142,6 +142,22 @@ def personalize(
     return found
 
 
+def divided(parts: Sequence[nn.Module], part: str | None) -> tuple[nn.Module, nn.Module]:
+    """The body and the head of the model that the parts make up; of one that is no sequence all is body.
+
+    Raises:
+        ConfigError: the model has no head of its own, and ``part`` needs one.
+    """
+    if all(isinstance(module, nn.Sequential) for module in parts):
+        children = chain.from_iterable(module.named_children() for module in parts)
+        return body_and_head(nn.Sequential(OrderedDict(children)))
+    (whole,) = parts
+    if part != "full":
+        found = f"full, as the model is no nn.Sequential but a {type(whole).__name__} whose classifier is not known"
+        raise ConfigError("personalize.part", part, found)
+    return whole, nn.Identity()
+
+
 @contextlib.contextmanager
 def _nothing_left_by_failure(path: Path) -> Generator[None]:
     """Remove a file that was not completed, and the two folders above it if they hold nothing else."""
@@ -162,8 +178,7 @@ class _Tuner:
         self._federation, self._config = federation, config
         self.shares = federation.evaluator.local_test or federation.evaluator.shares(federation.dataset.test.labels)
         self._parts: Parts = federation.blueprint.parts(federation.algorithm.layout.whole)
-        children = chain.from_iterable(part.named_children() for part in self._parts.values())
-        self._body, self._head = body_and_head(nn.Sequential(OrderedDict(children)))
+        self._body, self._head = divided(list(self._parts.values()), config.part)
 
     def scores(self, client: int) -> Iterator[Score]:
         """The client's scores on its own test data after each number of epochs in the list."""

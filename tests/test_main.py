@@ -56,6 +56,9 @@ def run_folders(save_dir: Path) -> list[Path]:
     [
         (["dataset.alpa=0.1"], "dataset.alpa: no such key; did you mean dataset.alpha? (choices: "),
         (["model=resnt18"], "model=resnt18: expected one of the choices; did you mean resnet18? (choices: "),
+        (["model=torchvision/resnt18"], "model.name=torchvision/resnt18: expected one of the "),
+        (["model=torchvision/alexnet"], "dataset.resize: torchvision/alexnet takes images of 64x64 and not of 8x8"),
+        (["model=import/nobody.Net"], "model.name=import/nobody.Net: expected a module that can be imported"),
         (["rounds=ten"], "rounds=ten: expected an integer"),
         (["num_clients=100000"], "num_clients=100000: "),
         (["algorithm=sl_single_server", "model.cut=nowhere"], "model.cut=nowhere: "),
@@ -205,6 +208,7 @@ def test_names_from_the_configuration_cannot_leave_save_dir(tmp_path: Path) -> N
         ("model.client.optimizer.lr=0.1", "++model.client.optimizer.lr=0.1"),
         ("model.server.scheduler.gamma=0.1", "++model.server.scheduler.gamma=0.1"),
         ("model.options.width=2", "++model.options.width=2"),
+        ("model.options={width:2}", "++model.options={width:2}"),
         ("dataset.options.n_train=5", "++dataset.options.n_train=5"),
         ("model.auxiliary=linear,half", "model.auxiliary.size=linear,half"),
         ("model.client.optimizer=sgd", "++model.client.optimizer.name=sgd"),

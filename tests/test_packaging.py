@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from runtime.loggers import LOGGERS
+from runtime.model_names import SOURCES
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -111,6 +112,11 @@ def test_every_logger_has_an_extra_that_brings_its_packages() -> None:
     for name, logger in LOGGERS.items():
         needed = {DISTRIBUTIONS.get(package, package) for package in logger.packages}
         assert needed <= EXTRAS.get(name, set()), f"{name} needs {needed}"
+
+
+def test_every_library_of_models_has_an_extra_of_its_sources_name() -> None:
+    assert (EXTRAS["timm"], EXTRAS["huggingface"]) == ({"timm"}, {"transformers"})
+    assert {"timm", "huggingface"} <= set(SOURCES)
 
 
 def test_every_dependency_has_its_reason() -> None:

@@ -1,0 +1,149 @@
+"""Every method that leaves the model whole runs any module by name; the others refuse it in one line."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+
+import algorithms
+from runtime.config import ConfigError
+from runtime.experiment import run
+from runtime.federation import Federation
+from runtime.files import MODEL_FILE
+from runtime.job import choose_folder
+from runtime.run_folder import RunFolder
+from runtime.saved import personalize_run
+from runtime.settings import RunConfig
+from tests.conftest import play, same, weights
+from tests.contract.elsewhere import Net
+
+ROOT = Path(__file__).resolve().parents[2]
+OWN = "model=import/tests.contract.elsewhere.Net"
+WHOLE = [name for name in algorithms.names() if algorithms.get(name).layout.whole == ("model",)]
+DIVIDED = [name for name in algorithms.names() if name not in WHOLE]
+Configure = Callable[..., RunConfig]
+
+
+def finished(config: RunConfig, path: Path) -> dict[str, Any]:
+    """Run to the end in `path`; gives the results."""
+    with RunFolder.claim(path) as folder:
+        run(config, folder)
+    return json.loads((path / "results.json").read_text(encoding="utf-8"))
+
+
+def accuracy(model: nn.Module, config: RunConfig) -> float:
+    test = Federation(config).dataset.test
+    x, y = next(test.batches(torch.arange(len(test)), batch_size=len(test)))
+    with torch.no_grad():
+        return float((model.eval()(x).argmax(1) == y).double().mean())
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_method_that_leaves_the_model_whole_trains_any_module(configure: Configure, name: str) -> None:
+    config = configure(f"algorithm={name}", OWN, "rounds=2", "num_clients=2")
+    federation = Federation(config)
+    record, _ = federation.step()
+    assert record.train_loss is not None
+    assert math.isfinite(record.train_loss)
+    # Once down and once up for each of two clients; SCAFFOLD's control variates are of the parameters alone.
+    model = Net(10, 1)
+    sizes = [4 * sum(p.numel() for p in model.parameters()), sum(t.nbytes for t in model.state_dict().values())]
+    expected = {"centralized": 0, "local_only": 0, "scaffold": 4 * sum(sizes)}
+    assert record.comm_load == expected.get(name, 4 * sizes[1])
+
+
+@pytest.mark.parametrize("cut", ["model.cut=null", "model.cut=stem"])
+@pytest.mark.parametrize("name", DIVIDED)
+def test_a_method_that_divides_the_model_refuses_it_in_one_line(configure: Configure, name: str, cut: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Federation(configure(f"algorithm={name}", OWN, cut))
+    assert str(error.value).startswith("model.")
+    assert "\n" not in str(error.value)
+
+
+def test_the_saved_model_is_the_plain_module_with_the_recorded_accuracy(configure: Configure, tmp_path: Path) -> None:
+    config = configure("algorithm=fed_avg", OWN, "rounds=3", "batch_size=20", "progress=none")
+    results = finished(config, tmp_path / "run")
+    model = Net(10, 1)
+    model.load_state_dict(load_file(tmp_path / "run" / MODEL_FILE), strict=True)
+    assert accuracy(model, config) == results["test_acc"][-1]
+
+
+def test_a_model_of_torchvision_loads_into_torchvisions(configure: Configure, tmp_path: Path) -> None:
+    shape = ("dataset=synthetic", "dataset.options.n_train=24", "dataset.options.n_test=8", "dataset.options.height=8")
+    more = ("dataset.options.width=8", "dataset.options.classes=4", "dataset.resize=32", "batch_size=8", "rounds=1")
+    config = configure(
+        "algorithm=fed_avg", "model=torchvision/resnet18", *shape, *more, "num_clients=2", "progress=none"
+    )
+    results = finished(config, tmp_path / "run")
+    model = torchvision.models.resnet18(num_classes=4)
+    model.load_state_dict(load_file(tmp_path / "run" / MODEL_FILE), strict=True)
+    assert accuracy(model, config) == results["test_acc"][-1]
+    assert Federation(config).dataset.info.shape == (3, 32, 32), "grey images of 8x8, as the model sees them"
+    parts = choose_folder(config, []).relative_to(config.save_dir.absolute()).parts
+    assert parts[:3] == ("fed_avg", "torchvision-resnet18", "synthetic-iid")
+    again = RunConfig.from_mapping(
+        {**config.to_mapping(), "model": {"name": "torchvision/resnet18", "init": str(tmp_path / "run")}}
+    )
+    started = Federation(again).full_model()
+    assert started is not None
+    assert same(started, load_file(tmp_path / "run" / MODEL_FILE))
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(configure: Configure, tmp_path: Path) -> None:
+    config = configure("algorithm=fed_avg", OWN, "rounds=4")
+    through = play(Federation(config))
+    first = play(Federation(config, tmp_path), 2)
+    first.checkpoint({})
+    second = Federation(config, tmp_path)
+    assert second.resume() is not None
+    assert second.round == 2
+    assert same(weights(play(second)), weights(through))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others(configure: Configure) -> None:
+    states = [Federation(configure("algorithm=fed_avg", OWN, f"seed={seed}")).full_model() for seed in (1, 1, 2)]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert states[2] is not None
+    assert same(states[0], states[1])
+    assert not same(states[0], states[2])
+
+
+def test_batches_of_one_are_refused_where_the_model_normalises_over_them(configure: Configure) -> None:
+    own = Federation(configure("algorithm=fed_avg", OWN, "batch_size=1"))  # 64 pixels are enough for a variance
+    assert own._smallest == 1
+    options = ("dataset=synthetic", "dataset.options.height=32", "dataset.options.width=32")
+    with pytest.raises(ConfigError, match=r"batch_size=1: expected at least 2: torchvision/resnet18 normalises"):
+        Federation(configure("algorithm=fed_avg", "model=torchvision/resnet18", "batch_size=1", *options))
+
+
+def test_the_whole_of_such_a_model_is_personalised_and_no_part_of_it(configure: Configure, tmp_path: Path) -> None:
+    given = ("algorithm=fed_avg", OWN, "rounds=1", "num_clients=2", "progress=none", "threads=1")
+    finished(configure(*given, "personalize.part=full", "personalize.epochs=1"), tmp_path / "full")
+    (summary,) = (tmp_path / "full").glob("personalized/*/summary.json")
+    losses = json.loads(summary.read_text(encoding="utf-8"))["loss"]
+    assert losses[1] < losses[0], "an epoch on its own data lowers a client's loss"
+    with (
+        pytest.raises(ConfigError, match=r"personalize\.part=head: expected full"),
+        RunFolder.claim(tmp_path / "head", save_dir=tmp_path) as folder,
+    ):
+        run(configure(*given, "personalize.part=head"), folder)
+    assert not (tmp_path / "head").exists(), "it is refused before training"
+    with pytest.raises(ConfigError, match=r"personalize\.part=body: expected full"):
+        personalize_run(tmp_path / "full", {"personalize.part": "body"})
+
+
+def test_hydra_learns_the_names_without_importing_a_library_of_models() -> None:
+    code = "import sys, hydra_plugins.cutlayer_models; print({'torch', 'torchvision', 'timm'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

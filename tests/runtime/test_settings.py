@@ -183,6 +183,7 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
         "dataset__root": "elsewhere",
         "dataset__distribution": "dirichlet",
         "dataset__augment": "flip",
+        "dataset__resize": 16,
         "dataset__normalize": "none",
         "dataset__drop_last": "never",
         "dataset__storage": "stream",

@@ -185,11 +185,11 @@ class FSLSAGE(CSEFSL):
     Server = AligningServer
 
     @classmethod
-    def arrows(cls, config: Any, round: int, *, is_first: bool) -> tuple[Flow, ...]:
+    def arrows(cls, config: Any, round: int, *, before: int | None) -> tuple[Flow, ...]:
         """A warm start's first round is one of CSE-FSL, and alignment counts from the second."""
         if config.warm_start and round == 0:
             return CSEFSL.traffic
-        return super().arrows(config, round - config.warm_start, is_first=is_first)
+        return super().arrows(config, round - config.warm_start, before=before)
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> ClientProgram:

@@ -29,9 +29,10 @@ class Flow:
     """One arrow of a method's pseudocode: what crosses, in which direction, and how often.
 
     Each entry of ``fields`` is the name of a part (its whole state), ``smashed`` (the cut layer's output for one
-    batch) or ``labels`` (one int64 per sample). ``per`` says whether it crosses once per client and round or with each
-    batch; ``every`` and ``rounds`` name the keys of the algorithm's config that thin it out: every q-th local step,
-    every l-th round (with ``first``, also in a client's own first round).
+    batch), ``body_output`` (that of the server part between two cuts) or ``labels`` (one int64 per sample). ``per``
+    says whether it crosses once per client and round or with each batch; ``every`` and ``rounds`` name the keys of the
+    algorithm's config that thin it out: every q-th local step, every l-th round. Of each l rounds that is the ``start``
+    (with ``first``, also a client's own first round), the ``end``, or the client's first one among them (``join``).
     """
 
     direction: Literal["up", "down"]
@@ -41,14 +42,22 @@ class Flow:
     every: str | None = None
     rounds: str | None = None
     first: bool = False
+    when: Literal["start", "join", "end"] = "start"
 
     def interval(self, config: Any) -> int:
         """Local steps from one crossing to the next."""
         return int(getattr(config, self.every)) if self.every else 1
 
-    def crosses(self, config: Any, round: int, *, is_first: bool) -> bool:
-        """Whether anything crosses in this round (from 0), which may be the client's first."""
-        return not self.rounds or round % getattr(config, self.rounds) == 0 or (self.first and is_first)
+    def crosses(self, config: Any, round: int, *, before: int | None) -> bool:
+        """Whether anything crosses in this round (from 0), given the client's round before it (None: it is new)."""
+        if not self.rounds:
+            return True
+        length = int(getattr(config, self.rounds))
+        if self.when == "end":
+            return (round + 1) % length == 0
+        if self.when == "join":
+            return before is None or before // length != round // length
+        return round % length == 0 or (self.first and before is None)
 
 
 class Server:
@@ -131,6 +140,8 @@ class Algorithm:
         schedule: ``sequential`` runs one client after another through the round, ``lockstep`` moves the whole cohort
             on by one message at a time.
         personal: parts of the model that each client has for itself, kept in its state under the part's name.
+        paths: further ways through the parts, each tested with every client's own parts: the metrics of ``name`` are
+            ``name_acc`` and, on the client's share of the test set, ``name_local_acc``.
         evaluates: ``global`` tests the server's model, ``clients`` each client's own; follows from ``personal``.
         pooled: one client holds all the data.
         in_turn: a round's clients can only work one after the other, as each starts from what the one before left.
@@ -143,6 +154,7 @@ class Algorithm:
     shared: ClassVar[tuple[str, ...]] = ()
     schedule: ClassVar[Literal["sequential", "lockstep"]] = "sequential"
     personal: ClassVar[tuple[str, ...]] = ()
+    paths: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     evaluates: ClassVar[Literal["global", "clients"]] = "global"
     pooled: ClassVar[bool] = False
     in_turn: ClassVar[bool] = False
@@ -157,9 +169,18 @@ class Algorithm:
         """Raises ConfigError if the method's equations do not hold for a client's optimizer."""
 
     @classmethod
-    def arrows(cls, config: Any, round: int, *, is_first: bool) -> tuple[Flow, ...]:
-        """The arrows along which something crosses in a round (from 0), which may be the client's first."""
-        return tuple(flow for flow in cls.traffic if flow.crosses(config, round, is_first=is_first))
+    def arrows(cls, config: Any, round: int, *, before: int | None) -> tuple[Flow, ...]:
+        """The arrows along which something crosses in a client's round (from 0).
+
+        Args:
+            before: the client's round before this one; None if this is its first.
+        """
+        return tuple(flow for flow in cls.traffic if flow.crosses(config, round, before=before))
+
+    @classmethod
+    def kept(cls, config: Any) -> tuple[str, ...]:  # noqa: ARG003  (for those that override it)
+        """The parts of the model that clients have for themselves under this configuration, see ``personal``."""
+        return cls.personal
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> ClientProgram | Payload:

@@ -1,13 +1,21 @@
 """Models: whole networks by name, their cut into a client and a server part, and auxiliary models for the client."""
 
-from models import mobilenet, resnet, small, sources, vit  # noqa: F401  (they register their models)
+from models import mobilenet, resnet, small, sources, vgg, vit  # noqa: F401  (they register their models)
 from models.auxiliary import build_auxiliary
 from models.building import build_model, check_model
-from models.config import AUXILIARY_SIZES, AuxiliaryConfig, AuxiliaryHeadsConfig, ModelConfig, PartConfig
+from models.config import (
+    AUXILIARY_SIZES,
+    AuxiliaryConfig,
+    AuxiliaryHeadsConfig,
+    ModelConfig,
+    PartConfig,
+    PersonalConfig,
+)
 from models.fitting import input_channels
 from models.heads import AuxiliaryHeads, build_auxiliary_heads, forward_with_blocks, head_blocks
 from models.registry import default_cut, names, register
 from models.splitting import body_and_head, cuts, split
+from models.three import build_personal, divide
 
 __all__ = [
     "AUXILIARY_SIZES",
@@ -16,13 +24,16 @@ __all__ = [
     "AuxiliaryHeadsConfig",
     "ModelConfig",
     "PartConfig",
+    "PersonalConfig",
     "body_and_head",
     "build_auxiliary",
     "build_auxiliary_heads",
     "build_model",
+    "build_personal",
     "check_model",
     "cuts",
     "default_cut",
+    "divide",
     "forward_with_blocks",
     "head_blocks",
     "input_channels",

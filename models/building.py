@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from models.fitting import sketch
 from models.heads import build_auxiliary_heads
 from models.registry import entry
 from models.splitting import split
+from models.three import build_personal, divide
 from runtime.config import ConfigError
 
 if TYPE_CHECKING:
@@ -35,18 +36,24 @@ def build_model(config: ModelConfig, info: DatasetInfo) -> nn.Module:
     return model
 
 
-def check_model(config: ModelConfig, info: DatasetInfo) -> None:
+def check_model(config: ModelConfig, info: DatasetInfo, parts: Collection[str] = ()) -> None:
     """Raise the `ConfigError` that building and cutting this model, and heads on the blocks that it names, would raise.
 
-    Allocates and reads no weights. Whether a model from elsewhere takes the images is `models.input_channels`' to say.
+    `parts` are those that a method has: with `tail` the model is cut in three, with `server` in two, with neither as
+    `config` says, and `personal` bodies are built too. Allocates and reads no weights. Whether a model from elsewhere
+    takes the images is `models.input_channels`' to say.
     """
     if entry(config.name).is_foreign and config.cut is config.auxiliary_heads.blocks is config.init is None:
         return
     model = sketch(config, info)
-    if config.auxiliary_heads.blocks is not None:
-        with torch.device("meta"):
+    with torch.device("meta"):
+        if config.auxiliary_heads.blocks is not None:
             build_auxiliary_heads(config, info, model)
-    if config.cut is not None or not entry(config.name).is_foreign:
+        if "personal" in parts:
+            build_personal(config, info, model)
+    if "tail" in parts or ("server" not in parts and isinstance(config.cut, tuple)):
+        divide(config, model)
+    elif config.cut is not None or not entry(config.name).is_foreign:
         split(model, config.cut_after)
     if config.init is not None:
         _compare(model, config.init)

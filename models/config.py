@@ -45,22 +45,44 @@ class AuxiliaryHeadsConfig:
 
 
 @dataclass(frozen=True)
+class PersonalConfig:
+    """The clients' personal bodies, and refinements of their optimizer and scheduler.
+
+    `variants` are options over those of the model: a body is what such a model has between the two cuts. They are given
+    to the clients in turn: of n variants, client i has variant i mod n. None means the model's own.
+    """
+
+    variants: tuple[dict[str, Any], ...] | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.variants is not None and not self.variants:
+            raise ConfigError(
+                "variants", self.variants, "null or a list of one or more mappings of the model's options"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Which model, where it is cut and what it starts from.
 
-    `cut` None is the model's own default cut; `init` is a safetensors file, or a run's folder with a model.safetensors
-    in it, and None means fresh weights; `auxiliary_heads` are for methods that train on what is inside the model;
-    `options` are the model's own (see its builder), checked when this is made, or when a model from a source is built.
+    `cut` None is the model's own default cut, a pair cuts it in three (client part, server part, tail); `init` is a
+    safetensors file, or a run's folder with a model.safetensors in it, and None means fresh weights; `auxiliary_heads`
+    are for methods that train on what is inside the model; `options` are the model's own (see its builder), checked
+    when this is made, or when a model from a source is built.
     """
 
     name: str
-    cut: str | None = None
+    cut: str | tuple[str, str] | None = None
     init: Path | None = None
     client: PartConfig = field(default_factory=PartConfig)
     server: PartConfig = field(default_factory=PartConfig)
     auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
     body: PartConfig = field(default_factory=PartConfig)
     head: PartConfig = field(default_factory=PartConfig)
+    tail: PartConfig = field(default_factory=PartConfig)
+    personal: PersonalConfig = field(default_factory=PersonalConfig)
     auxiliary_heads: AuxiliaryHeadsConfig = field(default_factory=AuxiliaryHeadsConfig)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -68,6 +90,7 @@ class ModelConfig:
         if not is_known(self.name):
             raise ConfigError("name", self.name, "a registered model", choices())
         self.typed_options()
+        self.personal_options()
 
     def typed_options(self) -> Any:
         """`options` as the model's own dataclass; `ConfigError` for an unknown key or a bad value.
@@ -77,7 +100,23 @@ class ModelConfig:
         kind = entry(self.name).options
         return self.options if kind is None else build(kind, self.options, "options")
 
+    def personal_options(self) -> list[Any]:
+        """The options of the models of the personal bodies' variants; `ConfigError` as of `typed_options`."""
+        registered = entry(self.name)
+        if registered.options is None:
+            return []
+        variants = registered.variants if self.personal.variants is None else self.personal.variants
+        return [
+            build(registered.options, {**self.options, **variant}, f"personal.variants.{i}")
+            for i, variant in enumerate(variants)
+        ]
+
     @property
     def cut_after(self) -> str:
-        """The child after which the model is cut: `cut`, or the model's own default."""
+        """The child after which the model is cut in two: `cut`, or the model's own default.
+
+        Two cuts are a `ConfigError`.
+        """
+        if isinstance(self.cut, tuple):
+            raise ConfigError("model.cut", self.cut, "one child of the model: the method cuts it in two, not in three")
         return default_cut(self.name) if self.cut is None else self.cut

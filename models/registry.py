@@ -19,6 +19,8 @@ Builder = Callable[["DatasetInfo", Any], nn.Module]
 Source = Callable[[str, Mapping[str, Any]], Callable[["DatasetInfo"], nn.Module]]
 # Names of blocks, or what gives them for the model's options.
 Blocks = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
+# The two children that end the client part and the server part of a model cut in three, or what gives them likewise.
+Cuts = tuple[str, str] | Callable[[Any], tuple[str, str]]
 
 # Width of the thinned auxiliary models as a share of the server part's width, by size. Chosen so that a model whose
 # bytes lie in dense layers gets about a fifth (default) and a twelfth (half) of its server part, the shares that the
@@ -40,7 +42,9 @@ class Entry:
     `build(info, options)` returns the model with fresh weights from torch's global generator: an `nn.Sequential` of
     named children ending in the linear classifier or, from a source, any module. `cut` is the child that ends the
     client part by default, None where the model has none; `options` is None where the source checks them; `blocks` are
-    the modules that auxiliary heads are attached to by default, None where a general rule finds them.
+    the modules that auxiliary heads are attached to by default, None where a general rule finds them. `cuts` are the
+    two cuts into three parts, None for `cut` and the child before the classifier; `variants` are the options, over the
+    configured ones, of the models whose bodies are the clients' personal ones by default.
     """
 
     name: str
@@ -49,6 +53,8 @@ class Entry:
     options: type | None
     thinning: Mapping[str, float]
     blocks: Blocks | None = None
+    cuts: Cuts | None = None
+    variants: tuple[Mapping[str, Any], ...] = ({},)
 
     @property
     def is_foreign(self) -> bool:
@@ -58,6 +64,10 @@ class Entry:
     def blocks_for(self, options: Any) -> tuple[str, ...] | None:
         """The default blocks of the model with these `options`; None if it is registered with none."""
         return self.blocks(options) if callable(self.blocks) else self.blocks
+
+    def cuts_for(self, options: Any) -> tuple[str, str] | None:
+        """The default cuts into three parts of the model with these `options`; None if it is registered with none."""
+        return self.cuts(options) if callable(self.cuts) else self.cuts
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -71,17 +81,20 @@ def register(
     options: type = NoOptions,
     thinning: Mapping[str, float] = DENSE_THINNING,
     blocks: Blocks | None = None,
+    cuts: Cuts | None = None,
+    variants: tuple[Mapping[str, Any], ...] = ({},),
 ) -> Callable[[Builder], Builder]:
     """Register `build(info, options) -> nn.Sequential` as model `name`, cut after its child `cut` by default.
 
     `options` is the frozen dataclass that `model.options` is checked against, `thinning` the share of the server part's
     width that the auxiliary models `half` and `default` keep, `blocks` the modules that have an auxiliary head by
-    default (see `models/heads.py`), or a function that gives them for the model's options.
+    default (see `models/heads.py`), or a function that gives them for the model's options. `cuts` and `variants` are
+    of methods that cut the model in three (see `models/three.py`).
     """
 
     def add(build: Builder) -> Builder:
         assert name not in _ENTRIES, f"model {name} is registered twice"
-        _ENTRIES[name] = Entry(name, build, cut, options, thinning, blocks)
+        _ENTRIES[name] = Entry(name, build, cut, options, thinning, blocks, cuts, variants)
         return build
 
     return add

@@ -46,6 +46,30 @@ def split(model: nn.Module, cut: str) -> tuple[nn.Module, nn.Module]:
     return client, server
 
 
+def split_in_three(model: nn.Module, first: str, second: str) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
+    """Client part, server part and tail of `model`, cut after its children `first` and `second`.
+
+    As with `split`, tail(server(client(x))) is model(x), bit for bit. Besides what `split` refuses, cuts out of order and
+    a part without
+    weights are a `ConfigError`.
+    """
+    valid = cuts(model)
+    for cut in (first, second):
+        if cut not in valid:
+            raise ConfigError("model.cut", cut, "the children that end the client part and the server part", valid)
+    order = list(named(model))
+    if order.index(first) >= order.index(second):
+        raise ConfigError("model.cut", [first, second], "two children of the model, in its order", valid)
+    client, rest = _divide(model, 1 + order.index(first))
+    server, tail = _divide(rest, order.index(second) - order.index(first))
+    if not all(any(True for _ in part.parameters()) for part in (server, tail)):
+        raise ConfigError("model.cut", [first, second], "cuts that leave weights to each of the three parts", valid)
+    if _shared(client, rest) or _shared(server, tail):
+        expected = "cuts that do not divide weights shared by two children"
+        raise ConfigError("model.cut", [first, second], expected, valid)
+    return client, server, tail
+
+
 def body_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """All children of `model` but the last, and the last, its classifier: head(body(x)) is model(x), bit for bit.
 

@@ -96,7 +96,15 @@ def _quarters(options: VitOptions) -> tuple[str, ...]:
 
 
 # Shares of the number of blocks here, not of width, which a residual block cannot change.
-@register("vit", cut="block3", options=VitOptions, thinning={"half": 0.07, "default": 0.2}, blocks=_quarters)
+@register(
+    "vit",
+    cut="block3",
+    options=VitOptions,
+    thinning={"half": 0.07, "default": 0.2},
+    blocks=_quarters,
+    cuts=lambda options: ("patches", f"block{options.depth}"),
+    variants=({"depth": 1},),
+)
 def vit(info: DatasetInfo, options: VitOptions) -> nn.Sequential:
     """Dosovitskiy et al. 2021, with a class token: images [b, channels, h, w] -> logits [b, classes].
 

@@ -20,7 +20,8 @@ from models import (
     build_auxiliary,
     build_auxiliary_heads,
     build_model,
-    default_cut,
+    build_personal,
+    divide,
     split,
 )
 from runtime import rng
@@ -29,7 +30,7 @@ from runtime.optim import OptimizerConfig, PartOptimizer, SchedulerConfig, learn
 
 BATCH_NORM: Any = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  the base of all of them
 Parts = dict[str, nn.Module]
-DIVISIONS = (("model",), ("client", "server"), ("body", "head"))
+DIVISIONS = (("model",), ("client", "server", "tail"), ("client", "server"), ("body", "head"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 
@@ -48,9 +49,10 @@ class LearningConfig(Protocol):
 class Layout:
     """Which parts a method has, by party.
 
-    ``model`` is the whole model; ``client`` and ``server`` are its halves at the cut layer; ``body`` is all of it but
-    the classifier, which is the ``head``. Beside these stand ``auxiliary``, the client's stand-in for the server part,
-    and ``auxiliary_heads``, further classifiers on inner blocks of the body.
+    ``model`` is the whole model; ``client`` and ``server`` are its halves at the cut layer, or with ``tail`` its thirds
+    at two cuts, the tail being at the client again; ``body`` is all of it but the classifier, which is the ``head``.
+    Beside these stand ``auxiliary``, the client's stand-in for the server part, ``auxiliary_heads``, further
+    classifiers on inner blocks of the body, and ``personal``, a client's own body between client part and tail.
     """
 
     client: tuple[str, ...]
@@ -59,16 +61,25 @@ class Layout:
     @property
     def whole(self) -> tuple[str, ...]:
         """The parts that make up the model, in the order in which data goes through them."""
-        return next(parts for parts in DIVISIONS if not {*self.client, *self.server}.isdisjoint(parts))
+        return next(parts for parts in DIVISIONS if {*self.client, *self.server}.issuperset(parts))
 
     @property
     def cut(self) -> bool:
         """Whether the model is cut between the parties."""
-        return self.whole == ("client", "server")
+        return "server" in self.whole
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """All parts of both parties."""
+        return frozenset((*self.client, *self.server))
 
 
 class Blueprint:
-    """Builds parts, the same ones at every party: initial weights come from the seed alone."""
+    """Builds parts, the same ones at every party: initial weights come from the seed alone.
+
+    Clients' personal bodies may differ in architecture: this is the blueprint of the parties whose body is the first
+    variant, ``for_client`` gives a client's.
+    """
 
     def __init__(
         self,
@@ -84,34 +95,56 @@ class Blueprint:
         self.dtype = DTYPES[precision]
         self.buffers = buffers
         self._precision = precision
-        self._parts = self._build(config, layout, info)
+        self._parts, bodies = self._build(config, layout, info)
         self._general = config.optimizer_for("model")
         self._optimizers = {name: config.optimizer_for(name) for name in self._parts}
         self._schedulers = {name: config.scheduler_for(name) for name in self._parts}
         self.initial = {name: copied_state(part) for name, part in self._parts.items()}
-        self.buffer_names = {
-            name: frozenset(self.initial[name].keys() - dict(part.named_parameters(remove_duplicate=False)).keys())
-            for name, part in self._parts.items()
-        }
+        self.buffer_names = {name: _buffer_names(part) for name, part in self._parts.items()}
+        self.variants: tuple[Blueprint, ...] = (self, *(self._variant(body) for body in bodies[1:]))
+        """One blueprint for each variant of the personal body."""
+        for blueprint in self.variants:
+            blueprint.variants = self.variants
 
-    def _build(self, learning: LearningConfig, layout: Layout, info: DatasetInfo) -> Parts:
+    def _build(self, learning: LearningConfig, layout: Layout, info: DatasetInfo) -> tuple[Parts, list[nn.Module]]:
+        """The parts, and the variants of the personal body if there is one."""
         config, seed = learning.model, learning.seed
         cpu = torch.device("cpu")
         with rng.TorchStream(rng.derive(seed, stream="model"), cpu):
             whole = build_model(config, info)
         parts: Parts = {"model": whole}
-        needed = {*layout.client, *layout.server}
+        needed = layout.parts
+        bodies: list[nn.Module] = []
         if "auxiliary" in needed:
             with rng.TorchStream(rng.derive(seed, stream="auxiliary"), cpu):
                 parts["auxiliary"] = build_auxiliary(config, info, whole)
         if "auxiliary_heads" in needed:
             with rng.TorchStream(rng.derive(seed, stream="auxiliary heads"), cpu):
                 parts["auxiliary_heads"] = build_auxiliary_heads(config, info, whole)
-        if layout.cut:
-            parts["client"], parts["server"] = split(whole, model_cut(config))
+        if "personal" in needed:
+            with rng.TorchStream(rng.derive(seed, stream="personal"), cpu):
+                bodies = [body.to(self.device, self.dtype).train() for body in build_personal(config, info, whole)]
+            parts["personal"] = bodies[0]
+        if "tail" in layout.whole:
+            parts["client"], parts["server"], parts["tail"] = divide(config, whole)
+        elif layout.cut:
+            parts["client"], parts["server"] = split(whole, config.cut_after)
         elif layout.whole == ("body", "head"):
             parts["body"], parts["head"] = body_and_head(whole)
-        return {name: parts[name].to(self.device, self.dtype).train() for name in parts if name in needed}
+        made = {name: parts[name].to(self.device, self.dtype).train() for name in parts if name in needed}
+        return made, bodies
+
+    def _variant(self, body: nn.Module) -> Blueprint:
+        """This blueprint with another personal body; everything else is shared."""
+        twin = copy.copy(self)
+        twin._parts = {**self._parts, "personal": body}
+        twin.initial = {**self.initial, "personal": copied_state(body)}
+        twin.buffer_names = {**self.buffer_names, "personal": _buffer_names(body)}
+        return twin
+
+    def for_client(self, client: int) -> Blueprint:
+        """The blueprint with the client's own variant of the personal body; variants are given to clients in turn."""
+        return self.variants[client % len(self.variants)]
 
     def parts(self, names: Iterable[str]) -> Parts:
         """Fresh copies of the named parts, in their initial state, in training mode."""
@@ -165,14 +198,14 @@ class Blueprint:
         return 4 * sum(state_bytes(self.initial[name]) for name in names)
 
 
-def model_cut(config: ModelConfig) -> str:
-    """The configured cut, or the model's own."""
-    return config.cut if config.cut is not None else default_cut(config.name)
-
-
 def copied_state(module: nn.Module) -> dict[str, Tensor]:
     """A copy of a module's state."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def _buffer_names(module: nn.Module) -> frozenset[str]:
+    """The keys of a module's state that are no parameters."""
+    return frozenset(module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys())
 
 
 def state_bytes(state: dict[str, Tensor]) -> int:

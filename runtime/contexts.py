@@ -52,13 +52,27 @@ class ClientState:
         """Keep a row; it takes effect if the client ends its round."""
         self._store.put(self._client, name, row)
 
+    def drop(self, name: str) -> None:
+        """Keep the row no longer; it takes effect if the client ends its round."""
+        self._store.drop(self._client, name)
+
 
 @dataclass
 class Seat:
     """Where a client sits while it runs: a set of parts that one client after another uses."""
 
+    blueprint: Blueprint
     parts: Parts
     taken: bool = False
+
+    def take(self, blueprint: Blueprint) -> None:
+        """Ready the seat for a client with this blueprint: its parts without gradients, its variant of the body."""
+        self.taken = True
+        if blueprint is not self.blueprint:
+            self.blueprint = blueprint
+            self.parts |= blueprint.parts(["personal"])
+        for part in self.parts.values():
+            part.zero_grad(set_to_none=True)
 
 
 class ClientContext:
@@ -74,7 +88,6 @@ class ClientContext:
 
     def __init__(
         self,
-        blueprint: Blueprint,
         seat: Seat,
         *,
         id: int,
@@ -91,7 +104,7 @@ class ClientContext:
         self.samples = samples
         self.state = state
         self.means = Means()
-        self._blueprint = blueprint
+        self._blueprint = seat.blueprint
         self._seat = seat
         self._seed = seed
         self._batches = batches

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ class Federation:
             self.algorithm.check_optimizer(config.optimizer_for(part))
         dataset = load(config.dataset, seed=config.seed, device=self.device, dtype=DTYPES[config.precision])
         self.dataset: Dataset = dataset.repeated(input_channels(config.model, dataset.info))
-        check_model(config.model, self.dataset.info)
+        check_model(config.model, self.dataset.info, self.algorithm.layout.parts)
+        self.personal = self.algorithm.kept(config.algorithm)
         self.population = 1 if self.algorithm.pooled else config.num_clients
         self.partition = self._partition()
         self.blueprint = Blueprint(
@@ -140,16 +141,11 @@ class Federation:
         Raises:
             ConfigError: the setting makes such batches of clients that have more samples.
         """
-        layout, config = self.algorithm.layout, self.config
-        parts = self.blueprint.parts({*layout.client, *layout.server})
-        x = z = torch.zeros(1, *self.dataset.info.shape, dtype=self.blueprint.dtype, device=self.device)
+        config = self.config
         try:
             with torch.no_grad(), rng.TorchStream(0, self.device):
-                for name in layout.whole:
-                    z = x
-                    x = parts[name](z)
-                if "auxiliary" in parts:
-                    parts["auxiliary"](z)
+                for blueprint in self.blueprint.variants:
+                    self._pass_one(blueprint)
         except ValueError:
             if config.batch_size == 1:
                 raise ConfigError(
@@ -160,6 +156,18 @@ class Federation:
                 raise ConfigError("dataset.drop_last", "never", reason) from None
             return True
         return False
+
+    def _pass_one(self, blueprint: Blueprint) -> None:
+        """A sample through every path of the model, and through the auxiliary model behind the last but one part."""
+        layout = self.algorithm.layout
+        parts = blueprint.parts(layout.parts)
+        for path in (layout.whole, *self.algorithm.paths.values()):
+            x = z = torch.zeros(1, *self.dataset.info.shape, dtype=blueprint.dtype, device=self.device)
+            for name in path:
+                z = x
+                x = parts[name](z)
+            if "auxiliary" in parts:
+                parts["auxiliary"](z)
 
     def step(self) -> tuple[RoundRecord, list[Traffic]]:
         """Run one round: train, commit, evaluate if it is time to."""
@@ -222,13 +230,10 @@ class Federation:
     def _open(self, client: int) -> LocalSession:
         seat = next((seat for seat in self._seats if not seat.taken), None)
         if seat is None:
-            seat = Seat(self.blueprint.parts(self.algorithm.layout.client))
+            seat = Seat(self.blueprint, self.blueprint.parts(self.algorithm.layout.client))
             self._seats.append(seat)
-        seat.taken = True
-        for part in seat.parts.values():
-            part.zero_grad(set_to_none=True)
+        seat.take(self.blueprint.for_client(client))
         context = ClientContext(
-            self.blueprint,
             seat,
             id=client,
             round=self.round,
@@ -281,19 +286,27 @@ class Federation:
         """Test what the algorithm says is to be tested."""
         return self.evaluator.evaluate()
 
-    def client_states(self, client: int) -> dict[str, Mapping[str, Tensor]]:
-        """The parts that make up the model a client uses, in order: its own ones, and for the others the server's."""
+    def client_states(self, client: int, path: Sequence[str] | None = None) -> dict[str, Mapping[str, Tensor]]:
+        """The parts of the model that a client uses, in order: its own ones, and for the others the server's.
+
+        Args:
+            path: names of the parts; None for those that make up the whole model.
+        """
         states: dict[str, Mapping[str, Tensor]] = {}
-        held = self.server.ctx.parts
-        for name in self.algorithm.layout.whole:
-            own = self.stores["clients"].get(client, name) if name in self.algorithm.personal else None
-            shared = held[name].state_dict() if name in held else self.blueprint.initial[name]
+        held, initial = self.server.ctx.parts, self.blueprint.for_client(client).initial
+        for name in path or self.algorithm.layout.whole:
+            own = self.stores["clients"].get(client, name) if self.is_own(name) else None
+            shared = held[name].state_dict() if name in held else initial[name]
             states[name] = shared if own is None else own
         return states
 
+    def is_own(self, part: str) -> bool:
+        """Whether a client may have a part for itself: by the method, or because the server has none."""
+        return part in self.personal or part not in self.server.ctx.parts
+
     def full_model(self) -> dict[str, Tensor] | None:
         """The state of one whole model under the model's own names; None where each client has its own."""
-        if self.algorithm.personal and self.population > 1:
+        if self.personal and self.population > 1:
             return None
         states = self.client_states(0).values()
         return {name: tensor.detach().cpu().contiguous().clone() for state in states for name, tensor in state.items()}

@@ -150,10 +150,14 @@ class PartOptimizer:
 
     def update(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """One step down ``output`` (a loss), or along ``gradient`` (same shape) when ``output`` is not a scalar."""
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
         torch.autograd.backward(output, gradient)
         self.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients that the parameters hold."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> None:
         """One step along the gradients that the parameters hold."""

@@ -98,7 +98,7 @@ def restore(run: Path, config: RunConfig) -> Federation:
     recorded = (run / IDENTITY).read_text(encoding="utf-8").strip() if (run / IDENTITY).is_file() else None
     if federation.resume(recorded=recorded) is not None:
         return federation
-    if not (run / MODEL_FILE).is_file() or (federation.algorithm.personal and federation.population > 1):
+    if not (run / MODEL_FILE).is_file() or (federation.personal and federation.population > 1):
         raise ConfigError("run", str(run), f"a run with its {CHECKPOINT_FOLDER} folder, which this one lacks")
     values = config.to_mapping()
     values["model"]["init"] = str(run)

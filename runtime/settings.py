@@ -19,9 +19,9 @@ from runtime.fine_tuning import PersonalizeConfig
 from runtime.loggers import LoggerConfig, logger_config
 from runtime.optim import OptimizerConfig, SchedulerConfig, check_schedule, optimizer_config, scheduler_config
 
-Part = Literal["model", "client", "server", "auxiliary", "body", "head", "auxiliary_heads"]
+Part = Literal["model", "client", "server", "auxiliary", "body", "head", "tail", "personal", "auxiliary_heads"]
 # Those whose optimizer and schedule may be refined under `model`.
-REFINED: tuple[Part, ...] = ("client", "server", "auxiliary", "body", "head")
+REFINED: tuple[Part, ...] = ("client", "server", "auxiliary", "body", "head", "tail", "personal")
 PARTS: tuple[Part, ...] = ("model", *REFINED)
 
 # Where a run is kept and shown; everything else decides its result.

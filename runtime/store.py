@@ -42,14 +42,14 @@ class Store:
         self._bytes = 0
         self._dirty: set[Key] = set()  # rows in memory that no file holds
         self._files: dict[Key, str] = {}
-        self._staged: dict[int, dict[str, Row]] = {}
+        self._staged: dict[int, dict[str, Row | None]] = {}
         self._version = 0
 
     def get(self, client: int, name: str) -> Row | None:
         """The row, or None where the client still has the initial state. Treat its tensors as read-only."""
-        staged = self._staged.get(client, {}).get(name)
-        if staged is not None:
-            return staged
+        staged = self._staged.get(client, {})
+        if name in staged:
+            return staged[name]
         key = client, name
         if key in self._memory:
             self._memory.move_to_end(key)
@@ -66,6 +66,10 @@ class Store:
         copied = {entry: tensor.detach().clone() for entry, tensor in row.items()}
         self._staged.setdefault(client, {})[name] = copied
 
+    def drop(self, client: int, name: str) -> None:
+        """Stage that the row is absent again."""
+        self._staged.setdefault(client, {})[name] = None
+
     def discard(self, client: int) -> None:
         """Forget what ``client`` staged since the last commit."""
         self._staged.pop(client, None)
@@ -74,9 +78,17 @@ class Store:
         """Make everything staged the current state; called once at the end of a round."""
         for client, rows in self._staged.items():
             for name, row in rows.items():
-                self._dirty.add((client, name))
-                self._hold((client, name), row)
+                if row is None:
+                    self._release((client, name))
+                else:
+                    self._dirty.add((client, name))
+                    self._hold((client, name), row)
         self._staged.clear()
+
+    def _release(self, key: Key) -> None:
+        self._bytes -= _size(self._memory.pop(key, {}))
+        self._dirty.discard(key)
+        self._files.pop(key, None)  # the file itself stays until no checkpoint names it
 
     def _hold(self, key: Key, row: Row) -> None:
         if key in self._memory:

@@ -21,7 +21,7 @@ def expected_bytes(federation: Federation, rounds: Iterable[int]) -> dict[tuple[
 
     Nothing is trained: a run is measured by its ledger, this says beforehand what the ledger will hold.
     """
-    per_sample = {"labels": SCALAR_BYTES, "smashed": smashed_bytes(federation)}
+    per_sample = {"labels": SCALAR_BYTES, **crossing_bytes(federation)}
     whole, travelling = part_bytes(federation, whole=True), part_bytes(federation, whole=False)
     total: dict[tuple[str, str], int] = {}
     for flows in _crossings(federation, rounds):
@@ -46,14 +46,14 @@ def expected_round_trips(federation: Federation, rounds: Iterable[int]) -> int:
 def _crossings(federation: Federation, rounds: Iterable[int]) -> Iterator[list[tuple[Flow, list[int]]]]:
     """For each client's round its arrows, each with the sizes of the batches that cross, or [1] for one a round."""
     config = federation.config
-    seen: set[int] = set()
+    seen: dict[int, int] = {}
     for round in rounds:
         for client in federation.cohort(round):
             samples = int(federation.partition.sizes[client])
             sizes = config.local_epochs * batch_sizes(samples, config.batch_size, config.dataset.drop_last)
-            flows = federation.algorithm.arrows(config.algorithm, round, is_first=client not in seen)
+            flows = federation.algorithm.arrows(config.algorithm, round, before=seen.get(client))
             yield [(flow, sizes[:: flow.interval(config.algorithm)] if flow.per == "batch" else [1]) for flow in flows]
-            seen.add(client)
+            seen[client] = round
 
 
 def part_bytes(federation: Federation, *, whole: bool) -> dict[str, int]:
@@ -73,12 +73,23 @@ def part_bytes(federation: Federation, *, whole: bool) -> dict[str, int]:
     return sizes
 
 
-def smashed_bytes(federation: Federation) -> int:
-    """Bytes of the cut layer's output for one sample; 0 for an uncut model."""
+def crossing_bytes(federation: Federation) -> dict[str, int]:
+    """Bytes for one sample of what comes out at each cut: ``smashed`` at the first, ``body_output`` at the second.
+
+    A cut that the model does not have gives 0.
+    """
+    sizes = {"smashed": 0, "body_output": 0}
+    whole = federation.algorithm.layout.whole
     if not federation.algorithm.layout.cut:
-        return 0
-    client = federation.blueprint.parts(["client"])["client"].eval()
+        return sizes
     x = torch.zeros(1, *federation.dataset.info.shape, dtype=federation.blueprint.dtype, device=federation.device)
     with torch.no_grad(), federation.blueprint.autocast():
-        z = client(x)
-    return state_bytes({"z": z})
+        for field, (name, part) in zip(sizes, federation.blueprint.parts(whole[:-1]).items(), strict=False):
+            x = part.eval()(x)
+            sizes[field] = state_bytes({name: x})
+    return sizes
+
+
+def smashed_bytes(federation: Federation) -> int:
+    """Bytes of the cut layer's output for one sample; 0 for an uncut model."""
+    return crossing_bytes(federation)["smashed"]

@@ -23,7 +23,7 @@ CHOICES = [
     if not file.name.startswith("_")
 ]
 # Deep networks are narrowed: the yaml is what is tested here, the arithmetic is in tests/models.
-NARROW = {"resnet": "model.options.width=2", "mobilenet": "model.options.width=2"}
+NARROW = {"resnet": "model.options.width=2", "mobilenet": "model.options.width=2", "vgg": "model.options.width=2"}
 SMALL = (
     "rounds=1",
     "num_clients=2",

@@ -28,6 +28,7 @@ NARROW: dict[str, dict[str, Any]] = {
     "resnet1202": {"width": 2},
     "mobilenet_cifar": {"width": 4},
     "cnn4": {"width": 16},
+    "vgg": {"width": 4},
     "vit": {"hidden": 16, "heads": 2, "mlp": 32, "depth": 4},
 }
 MODELS = names()

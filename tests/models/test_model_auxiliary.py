@@ -66,7 +66,7 @@ def test_runs_on_large_images(name: str) -> None:
             assert auxiliary(z).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_cifar", "cnn4", "vit"])
+@pytest.mark.parametrize("name", ["mobilenet_cifar", "cnn4", "vit", "vgg"])
 def test_shares_of_the_server_part_are_those_of_the_paper(name: str) -> None:
     # The ablation's 3.5 and 8.0 of 42 MB: about a twelfth and a fifth, of a server part of any architecture.
     model = build_model(ModelConfig(name), info("cifar10"))

@@ -1,0 +1,172 @@
+"""FSMKD: a shared body at the server and a small body at each client, which teach each other between two cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from algorithms import register
+from algorithms.base import Algorithm, Flow, Server, cross_entropy
+from runtime.blueprint import Layout
+from runtime.boundary import ClientProgram, Payload, Reply, ask, tensor
+from runtime.config import ConfigError
+from runtime.contexts import ClientContext, ServerContext
+
+
+@dataclass(frozen=True)
+class FSMKDConfig:
+    """Keys of FSMKD.
+
+    Attributes:
+        temperature: what both paths' logits are divided by in the divergences (tau), > 0.
+        distillation_weight: weight of each divergence (w), >= 0; 0 leaves two independent cross-entropies.
+        shared_gradient: whose loss the client part and the tail follow: the ``global`` path's, or the sum of ``both``.
+        aggregate_interval: rounds from one averaging of client parts and tails to the next (A), >= 1.
+    """
+
+    temperature: float = 2.0
+    distillation_weight: float = 1.0
+    shared_gradient: Literal["global", "both"] = "global"
+    aggregate_interval: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError("temperature", self.temperature, "a finite number > 0")
+        if not 0 <= self.distillation_weight < float("inf"):
+            raise ConfigError("distillation_weight", self.distillation_weight, "a finite number >= 0")
+        if self.aggregate_interval < 1:
+            raise ConfigError("aggregate_interval", self.aggregate_interval, "an integer >= 1")
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) of logits [b, C] at a temperature, mean over samples; the teacher is constant."""
+    p, q = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher.detach()))
+    return F.kl_div(p, q, reduction="batchmean", log_target=True)
+
+
+def mutual_losses(local: Tensor, shared: Tensor, y: Tensor, config: FSMKDConfig) -> tuple[Tensor, Tensor]:
+    """The losses of the local path and of the global one: each its cross-entropy, and w times KL(other || own).
+
+    Args:
+        local, shared: logits [b, C] through the personal body and through the server's. y: int64 [b].
+    """
+    weight, temperature = config.distillation_weight, config.temperature
+    return (
+        cross_entropy(local, y) + weight * divergence(local, shared, temperature),
+        cross_entropy(shared, y) + weight * divergence(shared, local, temperature),
+    )
+
+
+class SharedBodyServer(Server):
+    """Holds the large body that all clients' batches go through, and averages client parts and tails.
+
+    It sees no labels: what it learns from is the gradient of its output.
+    """
+
+    def __init__(self, ctx: ServerContext) -> None:
+        super().__init__(ctx)
+        self._passes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def open_round(self, cohort: Sequence[int]) -> None:
+        super().open_round(cohort)
+        self._passes.clear()
+
+    def down(self, client: int) -> Payload:
+        """The averaged parts, unless the client has had them since the last averaging and goes on with its own."""
+        interval = self.ctx.config.aggregate_interval
+        if interval > 1:
+            own, period = self.ctx.state(client), self.ctx.round // interval
+            had = own.get("period")
+            if had is not None and int(had["period"]) == period:
+                return {}
+            own.put("period", {"period": torch.tensor(period)})
+        return super().down(client)
+
+    def on_smashed(self, client: int, message: Payload) -> Reply:
+        """The body's output for z; its graph waits for the gradient."""
+        z = tensor(message, "z").requires_grad_()
+        output = self.ctx.part("server")(z)
+        self._passes[client] = z, output
+        return {"output": output}
+
+    def on_gradient(self, client: int, message: Payload) -> Reply:
+        """One optimizer step along the gradient of the body's output; replies with the gradient of z."""
+        z, output = self._passes.pop(client)
+        self.ctx.optimizer("server").update(output, tensor(message, "grad"))
+        assert z.grad is not None
+        return {"grad": z.grad}
+
+    def forget(self, client: int) -> None:
+        self._passes.pop(client, None)
+
+
+@register("fsmkd")
+class FSMKD(Algorithm):
+    """FSMKD (Luo & Zhang): mutual distillation of a shared body and personal ones over a U-shaped cut.
+
+    Client part and tail are at the client, so labels never leave it. The local path goes through the client's personal
+    body, which may differ in architecture from other clients', the global path through the server's. In the last of
+    every ``aggregate_interval`` rounds the cohort's client parts and tails are averaged; until then clients go on with
+    their own. The server's body is trained on the batches of all clients in turn.
+    """
+
+    Config = FSMKDConfig
+    layout = Layout(client=("client", "personal", "tail"), server=("client", "server", "tail"))
+    shared = ("client", "tail")
+    paths: ClassVar = {"personal": ("client", "personal", "tail")}
+    traffic = (
+        Flow("down", "model", ("client", "tail"), rounds="aggregate_interval", when="join"),
+        Flow("up", "smashed", ("smashed",), per="batch"),
+        Flow("down", "smashed", ("body_output",), per="batch"),
+        Flow("up", "gradient", ("body_output",), per="batch"),
+        Flow("down", "gradient", ("smashed",), per="batch"),
+        Flow("up", "model", ("client", "tail"), rounds="aggregate_interval", when="end"),
+    )
+    Server = SharedBodyServer
+
+    @classmethod
+    def kept(cls, config: Any) -> tuple[str, ...]:
+        """Between two averagings each client has its own client part and tail."""
+        return cls.shared if config.aggregate_interval > 1 else ()
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> ClientProgram:
+        """Each batch: z up, the shared body's output down, its gradient up, that of z down, one step of all parts."""
+        config: FSMKDConfig = ctx.config
+        ctx.load(down)
+        for name in () if down else FSMKD.shared:
+            ctx.restore(name)
+        ctx.restore("personal")
+        first, body, tail = (ctx.part(name) for name in ("client", "personal", "tail"))
+        optimizer = ctx.optimizer("client", "personal", "tail")
+        both = config.shared_gradient == "both"
+        for x, y in ctx.batches():
+            z = first(x)
+            output = tensor((yield ask("smashed", z=z)), "output").requires_grad_()
+            # What the local loss does not train sees no gradient of it.
+            own = z.detach().requires_grad_(both)
+            local, shared = tail(body(own)), tail(output)
+            local_loss, loss = mutual_losses(local, shared, y, config)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss, inputs=[output, *tail.parameters()])
+            inputs = [*body.parameters(), *((own, *tail.parameters()) if both else ())]
+            torch.autograd.backward(local_loss, inputs=inputs)
+            assert output.grad is not None
+            gradient = tensor((yield ask("gradient", grad=output.grad)), "grad")
+            torch.autograd.backward(z, gradient if own.grad is None else gradient + own.grad)
+            optimizer.step()
+            ctx.log("loss", loss)
+            ctx.log("local_loss", local_loss)
+        ctx.keep("personal")
+        if (ctx.round + 1) % config.aggregate_interval:
+            for name in FSMKD.shared:
+                ctx.keep(name)
+            return {}
+        for name in FSMKD.shared:
+            ctx.state.drop(name)
+        return ctx.dump(*FSMKD.shared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,14 @@ class PersonalConfig:
 class ModelConfig:
     """Which model, where it is cut and what it starts from.
 
-    `cut` None is the model's own default cut, a pair cuts it in three (client part, server part, tail); `init` is a
+    `cut` None is the model's own default cut, a pair cuts it in three: client part, server part and tail. `init` is a
     safetensors file, or a run's folder with a model.safetensors in it, and None means fresh weights; `auxiliary_heads`
-    are for methods that train on what is inside the model; `options` are the model's own (see its builder), checked
-    when this is made, or when a model from a source is built.
+    are for methods that train on what is inside the model; `options` are the model's own (see its builder). They and
+    those of `personal` are checked when this is made, or when a model from a source is built.
     """
 
     name: str
-    cut: str | tuple[str, str] | None = None
+    cut: str | tuple[str, ...] | None = None
     init: Path | None = None
     client: PartConfig = field(default_factory=PartConfig)
     server: PartConfig = field(default_factory=PartConfig)
@@ -89,6 +90,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not is_known(self.name):
             raise ConfigError("name", self.name, "a registered model", choices())
+        if isinstance(self.cut, tuple) and len(self.cut) != 2:
+            raise ConfigError("cut", self.cut, "null, one child of the model, or two as [first,second]")
         self.typed_options()
         self.personal_options()
 
@@ -100,15 +103,19 @@ class ModelConfig:
         kind = entry(self.name).options
         return self.options if kind is None else build(kind, self.options, "options")
 
+    @property
+    def variants(self) -> tuple[Mapping[str, Any], ...]:
+        """The options of each variant of the personal body, over those of the model."""
+        return entry(self.name).variants if self.personal.variants is None else self.personal.variants
+
     def personal_options(self) -> list[Any]:
-        """The options of the models of the personal bodies' variants; `ConfigError` as of `typed_options`."""
-        registered = entry(self.name)
-        if registered.options is None:
+        """As `typed_options`, of the models that the variants of the personal body are taken from."""
+        kind = entry(self.name).options
+        if kind is None:
             return []
-        variants = registered.variants if self.personal.variants is None else self.personal.variants
         return [
-            build(registered.options, {**self.options, **variant}, f"personal.variants.{i}")
-            for i, variant in enumerate(variants)
+            build(kind, {**self.options, **variant}, f"personal.variants.{i}")
+            for i, variant in enumerate(self.variants)
         ]
 
     @property

@@ -49,9 +49,8 @@ def split(model: nn.Module, cut: str) -> tuple[nn.Module, nn.Module]:
 def split_in_three(model: nn.Module, first: str, second: str) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
     """Client part, server part and tail of `model`, cut after its children `first` and `second`.
 
-    As with `split`, tail(server(client(x))) is model(x), bit for bit. Besides what `split` refuses, cuts out of order and
-    a part without
-    weights are a `ConfigError`.
+    As with `split`, tail(server(client(x))) is model(x), bit for bit. Besides what that refuses, cuts out of order and
+    a part without weights are a `ConfigError`.
     """
     valid = cuts(model)
     for cut in (first, second):

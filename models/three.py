@@ -25,11 +25,12 @@ def divide(config: ModelConfig, model: nn.Module) -> tuple[nn.Sequential, nn.Seq
     `ConfigError`, as is what `split_in_three` refuses.
     """
     if isinstance(config.cut, str):
-        expected = "two children of the model, as [first,second]: the method cuts it in three"
-        raise ConfigError("model.cut", config.cut, expected, cuts(model))
+        expected = f"[first,second], as the method cuts the model in three: two of {', '.join(cuts(model))}"
+        raise ConfigError("model.cut", config.cut, expected)
     registered = entry(config.name)
     own = registered.cuts_for(config.typed_options()) or (registered.cut, list(named(model))[-2])
-    return split_in_three(model, *(config.cut or own))
+    first, second = config.cut or own
+    return split_in_three(model, first, second)
 
 
 def build_personal(config: ModelConfig, info: DatasetInfo, model: nn.Module) -> list[nn.Module]:
@@ -50,10 +51,9 @@ def build_personal(config: ModelConfig, info: DatasetInfo, model: nn.Module) -> 
         body = variant[len(client) : len(variant) - len(tail)]
         given = _shape(body, z)
         if given != wanted or not any(True for _ in body.parameters()):
-            expected = (
-                f"options of a model whose body gives {wanted} as the server part does, with weights; got {given}"
-            )
-            raise ConfigError("model.personal.variants", f"number {i}", expected)
+            found = "takes no such input" if given is None else f"gives {given}"
+            expected = f"a body with weights from {list(z.shape[1:])} to {wanted}, as the server part has; this {found}"
+            raise ConfigError(f"model.personal.variants.{i}", dict(config.variants[i]), expected)
         bodies.append(body)
     return bodies
 

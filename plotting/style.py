@@ -18,7 +18,7 @@ _GREY, _NAVY, _INDIGO = "#595959", "#003E5C", "#4B0082"
 # For methods of personalisation, found by a search: under red-green blindness too each is further than 15 in CIELAB
 # from every other colour of this file.
 _RED, _MAROON, _SAND, _FOREST = "#B81400", "#660A00", "#C2AD70", "#005229"
-_BRIGHT_BLUE, _VIOLET, _PERIWINKLE = "#1F00F5", "#5C3DD6", "#7A85FF"
+_BRIGHT_BLUE, _VIOLET, _PERIWINKLE, _INK = "#1F00F5", "#5C3DD6", "#7A85FF", "#010941"
 # Tol's muted palette (2021), for methods that are not listed: none of these looks like a listed one.
 _SPARE = tuple(product(("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#117733"), ("<", ">", "p", "d", "8")))
 _DASHES = ("-", "--", ":", "-.")
@@ -34,6 +34,8 @@ _METRICS = {
     "val_loss": "validation loss (nats)",
     "client_acc": "accuracy of each client's own model",
     "local_acc": "accuracy on local test sets",
+    "personal_acc": "accuracy through each client's own body",
+    "personal_local_acc": "accuracy through each client's own body on local test sets",
 }
 _SPREADS = {"mean": "mean", "std": "standard deviation", "worst_decile": "worst tenth of clients"}
 
@@ -68,6 +70,7 @@ METHODS = {
     "per_fed_avg": MethodStyle("Per-FedAvg", _MAROON, "+"),
     "ditto": MethodStyle("Ditto", _BRIGHT_BLUE, "8"),
     "mhmd": MethodStyle("MHMD", _VIOLET, "H"),
+    "fsmkd": MethodStyle("FSMKD", _INK, "D"),
 }
 
 

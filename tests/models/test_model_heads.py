@@ -47,6 +47,7 @@ def _children(name: str) -> list[str]:
         ("mobilenet_cifar", ["block3", "block6", "block9"]),
         ("cnn4", ["block1", "block2", "block3"]),
         ("vit", ["block1", "block2", "block3"]),  # of four blocks
+        ("vgg", ["block2", "block4", "block6"]),
         ("mlp", ["relu1"]),
         ("cnn2", ["pool1", "pool2"]),
         ("simple_conv", ["norm1", "pool2", "relu3"]),

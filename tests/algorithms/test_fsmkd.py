@@ -1,0 +1,427 @@
+"""FSMKD against a bare loop of one graph, its loss by hand, and what crosses the boundary: never labels or bodies."""
+
+import copy
+from math import log
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from algorithms.base import Flow
+from algorithms.fsmkd import FSMKD, FSMKDConfig, divergence, mutual_losses
+from runtime import rng
+from runtime.blueprint import Layout
+from runtime.boundary import Message
+from runtime.evaluation import mean
+from runtime.federation import Federation
+from runtime.ledger import CONTROL_KINDS
+from runtime.session import Channel
+from runtime.traffic import expected_bytes, expected_round_trips
+from tests.conftest import play, same
+
+TWO_BODIES = "model.personal.variants=[{},{hidden:[128,32,64]}]"
+
+
+# ------------------------------------------------------------------ the loss
+
+
+def logits(*rows: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+# At temperature 2 the first sample has probabilities (3/4, 1/4) and (1/5, 4/5), the second (1/2, 1/2) twice; at 1 the
+# first has (9/10, 1/10) and (1/17, 16/17).
+LOCAL, SHARED, LABELS = logits((2 * log(3), 0), (1, 1)), logits((0, 2 * log(4)), (3, 3)), torch.tensor([0, 1])
+OF_LOCAL = (0.2 * log(0.2 / 0.75) + 0.8 * log(0.8 / 0.25)) / 2  # KL(global || local)
+OF_SHARED = (0.75 * log(0.75 / 0.2) + 0.25 * log(0.25 / 0.8)) / 2  # KL(local || global)
+CE_LOCAL, CE_SHARED = (-log(0.9) + log(2)) / 2, (log(17) + log(2)) / 2
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 3.0])
+def test_the_losses_by_hand(weight: float) -> None:
+    local, shared = mutual_losses(LOCAL, SHARED, LABELS, FSMKDConfig(2.0, weight))
+    assert local.item() == pytest.approx(CE_LOCAL + weight * OF_LOCAL, abs=1e-12)
+    assert shared.item() == pytest.approx(CE_SHARED + weight * OF_SHARED, abs=1e-12)
+
+
+def test_the_published_defaults() -> None:
+    assert FSMKDConfig(2.0, 1.0, "global", 1) == FSMKDConfig()
+
+
+def test_the_teacher_is_constant() -> None:
+    student, teacher = LOCAL.clone().requires_grad_(), SHARED.clone().requires_grad_()
+    by_student, by_teacher = torch.autograd.grad(divergence(student, teacher, 2.0), (student, teacher),
+                                                 allow_unused=True)  # fmt: skip
+    assert by_teacher is None
+    # d KL / d student logits is (softmax(student / T) - softmax(teacher / T)) / T, here a mean over two samples.
+    expected = (F.softmax(student / 2, 1) - F.softmax(teacher / 2, 1)) / 2 / 2
+    assert torch.allclose(by_student, expected, atol=1e-12)
+
+
+# ------------------------------------------------------------------ a bare loop
+
+
+class Bare:
+    """The equations in one graph for both parties, with torch's optimizers; shared with the platform is data alone."""
+
+    def __init__(self, federation: Federation) -> None:
+        self.federation, self.config = federation, federation.config
+        self.clients = range(federation.population)
+        self.head, self.server, self.tail = self._parts(0, "client", "server", "tail")
+        self.bodies = [self._parts(client, "personal")[0] for client in self.clients]
+        self.optimizer = self._optimizer(self.server)
+        self.own: dict[int, tuple[nn.Module, nn.Module]] = {}
+
+    def _parts(self, client: int, *names: str) -> list[nn.Module]:
+        return list(self.federation.blueprint.for_client(client).parts(names).values())
+
+    def _optimizer(self, *modules: nn.Module) -> torch.optim.Optimizer:
+        kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[self.config.optimizer.name]
+        return kind([weight for module in modules for weight in module.parameters()], lr=self.config.lr)
+
+    def play(self) -> None:
+        config: FSMKDConfig = self.config.algorithm
+        for round in range(self.config.rounds):
+            for client in self.federation.cohort(round):
+                head, tail = self.own.get(client) or (copy.deepcopy(self.head), copy.deepcopy(self.tail))
+                self._train(client, round, head, tail, config)
+                self.own[client] = head, tail
+            if (round + 1) % config.aggregate_interval == 0:
+                self._average()
+
+    def _train(self, client: int, round: int, head: nn.Module, tail: nn.Module, config: FSMKDConfig) -> None:
+        body, server = self.bodies[client], self.server
+        optimizer = self._optimizer(head, body, tail)
+        stream = rng.torch_generator(self.config.seed, round=round, client=client, stream="batches")
+        for x, y in self.federation._batches(client, stream):
+            h = head(x)
+            local, shared = tail(body(h)), tail(server(h))
+            tau, w = config.temperature, config.distillation_weight
+            of_local = F.kl_div(F.log_softmax(local / tau, 1), F.softmax(shared.detach() / tau, 1),
+                                reduction="batchmean")  # fmt: skip
+            of_shared = F.kl_div(F.log_softmax(shared / tau, 1), F.softmax(local.detach() / tau, 1),
+                                 reduction="batchmean")  # fmt: skip
+            local_loss = F.cross_entropy(local, y) + w * of_local
+            global_loss = F.cross_entropy(shared, y) + w * of_shared
+            followed = global_loss + local_loss if config.shared_gradient == "both" else global_loss
+            steps = [(body, local_loss), (server, global_loss), (nn.ModuleList([head, tail]), followed)]
+            for module, loss in steps:
+                parameters = list(module.parameters())
+                for p, g in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
+                    p.grad = g
+            optimizer.step()
+            self.optimizer.step()
+
+    def _average(self) -> None:
+        sizes = self.federation.partition.sizes
+        for at, shared in enumerate((self.head, self.tail)):
+            states = {client: parts[at].state_dict() for client, parts in self.own.items()}
+            for key, value in shared.state_dict().items():
+                if value.is_floating_point():
+                    share = sum(float(sizes[client]) for client in states)
+                    value.copy_(sum(sizes[client] / share * state[key] for client, state in states.items()))
+        self.own.clear()
+
+
+def check(found: dict[str, torch.Tensor], module: nn.Module, initial: dict[str, torch.Tensor], what: str) -> None:
+    for key, value in module.state_dict().items():
+        if value.is_floating_point():
+            assert torch.allclose(found[key], value, rtol=1e-9, atol=1e-11), f"{what}/{key}"
+    assert any(not torch.allclose(initial[key], value) for key, value in module.named_parameters()), f"{what} is as new"
+
+
+@pytest.mark.parametrize("gradient", ["global", "both"])
+@pytest.mark.parametrize("weight", [0, 1])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("optimizer=adam", "rounds=2", TWO_BODIES),
+        ("optimizer=sgd", "lr=0.05", "rounds=1", "model=vgg", "model.options.width=2"),
+        ("optimizer=sgd", "lr=0.05", "rounds=3", "algorithm.aggregate_interval=2", TWO_BODIES),
+    ],
+    ids=["adam, two bodies", "normalisation", "averaged every other round"],
+)
+def test_all_parts_against_one_graph(configure, setting: tuple[str, ...], weight: int, gradient: str) -> None:
+    federation = Federation(configure("algorithm=fsmkd", "num_clients=2", "precision=fp64", "batch_size=150",
+                                      "dataset.distribution=dirichlet", "dataset.alpha=1.0",
+                                      f"algorithm.distillation_weight={weight}",
+                                      f"algorithm.shared_gradient={gradient}", *setting))  # fmt: skip
+    bare = Bare(federation)
+    bare.play()
+    play(federation)
+    for name, module in {"client": bare.head, "server": bare.server, "tail": bare.tail}.items():
+        found = federation.server.ctx.part(name).state_dict()
+        check(found, module, federation.blueprint.initial[name], name)
+    for client in bare.clients:
+        initial = federation.blueprint.for_client(client).initial
+        states = federation.client_states(client, ("client", "personal", "tail"))
+        check(states["personal"], bare.bodies[client], initial["personal"], f"{client}/personal")
+        for name, module in zip(("client", "tail"), bare.own.get(client, ()), strict=False):
+            check(states[name], module, initial[name], f"{client}/{name}")
+    assert bool(bare.own) == (federation.config.algorithm.aggregate_interval == 2)
+
+
+@pytest.mark.parametrize("model", [("model=mlp",), ("model=resnet20", "model.options.width=4", "batch_size=400")])
+def test_one_client_without_distillation_is_centralized_training(configure, model: tuple[str, ...]) -> None:
+    one = ("num_clients=1", "optimizer=sgd", "lr=0.05", "rounds=1", "precision=fp64", *model)
+    ours = play(Federation(configure("algorithm=fsmkd", "algorithm.distillation_weight=0", *one))).full_model()
+    reference = play(Federation(configure("algorithm=centralized", *one))).full_model()
+    assert ours is not None
+    assert reference is not None
+    assert ours.keys() == reference.keys()
+    for key, tensor in reference.items():
+        assert torch.allclose(ours[key], tensor, rtol=1e-9, atol=1e-12), key
+
+
+def test_only_distillation_brings_the_personal_bodies_to_the_others(configure) -> None:
+    """Without it the global path does not depend on what the personal bodies are."""
+
+    def learnt(weight: float, *more: str) -> dict[str, torch.Tensor]:
+        setting = ("algorithm=fsmkd", "rounds=1", f"algorithm.distillation_weight={weight}")
+        model = play(Federation(configure(*setting, *more))).full_model()
+        assert model is not None
+        return model
+
+    assert same(learnt(0), learnt(0, TWO_BODIES))
+    assert not same(learnt(1), learnt(1, TWO_BODIES))
+
+
+# ------------------------------------------------------------------ what crosses
+
+
+def leaks(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Fields of clients' messages in a round that are, or could be, labels: integers, or one number a sample."""
+    found: set[str] = set()
+    original = Channel.up
+
+    def up(self, client, kind, payload):
+        for field, value in payload.items():
+            if isinstance(value, torch.Tensor):
+                is_labels = not value.is_floating_point() or (kind != "model" and value.dim() < 2)
+                found.update([f"{kind}/{field}"] if is_labels else [])
+        return original(self, client, kind, payload)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Channel, "up", up)
+        federation.step()
+    return found
+
+
+def test_labels_never_leave_the_client(configure, monkeypatch) -> None:
+    federation = Federation(configure("algorithm=fsmkd", "local_epochs=2"))
+    assert leaks(federation, monkeypatch) == set()
+    fields = {(way, kind, field) for way, kind, field, _ in federation.ledger.totals() if kind not in CONTROL_KINDS}
+    assert fields == {
+        *((way, "model", part) for way in ("up", "down") for part in ("client", "tail")),
+        ("up", "smashed", "z"),
+        ("down", "smashed", "output"),
+        ("up", "gradient", "grad"),
+        ("down", "gradient", "grad"),
+    }
+
+
+def test_the_test_of_labels_sees_them(configure, monkeypatch) -> None:
+    """In a method that sends them, and in this one if it did, as integers or as floats."""
+    assert leaks(Federation(configure("algorithm=sl_single_server")), monkeypatch) == {"smashed/y"}
+    for kind in (torch.int64, torch.float32):
+        federation = Federation(configure("algorithm=fsmkd"))
+        original = federation.algorithm.client
+
+        def careless(ctx, down, kind=kind, original=original):
+            seen: list[torch.Tensor] = []
+            batches = ctx.batches
+            ctx.batches = lambda: ((x, seen.append(y) or y) for x, y in batches())
+            program, reply = original(ctx, down), None
+            try:
+                while True:
+                    message = program.send(reply)
+                    extra = {"y": seen[-1].to(kind)} if message.kind == "smashed" else {}
+                    reply = yield Message(message.kind, {**message.fields, **extra}, message.expects_reply)
+            except StopIteration as end:
+                return end.value
+
+        monkeypatch.setattr(federation, "algorithm", type("Careless", (FSMKD,), {"client": staticmethod(careless)}))
+        assert leaks(federation, monkeypatch) == {"smashed/y"}
+
+
+# ------------------------------------------------------------------ personal bodies
+
+
+def test_clients_have_bodies_of_their_own_and_keep_them(configure) -> None:
+    federation = play(Federation(configure("algorithm=fsmkd", TWO_BODIES, "frac=0.75", "rounds=1")))
+    present = federation.cohort(0)
+    assert {client % 2 for client in present} == {0, 1}
+    shapes = {0: ["fc2.weight", "fc2.bias"], 1: ["fc2.weight", "fc2.bias", "fc3.weight", "fc3.bias"]}
+    for client in range(4):
+        row = federation.stores["clients"].get(client, "personal")
+        assert (row is not None) == (client in present), "memory follows those that took part"
+        if row is not None:
+            assert list(row) == shapes[client % 2]
+            assert row["fc2.weight"].shape == ((64, 128) if client % 2 == 0 else (32, 128))
+        initial = federation.blueprint.for_client(client).initial["personal"]
+        used = federation.client_states(client, ("client", "personal", "tail"))["personal"]
+        assert same(dict(used), dict(row or initial))
+        assert not same(dict(row), initial) if row is not None else True
+    assert "personal" not in {field for _, _, field, _ in federation.ledger.totals()}
+    assert len(federation._seats) == 1, "one client at a time is in memory"
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_bodies_survive_an_interruption_to_the_same_bits(configure, tmp_path, interval: int) -> None:
+    # Rows beyond a few hundred bytes go to disk, so that what is read back is tested too.
+    config = configure("algorithm=fsmkd", TWO_BODIES, f"algorithm.aggregate_interval={interval}", "rounds=4",
+                       "state_memory_mb=0.0001", "frac=0.75", "dataset.local_test=true")  # fmt: skip
+    whole = play(Federation(config))
+    for stop in (1, 2, 3):
+        folder = tmp_path / str(stop)
+        broken = play(Federation(config, folder), rounds=stop)
+        broken.checkpoint({})
+        broken.step()
+        resumed = Federation(config, folder)
+        resumed.resume()
+        play(resumed)
+        for client in range(4):
+            for path in (("client", "server", "tail"), ("client", "personal", "tail")):
+                ours, theirs = (f.client_states(client, path) for f in (whole, resumed))
+                assert all(same(dict(ours[name]), dict(theirs[name])) for name in path)
+        assert whole.ledger.state_dict() == resumed.ledger.state_dict()
+        assert whole.evaluate() == resumed.evaluate()
+
+
+def accuracy(modules: list[nn.Module], federation: Federation, samples: torch.Tensor | None = None) -> float:
+    test = federation.dataset.test
+    chosen = torch.arange(len(test)) if samples is None else samples
+    x, y = next(test.batches(chosen, batch_size=len(chosen)))
+    with torch.no_grad():
+        return float((nn.Sequential(*modules).eval()(x).argmax(1) == y).double().mean())
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_both_paths_are_tested(configure, interval: int) -> None:
+    federation = play(Federation(configure("algorithm=fsmkd", TWO_BODIES, "rounds=3", "dataset.local_test=true",
+                                           "dataset.distribution=class_major", "lr=0.01",
+                                           f"algorithm.aggregate_interval={interval}")))  # fmt: skip
+    found = federation.evaluate()
+    expected: dict[str, list[float]] = {}
+    for client in range(4):
+        blueprint, own = federation.blueprint.for_client(client), federation.evaluator.local_test
+        assert own is not None
+        for prefix, path in (("", ("client", "server", "tail")), ("personal_", ("client", "personal", "tail"))):
+            modules = blueprint.parts(path)
+            for name, state in federation.client_states(client, path).items():
+                modules[name].load_state_dict(state)
+            score = accuracy(list(modules.values()), federation)
+            local = accuracy(list(modules.values()), federation, own.indices(client))
+            expected.setdefault(f"{prefix}acc", []).append(score)
+            expected.setdefault(f"{prefix}local_acc", []).append(local)
+    rows = {metric: [a for m, _, _, a in found.clients if m == metric] for metric, *_ in found.clients}
+    assert rows["personal_acc"] == expected["personal_acc"]
+    assert rows["personal_local_acc"] == expected["personal_local_acc"]
+    assert rows["local_acc"] == expected["local_acc"]
+    assert rows.get("client_acc", expected["acc"]) == expected["acc"]
+    assert found.accuracy == pytest.approx(mean(expected["acc"]))
+    assert len(set(expected["acc"])) == 1 or interval == 2, "averaged in each round, all have one global path"
+    assert len(set(expected["personal_acc"])) > 1
+    for metric in ("personal_acc", "personal_local_acc"):
+        assert found.metrics[f"{metric}/mean"] == pytest.approx(mean(expected[metric]))
+        assert found.metrics[f"{metric}/worst_decile"] == min(expected[metric])
+
+
+def test_local_test_only_tests_both_paths_on_shares(configure) -> None:
+    setting = ("algorithm=fsmkd", "rounds=1", "dataset.distribution=class_major")
+    whole, own = (
+        play(Federation(configure(*setting, f"dataset.local_test={value}"))).evaluate() for value in ("true", "only")
+    )
+    assert [row for row in whole.clients if row[0] in ("local_acc", "personal_local_acc")] == own.clients
+    assert own.accuracy == pytest.approx(whole.metrics["local_acc/mean"])
+
+
+# ------------------------------------------------------------------ averaging
+
+
+def test_client_parts_and_tails_are_averaged_in_every_third_round(configure) -> None:
+    federation = Federation(configure("algorithm=fsmkd", "algorithm.aggregate_interval=3", "rounds=7"))
+    sent: dict[str, list[int]] = {"up": [], "down": []}
+    moved: list[int] = []
+    kept: list[int] = []
+    while not federation.done:
+        before = {name: copy.deepcopy(federation.server.ctx.part(name).state_dict()) for name in ("client", "tail")}
+        _, lines = federation.step()
+        for way in {line.direction for line in lines if line.kind == "model"}:
+            sent[way].append(federation.round)
+        if not all(same(before[name], federation.server.ctx.part(name).state_dict()) for name in before):
+            moved.append(federation.round)
+        if federation.stores["clients"].get(0, "client") is not None:
+            kept.append(federation.round)
+    assert sent == {"down": [1, 4, 7], "up": [3, 6]}
+    assert moved == [3, 6]
+    assert kept == [1, 2, 4, 5, 7]
+
+
+@pytest.mark.parametrize("frac", [1.0, 0.5, 0.25])
+def test_bytes_between_two_averagings_equal_the_closed_form(configure, frac: float) -> None:
+    """A client gets the averaged parts in its first round after each averaging, whenever that is."""
+    setting = ("algorithm.aggregate_interval=3", f"frac={frac}", "rounds=8", "batch_size=200")
+    federation = play(Federation(configure("algorithm=fsmkd", *setting)))
+    measured: dict[tuple[str, str], int] = {}
+    for way, kind, _, count in federation.ledger.totals():
+        if kind not in CONTROL_KINDS:
+            measured[way, kind] = measured.get((way, kind), 0) + count.payload
+    assert measured == expected_bytes(federation, range(8))
+    assert federation.ledger.round_trips == expected_round_trips(federation, range(8))
+    rounds = [set(federation.cohort(round)) for round in range(8)]
+    joins = sum(len(set.union(*rounds[start : start + 3])) for start in (0, 3, 6))
+    part = sum(tensor.numel() * 4 for name in ("client", "tail") for tensor in
+               federation.blueprint.initial[name].values())  # fmt: skip
+    assert measured["down", "model"] == joins * part
+
+
+def test_when_an_arrow_crosses() -> None:
+    config = FSMKDConfig(aggregate_interval=3)
+    join, end = (Flow("down", "model", ("tail",), rounds="aggregate_interval", when=when) for when in ("join", "end"))
+    assert [end.crosses(config, round, before=None) for round in range(6)] == [False, False, True] * 2
+    for round, before, expected in ((0, None, True), (1, 0, False), (1, None, True), (3, 2, True), (5, 3, False),
+                                    (8, 2, True)):  # fmt: skip
+        assert join.crosses(config, round, before=before) is expected
+
+
+def test_the_layout_is_in_three() -> None:
+    assert FSMKD.layout.whole == ("client", "server", "tail")
+    assert Layout(client=("client",), server=("client", "server")).whole == ("client", "server")
+    assert FSMKD.layout.cut
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("algorithm.temperature=0", r"algorithm\.temperature=0\.0: expected a finite number > 0"),
+        ("algorithm.distillation_weight=-1", r"algorithm\.distillation_weight=-1\.0: expected a finite number >= 0"),
+        ("algorithm.aggregate_interval=0", r"algorithm\.aggregate_interval=0: expected an integer >= 1"),
+        ("algorithm.shared_gradient=local", r"algorithm\.shared_gradient=local: expected one of the choices"),
+        ("model.cut=relu1", r"model\.cut=relu1: expected \[first,second\].*two of fc1, relu1, fc2, relu2$"),
+        ("model.cut=[relu1]", r"model\.cut=\[relu1\]: expected null, one child of the model, or two"),
+        ("model.cut=[relu2,relu1]", r"model\.cut=\[relu2,relu1\]: expected two children of the model, in its order"),
+        ("model.personal.variants=[]", r"model\.personal\.variants=\[\]: expected null or a list of one or more"),
+        ("model.personal.variants=[{hiden:[3]}]", r"model\.personal\.variants\.0\.hiden: no such key; did you mean"),
+        (
+            "model.personal.variants=[{},{hidden:[128,60]}]",
+            r"model\.personal\.variants\.1=\{hidden:\[128,60\]\}: expected a body with weights from \[128\] to \[64\]",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(configure, override: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as error:
+        Federation(configure("algorithm=fsmkd", override))
+    assert "\n" not in str(error.value)
+
+
+def test_two_cuts_are_for_methods_that_cut_in_three(configure) -> None:
+    with pytest.raises(ValueError, match=r"model\.cut=\[relu1,relu2\]: expected one child of the model"):
+        Federation(configure("algorithm=sl_single_server", "model.cut=[relu1,relu2]"))
+    Federation(configure("algorithm=fed_avg", "model.cut=[relu1,relu2]"))  # does not cut it at all
+    with pytest.raises(ValueError, match=r"model\.cut=relux: "):
+        Federation(configure("algorithm=fed_avg", "model.cut=[relu1,relux]"))

@@ -10,7 +10,9 @@ from runtime.store import Store
 
 ROW_BYTES = 4 * 4
 operations = st.lists(
-    st.tuples(st.sampled_from(["put", "discard", "commit", "checkpoint"]), st.integers(0, 4), st.sampled_from("ab")),
+    st.tuples(
+        st.sampled_from(["put", "drop", "discard", "commit", "checkpoint"]), st.integers(0, 4), st.sampled_from("ab")
+    ),
     max_size=40,
 )
 
@@ -22,12 +24,15 @@ def row(value: float) -> dict[str, torch.Tensor]:
 @given(operations)
 def test_equals_a_dictionary_with_memory_for_two_rows(tmp_path_factory, steps) -> None:
     store = Store(tmp_path_factory.mktemp("store"), memory_limit=2 * ROW_BYTES)
-    committed: dict[tuple[int, str], float] = {}
-    staged: dict[tuple[int, str], float] = {}
+    committed: dict[tuple[int, str], float | None] = {}
+    staged: dict[tuple[int, str], float | None] = {}
     for number, (operation, client, name) in enumerate(steps):
         if operation == "put":
             store.put(client, name, row(number))
             staged[client, name] = number
+        elif operation == "drop":
+            store.drop(client, name)
+            staged[client, name] = None
         elif operation == "discard":
             store.discard(client)
             staged = {key: value for key, value in staged.items() if key[0] != client}
@@ -57,6 +62,8 @@ def test_restore_discards_what_came_after_the_checkpoint(tmp_path_factory, befor
         for number, (operation, client, name) in enumerate(steps):
             if operation == "put":
                 store.put(client, name, row(offset + number))
+            elif operation == "drop":
+                store.drop(client, name)
             elif operation == "commit":
                 store.commit()
 

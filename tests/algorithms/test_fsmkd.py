@@ -1,6 +1,7 @@
 """FSMKD against a bare loop of one graph, its loss by hand, and what crosses the boundary: never labels or bodies."""
 
 import copy
+import json
 from math import log
 
 import pytest
@@ -16,9 +17,11 @@ from runtime.boundary import Message
 from runtime.evaluation import mean
 from runtime.federation import Federation
 from runtime.ledger import CONTROL_KINDS
+from runtime.personalize import personalize
 from runtime.session import Channel
+from runtime.settings import RunConfig
 from runtime.traffic import expected_bytes, expected_round_trips
-from tests.conftest import play, same
+from tests.conftest import play, same, weights
 
 TWO_BODIES = "model.personal.variants=[{},{hidden:[128,32,64]}]"
 
@@ -335,6 +338,28 @@ def test_local_test_only_tests_both_paths_on_shares(configure) -> None:
     )
     assert [row for row in whole.clients if row[0] in ("local_acc", "personal_local_acc")] == own.clients
     assert own.accuracy == pytest.approx(whole.metrics["local_acc/mean"])
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_personalisation_starts_from_the_global_path(configure, tmp_path, interval: int) -> None:
+    federation = play(Federation(configure("algorithm=fsmkd", TWO_BODIES, "rounds=3", "dataset.local_test=true",
+                                           "personalize.part=full", "personalize.epochs=[0,1]",
+                                           f"algorithm.aggregate_interval={interval}")))  # fmt: skip
+    before = weights(federation)
+    found = personalize(federation, federation.config.personalize, tmp_path)
+    assert found.mean[0] == pytest.approx(federation.evaluate().metrics["local_acc/mean"])
+    assert found.mean[1] != found.mean[0]
+    assert same(weights(federation), before)
+
+
+def test_a_run_is_made_again_from_its_configuration(configure) -> None:
+    config = configure("algorithm=fsmkd", TWO_BODIES, "model.cut=[relu1,relu2]", "model.tail.optimizer.lr=0.01",
+                       "model.personal.optimizer.lr=0.02")  # fmt: skip
+    again = RunConfig.from_mapping(json.loads(json.dumps(config.to_mapping())))
+    assert again == config
+    assert again.identity() == config.identity()
+    rates = {part: config.optimizer_for(part).options["lr"] for part in ("client", "tail", "personal")}
+    assert rates == {"client": 0.001, "tail": 0.01, "personal": 0.02}
 
 
 # ------------------------------------------------------------------ averaging

@@ -178,6 +178,7 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
         "model__init": "weights.safetensors",
         "model__auxiliary__size": "half",
         "model__auxiliary_heads__blocks": ["layer1"],
+        "model__personal__variants": [{}],
         "personalize__part": "head",
         "dataset__name": "mnist",
         "dataset__root": "elsewhere",

@@ -331,6 +331,20 @@ def test_both_paths_are_tested(configure, interval: int) -> None:
         assert found.metrics[f"{metric}/worst_decile"] == min(expected[metric])
 
 
+def test_clients_that_never_trained_are_tested_with_the_body_that_they_start_from(configure) -> None:
+    federation = play(Federation(configure("algorithm=fsmkd", TWO_BODIES, "frac=0.25", "rounds=1", "lr=0.01")))
+    parts = federation.server.ctx.parts
+    found = {client: score for metric, client, _, score in federation.evaluate().clients if metric == "personal_acc"}
+    untrained = [client for client in range(4) if client not in federation.cohort(0)]
+    assert len(untrained) == 3
+    expected = {}
+    for client in untrained:
+        (body,) = federation.blueprint.for_client(client).parts(["personal"]).values()
+        expected[client] = accuracy([parts["client"], body, parts["tail"]], federation)
+    assert {client: found[client] for client in untrained} == expected
+    assert len(set(expected.values())) == 2, "two architectures"
+
+
 def test_local_test_only_tests_both_paths_on_shares(configure) -> None:
     setting = ("algorithm=fsmkd", "rounds=1", "dataset.distribution=class_major")
     whole, own = (

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import through
 from runtime.aggregate import Average
 from runtime.blueprint import Layout
-from runtime.boundary import ClientProgram, Payload, Reply, Upload, tensor, unflatten
+from runtime.boundary import ClientProgram, Payload, Reply, Upload, pack, tensor, unflatten, unpack
 from runtime.contexts import ClientContext, ServerContext
-from runtime.optim import OptimizerConfig
+from runtime.optim import OptimizerConfig, PartOptimizer
 
 cross_entropy = F.cross_entropy
 """Mean cross-entropy over a batch: logits [b, classes], labels int64 [b]."""
@@ -123,12 +125,17 @@ class SplitServer(Server):
 
     def on_smashed(self, client: int, message: Payload) -> Reply | None:
         """One optimizer step on (z, y); replies with the gradient of z, mean over the batch."""
-        z = tensor(message, "z").requires_grad_()
-        loss = cross_entropy(self.ctx.part("server")(z), tensor(message, "y"))
-        self.ctx.optimizer("server").update(loss)
+        return self.train(self.ctx.part("server"), self.ctx.optimizer("server"), message)
+
+    def train(self, model: nn.Module, optimizer: PartOptimizer, message: Payload) -> Reply:
+        """One step of a server model on (z, y); gives the gradient of z."""
+        z = unpack(message, "z")
+        learnt = [each.requires_grad_() for each in (z if isinstance(z, tuple) else (z,)) if each.is_floating_point()]
+        loss = cross_entropy(through(model, z), tensor(message, "y"))
+        optimizer.update(loss)
         self.ctx.log("loss", loss)
-        assert z.grad is not None
-        return {"grad": z.grad}
+        gradients = tuple(torch.zeros_like(each) if each.grad is None else each.grad for each in learnt)
+        return pack("grad", gradients[0] if len(gradients) == 1 else gradients)
 
 
 class Algorithm:

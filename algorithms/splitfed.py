@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from algorithms import register
-from algorithms.base import Algorithm, Flow, SplitServer, cross_entropy
+from algorithms.base import Algorithm, Flow, SplitServer
 from runtime.blueprint import Layout
-from runtime.boundary import ClientProgram, Payload, Reply, Upload, ask, tensor, unflatten
+from runtime.boundary import ClientProgram, Payload, Reply, Upload, ask, pack, unflatten, unpack
 from runtime.contexts import ClientContext, ServerContext
 from runtime.optim import PartOptimizer
 
@@ -38,8 +38,8 @@ class SplitFedV2(Algorithm):
         model, optimizer = ctx.part("client"), ctx.optimizer("client")
         for x, y in ctx.batches():
             z = model(x)
-            reply = yield ask("smashed", z=z, y=y)
-            optimizer.update(z, tensor(reply, "grad"))
+            reply = yield ask("smashed", **pack("z", z), y=y)
+            optimizer.update(z, unpack(reply, "grad"))
         return ctx.dump("client")
 
 
@@ -57,13 +57,7 @@ class ReplicaServer(SplitServer):
     def on_smashed(self, client: int, message: Payload) -> Reply:
         if client not in self._replicas:
             self._replicas[client] = self.ctx.replica("server")
-        model, optimizer = self._replicas[client]
-        z = tensor(message, "z").requires_grad_()
-        loss = cross_entropy(model(z), tensor(message, "y"))
-        optimizer.update(loss)
-        self.ctx.log("loss", loss)
-        assert z.grad is not None
-        return {"grad": z.grad}
+        return self.train(*self._replicas[client], message)
 
     def absorb(self, client: int, upload: Upload) -> None:
         super().absorb(client, upload)

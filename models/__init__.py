@@ -11,6 +11,7 @@ from models.config import (
     PartConfig,
     PersonalConfig,
 )
+from models.cutting import Chain, through
 from models.fitting import input_channels
 from models.heads import AuxiliaryHeads, build_auxiliary_heads, forward_with_blocks, head_blocks
 from models.registry import default_cut, names, register
@@ -22,6 +23,7 @@ __all__ = [
     "AuxiliaryConfig",
     "AuxiliaryHeads",
     "AuxiliaryHeadsConfig",
+    "Chain",
     "ModelConfig",
     "PartConfig",
     "PersonalConfig",
@@ -40,4 +42,5 @@ __all__ = [
     "names",
     "register",
     "split",
+    "through",
 ]

@@ -21,11 +21,12 @@ from models.shapes import trace
 from models.splitting import split
 from models.thinning import thinned
 from models.vit import ClassToken
+from runtime.config import ConfigError
 
 if TYPE_CHECKING:
     from datasets import DatasetInfo
 
-_REDUCERS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten)
+_REDUCERS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten, FeatureMean)
 
 
 def build_auxiliary(config: ModelConfig, info: DatasetInfo, model: nn.Module) -> nn.Module:
@@ -39,18 +40,27 @@ def build_auxiliary(config: ModelConfig, info: DatasetInfo, model: nn.Module) ->
     For ResNet-18 cut after layer2 on CIFAR-10 these have about the sizes of FSL-SAGE's ablation (Nair et al. 2025):
     0.005, 3.5, 8.0 and 40 MB. Weights come from torch's global generator. `model` is neither changed nor kept.
     """
-    client, server = split(model, config.cut_after)
-    assert isinstance(server, nn.Sequential)
+    client, server = split(model, config.cut_after, info.shape)
     size, registered = config.auxiliary.size, entry(config.name)
-    if size == "full":
-        return split(registered.build(info, config.typed_options()), config.cut_after)[1]
     parameter = next(client.parameters())
     # Two images: BatchNorm in training mode refuses one value a channel.
     z = trace(client, torch.empty(2, *info.shape, dtype=parameter.dtype, device="meta"))
+    if isinstance(z, tuple):
+        expected = f"a cut that one value crosses, as {len(z)} do here: an auxiliary model takes one"
+        raise ConfigError("model.cut", config.cut_after, expected)
+    if size == "full":
+        return split(registered.build(info, config.typed_options()), config.cut_after, info.shape)[1]
     z = z.to(torch.get_default_dtype())  # what the new layers are made in
+    if isinstance(server, nn.Sequential):
+        plain = server
+    elif size == "linear":
+        plain = nn.Sequential(OrderedDict(pool=FeatureMean())) if z.dim() > 2 else nn.Sequential()
+    else:
+        expected = "linear or full: only models of this project that are cut between two children can be thinned"
+        raise ConfigError("model.auxiliary.size", size, expected)
     if size == "linear":
-        return _linear(server, z, info.classes)
-    return thinned(server, z, info.classes, registered.thinning[size])
+        return _linear(plain, z, info.classes)
+    return thinned(plain, z, info.classes, registered.thinning[size])
 
 
 def _linear(server: nn.Sequential, z: Tensor, classes: int) -> nn.Module:

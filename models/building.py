@@ -14,7 +14,7 @@ from models.config import ModelConfig
 from models.fitting import sketch
 from models.heads import build_auxiliary_heads
 from models.registry import entry
-from models.splitting import split
+from models.splitting import check_cut
 from models.three import build_personal, divide
 from runtime.config import ConfigError
 
@@ -54,7 +54,7 @@ def check_model(config: ModelConfig, info: DatasetInfo, parts: Collection[str] =
     if "tail" in parts or ("server" not in parts and isinstance(config.cut, tuple)):
         divide(config, model)
     elif config.cut is not None or not entry(config.name).is_foreign:
-        split(model, config.cut_after)
+        check_cut(model, config.cut_after)
     if config.init is not None:
         _compare(model, config.init)
 

@@ -1,13 +1,21 @@
-"""Where a model may be cut, and the two parts that a cut gives."""
+"""Where a model may be cut, and the parts that cuts give.
+
+A sequence that is cut between two of its children needs no more than two sequences. Everything else, a cut inside of a
+child or a model with a forward of its own, is for `models.cutting`.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from inspect import signature
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 
+from models.cutting import CutError, split_module
+from models.cutting.recording import called_modules
 from runtime.config import NO_VALUE, ConfigError
 
 
@@ -30,13 +38,16 @@ def cuts(model: nn.Module) -> tuple[str, ...]:
     return tuple(valid)
 
 
-def split(model: nn.Module, cut: str) -> tuple[nn.Module, nn.Module]:
-    """The client and the server part of `model`, cut after its child `cut`: server(client(x)) is model(x), bit for bit.
+def split(model: nn.Module, cut: str, shape: Sequence[int] | None = None) -> tuple[nn.Module, nn.Module]:
+    """The client and the server part of `model`, cut after its module `cut`: server(client(x)) is model(x) to the bit.
 
-    The parts are made of the model's own modules: nothing is copied, names in the state dicts stay the model's own,
-    each tensor belongs to one part only, and training the parts trains the model. A cut that the model does not have,
-    or that divides tied weights, is a `ConfigError`.
+    The parts are made of the model's own tensors: nothing is copied, names in the state dicts stay the model's own,
+    each tensor belongs to one part only, and training the parts trains the model. `shape` is that of an image (c, h,
+    w); without it the cut is after a child of an `nn.Sequential`. Where several values cross, the client part gives a
+    tuple. A cut that the model does not have, or that divides tied weights, is a `ConfigError`.
     """
+    if shape is not None and not (isinstance(model, nn.Sequential) and cut in named(model)):
+        return _split_anywhere(model, cut, shape)
     valid = cuts(model)
     if cut not in valid:
         raise ConfigError("model.cut", cut, "the child of the model that ends the client part", valid)
@@ -44,6 +55,38 @@ def split(model: nn.Module, cut: str) -> tuple[nn.Module, nn.Module]:
     if _shared(client, server):
         raise ConfigError("model.cut", cut, "a cut that does not divide weights shared by two children", valid)
     return client, server
+
+
+def check_cut(model: nn.Module, cut: str) -> None:
+    """Raise what `split` raises if the model, which may be without memory for its weights, has no module `cut`."""
+    if isinstance(model, nn.Sequential) and (cut in named(model) or "." not in cut):
+        split(model, cut)
+    elif not cut or cut not in dict(model.named_modules(remove_duplicate=False)):
+        children = [name for name, _ in model.named_modules() if name.count(".") < 2 and name]
+        raise ConfigError("model.cut", cut, "a module of the model", children)
+
+
+def _split_anywhere(model: nn.Module, cut: str, shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
+    name = next(iter(signature(model.forward).parameters))
+    inputs = {name: torch.zeros(2, *shape)}
+    try:
+        client, server = split_module(model, [cut], inputs)
+    except CutError as error:
+        expected = f"a module that the model can be cut after; {error.why}"
+        raise ConfigError("model.cut", cut, expected, _ends(model, inputs)) from error
+    if not all(any(True for _ in part.parameters()) for part in (client, server)):
+        expected = "a cut that leaves weights to the client and to the server"
+        raise ConfigError("model.cut", cut, expected, _ends(model, inputs))
+    return client, server
+
+
+def _ends(model: nn.Module, inputs: dict[str, Tensor]) -> list[str]:
+    """Modules that end once in a pass, behind the first weights: where a cut may be; the outermost first."""
+    mode = model.training
+    ended = called_modules(model.eval(), inputs)
+    model.train(mode)
+    times = Counter(ended)
+    return sorted((name for name in ended[:-1] if times[name] == 1), key=lambda name: name.count("."))
 
 
 def split_in_three(model: nn.Module, first: str, second: str) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:

@@ -27,9 +27,8 @@ def divide(config: ModelConfig, model: nn.Module) -> tuple[nn.Sequential, nn.Seq
     if isinstance(config.cut, str):
         expected = f"[first,second], as the method cuts the model in three: two of {', '.join(cuts(model))}"
         raise ConfigError("model.cut", config.cut, expected)
-    registered = entry(config.name)
-    own = registered.cuts_for(config.typed_options()) or (registered.cut, list(named(model))[-2])
-    first, second = config.cut or own
+    own = entry(config.name).cuts_for(config.typed_options())
+    first, second = config.cut or own or (config.cut_after, list(named(model))[-2])
     return split_in_three(model, first, second)
 
 

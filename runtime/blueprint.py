@@ -128,7 +128,7 @@ class Blueprint:
         if "tail" in layout.whole:
             parts["client"], parts["server"], parts["tail"] = divide(config, whole)
         elif layout.cut:
-            parts["client"], parts["server"] = split(whole, config.cut_after)
+            parts["client"], parts["server"] = split(whole, config.cut_after, info.shape)
         elif layout.whole == ("body", "head"):
             parts["body"], parts["head"] = body_and_head(whole)
         made = {name: parts[name].to(self.device, self.dtype).train() for name in parts if name in needed}

@@ -18,6 +18,8 @@ from torch import Tensor
 Value: TypeAlias = Tensor | int | float | bool
 Payload: TypeAlias = Mapping[str, Value]
 Reply: TypeAlias = dict[str, Value]
+Crossing: TypeAlias = Tensor | tuple[Tensor, ...]
+"""What crosses a cut: one tensor for most cuts, several where layers behind it use what earlier ones gave."""
 
 MODEL = "model"
 """Kind of the message that opens a client's round and of the upload that ends it."""
@@ -104,6 +106,25 @@ def unflatten(payload: Payload) -> dict[str, dict[str, Tensor]]:
         if separator and isinstance(value, Tensor):
             parts.setdefault(part, {})[name] = value
     return parts
+
+
+def pack(name: str, value: Crossing) -> dict[str, Value]:
+    """What crosses a cut as payload entries: ``name`` of one tensor, ``name/0``, ``name/1`` and so on of several."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    return {f"{name}/{index}": each for index, each in enumerate(value)}
+
+
+def unpack(payload: Payload, name: str) -> Crossing:
+    """What ``pack`` made: a tensor, or several.
+
+    Raises:
+        KeyError, TypeError: as ``tensor``.
+    """
+    if f"{name}/0" not in payload:
+        return tensor(payload, name)
+    count = sum(key.startswith(f"{name}/") for key in payload)
+    return tuple(tensor(payload, f"{name}/{index}") for index in range(count))
 
 
 def tensor(payload: Payload, name: str) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets import Source
+from models import through
 from runtime import rng
 from runtime.blueprint import BATCH_NORM, Blueprint
 from runtime.results import ClientRow
@@ -69,7 +70,7 @@ def evaluating(modules: Sequence[nn.Module], *, batch_statistics: Sequence[bool]
 
     def forward(x: Tensor) -> Tensor:
         for module in modules:
-            x = module(x)
+            x = through(module, x)
         return x
 
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import algorithms
 from datasets import Dataset, Partition, batch_sizes, load, partition
-from models import check_model, input_channels
+from models import check_model, input_channels, through
 from runtime import rng
 from runtime.blueprint import DTYPES, Blueprint
 from runtime.checkpoint import Checkpoint, Manifest
@@ -162,12 +162,13 @@ class Federation:
         layout = self.algorithm.layout
         parts = blueprint.parts(layout.parts)
         for path in (layout.whole, *self.algorithm.paths.values()):
-            x = z = torch.zeros(1, *self.dataset.info.shape, dtype=blueprint.dtype, device=self.device)
+            x: Any = torch.zeros(1, *self.dataset.info.shape, dtype=blueprint.dtype, device=self.device)
+            z = x
             for name in path:
                 z = x
-                x = parts[name](z)
+                x = through(parts[name], z)
             if "auxiliary" in parts:
-                parts["auxiliary"](z)
+                through(parts["auxiliary"], z)
 
     def step(self) -> tuple[RoundRecord, list[Traffic]]:
         """Run one round: train, commit, evaluate if it is time to."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from models import body_and_head
+from models import Chain, body_and_head
 from runtime import rng
 from runtime.blueprint import Parts
 from runtime.config import ConfigError
@@ -151,11 +151,9 @@ def divided(parts: Sequence[nn.Module], part: str | None) -> tuple[nn.Module, nn
     if all(isinstance(module, nn.Sequential) for module in parts):
         children = chain.from_iterable(module.named_children() for module in parts)
         return body_and_head(nn.Sequential(OrderedDict(children)))
-    (whole,) = parts
     if part != "full":
-        found = f"full, as the model is no nn.Sequential but a {type(whole).__name__} whose classifier is not known"
-        raise ConfigError("personalize.part", part, found)
-    return whole, nn.Identity()
+        raise ConfigError("personalize.part", part, "full, as it is not known where this model's classifier begins")
+    return Chain(parts), nn.Identity()
 
 
 @contextlib.contextmanager

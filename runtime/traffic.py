@@ -6,14 +6,19 @@ They follow from the arrows that an algorithm declares and the sizes of its part
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
 from algorithms.base import Flow
 from datasets import batch_sizes
+from models import through
+from runtime import rng
 from runtime.blueprint import state_bytes
-from runtime.boundary import MODEL, SCALAR_BYTES
+from runtime.boundary import MODEL, SCALAR_BYTES, pack, payload_bytes
 from runtime.federation import Federation
+
+_SAMPLES = 2  # normalisation may refuse to train on one
 
 
 def expected_bytes(federation: Federation, rounds: Iterable[int]) -> dict[tuple[str, str], int]:
@@ -82,11 +87,12 @@ def crossing_bytes(federation: Federation) -> dict[str, int]:
     whole = federation.algorithm.layout.whole
     if not federation.algorithm.layout.cut:
         return sizes
-    x = torch.zeros(1, *federation.dataset.info.shape, dtype=federation.blueprint.dtype, device=federation.device)
-    with torch.no_grad(), federation.blueprint.autocast():
-        for field, (name, part) in zip(sizes, federation.blueprint.parts(whole[:-1]).items(), strict=False):
-            x = part.eval()(x)
-            sizes[field] = state_bytes({name: x})
+    device, dtype = federation.device, federation.blueprint.dtype
+    x: Any = torch.zeros(_SAMPLES, *federation.dataset.info.shape, dtype=dtype, device=device)
+    with torch.no_grad(), federation.blueprint.autocast(), rng.TorchStream(0, device):
+        for field, part in zip(sizes, federation.blueprint.parts(whole[:-1]).values(), strict=False):
+            x = through(part, x)
+            sizes[field] = sum(payload_bytes(value) for value in pack(field, x).values()) // _SAMPLES
     return sizes
 
 

@@ -1,7 +1,7 @@
 """Cutting models: any `nn.Module` in two or more parts, at the end of any of its modules."""
 
-from models.cutting.parts import Crossing, Part
+from models.cutting.parts import Chain, Crossing, Part, through
 from models.cutting.splitter import CutError, split_module
 from models.cutting.verify import composed
 
-__all__ = ["Crossing", "CutError", "Part", "composed", "split_module"]
+__all__ = ["Chain", "Crossing", "CutError", "Part", "composed", "split_module", "through"]

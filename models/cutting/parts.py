@@ -293,4 +293,27 @@ def ghost(module: nn.Module, wire: Wire, path: str) -> nn.Module:
         if child is not None:
             twin._modules[name] = ghost(child, wire, f"{path}.{name}")
     vars(twin)["forward"] = Stub(wire, path)
+    vars(twin)["_load_from_state_dict"] = _load_nothing  # BatchNorm's own would ask for its statistics
     return twin
+
+
+def _load_nothing(
+    state: dict[str, Any], prefix: str, _metadata: Any, strict: bool, _missing: Any, unexpected: list[str], _errors: Any
+) -> None:
+    """What a ghost loads of a state dict; it has no place for anything."""
+    if strict:
+        unexpected += [key for key in state if key.startswith(prefix) and key not in unexpected]
+
+
+def through(module: nn.Module, crossed: Crossing) -> Any:
+    """What a module gives for what crossed: one tensor, or several as arguments of their own."""
+    return module(*crossed) if isinstance(crossed, tuple) else module(crossed)
+
+
+class Chain(nn.ModuleList):
+    """Parts one after another, as one module."""
+
+    def forward(self, x: Any) -> Any:
+        for part in self:
+            x = through(part, x)
+        return x

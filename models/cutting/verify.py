@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.cutting.parts import through
 from models.cutting.recording import tensors
 from models.cutting.splitter import BATCHES, CutError, Recording, build, example
 
@@ -19,7 +20,7 @@ def composed(parts: Sequence[nn.Module], **inputs: Any) -> Any:
     """The parts one after another on the model's inputs."""
     crossed: Any = parts[0](**inputs)
     for part in parts[1:]:
-        crossed = part(*crossed) if isinstance(crossed, tuple) else part(crossed)
+        crossed = through(part, crossed)
     return crossed
 
 

@@ -1,4 +1,4 @@
-"""Every method that leaves the model whole runs any module by name; the others refuse it in one line."""
+"""Every method that leaves the model whole runs any module by name; those that need its classifier refuse it."""
 
 import json
 import math
@@ -61,11 +61,10 @@ def test_a_method_that_leaves_the_model_whole_trains_any_module(configure: Confi
     assert record.comm_load == expected.get(name, 4 * sizes[1])
 
 
-@pytest.mark.parametrize("cut", ["model.cut=null", "model.cut=stem"])
 @pytest.mark.parametrize("name", DIVIDED)
-def test_a_method_that_divides_the_model_refuses_it_in_one_line(configure: Configure, name: str, cut: str) -> None:
+def test_a_method_that_divides_the_model_refuses_it_in_one_line(configure: Configure, name: str) -> None:
     with pytest.raises(ConfigError) as error:
-        Federation(configure(f"algorithm={name}", OWN, cut))
+        Federation(configure(f"algorithm={name}", OWN))
     assert str(error.value).startswith("model.")
     assert "\n" not in str(error.value)
 

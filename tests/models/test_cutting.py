@@ -401,6 +401,12 @@ def test_a_part_is_a_module_like_any_other() -> None:
     assert client.training
     client.eval()
     assert not client.get_submodule("layer1.0").training
+    for part, other in ((client, server), (server, client)):
+        part.load_state_dict(part.state_dict(), strict=True)
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            part.load_state_dict({**part.state_dict(), **other.state_dict()}, strict=True)
+        with pytest.raises(RuntimeError, match="Missing key"):
+            part.load_state_dict({}, strict=True)
     assert sum(p.numel() for part in (client, server) for p in part.parameters()) == 11_181_642
     client.requires_grad_(False)
     assert not any(parameter.requires_grad for parameter in client.parameters())

@@ -1,4 +1,4 @@
-"""Methods that cut the model, at cuts inside of modules that are no sequence: bytes, equality, resuming, what is saved."""
+"""Methods that cut the model, where no sequence is: bytes, equality to the whole model, resuming, what is saved."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +108,7 @@ def test_auxiliary_models_at_cuts_of_one_value(configure: Configure, name: str) 
         (
             NET,
             "out",
-            r"model\.cut=out: expected a cut that leaves weights to the client and to the server \(choices: stem, norm\)",
+            r"expected a cut that leaves weights to the client and to the server \(choices: stem, norm\)",
         ),
         (NET, "null", "expected a module of the model, as import/tests.contract.elsewhere.Net has no cut of its own"),
         (INSIDE, "layer1.0.relu", "it runs 2 times in a forward pass"),

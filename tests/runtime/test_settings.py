@@ -238,8 +238,10 @@ def test_parts_inherit_and_refine_the_top_level_optimizer() -> None:
         "auxiliary": {"lr": 0.1},  # another optimizer: nothing but the learning rate is inherited
         "body": {"lr": 0.1, "momentum": 0.9},
         "head": {"lr": 0.1, "momentum": 0.9},
+        "tail": {"lr": 0.1, "momentum": 0.9},
+        "personal": {"lr": 0.1, "momentum": 0.9},
     }
-    assert [config.optimizer_for(part).name for part in PARTS] == ["sgd", "sgd", "sgd", "adam", "sgd", "sgd"]
+    assert [config.optimizer_for(part).name for part in PARTS] == ["sgd", "sgd", "sgd", "adam", *["sgd"] * 4]
 
 
 def test_parts_inherit_and_refine_the_top_level_scheduler() -> None:
@@ -258,7 +260,7 @@ def test_parts_inherit_and_refine_the_top_level_scheduler() -> None:
         "model": ("cosineannealinglr", {"T_max": 7}),
         "client": ("cosineannealinglr", {"T_max": 7, "eta_min": 0.5}),
         "server": ("steplr", {"step_size": 3}),
-        **{part: ("cosineannealinglr", {"T_max": 7}) for part in ("auxiliary", "body", "head")},
+        **{part: ("cosineannealinglr", {"T_max": 7}) for part in ("auxiliary", "body", "head", "tail", "personal")},
     }
     assert load_config(["algorithm=fed_avg"]).scheduler_for("client") is None
 

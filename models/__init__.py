@@ -15,7 +15,7 @@ from models.cutting import Chain, through
 from models.fitting import input_channels
 from models.heads import AuxiliaryHeads, build_auxiliary_heads, forward_with_blocks, head_blocks
 from models.registry import default_cut, names, register
-from models.splitting import body_and_head, cuts, split
+from models.splitting import body_and_head, candidates, cuts, split
 from models.three import build_personal, divide
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "build_auxiliary_heads",
     "build_model",
     "build_personal",
+    "candidates",
     "check_model",
     "cuts",
     "default_cut",

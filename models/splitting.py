@@ -38,16 +38,19 @@ def cuts(model: nn.Module) -> tuple[str, ...]:
     return tuple(valid)
 
 
-def split(model: nn.Module, cut: str, shape: Sequence[int] | None = None) -> tuple[nn.Module, nn.Module]:
+def split(
+    model: nn.Module, cut: str, shape: Sequence[int] | None = None, *, compare: bool = True
+) -> tuple[nn.Module, nn.Module]:
     """The client and the server part of `model`, cut after its module `cut`: server(client(x)) is model(x) to the bit.
 
     The parts are made of the model's own tensors: nothing is copied, names in the state dicts stay the model's own,
     each tensor belongs to one part only, and training the parts trains the model. `shape` is that of an image (c, h,
     w); without it the cut is after a child of an `nn.Sequential`. Where several values cross, the client part gives a
-    tuple. A cut that the model does not have, or that divides tied weights, is a `ConfigError`.
+    tuple. A cut that the model does not have, or that divides tied weights, is a `ConfigError`. `compare` False leaves
+    out the comparison of such parts with the model.
     """
     if shape is not None and not (isinstance(model, nn.Sequential) and cut in named(model)):
-        return _split_anywhere(model, cut, shape)
+        return _split_anywhere(model, cut, shape, compare)
     valid = cuts(model)
     if cut not in valid:
         raise ConfigError("model.cut", cut, "the child of the model that ends the client part", valid)
@@ -66,27 +69,31 @@ def check_cut(model: nn.Module, cut: str) -> None:
         raise ConfigError("model.cut", cut, "a module of the model", children)
 
 
-def _split_anywhere(model: nn.Module, cut: str, shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
+def _split_anywhere(model: nn.Module, cut: str, shape: Sequence[int], compare: bool) -> tuple[nn.Module, nn.Module]:
     name = next(iter(signature(model.forward).parameters))
-    inputs = {name: torch.zeros(2, *shape)}
     try:
-        client, server = split_module(model, [cut], inputs)
+        client, server = split_module(model, [cut], {name: torch.zeros(2, *shape)}, check=compare)
     except CutError as error:
         expected = f"a module that the model can be cut after; {error.why}"
-        raise ConfigError("model.cut", cut, expected, _ends(model, inputs)) from error
+        raise ConfigError("model.cut", cut, expected, _outermost(model, shape)) from error
     if not all(any(True for _ in part.parameters()) for part in (client, server)):
         expected = "a cut that leaves weights to the client and to the server"
-        raise ConfigError("model.cut", cut, expected, _ends(model, inputs))
+        raise ConfigError("model.cut", cut, expected, _outermost(model, shape))
     return client, server
 
 
-def _ends(model: nn.Module, inputs: dict[str, Tensor]) -> list[str]:
-    """Modules that end once in a pass, behind the first weights: where a cut may be; the outermost first."""
+def candidates(model: nn.Module, shape: Sequence[int]) -> list[str]:
+    """Modules that end once in a forward pass, in this order: where a cut may be. `shape` is that of an image."""
     mode = model.training
-    ended = called_modules(model.eval(), inputs)
+    with torch.random.fork_rng(devices=[]):
+        ended = called_modules(model.eval(), {next(iter(signature(model.forward).parameters)): torch.zeros(1, *shape)})
     model.train(mode)
     times = Counter(ended)
-    return sorted((name for name in ended[:-1] if times[name] == 1), key=lambda name: name.count("."))
+    return [name for name in ended[:-1] if times[name] == 1]
+
+
+def _outermost(model: nn.Module, shape: Sequence[int]) -> list[str]:
+    return sorted(candidates(model, shape), key=lambda name: name.count("."))
 
 
 def split_in_three(model: nn.Module, first: str, second: str) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:

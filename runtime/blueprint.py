@@ -90,12 +90,13 @@ class Blueprint:
         device: torch.device,
         precision: str,
         buffers: BufferPolicy,
+        compare: bool = True,
     ) -> None:
         self.device = device
         self.dtype = DTYPES[precision]
         self.buffers = buffers
         self._precision = precision
-        self._parts, bodies = self._build(config, layout, info)
+        self._parts, bodies = self._build(config, layout, info, compare)
         self._general = config.optimizer_for("model")
         self._optimizers = {name: config.optimizer_for(name) for name in self._parts}
         self._schedulers = {name: config.scheduler_for(name) for name in self._parts}
@@ -106,7 +107,9 @@ class Blueprint:
         for blueprint in self.variants:
             blueprint.variants = self.variants
 
-    def _build(self, learning: LearningConfig, layout: Layout, info: DatasetInfo) -> tuple[Parts, list[nn.Module]]:
+    def _build(
+        self, learning: LearningConfig, layout: Layout, info: DatasetInfo, compare: bool
+    ) -> tuple[Parts, list[nn.Module]]:
         """The parts, and the variants of the personal body if there is one."""
         config, seed = learning.model, learning.seed
         cpu = torch.device("cpu")
@@ -128,7 +131,7 @@ class Blueprint:
         if "tail" in layout.whole:
             parts["client"], parts["server"], parts["tail"] = divide(config, whole)
         elif layout.cut:
-            parts["client"], parts["server"] = split(whole, config.cut_after, info.shape)
+            parts["client"], parts["server"] = split(whole, config.cut_after, info.shape, compare=compare)
         elif layout.whole == ("body", "head"):
             parts["body"], parts["head"] = body_and_head(whole)
         made = {name: parts[name].to(self.device, self.dtype).train() for name in parts if name in needed}

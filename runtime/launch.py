@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from runtime.hydra_errors import check_options, explain
-from runtime.hydra_support import plain_values, preprocess, run_config
+from runtime.hydra_support import load_config, plain_values, preprocess, run_config
 from runtime.run_folder import remove_empty
 from runtime.supervise import LAUNCHER, TRACEBACKS, supervise
 from runtime.sweep import BAD, OUTPUT, PATIENT, Sweep
@@ -31,6 +31,7 @@ from runtime.sweep_console import Display, show_table
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _ROOT = Path(__file__).resolve().parent.parent
+_CUTS = "--cuts"  # lists where the model can be cut instead of running
 # A sweep whose workers are killed again and again without a job ending in between is given up.
 _TRIES = 3
 
@@ -95,6 +96,13 @@ def _single(composed: DictConfig) -> None:
         sys.exit(1)
 
 
+def _list_cuts(overrides: list[str]) -> None:
+    config = load_config(overrides)
+    from runtime.cuts import show_cuts  # late, so that --help and mistakes do not wait for it
+
+    show_cuts(config)
+
+
 def launch(main: Callable[[], Any]) -> None:
     """Call a Hydra main function with this process's command line, and leave with its exit status.
 
@@ -108,6 +116,9 @@ def launch(main: Callable[[], Any]) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     given = [*sys.argv[1:]]
     try:
+        if _CUTS in given:
+            _list_cuts([text for text in given if text != _CUTS])
+            return
         check_options(given, [name for name in get_args_parser()._option_string_actions if name[1] == "-"])
         sys.argv[1:] = preprocess(given)
         with _ends_as_interrupted():

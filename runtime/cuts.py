@@ -1,0 +1,141 @@
+"""`python main.py ... --cuts`: where the configured model can be cut, and what each cut would cost.
+
+For each cut the parameters and the floating-point operations of either side, the values that cross, and the bytes of a
+round of the configured method. Nothing is trained, and the parts are not compared with the model: that a run does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import algorithms
+from datasets import load
+from models import build_model, candidates, input_channels, through
+from runtime.blueprint import Blueprint
+from runtime.boundary import pack
+from runtime.config import ConfigError
+from runtime.federation import Federation
+from runtime.settings import RunConfig
+from runtime.traffic import expected_bytes
+from runtime.units import format_bytes
+
+_TWO = ("client", "server")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a cut costs.
+
+    Attributes:
+        name: the module that ends the client part.
+        client_parameters, server_parameters: of either part.
+        client_flops, server_flops: floating-point operations of a sample's forward pass (a multiplication and an
+            addition are two).
+        shapes: of the values of a sample that cross.
+        bytes: of the first round's training traffic under the configured method.
+    """
+
+    name: str
+    client_parameters: int
+    server_parameters: int
+    client_flops: int
+    server_flops: int
+    shapes: tuple[tuple[int, ...], ...]
+    bytes: int
+
+
+def list_cuts(config: RunConfig) -> Iterator[Cut]:
+    """The cuts of the configured model in two, in the order of its layers.
+
+    Raises:
+        ConfigError: the method does not cut the model in two.
+    """
+    cutting = [name for name in algorithms.names() if algorithms.get(name).layout.whole == _TWO]
+    if config.algorithm_name not in cutting:
+        raise ConfigError("algorithm", config.algorithm_name, "a method that cuts the model in two", cutting)
+    dataset = load(config.dataset, seed=config.seed, device=torch.device("cpu"), dtype=torch.float32)
+    info = dataset.repeated(input_channels(config.model, dataset.info)).info
+    federation: Federation | None = None
+    for name in candidates(build_model(config.model, info), info.shape):
+        chosen = replace(config, device="cpu", model=replace(config.model, cut=name))
+        try:
+            if federation is None:
+                federation = Federation(chosen)
+            else:
+                federation.blueprint = _blueprint(chosen, federation)
+        except ConfigError as error:
+            if error.key not in ("model.cut", "model.auxiliary.size"):
+                raise
+            continue  # what the general rule takes for a cut, and is none
+        yield _cost(name, federation)
+
+
+def _blueprint(config: RunConfig, federation: Federation) -> Blueprint:
+    return Blueprint(
+        config,
+        federation.algorithm.layout,
+        federation.dataset.info,
+        device=federation.device,
+        precision=config.precision,
+        buffers=config.aggregate.buffers,
+        compare=False,
+    )
+
+
+def _cost(name: str, federation: Federation) -> Cut:
+    blueprint = federation.blueprint
+    x: Any = torch.zeros(1, *federation.dataset.info.shape, dtype=blueprint.dtype)
+    flops: dict[str, int] = {}
+    shapes: list[tuple[int, ...]] = []
+    for part, module in blueprint.parts(_TWO).items():
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            x = through(module.eval(), x)
+        flops[part] = counter.get_total_flops()
+        if part == "client":
+            shapes = [tuple(value.shape[1:]) for value in pack("z", x).values() if isinstance(value, Tensor)]
+    return Cut(
+        name,
+        client_parameters=blueprint.parameters("client"),
+        server_parameters=blueprint.parameters("server"),
+        client_flops=flops["client"],
+        server_flops=flops["server"],
+        shapes=tuple(shapes),
+        bytes=sum(expected_bytes(federation, range(1)).values()),
+    )
+
+
+def show_cuts(config: RunConfig) -> None:
+    """Print the table of `list_cuts`."""
+    titles = ("model.cut", "parameters: client", "server", "MFLOP: client", "server", "crossing", "a sample", "a round")
+    rows = [_row(cut) for cut in list_cuts(config)]
+    columns = (Column(title, justify="left" if title == "model.cut" else "right") for title in titles)
+    table = Table(*columns, box=box.ASCII)
+    for row in rows:
+        table.add_row(*row)
+    title = f"{config.algorithm_name}, {config.model.name}, {config.dataset.name}: {len(rows)} cuts"
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(title, table, sep="\n")
+
+
+def _row(cut: Cut) -> tuple[str, ...]:
+    values = sum(prod(shape) for shape in cut.shapes)
+    return (
+        cut.name,
+        f"{cut.client_parameters:,}",
+        f"{cut.server_parameters:,}",
+        *(f"{flops / 1e6:.2f}" for flops in (cut.client_flops, cut.server_flops)),
+        " + ".join("x".join(map(str, shape)) for shape in cut.shapes),
+        f"{values:,}",
+        format_bytes(cut.bytes),
+    )

@@ -1,0 +1,81 @@
+"""The list of cuts: parameters and operations by hand, bytes as a run of that cut has them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtime import launch
+from runtime.config import ConfigError
+from runtime.cuts import list_cuts
+from runtime.federation import Federation
+from runtime.ledger import CONTROL_KINDS
+from runtime.settings import RunConfig
+from tests.conftest import play
+
+Configure = Callable[..., RunConfig]
+
+
+def test_two_convolutions_by_hand(configure: Configure) -> None:
+    """cnn2 on 8x8 digits: 320 + 18,496 parameters of convolutions, 32,896 + 1,290 of dense layers."""
+    found = {cut.name: cut for cut in list_cuts(configure("algorithm=sl", "model=cnn2"))}
+    assert list(found) == ["conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "flatten", "fc1", "relu3"]
+    assert (found["conv1"].client_parameters, found["conv1"].server_parameters) == (320, 18_496 + 32_896 + 1_290)
+    assert (found["pool2"].client_parameters, found["pool2"].server_parameters) == (320 + 18_496, 32_896 + 1_290)
+    conv1, conv2, fc1, fc2 = 2 * 64 * 9 * 32, 2 * 16 * 9 * 32 * 64, 2 * 256 * 128, 2 * 128 * 10
+    assert (found["pool1"].client_flops, found["pool1"].server_flops) == (conv1, conv2 + fc1 + fc2)
+    assert (found["fc1"].client_flops, found["fc1"].server_flops) == (conv1 + conv2 + fc1, fc2)
+    assert [found[name].shapes for name in ("conv1", "pool1", "flatten")] == [((32, 8, 8),), ((32, 4, 4),), ((256,),)]
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "cut"),
+    [
+        ("sl_single_server", "resnet20", "layer1.0.conv1"),
+        ("sl_multi_server", "resnet20", "layer3.1"),
+        ("cse_fsl", "cnn2", "fc1"),
+        ("sl", "import/tests.contract.elsewhere.Skipping", "inner"),
+    ],
+)
+def test_bytes_are_those_of_a_run(configure: Configure, name: str, model: str, cut: str) -> None:
+    given = (f"algorithm={name}", f"model={model}", *(["model.options.width=4"] if model == "resnet20" else []))
+    (listed,) = (each for each in list_cuts(configure(*given)) if each.name == cut)
+    federation = play(Federation(configure(*given, f"model.cut={cut}")), 1)
+    totals = federation.ledger.totals()
+    assert listed.bytes == sum(count.payload for _, kind, _, count in totals if kind not in CONTROL_KINDS)
+
+
+def test_every_listed_cut_is_one(configure: Configure) -> None:
+    """What the list leaves uncompared passes the comparison of a run."""
+    given = ("algorithm=sl", "model=import/tests.contract.elsewhere.Skipping")
+    names = [cut.name for cut in list_cuts(configure(*given))]
+    assert names == ["stem", "inner", "drop", "outer"]
+    for name in names:
+        Federation(configure(*given, f"model.cut={name}"))
+
+
+def test_a_method_that_cuts_nothing_is_told(configure: Configure) -> None:
+    with pytest.raises(ConfigError, match="algorithm=fed_avg: expected a method that cuts the model in two"):
+        list(list_cuts(configure("algorithm=fed_avg")))
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def main() -> None:
+        raise AssertionError("nothing is to run")
+
+    command = ["main.py", "model=mlp", "--cuts", "algorithm=sl", f"save_dir={tmp_path / 'saves'}"]
+    monkeypatch.setattr("sys.argv", command)
+    for name in (launch.TRACEBACKS, launch.LAUNCHER, "PYTHONPATH"):
+        monkeypatch.setenv(name, "")  # to be put back afterwards
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    launch.launch(main)
+    shown = capsys.readouterr().out
+    assert shown.startswith("sl, mlp, digits: 4 cuts\n")
+    assert "| relu1     |              8,320 |" in shown
+    assert not (tmp_path / "saves").exists()
+    monkeypatch.setattr("sys.argv", [*command, "lr=fast"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit) as left:
+        launch.launch(main)
+    assert left.value.code == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.registry import choices, default_cut, entry, is_known
 from runtime.config import ConfigError, build
 
+# What a cut may be chosen by, with an example: parameters and MFLOP a sample at the client, MB of a round.
+BUDGETS = {"client_params": "20000", "client_mflop": "5", "round_mb": "2.5"}
 AUXILIARY_SIZES = ("linear", "half", "default", "full")
 
 
@@ -64,6 +67,22 @@ class PersonalConfig:
             )
 
 
+class Budget(NamedTuple):
+    """A limit on what a cut may cost, in whose terms the cut is chosen: `auto:<measure><=<limit>`."""
+
+    measure: str
+    limit: float
+
+    @classmethod
+    def read(cls, text: str) -> Budget:
+        """The budget that `text` writes; a `ConfigError` if it writes none."""
+        found = re.fullmatch(r"auto:(\w+)<=(\d+(?:\.\d+)?(?:e\d+)?)", text)
+        if found is None or found[1] not in BUDGETS:
+            choices = [f"auto:{measure}<={limit}" for measure, limit in BUDGETS.items()]
+            raise ConfigError("cut", text, "a budget", choices)
+        return cls(found[1], float(found[2]))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model, where it is cut and what it starts from.
@@ -92,6 +111,7 @@ class ModelConfig:
             raise ConfigError("name", self.name, "a registered model", choices())
         if isinstance(self.cut, tuple) and len(self.cut) != 2:
             raise ConfigError("cut", self.cut, "null, one child of the model, or two as [first,second]")
+        _ = self.budget  # it is checked by being read
         self.typed_options()
         self.personal_options()
 
@@ -117,6 +137,11 @@ class ModelConfig:
             build(kind, {**self.options, **variant}, f"personal.variants.{i}")
             for i, variant in enumerate(self.variants)
         ]
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget that the cut is to be chosen by; None where it is given."""
+        return Budget.read(self.cut) if isinstance(self.cut, str) and self.cut.startswith("auto") else None
 
     @property
     def cut_after(self) -> str:

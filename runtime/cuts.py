@@ -6,8 +6,9 @@ round of the configured method. Nothing is trained, and the parts are not compar
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -29,6 +30,8 @@ from runtime.federation import Federation
 from runtime.settings import RunConfig
 from runtime.traffic import expected_bytes
 from runtime.units import format_bytes
+
+log = logging.getLogger(__name__)
 
 _TWO = ("client", "server")
 
@@ -55,6 +58,14 @@ class Cut:
     bytes: int
 
 
+# By the names of `models.config.BUDGETS`.
+_MEASURES: dict[str, Callable[[Cut], float]] = {
+    "client_params": lambda cut: cut.client_parameters,
+    "client_mflop": lambda cut: cut.client_flops / 1e6,
+    "round_mb": lambda cut: cut.bytes / 1e6,
+}
+
+
 def list_cuts(config: RunConfig) -> Iterator[Cut]:
     """The cuts of the configured model in two, in the order of its layers.
 
@@ -79,6 +90,31 @@ def list_cuts(config: RunConfig) -> Iterator[Cut]:
                 raise
             continue  # what the general rule takes for a cut, and is none
         yield _cost(name, federation)
+
+
+def within_budget(config: RunConfig) -> RunConfig:
+    """The configuration with the cut that its budget (`model.cut=auto:client_params<=20000`) leads to, if it has one.
+
+    Under a limit on the client's work it is the cut whose round has the fewest bytes, under one on bytes that with the
+    fewest operations at the client; of equals the first.
+
+    Raises:
+        ConfigError: no cut is within the budget.
+    """
+    budget = config.model.budget
+    if budget is None:
+        return config
+    measure = _MEASURES[budget.measure]
+    found = list(list_cuts(config))
+    within = [cut for cut in found if measure(cut) <= budget.limit]
+    if not within:
+        least = min(found, key=measure, default=None)
+        cause = f"the least is {measure(least):g}, after {least.name}" if least else "the model has no cut"
+        raise ConfigError("model.cut", config.model.cut, f"a budget that some cut keeps; {cause}")
+    cost = _MEASURES["client_mflop" if budget.measure == "round_mb" else "round_mb"]
+    name = min(within, key=cost).name
+    log.info("model.cut=%s, which %s leads to", name, config.model.cut)
+    return replace(config, model=replace(config.model, cut=name))
 
 
 def _blueprint(config: RunConfig, federation: Federation) -> Blueprint:

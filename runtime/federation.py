@@ -48,7 +48,9 @@ class Federation:
     """
 
     def __init__(self, config: RunConfig, folder: Path | None = None) -> None:
-        self.config = config
+        from runtime.cuts import within_budget  # it compares federations
+
+        self.config = config = within_budget(config)
         self.algorithm = algorithms.get(config.algorithm_name)
         self.device = config.torch_device()
         for part in self.algorithm.layout.client:

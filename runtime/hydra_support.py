@@ -34,6 +34,9 @@ _MAX_JOBS = 8
 # ---------------------------------------------------------------------- the command line
 
 
+_BUDGET = re.compile(r"auto:\w+<=[\w.]+")
+
+
 def preprocess(arguments: Iterable[str]) -> list[str]:
     """The command line as Hydra wants it.
 
@@ -56,6 +59,8 @@ def _preprocess(argument: str) -> str:
     # The folder of a run has = and , in its name, which Hydra reads as its own signs unless they are quoted.
     if equals and re.search(r"[=,]", value) and os.path.exists(value):
         argument = f"{key}='{value}'"
+    elif "<=" in value and "'" not in value:
+        argument = f"{key}=" + _BUDGET.sub(r"'\g<0>'", value)  # Hydra has another use for the sign
     return f"++{argument}" if _BELOW_OPEN.match(argument) else argument
 
 

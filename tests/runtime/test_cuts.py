@@ -11,7 +11,7 @@ from runtime.cuts import list_cuts
 from runtime.federation import Federation
 from runtime.ledger import CONTROL_KINDS
 from runtime.settings import RunConfig
-from tests.conftest import play
+from tests.conftest import play, same, weights
 
 Configure = Callable[..., RunConfig]
 
@@ -79,3 +79,40 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         launch.launch(main)
     assert left.value.code == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "cut"),
+    [  # see the table of docs/models.md: within 20,000 parameters the round after pool1 has the fewest bytes
+        ("client_params<=20000", "pool1"),
+        ("client_params<=319.5", None),
+        ("client_mflop<=0.1", "pool1"),
+        ("round_mb<=0.2", None),
+    ],
+)
+def test_a_cut_within_a_budget(configure: Configure, budget: str, cut: str | None) -> None:
+    given = ("algorithm=fsl_sage", "model=cnn2", f"model.cut=auto:{budget}")
+    if cut is None:
+        with pytest.raises(ConfigError, match="expected a budget that some cut keeps; the least is .*, after "):
+            Federation(configure(*given))
+        return
+    chosen = Federation(configure(*given))
+    assert chosen.config.model.cut == cut
+    explicit = play(Federation(configure(*given[:2], f"model.cut={cut}")), 1)
+    assert same(weights(play(chosen, 1)), weights(explicit))
+
+
+def test_a_limit_of_bytes_leaves_the_client_the_least_work(configure: Configure) -> None:
+    given = ("algorithm=sl", "model=cnn2")
+    listed = list(list_cuts(configure(*given)))
+    limit = sorted(cut.bytes for cut in listed)[3] / 1e6
+    chosen = Federation(configure(*given, f"model.cut=auto:round_mb<={limit:f}")).config.model.cut
+    affordable = [cut for cut in listed if cut.bytes <= limit * 1e6]
+    assert chosen == min(affordable, key=lambda cut: cut.client_flops).name
+
+
+@pytest.mark.parametrize("text", ["auto", "auto:params<=3", "auto:client_params<=", "auto:client_params<=-1"])
+def test_a_budget_that_cannot_be_read_gives_one_line(configure: Configure, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.cut=.*expected a budget.*auto:client_params<=20000") as error:
+        configure("algorithm=sl", f"model.cut='{text}'")
+    assert "\n" not in str(error.value)

@@ -111,6 +111,27 @@ def test_a_vision_transformer() -> None:
     assert list(crossing.values()) == [1, 1, 1, 3]
 
 
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("resnet18.a1_in1k", "layer2.0.conv1"),
+        ("resnet18.a1_in1k", "layer3"),
+        ("mobilenetv3_small_100", "blocks.2"),
+        ("efficientnet_b0", "blocks.1.0.conv_pw"),
+        ("convnext_atto", "stages.1"),
+        ("vit_tiny_patch16_224", "blocks.3"),
+    ],
+)
+def test_models_of_timm(name: str, cut: str) -> None:
+    timm = pytest.importorskip("timm", reason='timm is not installed (pip install -e ".[timm]")')
+    torch.manual_seed(0)
+    sizes = {"img_size": 32} if name.startswith("vit") else {}
+    model = timm.create_model(name, pretrained=False, num_classes=10, drop_rate=0.1, **sizes)
+    parts = split_module(model, [cut], {"x": torch.randn(2, 3, 32, 32)})
+    for mode in (True, False):
+        same_as_the_model(model, parts, {"x": torch.randn(2, 3, 32, 32)}, mode)
+
+
 def tokens() -> dict[str, Any]:
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[0, 5:] = 0

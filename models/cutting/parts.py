@@ -96,6 +96,10 @@ class Plan:
     copied_out: frozenset[Source]
     copied_in: frozenset[Source]
 
+    def __deepcopy__(self, _: Any) -> Plan:
+        """Itself: nothing in it changes, and a copied part has the same plan."""
+        return self
+
 
 class Wire:
     """What a part holds during one forward pass: what it received, what it has to give so far, whose turn it is."""
@@ -154,7 +158,7 @@ class Wire:
             value = Source(path, call, index)
             tensor = self.values.get(self.plan.same.get(value, value))
             leaves[index] = self.blank(extent, answer.dtypes[index]) if tensor is None else tensor
-        return pytree.tree_unflatten(leaves, answer.tree)
+        return leaves[0] if answer.tree is None else pytree.tree_unflatten(leaves, answer.tree)
 
     def arguments(self) -> dict[str, Any]:
         """The inputs of the model as a part behind the first sees them."""

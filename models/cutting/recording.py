@@ -40,8 +40,8 @@ class Source(NamedTuple):
 class Call:
     """One call of a unit: the part that it happens in, and what it gave.
 
-    ``tree`` and ``constants`` rebuild the output (None where a tensor belongs), ``shapes`` and ``dtypes`` are those of
-    its tensors by position.
+    ``tree`` (None: a tensor alone) and ``constants`` (None where a tensor belongs) rebuild the output, ``shapes`` and
+    ``dtypes`` are those of its tensors by position.
     """
 
     part: int
@@ -309,6 +309,7 @@ class Recorder(TorchFunctionMode):
             dtypes = {index: leaves[index].dtype for index in places}
             for index in places:
                 self._appear(Source(path, len(calls), index), leaves[index])
+            tree = None if isinstance(output, Tensor) else tree
             calls.append(Call(self._part, tree, constants, shapes, dtypes))
             if self._part < len(self._cuts) and path == self._cuts[self._part]:
                 for value, tensor in self.found.values.items():

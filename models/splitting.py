@@ -70,9 +70,8 @@ def check_cut(model: nn.Module, cut: str) -> None:
 
 
 def _split_anywhere(model: nn.Module, cut: str, shape: Sequence[int], compare: bool) -> tuple[nn.Module, nn.Module]:
-    name = next(iter(signature(model.forward).parameters))
     try:
-        client, server = split_module(model, [cut], {name: torch.zeros(2, *shape)}, check=compare)
+        client, server = split_module(model, [cut], _images(model, torch.zeros(2, *shape)), check=compare)
     except CutError as error:
         expected = f"a module that the model can be cut after; {error.why}"
         raise ConfigError("model.cut", cut, expected, _outermost(model, shape)) from error
@@ -82,12 +81,19 @@ def _split_anywhere(model: nn.Module, cut: str, shape: Sequence[int], compare: b
     return client, server
 
 
+def _images(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Images by the name of the model's first input."""
+    return {next(iter(signature(model.forward).parameters)): x}
+
+
 def candidates(model: nn.Module, shape: Sequence[int]) -> list[str]:
     """Modules that end once in a forward pass, in this order: where a cut may be. `shape` is that of an image."""
     mode = model.training
-    with torch.random.fork_rng(devices=[]):
-        ended = called_modules(model.eval(), {next(iter(signature(model.forward).parameters)): torch.zeros(1, *shape)})
-    model.train(mode)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            ended = called_modules(model.eval(), _images(model, torch.zeros(1, *shape)))
+    finally:
+        model.train(mode)
     times = Counter(ended)
     return [name for name in ended[:-1] if times[name] == 1]
 

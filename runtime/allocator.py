@@ -1,7 +1,7 @@
 """How the C library's allocator treats the memory of freed tensors on a processor.
 
 By default glibc gives the memory of a large tensor back to the system as soon as it is freed, and the kernel hands it
-out again zeroed, page by page, for the next tensor of the same size: a step of a small network spends a third of its
+out again zeroed, page by page, for the next tensor of the same size: a step of a small network spends an eighth of its
 time so (``python -m benchmarks.allocator``). Kept in the process, it costs nothing to use again. Values of tensors do
 not depend on it.
 """

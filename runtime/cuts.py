@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import algorithms
 from datasets import load
 from models import build_model, candidates, input_channels, through
-from runtime.blueprint import Blueprint
 from runtime.boundary import pack
 from runtime.config import ConfigError
 from runtime.federation import Federation
@@ -84,7 +83,7 @@ def list_cuts(config: RunConfig) -> Iterator[Cut]:
             if federation is None:
                 federation = Federation(chosen)
             else:
-                federation.blueprint = _blueprint(chosen, federation)
+                federation.blueprint = federation.make_blueprint(chosen, compare=False)
         except ConfigError as error:
             if error.key not in ("model.cut", "model.auxiliary.size"):
                 raise
@@ -115,18 +114,6 @@ def within_budget(config: RunConfig) -> RunConfig:
     name = min(within, key=cost).name
     log.info("model.cut=%s, which %s leads to", name, config.model.cut)
     return replace(config, model=replace(config.model, cut=name))
-
-
-def _blueprint(config: RunConfig, federation: Federation) -> Blueprint:
-    return Blueprint(
-        config,
-        federation.algorithm.layout,
-        federation.dataset.info,
-        device=federation.device,
-        precision=config.precision,
-        buffers=config.aggregate.buffers,
-        compare=False,
-    )
 
 
 def _cost(name: str, federation: Federation) -> Cut:

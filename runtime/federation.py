@@ -61,14 +61,7 @@ class Federation:
         self.personal = self.algorithm.kept(config.algorithm)
         self.population = 1 if self.algorithm.pooled else config.num_clients
         self.partition = self._partition()
-        self.blueprint = Blueprint(
-            config,
-            self.algorithm.layout,
-            self.dataset.info,
-            device=self.device,
-            precision=config.precision,
-            buffers=config.aggregate.buffers,
-        )
+        self.blueprint = self.make_blueprint(config)
         self.parameters = sum(self.blueprint.parameters(name) for name in self.algorithm.layout.whole)
         self._smallest = 2 if self._needs_two() else 1
         self._checkpoint = None if folder is None else Checkpoint(folder / CHECKPOINT_FOLDER)
@@ -89,6 +82,18 @@ class Federation:
         self._skipped: set[int] = set()
 
     # ------------------------------------------------------------------ putting together
+
+    def make_blueprint(self, config: RunConfig, *, compare: bool = True) -> Blueprint:
+        """The blueprint of a configuration of this method, on this data; ``compare`` as of ``models.split``."""
+        return Blueprint(
+            config,
+            self.algorithm.layout,
+            self.dataset.info,
+            device=self.device,
+            precision=config.precision,
+            buffers=config.aggregate.buffers,
+            compare=compare,
+        )
 
     def _partition(self) -> Partition:
         config = self.config.dataset

@@ -76,11 +76,13 @@ def _run(job: JobFolder, composed: DictConfig, plain_values: Callable[[DictConfi
 
 def _attend(job: JobFolder) -> None:
     _end_with_launcher()
-    process = start(job, enter)
+    process: ForkServerProcess | None = None
     try:
+        process = start(job, enter)
         process.join()
     except BaseException:  # an interrupt, or submitit's SystemExit when Slurm takes the task away and queues it again
-        _stop(process)
+        if process is not None:  # else it ends with this one
+            _stop(process)
         if not job.read().is_done:
             job.update(state="interrupted")
         raise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import through
+from models import Crossing, through
 from runtime.aggregate import Average
 from runtime.blueprint import Layout
 from runtime.boundary import ClientProgram, Payload, Reply, Upload, pack, tensor, unflatten, unpack
@@ -19,6 +19,29 @@ from runtime.optim import OptimizerConfig, PartOptimizer
 
 cross_entropy = F.cross_entropy
 """Mean cross-entropy over a batch: logits [b, classes], labels int64 [b]."""
+
+
+def floating(crossing: Crossing) -> list[Tensor]:
+    """Those of the tensors that cross a cut that can have a gradient: not a mask, nor indices."""
+    return [each for each in (crossing if isinstance(crossing, tuple) else (crossing,)) if each.is_floating_point()]
+
+
+def followed(crossing: Crossing) -> Crossing:
+    """What crossed a cut, from now on with gradients."""
+    for each in floating(crossing):
+        each.requires_grad_()
+    return crossing
+
+
+def detached(crossing: Crossing) -> Crossing:
+    """What crosses a cut, without the graph that it came from."""
+    return tuple(each.detach() for each in crossing) if isinstance(crossing, tuple) else crossing.detach()
+
+
+def gradients(crossing: Crossing) -> Crossing:
+    """The gradients of ``floating(crossing)``, to be sent back: zeros where nothing depends on a tensor."""
+    found = tuple(torch.zeros_like(each) if each.grad is None else each.grad for each in floating(crossing))
+    return found[0] if len(found) == 1 else found
 
 
 @dataclass(frozen=True)
@@ -129,13 +152,11 @@ class SplitServer(Server):
 
     def train(self, model: nn.Module, optimizer: PartOptimizer, message: Payload) -> Reply:
         """One step of a server model on (z, y); gives the gradient of z."""
-        z = unpack(message, "z")
-        learnt = [each.requires_grad_() for each in (z if isinstance(z, tuple) else (z,)) if each.is_floating_point()]
+        z = followed(unpack(message, "z"))
         loss = cross_entropy(through(model, z), tensor(message, "y"))
         optimizer.update(loss)
         self.ctx.log("loss", loss)
-        gradients = tuple(torch.zeros_like(each) if each.grad is None else each.grad for each in learnt)
-        return pack("grad", gradients[0] if len(gradients) == 1 else gradients)
+        return pack("grad", gradients(z))
 
 
 class Algorithm:

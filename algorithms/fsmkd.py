@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from algorithms import register
-from algorithms.base import Algorithm, Flow, Server, cross_entropy
+from algorithms.base import Algorithm, Flow, Server, cross_entropy, detached, floating, followed, gradients
+from models import Crossing, through
 from runtime.blueprint import Layout
-from runtime.boundary import ClientProgram, Payload, Reply, ask, tensor
+from runtime.boundary import ClientProgram, Payload, Reply, ask, pack, unpack
 from runtime.config import ConfigError
 from runtime.contexts import ClientContext, ServerContext
 
@@ -70,7 +71,7 @@ class SharedBodyServer(Server):
 
     def __init__(self, ctx: ServerContext) -> None:
         super().__init__(ctx)
-        self._passes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._passes: dict[int, tuple[Crossing, Crossing]] = {}
 
     def open_round(self, cohort: Sequence[int]) -> None:
         super().open_round(cohort)
@@ -89,17 +90,16 @@ class SharedBodyServer(Server):
 
     def on_smashed(self, client: int, message: Payload) -> Reply:
         """The body's output for z; its graph waits for the gradient."""
-        z = tensor(message, "z").requires_grad_()
-        output = self.ctx.part("server")(z)
+        z = followed(unpack(message, "z"))
+        output: Crossing = through(self.ctx.part("server"), z)
         self._passes[client] = z, output
-        return {"output": output}
+        return pack("output", output)
 
     def on_gradient(self, client: int, message: Payload) -> Reply:
         """One optimizer step along the gradient of the body's output; replies with the gradient of z."""
         z, output = self._passes.pop(client)
-        self.ctx.optimizer("server").update(output, tensor(message, "grad"))
-        assert z.grad is not None
-        return {"grad": z.grad}
+        self.ctx.optimizer("server").update(output, unpack(message, "grad"))
+        return pack("grad", gradients(z))
 
     def forget(self, client: int) -> None:
         self._passes.pop(client, None)
@@ -147,19 +147,20 @@ class FSMKD(Algorithm):
         both = config.shared_gradient == "both"
         for x, y in ctx.batches():
             z = first(x)
-            output = tensor((yield ask("smashed", z=z)), "output").requires_grad_()
+            output = followed(unpack((yield ask("smashed", **pack("z", z))), "output"))
             # What the local loss does not train sees no gradient of it.
-            own = z.detach().requires_grad_(both)
-            local, shared = tail(body(own)), tail(output)
+            own = detached(z)
+            local, shared = through(tail, through(body, followed(own) if both else own)), through(tail, output)
             local_loss, loss = mutual_losses(local, shared, y, config)
             optimizer.zero_grad()
-            torch.autograd.backward(loss, inputs=[output, *tail.parameters()])
-            inputs = [*body.parameters(), *((own, *tail.parameters()) if both else ())]
+            torch.autograd.backward(loss, inputs=[*floating(output), *tail.parameters()])
+            inputs = [*body.parameters(), *((*floating(own), *tail.parameters()) if both else ())]
             torch.autograd.backward(local_loss, inputs=inputs)
-            assert output.grad is not None
-            gradient = tensor((yield ask("gradient", grad=output.grad)), "grad")
-            torch.autograd.backward(z, gradient if own.grad is None else gradient + own.grad)
-            optimizer.step()
+            gradient = unpack((yield ask("gradient", **pack("grad", gradients(output)))), "grad")
+            for each, along in zip(floating(own), floating(gradient), strict=True):
+                if each.grad is not None:
+                    along += each.grad
+            optimizer.update(z, gradient, reset=False)
             ctx.log("loss", loss)
             ctx.log("local_loss", local_loss)
         ctx.keep("personal")

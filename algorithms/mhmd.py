@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from algorithms import register
 from algorithms.base import cross_entropy
 from algorithms.personal import FedBABU
-from models import AuxiliaryHeads
+from models import AuxiliaryHeads, through
 from runtime.blueprint import Layout
 from runtime.boundary import Payload
 from runtime.config import ConfigError
@@ -111,7 +111,7 @@ class MHMD(FedBABU):
         optimizer = ctx.optimizer("body")
         for x, y in ctx.batches():
             z, auxiliary = heads.attached(body, x)
-            terms = mhmd_loss(head(z), auxiliary, y, ctx.config)
+            terms = mhmd_loss(through(head, z), auxiliary, y, ctx.config)
             optimizer.update(terms.pop("total"))
             for name, value in terms.items():
                 ctx.log(name, value)

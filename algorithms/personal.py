@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from algorithms import register
 from algorithms.base import Algorithm, Flow, cross_entropy
+from models import through
 from runtime.blueprint import Layout
 from runtime.boundary import Payload
 from runtime.config import ConfigError
@@ -21,7 +22,7 @@ def train(ctx: ClientContext, *trained: str, stream: str = "batches", epochs: in
         part.requires_grad_(name in trained)
     optimizer = ctx.optimizer(*trained)
     for x, y in ctx.batches(stream, epochs):
-        loss = cross_entropy(head(body(x)), y)
+        loss = cross_entropy(through(head, body(x)), y)
         optimizer.update(loss)
         ctx.log("loss", loss)
 

@@ -11,7 +11,7 @@ from models.config import (
     PartConfig,
     PersonalConfig,
 )
-from models.cutting import Chain, through
+from models.cutting import Chain, Crossing, through
 from models.fitting import input_channels
 from models.heads import AuxiliaryHeads, build_auxiliary_heads, forward_with_blocks, head_blocks
 from models.registry import default_cut, names, register
@@ -24,6 +24,7 @@ __all__ = [
     "AuxiliaryHeads",
     "AuxiliaryHeadsConfig",
     "Chain",
+    "Crossing",
     "ModelConfig",
     "PartConfig",
     "PersonalConfig",

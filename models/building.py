@@ -14,8 +14,8 @@ from models.config import ModelConfig
 from models.fitting import sketch
 from models.heads import build_auxiliary_heads
 from models.registry import entry
-from models.splitting import check_cut
-from models.three import build_personal, divide
+from models.splitting import body_and_head, check_cuts
+from models.three import build_personal, divide, two_cuts
 from runtime.config import ConfigError
 
 if TYPE_CHECKING:
@@ -43,18 +43,22 @@ def check_model(config: ModelConfig, info: DatasetInfo, parts: Collection[str] =
     `config` says, and `personal` bodies are built too. Allocates and reads no weights. Whether a model from elsewhere
     takes the images is `models.input_channels`' to say.
     """
-    if entry(config.name).is_foreign and config.cut is config.auxiliary_heads.blocks is config.init is None:
+    foreign = entry(config.name).is_foreign
+    if foreign and "tail" not in parts and config.cut is config.auxiliary_heads.blocks is config.init is None:
         return
     model = sketch(config, info)
-    with torch.device("meta"):
-        if config.auxiliary_heads.blocks is not None:
-            build_auxiliary_heads(config, info, model)
-        if "personal" in parts:
-            build_personal(config, info, model)
+    is_sequence = isinstance(model, nn.Sequential)
+    if config.auxiliary_heads.blocks is not None and is_sequence:
+        with torch.device("meta"):
+            build_auxiliary_heads(config, info, body_and_head(model)[0])
     if "tail" in parts or ("server" not in parts and isinstance(config.cut, tuple)):
-        divide(config, model)
-    elif config.cut is not None or not entry(config.name).is_foreign:
-        check_cut(model, config.cut_after)
+        chosen = two_cuts(config, model)
+        check_cuts(model, *chosen)
+        if "personal" in parts and is_sequence and not any("." in cut for cut in chosen):
+            with torch.device("meta"):
+                build_personal(config, info, divide(config, info, model))
+    elif config.cut is not None or not foreign:
+        check_cuts(model, config.cut_after)
     if config.init is not None:
         _compare(model, config.init)
 

@@ -52,8 +52,9 @@ class AuxiliaryHeadsConfig:
 class PersonalConfig:
     """The clients' personal bodies, and refinements of their optimizer and scheduler.
 
-    `variants` are options over those of the model: a body is what such a model has between the two cuts. They are given
-    to the clients in turn: of n variants, client i has variant i mod n. None means the model's own.
+    `variants` are options over those of the model: a body is what such a model has between the two cuts, which the key
+    `cut` gives where they are not the model's. They are given to the clients in turn: of n variants, client i has
+    variant i mod n. None means the model's own.
     """
 
     variants: tuple[dict[str, Any], ...] | None = None
@@ -128,15 +129,18 @@ class ModelConfig:
         """The options of each variant of the personal body, over those of the model."""
         return entry(self.name).variants if self.personal.variants is None else self.personal.variants
 
-    def personal_options(self) -> list[Any]:
-        """As `typed_options`, of the models that the variants of the personal body are taken from."""
+    def personal_options(self) -> list[tuple[Any, tuple[str, str] | None]]:
+        """As `typed_options`, of the models that variants' bodies are from; and where each is cut, if it says."""
         kind = entry(self.name).options
-        if kind is None:
-            return []
-        return [
-            build(kind, {**self.options, **variant}, f"personal.variants.{i}")
-            for i, variant in enumerate(self.variants)
-        ]
+        found: list[tuple[Any, tuple[str, str] | None]] = []
+        for i, variant in enumerate(self.variants):
+            options, where = {**self.options, **variant}, f"personal.variants.{i}"
+            cut = options.pop("cut", None)
+            if cut is not None and not (len(cut) == 2 and all(isinstance(name, str) for name in cut)):
+                raise ConfigError(f"{where}.cut", cut, "two modules as [first,second]")
+            typed = options if kind is None else build(kind, options, where)
+            found.append((typed, None if cut is None else (cut[0], cut[1])))
+        return found
 
     @property
     def budget(self) -> Budget | None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.cutting import is_ghost
 from models.layers import FeatureMean
 from models.registry import entry
 from models.shapes import features, trace
-from models.splitting import body_and_head, named
+from models.splitting import named
 from runtime.config import ConfigError
 
 if TYPE_CHECKING:
@@ -37,15 +38,14 @@ class AuxiliaryHeads(nn.ModuleList):
         return z, [head(output) for head, output in zip(self, inner, strict=True)]
 
 
-def head_blocks(config: ModelConfig, model: nn.Module) -> tuple[str, ...]:
-    """Names of the blocks of `model` that have an auxiliary head, in the order in which the forward pass ends them.
+def head_blocks(config: ModelConfig, body: nn.Module) -> tuple[str, ...]:
+    """Names of the blocks of a `body` that have an auxiliary head, in the order in which the forward pass ends them.
 
     They are `config.auxiliary_heads.blocks`, or those that the model is registered with, or by a general rule the last
     three groups of layers but the one that the classifier itself sees. A name is a child of the model or, dotted, a
     module inside of one (`layer2.0`). One that is neither, the classifier's, one before which nothing can learn and a
     repeated one are a `ConfigError`, as is a model in which the rule finds no block.
     """
-    body, _ = body_and_head(model)
     blocks = config.auxiliary_heads.blocks
     if blocks is None:
         blocks = entry(config.name).blocks_for(config.typed_options()) or _by_rule(body)
@@ -66,16 +66,15 @@ def head_blocks(config: ModelConfig, model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(blocks, key=valid.index))
 
 
-def build_auxiliary_heads(config: ModelConfig, info: DatasetInfo, model: nn.Module) -> AuxiliaryHeads:
-    """Fresh auxiliary heads for `model`, one for each of `head_blocks(config, model)`: output -> [b, classes + 1].
+def build_auxiliary_heads(config: ModelConfig, info: DatasetInfo, body: nn.Module) -> AuxiliaryHeads:
+    """Fresh auxiliary heads for a `body`, one for each of `head_blocks(config, body)`: output -> [b, classes + 1].
 
     A head is the mean over pixels or tokens and one linear layer without bias, whose last output is a temperature for
-    each sample (Multi-Head Mutual Distillation). Weights come from torch's global generator; `model` is neither changed
+    each sample (Multi-Head Mutual Distillation). Weights come from torch's global generator; `body` is neither changed
     nor kept. A block whose output is not a tensor [b, c, h, w], [b, tokens, d] or [b, d], or that does not run exactly
     once, is a `ConfigError`.
     """
-    body, _ = body_and_head(model)
-    blocks = head_blocks(config, model)
+    blocks = head_blocks(config, body)
     parameter = next(body.parameters())
     with _recorded(body, blocks) as outputs:
         # Two images: BatchNorm in training mode refuses one value a channel.
@@ -149,6 +148,8 @@ def _features(name: str, output: Tensor) -> int:
 def _ended(module: nn.Module, prefix: str = "", learns: bool = False) -> Iterator[str]:
     """Names of the modules in `module` in the order in which their forward passes end, from the first weights on."""
     for name, child in named(module).items():
+        if is_ghost(child):
+            continue
         yield from _ended(child, f"{prefix}{name}.", learns)
         learns = learns or any(True for _ in child.parameters())
         if learns:

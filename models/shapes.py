@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from models.cutting import Crossing
 
-def trace(module: nn.Module, x: Tensor) -> Tensor:
+
+def trace(module: nn.Module, x: Crossing) -> Any:
     """What `module` gives for `x`, both on the meta device: shape only, and the module's own state is not touched."""
     state = {name: t.to("meta") for name, t in chain(module.named_parameters(), module.named_buffers())}
     with torch.no_grad():
-        return functional_call(module, state, (x,))
+        return functional_call(module, state, x if isinstance(x, tuple) else (x,))
 
 
 def features(output: Tensor) -> int:

@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from models.cutting import CutError, split_module
+from models.cutting import CutError, Part, split_module
 from models.cutting.recording import called_modules
 from runtime.config import NO_VALUE, ConfigError
 
@@ -49,8 +49,9 @@ def split(
     tuple. A cut that the model does not have, or that divides tied weights, is a `ConfigError`. `compare` False leaves
     out the comparison of such parts with the model.
     """
-    if shape is not None and not (isinstance(model, nn.Sequential) and cut in named(model)):
-        return _split_anywhere(model, cut, shape, compare)
+    if shape is not None and not _is_between_children(model, cut):
+        client, server = _split_anywhere(model, [cut], shape, compare)
+        return client, server
     valid = cuts(model)
     if cut not in valid:
         raise ConfigError("model.cut", cut, "the child of the model that ends the client part", valid)
@@ -60,54 +61,17 @@ def split(
     return client, server
 
 
-def check_cut(model: nn.Module, cut: str) -> None:
-    """Raise what `split` raises if the model, which may be without memory for its weights, has no module `cut`."""
-    if isinstance(model, nn.Sequential) and (cut in named(model) or "." not in cut):
-        split(model, cut)
-    elif not cut or cut not in dict(model.named_modules(remove_duplicate=False)):
-        children = [name for name, _ in model.named_modules() if name.count(".") < 2 and name]
-        raise ConfigError("model.cut", cut, "a module of the model", children)
-
-
-def _split_anywhere(model: nn.Module, cut: str, shape: Sequence[int], compare: bool) -> tuple[nn.Module, nn.Module]:
-    try:
-        client, server = split_module(model, [cut], _images(model, torch.zeros(2, *shape)), check=compare)
-    except CutError as error:
-        expected = f"a module that the model can be cut after; {error.why}"
-        raise ConfigError("model.cut", cut, expected, _outermost(model, shape)) from error
-    if not all(any(True for _ in part.parameters()) for part in (client, server)):
-        expected = "a cut that leaves weights to the client and to the server"
-        raise ConfigError("model.cut", cut, expected, _outermost(model, shape))
-    return client, server
-
-
-def _images(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Images by the name of the model's first input."""
-    return {next(iter(signature(model.forward).parameters)): x}
-
-
-def candidates(model: nn.Module, shape: Sequence[int]) -> list[str]:
-    """Modules that end once in a forward pass, in this order: where a cut may be. `shape` is that of an image."""
-    mode = model.training
-    try:
-        with torch.random.fork_rng(devices=[]):
-            ended = called_modules(model.eval(), _images(model, torch.zeros(1, *shape)))
-    finally:
-        model.train(mode)
-    times = Counter(ended)
-    return [name for name in ended[:-1] if times[name] == 1]
-
-
-def _outermost(model: nn.Module, shape: Sequence[int]) -> list[str]:
-    return sorted(candidates(model, shape), key=lambda name: name.count("."))
-
-
-def split_in_three(model: nn.Module, first: str, second: str) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
-    """Client part, server part and tail of `model`, cut after its children `first` and `second`.
+def split_in_three(
+    model: nn.Module, first: str, second: str, shape: Sequence[int] | None = None, *, compare: bool = True
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Client part, server part and tail of `model`, cut after its modules `first` and `second`.
 
     As with `split`, tail(server(client(x))) is model(x), bit for bit. Besides what that refuses, cuts out of order and
     a part without weights are a `ConfigError`.
     """
+    if shape is not None and not _is_between_children(model, first, second):
+        client, server, tail = _split_anywhere(model, [first, second], shape, compare)
+        return client, server, tail
     valid = cuts(model)
     for cut in (first, second):
         if cut not in valid:
@@ -125,12 +89,87 @@ def split_in_three(model: nn.Module, first: str, second: str) -> tuple[nn.Sequen
     return client, server, tail
 
 
-def body_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """All children of `model` but the last, and the last, its classifier: head(body(x)) is model(x), bit for bit.
+def check_cuts(model: nn.Module, *chosen: str) -> None:
+    """Raise what `split` or `split_in_three` raises if the model has no such modules; it may be without memory."""
+    if isinstance(model, nn.Sequential) and all(cut in named(model) or "." not in cut for cut in chosen):
+        (split if len(chosen) == 1 else split_in_three)(model, *chosen)
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for cut in chosen:
+        if not cut or cut not in modules:
+            children = [name for name, _ in model.named_modules() if name.count(".") < 2 and name]
+            raise ConfigError("model.cut", cut, "a module of the model", children)
 
-    As with `split` both are sequences of the model's own modules under their own names (`fc.weight`). A model that is
-    not an `nn.Sequential`, whose body or classifier has no weights, or in which they share some is a `ConfigError`.
+
+def _is_between_children(model: nn.Module, *chosen: str) -> bool:
+    return isinstance(model, nn.Sequential) and named(model).keys() >= {*chosen}
+
+
+def _split_anywhere(model: nn.Module, chosen: Sequence[str], shape: Sequence[int], compare: bool) -> list[Part]:
+    try:
+        parts = split_module(model, chosen, _images(model, torch.zeros(2, *shape)), check=compare)
+    except CutError as error:
+        expected = f"a module that the model can be cut after; {error.why}"
+        raise ConfigError("model.cut", error.cut, expected, _outermost(model, shape)) from error
+    if not all(any(True for _ in part.parameters()) for part in parts):
+        given = chosen[0] if len(chosen) == 1 else [*chosen]
+        expected = "a cut that leaves weights to each part"
+        raise ConfigError("model.cut", given, expected, _outermost(model, shape))
+    return parts
+
+
+def _images(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Images by the name of the model's first input."""
+    return {next(iter(signature(model.forward).parameters)): x}
+
+
+def candidates(model: nn.Module, shape: Sequence[int]) -> list[str]:
+    """Modules that end once in a forward pass, in this order: where a cut may be. `shape` is that of an image."""
+    return _once(_ended(model, shape)[:-1])
+
+
+def _ended(model: nn.Module, shape: Sequence[int]) -> list[str]:
+    """Paths of the modules in the order in which their calls end, one for each call."""
+    mode = model.training
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return called_modules(model.eval(), _images(model, torch.zeros(1, *shape)))
+    finally:
+        model.train(mode)
+
+
+def _once(ended: Sequence[str]) -> list[str]:
+    times = Counter(ended)
+    return [name for name in ended if times[name] == 1]
+
+
+def _before_classifier(model: nn.Module, shape: Sequence[int]) -> str:
+    """The module that ends last before the last one that has weights of its own begins."""
+    ended = _ended(model, shape)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    last = max((i for i, name in enumerate(ended) if any(True for _ in modules[name].parameters(False))), default=0)
+    before = [name for name in _once(ended) if name in ended[:last]]
+    if not before:
+        raise ConfigError("model.name", NO_VALUE, "the model needs a module before its classifier")
+    return before[-1]
+
+
+def _outermost(model: nn.Module, shape: Sequence[int]) -> list[str]:
+    """`candidates`, a module before those in it."""
+    return sorted(candidates(model, shape), key=lambda name: name.count("."))
+
+
+def body_and_head(model: nn.Module, shape: Sequence[int] | None = None) -> tuple[nn.Module, nn.Module]:
+    """All of `model` but its classifier, and the classifier: head(body(x)) is model(x), bit for bit.
+
+    The classifier of an `nn.Sequential` is its last child. That of another model, for which the `shape` of an image (c,
+    h, w) is needed, is the last module with weights of its own and what comes after it. As with `split` both
+    are made of the model's own modules under their own names (`fc.weight`). A model in which no such cut is possible,
+    or in which body and classifier share weights, is a `ConfigError`.
     """
+    if shape is not None and not isinstance(model, nn.Sequential):
+        body, head = _split_anywhere(model, [_before_classifier(model, shape)], shape, compare=True)
+        return body, head
     children = _children(model)
     body, head = _divide(model, len(children) - 1)
     if not all(any(True for _ in part.parameters()) for part in (body, head)):

@@ -6,9 +6,10 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.config import ModelConfig
+from models.cutting import Crossing
 from models.registry import entry
 from models.shapes import trace
 from models.splitting import cuts, named, split_in_three
@@ -17,49 +18,64 @@ from runtime.config import ConfigError
 if TYPE_CHECKING:
     from datasets import DatasetInfo
 
+_SHOWN = 20
+Thirds = tuple[nn.Module, nn.Module, nn.Module]
 
-def divide(config: ModelConfig, model: nn.Module) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
-    """Client part, server part and tail of `model`: cut by `config.cut`, or by the model's own two cuts.
+
+def two_cuts(config: ModelConfig, model: nn.Module) -> tuple[str, str]:
+    """The two modules that `model` is cut in three after: `config.cut`, or the model's own.
 
     A model that is registered with none is cut where it is cut in two, and before its classifier. A single cut is a
-    `ConfigError`, as is what `split_in_three` refuses.
+    `ConfigError`, as is none for a model that has no cut of its own.
     """
-    if isinstance(config.cut, str):
-        expected = f"[first,second], as the method cuts the model in three: two of {', '.join(cuts(model))}"
+    own = entry(config.name)
+    if isinstance(config.cut, str) or (config.cut is None and own.is_foreign):
+        names = cuts(model) if isinstance(model, nn.Sequential) else [*named(model)]
+        expected = f"[first,second], as the method cuts the model in three: two of {', '.join(names[:_SHOWN])}"
         raise ConfigError("model.cut", config.cut, expected)
-    own = entry(config.name).cuts_for(config.typed_options())
-    first, second = config.cut or own or (config.cut_after, list(named(model))[-2])
-    return split_in_three(model, first, second)
+    first, second = config.cut or own.cuts_for(config.typed_options()) or (config.cut_after, list(named(model))[-2])
+    return first, second
 
 
-def build_personal(config: ModelConfig, info: DatasetInfo, model: nn.Module) -> list[nn.Module]:
-    """Fresh personal bodies for `model`, one for each variant: what its client part gives -> what its tail takes.
+def divide(config: ModelConfig, info: DatasetInfo, model: nn.Module, *, compare: bool = True) -> Thirds:
+    """Client part, server part and tail of `model` at its `two_cuts`; see `split_in_three`."""
+    return split_in_three(model, *two_cuts(config, model), info.shape, compare=compare)
 
-    A variant's body is what the model with the variant's options has between as many first and last children as the
-    client part and the tail of `model` have. Weights come from torch's global generator; `model` is neither changed nor
-    kept. A body that does not fit between the two is a `ConfigError`.
+
+def build_personal(config: ModelConfig, info: DatasetInfo, thirds: Thirds) -> list[nn.Module]:
+    """Fresh personal bodies for a model in thirds, one a variant: what its client part gives -> what its tail takes.
+
+    A variant's body is the server part of the model with the variant's options: cut where the variant says, else
+    between as many first and last children as client part and tail have or, of parts that are no sequences, where the
+    model itself is cut. Weights come from torch's global generator; the thirds are neither changed nor kept. A body
+    that does not fit between the two is a `ConfigError`.
     """
-    client, server, tail = divide(config, model)
-    parameter = next(client.parameters())
+    client, server, tail = thirds
     # Two images: BatchNorm in training mode refuses one value a channel.
-    z = trace(client, torch.empty(2, *info.shape, dtype=parameter.dtype, device="meta"))
-    wanted = list(trace(server, z).shape[1:])
+    z = trace(client, torch.empty(2, *info.shape, dtype=next(client.parameters()).dtype, device="meta"))
+    wanted = _shapes(trace(server, z))
     bodies: list[nn.Module] = []
-    for i, options in enumerate(config.personal_options()):
-        variant = nn.Sequential(OrderedDict(named(entry(config.name).build(info, options))))
-        body = variant[len(client) : len(variant) - len(tail)]
-        given = _shape(body, z)
+    for i, (options, chosen) in enumerate(config.personal_options()):
+        variant = entry(config.name).build(info, options)
+        if chosen is None and isinstance(client, nn.Sequential) and isinstance(tail, nn.Sequential):
+            children = OrderedDict(list(named(variant).items())[len(client) : -len(tail)])
+            body: nn.Module = nn.Sequential(children)
+        else:
+            body = split_in_three(variant, *(chosen or two_cuts(config, variant)), info.shape)[1]
+        try:
+            given = _shapes(trace(body, z))
+            found = f"gives {given}"
+        except (RuntimeError, TypeError, ValueError):
+            given, found = "", "takes no such input"
         if given != wanted or not any(True for _ in body.parameters()):
-            found = "takes no such input" if given is None else f"gives {given}"
-            expected = f"a body with weights from {list(z.shape[1:])} to {wanted}, as the server part has; this {found}"
+            expected = f"a body with weights from {_shapes(z)} to {wanted}, as the server part has; this {found}"
             raise ConfigError(f"model.personal.variants.{i}", dict(config.variants[i]), expected)
         bodies.append(body)
     return bodies
 
 
-def _shape(body: nn.Module, z: Tensor) -> list[int] | None:
-    """Shape of what `body` gives for one sample of `z`; None where it does not take it."""
-    try:
-        return list(trace(body, z).shape[1:])
-    except RuntimeError:
-        return None
+def _shapes(crossing: Crossing) -> str:
+    """The shapes of what crosses for one sample, as text."""
+    return " and ".join(
+        str(list(each.shape[1:])) for each in (crossing if isinstance(crossing, tuple) else (crossing,))
+    )

@@ -121,21 +121,22 @@ class Blueprint:
         if "auxiliary" in needed:
             with rng.TorchStream(rng.derive(seed, stream="auxiliary"), cpu):
                 parts["auxiliary"] = build_auxiliary(config, info, whole)
-        if "auxiliary_heads" in needed:
-            with rng.TorchStream(rng.derive(seed, stream="auxiliary heads"), cpu):
-                parts["auxiliary_heads"] = build_auxiliary_heads(config, info, whole)
-        if "personal" in needed:
-            with rng.TorchStream(rng.derive(seed, stream="personal"), cpu):
-                bodies = [body.to(self.device, self.dtype).train() for body in build_personal(config, info, whole)]
-            parts["personal"] = bodies[0]
         if "tail" in layout.whole:
-            parts["client"], parts["server"], parts["tail"] = divide(config, whole)
+            thirds = divide(config, info, whole, compare=compare)
+            parts["client"], parts["server"], parts["tail"] = thirds
+            if "personal" in needed:
+                with rng.TorchStream(rng.derive(seed, stream="personal"), cpu):
+                    made = build_personal(config, info, thirds)
+                bodies = [body.to(self.device, self.dtype).train() for body in made]
+                parts["personal"] = bodies[0]
         elif layout.cut:
             parts["client"], parts["server"] = split(whole, config.cut_after, info.shape, compare=compare)
         elif layout.whole == ("body", "head"):
-            parts["body"], parts["head"] = body_and_head(whole)
-        made = {name: parts[name].to(self.device, self.dtype).train() for name in parts if name in needed}
-        return made, bodies
+            parts["body"], parts["head"] = body_and_head(whole, info.shape)
+            if "auxiliary_heads" in needed:
+                with rng.TorchStream(rng.derive(seed, stream="auxiliary heads"), cpu):
+                    parts["auxiliary_heads"] = build_auxiliary_heads(config, info, parts["body"])
+        return {name: parts[name].to(self.device, self.dtype).train() for name in parts if name in needed}, bodies
 
     def _variant(self, body: nn.Module) -> Blueprint:
         """This blueprint with another personal body; everything else is shared."""

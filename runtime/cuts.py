@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import algorithms
-from datasets import load
+from datasets import Dataset, load
 from models import build_model, candidates, input_channels, through
 from runtime.boundary import pack
 from runtime.config import ConfigError
@@ -65,8 +65,11 @@ _MEASURES: dict[str, Callable[[Cut], float]] = {
 }
 
 
-def list_cuts(config: RunConfig) -> Iterator[Cut]:
+def list_cuts(config: RunConfig, dataset: Dataset | None = None) -> Iterator[Cut]:
     """The cuts of the configured model in two, in the order of its layers.
+
+    Args:
+        dataset: the configured one, where it is loaded already.
 
     Raises:
         ConfigError: the method does not cut the model in two.
@@ -74,14 +77,15 @@ def list_cuts(config: RunConfig) -> Iterator[Cut]:
     cutting = [name for name in algorithms.names() if algorithms.get(name).layout.whole == _TWO]
     if config.algorithm_name not in cutting:
         raise ConfigError("algorithm", config.algorithm_name, "a method that cuts the model in two", cutting)
-    dataset = load(config.dataset, seed=config.seed, device=torch.device("cpu"), dtype=torch.float32)
+    if dataset is None:
+        dataset = load(config.dataset, seed=config.seed, device=torch.device("cpu"), dtype=torch.float32)
     info = dataset.repeated(input_channels(config.model, dataset.info)).info
     federation: Federation | None = None
     for name in candidates(build_model(config.model, info), info.shape):
         chosen = replace(config, device="cpu", model=replace(config.model, cut=name))
         try:
             if federation is None:
-                federation = Federation(chosen)
+                federation = Federation(chosen, dataset=dataset)
             else:
                 federation.blueprint = federation.make_blueprint(chosen, compare=False)
         except ConfigError as error:
@@ -91,7 +95,7 @@ def list_cuts(config: RunConfig) -> Iterator[Cut]:
         yield _cost(name, federation)
 
 
-def within_budget(config: RunConfig) -> RunConfig:
+def within_budget(config: RunConfig, dataset: Dataset) -> RunConfig:
     """The configuration with the cut that its budget (`model.cut=auto:client_params<=20000`) leads to, if it has one.
 
     Under a limit on the client's work it is the cut whose round has the fewest bytes, under one on bytes that with the
@@ -104,7 +108,7 @@ def within_budget(config: RunConfig) -> RunConfig:
     if budget is None:
         return config
     measure = _MEASURES[budget.measure]
-    found = list(list_cuts(config))
+    found = list(list_cuts(config, dataset))
     within = [cut for cut in found if measure(cut) <= budget.limit]
     if not within:
         least = min(found, key=measure, default=None)

@@ -40,7 +40,8 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     federation = Federation(config, folder.path)
     set_threads(config, federation)
     if config.personalize.part is not None:  # a model that cannot be divided is a mistake before training, not after
-        divided(list(federation.blueprint.parts(federation.algorithm.layout.whole).values()), config.personalize.part)
+        parts = federation.blueprint.parts(federation.algorithm.layout.whole)
+        divided(parts, config.personalize.part, federation.dataset.info.shape)
     results = Results(folder.path, build_loggers(config.logger, folder.path, folder.resumed))
     state = federation.resume()
     if state is not None:

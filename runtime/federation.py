@@ -42,20 +42,22 @@ class Federation:
     Args:
         config: the whole configuration.
         folder: where checkpoints and evicted client state go; None keeps everything in memory.
+        dataset: the configured one, where it is loaded already.
 
     Raises:
         ConfigError: what cannot be built as configured.
     """
 
-    def __init__(self, config: RunConfig, folder: Path | None = None) -> None:
+    def __init__(self, config: RunConfig, folder: Path | None = None, dataset: Dataset | None = None) -> None:
         from runtime.cuts import within_budget  # it compares federations
 
-        self.config = config = within_budget(config)
         self.algorithm = algorithms.get(config.algorithm_name)
-        self.device = config.torch_device()
         for part in self.algorithm.layout.client:
             self.algorithm.check_optimizer(config.optimizer_for(part))
-        dataset = load(config.dataset, seed=config.seed, device=self.device, dtype=DTYPES[config.precision])
+        self.device = config.torch_device()
+        if dataset is None:
+            dataset = load(config.dataset, seed=config.seed, device=self.device, dtype=DTYPES[config.precision])
+        self.config = config = within_budget(config, dataset)
         self.dataset: Dataset = dataset.repeated(input_channels(config.model, dataset.info))
         check_model(config.model, self.dataset.info, self.algorithm.layout.parts)
         self.personal = self.algorithm.kept(config.algorithm)

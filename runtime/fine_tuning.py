@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import through
 from runtime.config import ConfigError
 from runtime.optim import PartOptimizer
 
@@ -79,5 +80,5 @@ def fine_tune(
         for x, y in epoch():
             with torch.set_grad_enabled(trains_body):
                 z = body(x)
-            optimizer.update(F.cross_entropy(head(z), y))
+            optimizer.update(F.cross_entropy(through(head, z), y))
         done += 1

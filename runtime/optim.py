@@ -148,10 +148,17 @@ class PartOptimizer:
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = optimizers
 
-    def update(self, output: Tensor | Sequence[Tensor], gradient: Tensor | Sequence[Tensor] | None = None) -> None:
+    def update(
+        self,
+        output: Tensor | Sequence[Tensor],
+        gradient: Tensor | Sequence[Tensor] | None = None,
+        *,
+        reset: bool = True,
+    ) -> None:
         """One step down ``output`` (a loss), or along ``gradient`` when ``output`` is not a scalar.
 
         The gradient has the output's shape; of several outputs there is one for each that has floating-point values.
+        ``reset`` False adds to the gradients that the parameters already hold.
         """
         if not isinstance(output, Tensor):
             assert gradient is not None
@@ -159,7 +166,8 @@ class PartOptimizer:
             pairs = zip((each for each in output if each.is_floating_point()), given, strict=True)
             used = [(each, along) for each, along in pairs if each.requires_grad]
             output, gradient = [each for each, _ in used], [along for _, along in used]
-        self.zero_grad()
+        if reset:
+            self.zero_grad()
         torch.autograd.backward(output, gradient)
         self.step()
 

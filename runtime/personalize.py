@@ -142,18 +142,27 @@ def personalize(
     return found
 
 
-def divided(parts: Sequence[nn.Module], part: str | None) -> tuple[nn.Module, nn.Module]:
-    """The body and the head of the model that the parts make up; of one that is no sequence all is body.
+def divided(parts: Parts, part: str | None, shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
+    """The body and the head of the model that the parts make up; of parts that are no sequences all is body.
+
+    Args:
+        parts: by name, in the order in which data goes through them.
+        shape: of an image, [C, H, W].
 
     Raises:
-        ConfigError: the model has no head of its own, and ``part`` needs one.
+        ConfigError: the head cannot be told, and ``part`` needs it.
     """
-    if all(isinstance(module, nn.Sequential) for module in parts):
-        children = chain.from_iterable(module.named_children() for module in parts)
+    if parts.keys() == {"body", "head"}:
+        return parts["body"], parts["head"]
+    modules = list(parts.values())
+    if all(isinstance(module, nn.Sequential) for module in modules):
+        children = chain.from_iterable(module.named_children() for module in modules)
         return body_and_head(nn.Sequential(OrderedDict(children)))
+    if part != "full" and len(modules) == 1:
+        return body_and_head(modules[0], shape)
     if part != "full":
         raise ConfigError("personalize.part", part, "full, as it is not known where this model's classifier begins")
-    return Chain(parts), nn.Identity()
+    return Chain(modules), nn.Identity()
 
 
 @contextlib.contextmanager
@@ -176,7 +185,7 @@ class _Tuner:
         self._federation, self._config = federation, config
         self.shares = federation.evaluator.local_test or federation.evaluator.shares(federation.dataset.test.labels)
         self._parts: Parts = federation.blueprint.parts(federation.algorithm.layout.whole)
-        self._body, self._head = divided(list(self._parts.values()), config.part)
+        self._body, self._head = divided(self._parts, config.part, federation.dataset.info.shape)
 
     def scores(self, client: int) -> Iterator[Score]:
         """The client's scores on its own test data after each number of epochs in the list."""

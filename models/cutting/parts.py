@@ -301,6 +301,12 @@ def ghost(module: nn.Module, wire: Wire, path: str) -> nn.Module:
     return twin
 
 
+def is_ghost(module: nn.Module) -> bool:
+    """Whether a module in a part belongs to another part in all its calls."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, Stub) and forward.own is None
+
+
 def _load_nothing(
     state: dict[str, Any], prefix: str, _metadata: Any, strict: bool, _missing: Any, unexpected: list[str], _errors: Any
 ) -> None:

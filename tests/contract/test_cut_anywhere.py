@@ -108,7 +108,7 @@ def test_auxiliary_models_at_cuts_of_one_value(configure: Configure, name: str) 
         (
             NET,
             "out",
-            r"expected a cut that leaves weights to the client and to the server \(choices: stem, norm\)",
+            r"expected a cut that leaves weights to each part \(choices: stem, norm\)",
         ),
         (NET, "null", "expected a module of the model, as import/tests.contract.elsewhere.Net has no cut of its own"),
         (INSIDE, "layer1.0.relu", "it runs 2 times in a forward pass"),
@@ -129,3 +129,97 @@ def test_values_that_cross_are_packed_and_unpacked() -> None:
     assert unpack(payload, "z") == several
     with pytest.raises(KeyError, match="message has no field 'x'"):
         unpack(payload, "x")
+
+
+# ------------------------------------------------------------------ in three
+
+THIRDS = {
+    # Values of a sample of 8x8 pixels that cross at either cut.
+    (NET[0], "model.cut=[stem,norm]"): (6 * 64, 6 * 64),
+    (SKIPPING[0], "model.cut=[stem,inner]"): (6 * 64, 2 * 6 * 64),
+    (SKIPPING[0], "model.cut=[inner,outer]"): (2 * 6 * 64, 2 * 6 * 64),
+    (INSIDE[0], INSIDE[1], "model.cut=[layer1.0.conv1,layer3.2]"): (2 * 4 * 64, 16 * 4),
+}
+
+
+@pytest.mark.parametrize("model", THIRDS)
+def test_three_parts_of_any_model_train_and_resume(
+    configure: Configure, tmp_path: Path, model: tuple[str, ...]
+) -> None:
+    config = configure("algorithm=fsmkd", *model, "num_clients=2", "rounds=4")
+    federation = play(Federation(config))
+    measured: dict[tuple[str, str], int] = {}
+    for direction, kind, _, count in federation.ledger.totals():
+        if kind not in CONTROL_KINDS:
+            measured[direction, kind] = measured.get((direction, kind), 0) + count.payload
+    assert measured == expected_bytes(federation, range(4))
+    samples, (first, second) = 4 * int(federation.partition.sizes.sum()), THIRDS[model]
+    assert measured["up", "smashed"] == measured["down", "gradient"] == samples * first * 4
+    assert measured["down", "smashed"] == measured["up", "gradient"] == samples * second * 4
+    interrupted = play(Federation(config, tmp_path), 2)
+    interrupted.checkpoint({})
+    second_half = Federation(config, tmp_path)
+    assert second_half.resume() is not None
+    assert same(weights(play(second_half)), weights(federation))
+
+
+@pytest.mark.parametrize("model", THIRDS)
+@pytest.mark.parametrize("shared", ["global", "both"])
+def test_a_body_that_is_the_servers_teaches_nothing(configure: Configure, model: tuple[str, ...], shared: str) -> None:
+    """One client whose body starts as the server's: both paths have the same logits, and no divergence, in a step.
+
+    The global path's gradients are then those of the whole model under cross-entropy, and with both paths twice those.
+    """
+    one = (*model, "num_clients=1", "rounds=1", "batch_size=2000", "precision=fp64", "optimizer=sgd", "lr=0.05")
+    one = (*one, "model.options.dropout=0") if SKIPPING[0] in model else one
+    federation = Federation(configure("algorithm=fsmkd", *one, f"algorithm.shared_gradient={shared}"))
+    start = {**federation.blueprint.initial}
+    alike = {key: start["server"][key].clone() for key in start["personal"]}
+    assert alike.keys() == start["server"].keys()
+    federation.blueprint.initial["personal"] = alike
+    federation.blueprint._parts["personal"].load_state_dict(alike)
+    found = play(federation).full_model()
+    expected = play(Federation(configure("algorithm=centralized", *one))).full_model()
+    assert found is not None
+    assert expected is not None
+    assert found.keys() == expected.keys()
+    before = {key: value for part in ("client", "server", "tail") for key, value in start[part].items()}
+    doubled = {*start["client"], *start["tail"]} if shared == "both" else set[str]()
+    for key, value in expected.items():
+        if "running" in key or "tracked" in key:
+            continue
+        times = 2 if key in doubled else 1
+        torch.testing.assert_close(found[key] - before[key], times * (value - before[key]), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ((NET[0], "model.cut=[stem,stam]"), r"model\.cut=stam: expected a module of the model; did you mean stem\?"),
+        ((NET[0], "model.cut=[norm,stem]"), r"model\.cut=stem: expected .*; it ends before the cut named before it"),
+        ((NET[0], "model.cut=[norm,out]"), r"model\.cut=\[norm,out\]: expected a cut that leaves weights to each part"),
+        ((NET[0], "model.cut=stem"), r"model\.cut=stem: expected \[first,second\].*two of stem, norm, out$"),
+        ((NET[0], "model.cut=null"), r"model\.cut=null: expected \[first,second\].*two of stem, norm, out$"),
+        (
+            (NET[0], "model.cut=[stem,norm]", "model.personal.variants=[{width: 4}]"),
+            r"model\.personal\.variants\.0=\{width:4\}: .* from \[6, 8, 8\] to \[6, 8, 8\].*takes no such input$",
+        ),
+        (
+            (NET[0], "model.cut=[stem,norm]", "model.personal.variants=[{cut: [stem]}]"),
+            r"model\.personal\.variants\.0\.cut=\[stem\]: expected two modules as \[first,second\]",
+        ),
+    ],
+)
+def test_cuts_in_three_that_are_none_give_one_line(configure: Configure, model: tuple[str, ...], line: str) -> None:
+    with pytest.raises(ConfigError, match=line) as error:
+        Federation(configure("algorithm=fsmkd", *model))
+    assert "\n" not in str(error.value)
+
+
+def test_a_variant_of_another_depth_says_where_it_is_cut(configure: Configure) -> None:
+    deep = ("model=vit", "model.options.depth=4", "model.options.hidden=8", "model.cut=[block1,block3]")
+    federation = Federation(configure("algorithm=fsmkd", *deep, "num_clients=2", "rounds=1",
+        "model.personal.variants=[{depth: 6, cut: [block2, block3]}, {cut: [block1, block4]}]"))  # fmt: skip
+    keys = [{key.split(".")[0] for key in twin.initial["personal"]} for twin in federation.blueprint.variants]
+    assert keys == [{"block3"}, {"block2", "block3", "block4"}]
+    play(federation)

@@ -1,5 +1,6 @@
 """Every method that leaves the model whole runs any module by name; those that need its classifier refuse it."""
 
+import copy
 import json
 import math
 import subprocess
@@ -15,21 +16,27 @@ from safetensors.torch import load_file
 from torch import nn
 
 import algorithms
+from models import body_and_head
 from runtime.config import ConfigError
 from runtime.experiment import run
 from runtime.federation import Federation
 from runtime.files import MODEL_FILE
+from runtime.fine_tuning import fine_tune
 from runtime.job import choose_folder
+from runtime.ledger import CONTROL_KINDS
+from runtime.optim import PartOptimizer
 from runtime.run_folder import RunFolder
 from runtime.saved import personalize_run
 from runtime.settings import RunConfig
+from runtime.traffic import expected_bytes
 from tests.conftest import play, same, weights
 from tests.contract.elsewhere import Net
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = "model=import/tests.contract.elsewhere.Net"
 WHOLE = [name for name in algorithms.names() if algorithms.get(name).layout.whole == ("model",)]
-DIVIDED = [name for name in algorithms.names() if name not in WHOLE]
+HEADED = [name for name in algorithms.names() if algorithms.get(name).layout.whole == ("body", "head")]
+CUT = [name for name in algorithms.names() if algorithms.get(name).layout.cut]
 Configure = Callable[..., RunConfig]
 
 
@@ -61,12 +68,34 @@ def test_a_method_that_leaves_the_model_whole_trains_any_module(configure: Confi
     assert record.comm_load == expected.get(name, 4 * sizes[1])
 
 
-@pytest.mark.parametrize("name", DIVIDED)
-def test_a_method_that_divides_the_model_refuses_it_in_one_line(configure: Configure, name: str) -> None:
+@pytest.mark.parametrize("name", CUT)
+def test_a_method_that_cuts_the_model_asks_where_in_one_line(configure: Configure, name: str) -> None:
     with pytest.raises(ConfigError) as error:
         Federation(configure(f"algorithm={name}", OWN))
-    assert str(error.value).startswith("model.")
+    assert str(error.value).startswith("model.cut")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_a_method_of_body_and_head_finds_the_classifier(configure: Configure, name: str) -> None:
+    """The last layer with weights, and what the model's own code does after the one before it."""
+    heads = ("model.auxiliary_heads.blocks=[stem]",) if name == "mhmd" else ()
+    federation = Federation(configure(f"algorithm={name}", OWN, *heads, "rounds=2", "num_clients=2"))
+    parts = federation.blueprint.initial
+    assert list(parts["head"]) == ["scale", "out.weight", "out.bias"]
+    assert sorted([*parts["body"], *parts["head"]]) == sorted(Net(10, 1).state_dict())
+    play(federation)
+    measured = sum(count.payload for _, kind, _, count in federation.ledger.totals() if kind not in CONTROL_KINDS)
+    assert measured == sum(expected_bytes(federation, range(2)).values())
+    trained = federation.full_model()
+    if trained is None:
+        assert federation.personal
+        return
+    Net(10, 1).load_state_dict(trained, strict=True)
+    moved = {key for key, value in trained.items() if not torch.equal(value, {**parts["body"], **parts["head"]}[key])}
+    assert {"stem.weight", "norm.weight"} <= moved
+    if name in ("fed_babu", "mhmd"):
+        assert not moved & parts["head"].keys(), "the head stays what it was"
 
 
 def test_the_saved_model_is_the_plain_module_with_the_recorded_accuracy(configure: Configure, tmp_path: Path) -> None:
@@ -126,18 +155,42 @@ def test_batches_of_one_are_refused_where_the_model_normalises_over_them(configu
         Federation(configure("algorithm=fed_avg", "model=torchvision/resnet18", "batch_size=1", *options))
 
 
-def test_the_whole_of_such_a_model_is_personalised_and_no_part_of_it(configure: Configure, tmp_path: Path) -> None:
-    given = ("algorithm=fed_avg", OWN, "rounds=1", "num_clients=2", "progress=none", "threads=1")
-    finished(configure(*given, "personalize.part=full", "personalize.epochs=1"), tmp_path / "full")
+@pytest.mark.parametrize(("name", "part"), [("fed_avg", "full"), ("fed_avg", "head"), ("fed_babu", "head")])
+def test_such_a_model_is_personalised(configure: Configure, tmp_path: Path, name: str, part: str) -> None:
+    given = (f"algorithm={name}", OWN, "rounds=1", "num_clients=2", "progress=none", "threads=1")
+    finished(configure(*given, f"personalize.part={part}", "personalize.epochs=1"), tmp_path / "full")
     (summary,) = (tmp_path / "full").glob("personalized/*/summary.json")
     losses = json.loads(summary.read_text(encoding="utf-8"))["loss"]
     assert losses[1] < losses[0], "an epoch on its own data lowers a client's loss"
+
+
+def test_the_body_of_such_a_model_is_fine_tuned_as_by_a_plain_loop() -> None:
+    torch.manual_seed(0)
+    model = Net(10, 1)
+    plain = copy.deepcopy(model)
+    batches = [(torch.randn(8, 1, 8, 8), torch.randint(10, (8,))) for _ in range(3)]
+    body, head = body_and_head(model, (1, 8, 8))
+    head.requires_grad_(False)
+    optimizer = PartOptimizer([torch.optim.SGD(body.parameters(), 0.1)])
+    tuning = fine_tune(body, head, "body", optimizer, lambda: batches, keep_statistics=True)
+    assert [next(tuning), next(tuning)] == [0, 1]
+    own = torch.optim.SGD([*plain.stem.parameters(), *plain.norm.parameters()], 0.1)
+    for x, y in batches:
+        own.zero_grad()
+        nn.functional.cross_entropy(plain(x), y).backward()
+        own.step()
+    assert same(model.state_dict(), plain.state_dict())
+
+
+def test_parts_that_are_no_sequences_are_personalised_whole(configure: Configure, tmp_path: Path) -> None:
+    given = ("algorithm=sl_single_server", OWN, "model.cut=stem", "rounds=1", "num_clients=2", "progress=none")
     with (
         pytest.raises(ConfigError, match=r"personalize\.part=head: expected full"),
         RunFolder.claim(tmp_path / "head", save_dir=tmp_path) as folder,
     ):
         run(configure(*given, "personalize.part=head"), folder)
     assert not (tmp_path / "head").exists(), "it is refused before training"
+    finished(configure(*given, "personalize.part=full"), tmp_path / "full")
     with pytest.raises(ConfigError, match=r"personalize\.part=body: expected full"):
         personalize_run(tmp_path / "full", {"personalize.part": "body"})
 

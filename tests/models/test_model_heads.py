@@ -32,6 +32,10 @@ def _with(name: str, *blocks: str) -> ModelConfig:
     return replace(config(name), auxiliary_heads=AuxiliaryHeadsConfig(blocks or None))
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    return body_and_head(model)[0]
+
+
 def _children(name: str) -> list[str]:
     """The children of model `name` that a head may follow: from the first weights to the last but the classifier."""
     children = list(built(name, "digits").named_children())[:-1]
@@ -54,7 +58,7 @@ def _children(name: str) -> list[str]:
     ],
 )
 def test_default_blocks(name: str, blocks: list[str]) -> None:
-    assert list(head_blocks(config(name), built(name, "digits"))) == blocks
+    assert list(head_blocks(config(name), body_of(built(name, "digits")))) == blocks
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,7 @@ def test_default_blocks_of_a_transformer_are_at_its_quarters(depth: int, blocks:
     shape = replace(config("vit"), options={"depth": depth, "hidden": 8, "heads": 2, "mlp": 8})
     torch.manual_seed(0)
     model = _ENTRIES["vit"].build(info("digits"), shape.typed_options())
-    assert head_blocks(shape, model) == tuple(f"block{i}" for i in blocks)
+    assert head_blocks(shape, body_of(model)) == tuple(f"block{i}" for i in blocks)
 
 
 @pytest.mark.parametrize(
@@ -75,10 +79,10 @@ def test_default_blocks_of_a_transformer_are_at_its_quarters(depth: int, blocks:
 )
 def test_heads_give_logits_and_a_temperature(name: str, dataset: str) -> None:
     model, own = built(name, dataset), config(name)
-    heads = build_auxiliary_heads(own, info(dataset), model)
+    heads = build_auxiliary_heads(own, info(dataset), body_of(model))
     body, head = body_and_head(model)
     x = images(dataset, 3)
-    output, outputs = forward_with_blocks(body, head_blocks(own, model), x)
+    output, outputs = forward_with_blocks(body, head_blocks(own, body_of(model)), x)
     assert len(heads) == len(outputs) > 0
     for attached, seen in zip(heads, outputs, strict=True):
         logits = attached(seen)
@@ -94,7 +98,7 @@ def test_outputs_are_those_of_the_model_cut_there(name: str) -> None:
     model = built(name, "digits").eval()
     body, head = body_and_head(model)
     children, x = _children(name), images("digits", 2)
-    assert head_blocks(_with(name, *children), model) == tuple(children)
+    assert head_blocks(_with(name, *children), body_of(model)) == tuple(children)
     output, outputs = forward_with_blocks(body, children, x)
     assert torch.equal(head(output), model(x))
     for child, seen in zip(children, outputs, strict=True):
@@ -115,8 +119,13 @@ def test_modules_within_children() -> None:
     assert torch.equal(outputs[2], split(model, "layer3")[0](x))
     assert torch.equal(outputs[3], model.get_submodule("layer1.0")(split(model, "maxpool")[0](x)))
     # As the forward pass ends them, whatever the order in which they are named.
-    assert head_blocks(_with("resnet18", *names), model) == ("layer1.0", "layer2.0.conv1", "layer2.0", "layer3.1")
-    heads = build_auxiliary_heads(_with("resnet18", *names), info("digits"), model)
+    assert head_blocks(_with("resnet18", *names), body_of(model)) == (
+        "layer1.0",
+        "layer2.0.conv1",
+        "layer2.0",
+        "layer3.1",
+    )
+    heads = build_auxiliary_heads(_with("resnet18", *names), info("digits"), body_of(model))
     assert [head.get_submodule("fc").in_features for head in heads] == [8, 16, 16, 32]
 
 
@@ -127,7 +136,7 @@ def test_every_module_has_an_output_or_says_why_not(name: str) -> None:
     refused: list[str] = []
     for block in [block for block, _ in body.named_modules() if block]:
         try:
-            (head,) = build_auxiliary_heads(_with(name, block), info("digits"), model)
+            (head,) = build_auxiliary_heads(_with(name, block), info("digits"), body_of(model))
         except ConfigError as error:
             refused.append(str(error))
             continue
@@ -145,9 +154,9 @@ def test_any_choice_of_blocks_in_any_order(data: st.DataObject) -> None:
     children = _children(name)
     blocks = data.draw(st.lists(st.sampled_from(children), min_size=1, unique=True))
     model = built(name, "digits").eval()
-    chosen = head_blocks(_with(name, *blocks), model)
+    chosen = head_blocks(_with(name, *blocks), body_of(model))
     assert chosen == tuple(child for child in children if child in blocks)
-    assert len(build_auxiliary_heads(_with(name, *blocks), info("digits"), model)) == len(blocks)
+    assert len(build_auxiliary_heads(_with(name, *blocks), info("digits"), body_of(model))) == len(blocks)
     body, x = body_and_head(model)[0], images("digits", 2)
     output, outputs = forward_with_blocks(body, blocks, x)
     assert torch.equal(output, body(x))
@@ -157,9 +166,9 @@ def test_any_choice_of_blocks_in_any_order(data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", QUICK)
 def test_a_head_teaches_what_is_before_it_and_nothing_else(name: str) -> None:
     model, own = built(name, "digits"), config(name)
-    heads = build_auxiliary_heads(own, info("digits"), model)
+    heads = build_auxiliary_heads(own, info("digits"), body_of(model))
     body, _ = body_and_head(model)
-    blocks = head_blocks(own, model)
+    blocks = head_blocks(own, body_of(model))
     for i, block in enumerate(blocks):
         model.zero_grad()
         heads.zero_grad()
@@ -173,8 +182,8 @@ def test_a_head_teaches_what_is_before_it_and_nothing_else(name: str) -> None:
 
 def test_frozen_heads_hand_gradients_on_and_take_none() -> None:
     model, own = built("cnn4", "digits"), config("cnn4")
-    heads = build_auxiliary_heads(own, info("digits"), model).requires_grad_(False)
-    outputs = forward_with_blocks(body_and_head(model)[0], head_blocks(own, model), images("digits", 4))[1]
+    heads = build_auxiliary_heads(own, info("digits"), body_of(model)).requires_grad_(False)
+    outputs = forward_with_blocks(body_and_head(model)[0], head_blocks(own, body_of(model)), images("digits", 4))[1]
     heads[2](outputs[2]).square().sum().backward()
     assert all(p.grad is None for p in heads.parameters())
     gradient = dict(model.named_parameters())["block3.conv.weight"].grad
@@ -187,10 +196,10 @@ def test_attaching_leaves_the_model_alone(name: str) -> None:
     model = built(name, "digits")
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     torch.manual_seed(4)
-    first = build_auxiliary_heads(config(name), info("digits"), model)
+    first = build_auxiliary_heads(config(name), info("digits"), body_of(model))
     torch.manual_seed(4)
-    again = build_auxiliary_heads(config(name), info("digits"), model)
-    other = build_auxiliary_heads(config(name), info("digits"), model)
+    again = build_auxiliary_heads(config(name), info("digits"), body_of(model))
+    other = build_auxiliary_heads(config(name), info("digits"), body_of(model))
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
     for key, tensor in first.state_dict().items():
@@ -223,7 +232,7 @@ def test_attaching_leaves_the_model_alone(name: str) -> None:
 def test_blocks_that_cannot_have_a_head(name: str, blocks: list[str], reason: str) -> None:
     own = replace(config(name), auxiliary_heads=AuxiliaryHeadsConfig(tuple(blocks)))
     with pytest.raises(ConfigError, match=rf"^model\.auxiliary_heads\.blocks{reason}") as error:
-        build_auxiliary_heads(own, info("digits"), built(name, "digits"))
+        build_auxiliary_heads(own, info("digits"), body_of(built(name, "digits")))
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=reason):
         check_model(own, info("digits"))
@@ -236,9 +245,9 @@ def test_no_blocks_at_all() -> None:
     torch.manual_seed(0)
     model = _ENTRIES["mlp"].build(info("digits"), shallow.typed_options())
     with pytest.raises(ConfigError, match=r"model\.auxiliary_heads\.blocks=null: .*choices: flatten, fc1, relu1"):
-        head_blocks(shallow, model)
+        head_blocks(shallow, body_of(model))
     check_model(shallow, info("digits"))  # of no concern to a method without heads
-    assert head_blocks(replace(shallow, auxiliary_heads=AuxiliaryHeadsConfig(("relu1",))), model) == ("relu1",)
+    assert head_blocks(replace(shallow, auxiliary_heads=AuxiliaryHeadsConfig(("relu1",))), body_of(model)) == ("relu1",)
 
 
 def test_checking_heads_neither_draws_nor_allocates() -> None:
@@ -301,12 +310,14 @@ def test_a_users_model_without_blocks_of_its_own(monkeypatch: pytest.MonkeyPatch
 
     model = own(info("digits"), None)
     # A normalisation belongs to its convolution; the last group is what the classifier sees.
-    assert head_blocks(ModelConfig("own"), model) == ("r2", "r3", "r4")
+    assert head_blocks(ModelConfig("own"), body_of(model)) == ("r2", "r3", "r4")
     odd = nn.Sequential(
         OrderedDict(flat=nn.Flatten(), a=nn.Linear(64, 4), odd=_Odd(), end=nn.Flatten(), fc=nn.Linear(4, 10))
     )
     with pytest.raises(ConfigError, match=r"blocks=odd: .*not \[2, 4, 1, 1, 1\]"):
-        build_auxiliary_heads(ModelConfig("own", auxiliary_heads=AuxiliaryHeadsConfig(("odd",))), info("digits"), odd)
+        build_auxiliary_heads(
+            ModelConfig("own", auxiliary_heads=AuxiliaryHeadsConfig(("odd",))), info("digits"), body_of(odd)
+        )
 
 
 # ---------------------------------------------------------------------- body and classifier

@@ -26,7 +26,7 @@ def test_parts_compose_to_the_model(name: str, training: bool) -> None:
     with torch.no_grad():
         model(images("digits", 8))
     model.train(training)
-    parts = divide(config(name), copy.deepcopy(model))
+    parts = divide(config(name), info("digits"), copy.deepcopy(model))
     assert {part.training for part in parts} == {training}
     assert [key for part in parts for key in part.state_dict()] == list(model.state_dict())
     x, y = images("digits", 4), torch.tensor([0, 3, 9, 1])
@@ -46,11 +46,11 @@ def children(part: nn.Module) -> list[str]:
 
 
 def test_the_registered_cuts() -> None:
-    vgg = [children(part) for part in divide(ModelConfig("vgg"), built("vgg", "digits"))]
+    vgg = [children(part) for part in divide(ModelConfig("vgg"), info("digits"), built("vgg", "digits"))]
     assert vgg == [["block1", "block2"], [f"block{i}" for i in range(3, 11)], ["avgpool", "fc"]]
-    vit = [children(part) for part in divide(config("vit"), built("vit", "digits"))]
+    vit = [children(part) for part in divide(config("vit"), info("digits"), built("vit", "digits"))]
     assert vit == [["patches"], ["block1", "block2", "block3", "block4"], ["norm", "token", "fc"]]
-    mlp = [children(part) for part in divide(config("mlp"), built("mlp", "digits"))]
+    mlp = [children(part) for part in divide(config("mlp"), info("digits"), built("mlp", "digits"))]
     assert mlp == [["flatten", "fc1", "relu1"], ["fc2", "relu2"], ["fc3"]]
 
 
@@ -67,9 +67,12 @@ def test_the_registered_cuts() -> None:
 )  # fmt: skip
 def test_the_published_bodies(name: str, options: dict[str, Any], expected: list[int]) -> None:
     model = build_model(ModelConfig(name, options=options), info("cifar10"))
-    bodies = build_personal(ModelConfig(name, options=options), info("cifar10"), model)
+    cifar = info("cifar10")
+    bodies = build_personal(
+        ModelConfig(name, options=options), cifar, divide(ModelConfig(name, options=options), cifar, model)
+    )
     assert [sum(p.numel() for p in body.parameters()) for body in bodies] == expected
-    shared = divide(ModelConfig(name), model)[1]
+    shared = divide(ModelConfig(name), cifar, model)[1]
     # The paper's: eight convolutions of 128 to 512 channels, twelve transformer blocks.
     whole = {
         "vgg": sum(9 * a * b + 3 * b for a, b in [(64, 128), (128, 128), (128, 256), (256, 256), (256, 512)])
@@ -83,8 +86,8 @@ def test_the_published_bodies(name: str, options: dict[str, Any], expected: list
 @pytest.mark.parametrize("name", ["vgg", "vit", "mlp", "cnn2", "resnet20"])
 def test_personal_bodies_fit_any_image(name: str, dataset: str) -> None:
     model = built(name, dataset)
-    client, server, tail = divide(config(name), model)
-    bodies = build_personal(config(name), info(dataset), model)
+    client, server, tail = thirds = divide(config(name), info(dataset), model)
+    bodies = build_personal(config(name), info(dataset), thirds)
     assert len(bodies) == len(entry(name).variants)
     z = client(images(dataset, 2))
     for body in bodies:
@@ -101,11 +104,11 @@ def test_variants_follow_cuts_of_ones_own(name: str, last: int) -> None:
     order = children(model)
     first, second = order[1], order[-last]
     own = ModelConfig(name, cut=(first, second), options=config(name).options)
-    client, server, tail = divide(own, model)
+    client, server, tail = thirds = divide(own, info("digits"), model)
     assert (children(client)[-1], children(server)[-1], len(tail)) == (first, second, last - 1)
     variant = PersonalConfig(({},))
     (body,) = build_personal(
-        ModelConfig(name, cut=own.cut, personal=variant, options=own.options), info("digits"), model
+        ModelConfig(name, cut=own.cut, personal=variant, options=own.options), info("digits"), thirds
     )
     assert children(body) == children(server)
 
@@ -113,7 +116,7 @@ def test_variants_follow_cuts_of_ones_own(name: str, last: int) -> None:
 def test_registered_without_cuts_it_is_cut_before_the_classifier() -> None:
     for name in names():
         if entry(name).cuts is None and name in QUICK:
-            client, _, tail = divide(config(name), built(name, "digits"))
+            client, _, tail = divide(config(name), info("digits"), built(name, "digits"))
             assert children(client)[-1] == entry(name).cut
             assert children(tail) == children(built(name, "digits"))[-1:]
 

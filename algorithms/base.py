@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import Crossing, through
+from models import through
 from runtime.aggregate import Average
 from runtime.blueprint import Layout
-from runtime.boundary import ClientProgram, Payload, Reply, Upload, pack, tensor, unflatten, unpack
+from runtime.boundary import ClientProgram, Crossing, Payload, Reply, Upload, pack, tensor, unflatten, unpack
 from runtime.contexts import ClientContext, ServerContext
 from runtime.optim import OptimizerConfig, PartOptimizer
+
+if TYPE_CHECKING:
+    from runtime.cohort import Asked, Cohort
 
 cross_entropy = F.cross_entropy
 """Mean cross-entropy over a batch: logits [b, classes], labels int64 [b]."""
@@ -170,7 +173,9 @@ class Algorithm:
         personal: parts of the model that each client has for itself, kept in its state under the part's name.
         paths: further ways through the parts, each tested with every client's own parts: the metrics of ``name`` are
             ``name_acc`` and, on the client's share of the test set, ``name_local_acc``.
+        evaluates_features: the model gives features [b, d] instead of logits, and is tested by a kNN on them.
         evaluates: ``global`` tests the server's model, ``clients`` each client's own; follows from ``personal``.
+        gathers: the server takes the batches of a whole cohort as one, so that a client's may be of one sample.
         pooled: one client holds all the data.
         in_turn: a round's clients can only work one after the other, as each starts from what the one before left.
         traffic: the arrows of the method, from which its bytes follow in closed form.
@@ -183,7 +188,9 @@ class Algorithm:
     schedule: ClassVar[Literal["sequential", "lockstep"]] = "sequential"
     personal: ClassVar[tuple[str, ...]] = ()
     paths: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    evaluates_features: ClassVar[bool] = False
     evaluates: ClassVar[Literal["global", "clients"]] = "global"
+    gathers: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     in_turn: ClassVar[bool] = False
     traffic: ClassVar[tuple[Flow, ...]] = ()
@@ -209,6 +216,25 @@ class Algorithm:
     def kept(cls, config: Any) -> tuple[str, ...]:  # noqa: ARG003  (for those that override it)
         """The parts of the model that clients have for themselves under this configuration, see ``personal``."""
         return cls.personal
+
+    @classmethod
+    def steps(cls, config: Any, client: int, num_clients: int, sizes: Sequence[int]) -> list[int]:  # noqa: ARG003
+        """The batches of a client's round, as numbers of samples.
+
+        Args:
+            sizes: those of its local epochs.
+        """
+        return [*sizes]
+
+    @classmethod
+    def computes_together(cls, config: Any) -> bool:  # noqa: ARG003
+        """Whether ``together`` may stand for the clients' programs: they hold the same weights and take one step."""
+        return False
+
+    @staticmethod
+    def together(cohort: Cohort, down: Payload) -> Generator[Asked, dict[int, Reply], Payload]:
+        """The round of a whole cohort of equal weights: yields what each client asks, returns what each uploads."""
+        raise NotImplementedError
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> ClientProgram | Payload:

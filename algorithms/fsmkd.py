@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from algorithms import register
 from algorithms.base import Algorithm, Flow, Server, cross_entropy, detached, floating, followed, gradients
-from models import Crossing, through
+from models import through
 from runtime.blueprint import Layout
-from runtime.boundary import ClientProgram, Payload, Reply, ask, pack, unpack
+from runtime.boundary import ClientProgram, Crossing, Payload, Reply, ask, pack, unpack
 from runtime.config import ConfigError
 from runtime.contexts import ClientContext, ServerContext
 

@@ -4,6 +4,7 @@ The parameters are drawn apart from the pixels: from a CPU generator, for a whol
 neither on how the epoch is cut into batches nor on where the images are kept.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,11 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from datasets.colour import greyscale, jitter_
 from datasets.config import Augment
 
 PADDING = 4
 _AREA = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
+
+# MoCo v2's: share of the area, and the chances and strengths of what is done to the colours.
+_MOCO_AREA = (0.2, 1.0)
+_MOCO_JITTERED = 0.8
+_MOCO_GREY = 0.2
+_MOCO_STRENGTHS = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+_TRIES = 10
+_ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 
 Params = Mapping[str, Tensor]
 Extent = tuple[int, int, int]  # samples, height, width
@@ -49,14 +59,15 @@ def flip(x: Tensor, mirrored: Tensor) -> Tensor:
     return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
-def resized_crop(x: Tensor, box: Tensor) -> Tensor:
+def resized_crop(x: Tensor, box: Tensor, mirrored: Tensor | None = None) -> Tensor:
     """Cut one box out of each image and scale it back to the full size, bilinear without antialiasing.
 
-    The same, to rounding, as torchvision's `resized_crop(..., antialias=False)` on each image.
+    The same, to rounding, as torchvision's `resized_crop(..., antialias=False)` on each image, and a horizontal flip.
 
     Args:
         x: uint8 [b, channels, height, width].
         box: float32 [b, 4]: top, left, height, width in pixels; whole numbers.
+        mirrored: bool [b], or None to mirror none.
 
     Returns:
         float32, the shape of x.
@@ -64,6 +75,8 @@ def resized_crop(x: Tensor, box: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     rows = _places(box[:, 0], box[:, 2], height)
     columns = _places(box[:, 1], box[:, 3], width)
+    if mirrored is not None:
+        columns = torch.where(mirrored[:, None], columns.flip(-1), columns)
     # grid_sample counts from -1 at the left edge of the first pixel to 1 at the right edge of the last.
     grid_y = ((2 * rows + 1) / height - 1)[:, :, None].expand(-1, -1, width)
     grid_x = ((2 * columns + 1) / width - 1)[:, None, :].expand(-1, height, -1)
@@ -94,7 +107,7 @@ def _draw_crop_flip(extent: Extent, generator: torch.Generator) -> dict[str, Ten
 def _draw_resized(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
     """Boxes of 8% to 100% of the area with a ratio of 3:4 to 4:3; one that does not fit is clipped to the image.
 
-    torchvision draws again up to ten times instead, which has no batched form.
+    torchvision draws again instead, as `moco` does here.
     """
     n, height, width = extent
     u = torch.rand(4, n, generator=generator)
@@ -108,9 +121,61 @@ def _draw_resized(extent: Extent, generator: torch.Generator) -> dict[str, Tenso
     return {"box": torch.stack([top, left, box_height, box_width], 1)} | _draw_flip(extent, generator)
 
 
+def _draw_moco(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
+    """Bare uniform numbers: drawing for a single sample is cheap, and `apply` reads those of a whole batch at once."""
+    return {"uniform": torch.rand(extent[0], 2 * _TRIES + 10, generator=generator)}
+
+
+def moco_parameters(uniform: Tensor, height: int, width: int) -> dict[str, Tensor]:
+    """What MoCo v2 does to each image, from uniform numbers [n, 30].
+
+    Returns:
+        box: float32 [n, 4] as `resized_crop` takes it, drawn as torchvision does: the first of ten of 20% to 100% of
+            the area and a ratio of 3:4 to 4:3 that fits into the image, else one from the middle.
+        order, factors: int64 and float32 [n, 4] for `colour.jitter_`.
+        mirrored, jittered, grey: bool [n].
+    """
+    u = uniform.double()  # so that no rounding, which may differ with the batch's size, can move a box by a pixel
+    tries, rest = u[:, : 2 * _TRIES].unflatten(1, (2, _TRIES)), u[:, 2 * _TRIES :]
+    area = height * width * (_MOCO_AREA[0] + tries[:, 0] * (_MOCO_AREA[1] - _MOCO_AREA[0]))
+    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
+    ratio = torch.exp(low + tries[:, 1] * (high - low))
+    sizes = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], -1).round()
+    image = torch.tensor([height, width], device=u.device, dtype=u.dtype)
+    fits = ((sizes >= 1) & (sizes <= image)).all(-1)
+    first = sizes[torch.arange(len(u), device=u.device), fits.int().argmax(1)]
+    middle = torch.tensor(_middle(height, width), device=u.device, dtype=u.dtype)
+    fitting = fits.any(1, keepdim=True)
+    size = torch.where(fitting, first, middle[2:])
+    corner = torch.where(fitting, (rest[:, :2] * (image - size + 1)).floor(), middle[:2])
+    strengths = torch.tensor(_MOCO_STRENGTHS, device=u.device, dtype=u.dtype)
+    centres = torch.tensor([1.0, 1.0, 1.0, 0.0], device=u.device, dtype=u.dtype)
+    return {
+        "box": torch.cat([corner, size], 1).float(),
+        "mirrored": rest[:, 2] < 0.5,
+        "jittered": rest[:, 3] < _MOCO_JITTERED,
+        "grey": rest[:, 4] < _MOCO_GREY,
+        "order": _ORDERS.to(u.device)[(rest[:, 5] * len(_ORDERS)).long()],
+        "factors": (centres + strengths * (2 * rest[:, 6:] - 1)).float(),
+    }
+
+
+def _middle(height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the largest box of an allowed ratio in the middle of an image."""
+    box_height = min(height, round(width / _RATIO[0]))
+    box_width = min(width, round(height * _RATIO[1]))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def _moco(x: Tensor, params: Params) -> Tensor:
+    p = moco_parameters(params["uniform"], x.shape[2], x.shape[3])
+    x = jitter_(resized_crop(x, p["box"], p["mirrored"]), p["order"], p["factors"], p["jittered"])
+    return x if x.shape[1] == 1 else greyscale(x, p["grey"])
+
+
 @dataclass(frozen=True)
 class Augmentation:
-    """One named augmentation: `draw` its parameters (CPU, [n] each) and `apply` them to a batch on the device."""
+    """One named augmentation: `draw` its parameters (CPU, [n, ...] each) and `apply` them to a batch on the device."""
 
     draw: Callable[[Extent, torch.Generator], Mapping[str, Tensor]]
     apply: Callable[[Tensor, Params], Tensor]
@@ -121,7 +186,8 @@ _AUGMENTATIONS: dict[str, Augmentation | None] = {
     "flip": Augmentation(_draw_flip, lambda x, p: flip(x, p["mirrored"])),
     "crop": Augmentation(_draw_crop, lambda x, p: crop(x, p["top"], p["left"])),
     "crop_flip": Augmentation(_draw_crop_flip, lambda x, p: crop(x, p["top"], p["left"], p["mirrored"])),
-    "resized_crop_flip": Augmentation(_draw_resized, lambda x, p: flip(resized_crop(x, p["box"]), p["mirrored"])),
+    "resized_crop_flip": Augmentation(_draw_resized, lambda x, p: resized_crop(x, p["box"], p["mirrored"])),
+    "moco": Augmentation(_draw_moco, _moco),
 }
 assert set(_AUGMENTATIONS) == set(get_args(Augment)), "the configuration lists exactly these"
 

@@ -9,7 +9,7 @@ from datasets.registry import check_options
 from runtime.config import ConfigError
 
 Distribution = Literal["iid", "noniid_dirichlet", "dirichlet", "shards", "class_major", "quantity_skew", "natural"]
-Augment = Literal["none", "flip", "crop", "crop_flip", "resized_crop_flip"]
+Augment = Literal["none", "flip", "crop", "crop_flip", "resized_crop_flip", "moco"]
 Normalize = Literal["dataset", "imagenet", "none"]
 
 
@@ -29,7 +29,8 @@ class DatasetConfig:
         drop_unassigned: natural only: take as many natural groups as there are clients and leave the rest out, where
             otherwise several groups go to one client. No other distribution leaves a sample out.
         augment: what training batches go through: `crop` is a random crop of the image padded by 4 black pixels,
-            `flip` a horizontal flip of every second image by chance, `resized_crop_flip` the ImageNet crop.
+            `flip` a horizontal flip of every second image by chance, `resized_crop_flip` the ImageNet crop, `moco` the
+            crop, flip, colour jitter and greyscale of MoCo v2, for images of 1 or 3 channels.
         resize: height and width that images are scaled to after the augmentation, bilinear with antialiasing; None
             leaves them as they are.
         normalize: mean and deviation to normalise by: the dataset's own, ImageNet's, or none (values in 0..1).

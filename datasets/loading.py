@@ -37,6 +37,8 @@ def load(config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch
     channels, height, width = image_shape(raw.train)
     if image_shape(raw.test) != image_shape(raw.train):
         raise ConfigError("dataset.options", config.options, "training and test images of one size; give a size")
+    if config.augment == "moco" and channels not in (1, 3):
+        raise ConfigError("dataset.augment", config.augment, f"one without colours for images of {channels} channels")
     sides = (height, width) if config.resize is None else (config.resize, config.resize)
     info = DatasetInfo(config.name, channels, *sides, len(raw.class_names), raw.class_names)
     resident = _resident(raw, config, device)

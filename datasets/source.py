@@ -4,7 +4,7 @@ import copy
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -145,6 +145,11 @@ class Source:
         twin.shape = (channels, *self.shape[1:])
         return twin
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """Images of a batch before they were normalised: [b, channels, height, width] -> the same with values 0..1."""
+        mean, std = (x.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (x * std + mean).clamp(0, 1)
+
     def batches(
         self,
         indices: Tensor,
@@ -184,15 +189,46 @@ class Source:
         for _ in range(epochs):
             order = indices[torch.randperm(len(indices), generator=generator)] if shuffle else indices
             order = order[:used]
-            params = None
+            params: dict[str, Tensor] = {}
             if augmentation is not None and generator is not None:
-                drawn = augmentation.draw((used, *self._store.shape[1:]), generator)
-                params = {name: value.to(self._device, non_blocking=True) for name, value in drawn.items()}
-            yield from self._epoch(order, sizes, augmentation, params)
+                params = self._moved(augmentation.draw((used, *self._store.shape[1:]), generator))
+            yield from self._epoch(order, sizes, params)
 
-    def _epoch(
-        self, order: Tensor, sizes: list[int], augmentation: Augmentation | None, params: dict[str, Tensor] | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def draw(self, samples: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Parameters of the configured augmentation for `samples` images, CPU, [samples, ...] each; none without one.
+
+        Args:
+            generator: a CPU generator.
+        """
+        if self._augmentation is None:
+            return {}
+        return dict(self._augmentation.draw((samples, *self._store.shape[1:]), generator))
+
+    def take(self, order: Tensor, params: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, ...]:
+        """The images at `order`, read once and made a finished batch in several ways.
+
+        On a processor an image comes out the same to the bit whichever others are taken with it.
+
+        Args:
+            order: int64 [k], CPU.
+            params: for each batch what `draw` gave for k samples, in one call or in several that are concatenated by
+                name; an empty mapping leaves the images as they are.
+
+        Returns:
+            For each of `params` [k, channels, height, width] of the source's dtype, on the device.
+
+        Raises:
+            ValueError: there are parameters and no augmentation that they could be of.
+        """
+        if self._augmentation is None and any(params):
+            raise ValueError("parameters of an augmentation, but this source has none")
+        (x,) = self._store.chunks([order])
+        return tuple(self._finished(x, self._moved(one)) for one in params)
+
+    def _moved(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self._device, non_blocking=True) for name, value in params.items()}
+
+    def _epoch(self, order: Tensor, sizes: list[int], params: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         labels = self.labels[order].to(self._device, non_blocking=True)
         batches_per_chunk = max(1, CHUNK_VALUES // (sizes[0] * self._values)) if sizes else 1
         groups = [sizes[i : i + batches_per_chunk] for i in range(0, len(sizes), batches_per_chunk)]
@@ -200,13 +236,14 @@ class Source:
         start = 0
         for x, group, length in zip(self._store.chunks(order.split(lengths)), groups, lengths, strict=True):
             stop = start + length
-            if augmentation is not None and params is not None:
-                x = augmentation.apply(x, {name: value[start:stop] for name, value in params.items()})
-            yield from zip(self._finished(x).split(group), labels[start:stop].split(group), strict=True)
+            own = {name: value[start:stop] for name, value in params.items()}
+            yield from zip(self._finished(x, own).split(group), labels[start:stop].split(group), strict=True)
             start = stop
 
-    def _finished(self, x: Tensor) -> Tensor:
-        """Pixels [k, ...] of the stored shape as the images that batches have."""
+    def _finished(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """Pixels [k, ...] of the stored shape as the images that batches have; augmented where there are `params`."""
+        if params and self._augmentation is not None:
+            x = self._augmentation.apply(x, params)
         x = self._normalizer(x)
         if self._size is not None:
             x = functional.interpolate(x, self._size, mode="bilinear", antialias=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from models.adapting import fresh
 from models.config import ModelConfig
 from models.layers import FeatureMean
 from models.registry import entry
@@ -49,7 +50,7 @@ def build_auxiliary(config: ModelConfig, info: DatasetInfo, model: nn.Module) ->
         expected = f"a cut that one value crosses, as {len(z)} do here: an auxiliary model takes one"
         raise ConfigError("model.cut", config.cut_after, expected)
     if size == "full":
-        return split(registered.build(info, config.typed_options()), config.cut_after, info.shape)[1]
+        return split(fresh(config, info), config.cut_after, info.shape)[1]
     z = z.to(torch.get_default_dtype())  # what the new layers are made in
     if isinstance(server, nn.Sequential):
         plain = server

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from models.adapting import fresh
 from models.config import ModelConfig
 from models.fitting import sketch
 from models.heads import build_auxiliary_heads
@@ -30,7 +31,7 @@ def build_model(config: ModelConfig, info: DatasetInfo) -> nn.Module:
     Fresh weights come from torch's global generator, which is left the same whether `config.init` is set or not. With
     `config.init` all tensors are then replaced by the file's; a file that does not fit is a `ConfigError`.
     """
-    model = entry(config.name).build(info, config.typed_options())
+    model = fresh(config, info)
     if config.init is not None:
         _load(model, config.init)
     return model
@@ -44,7 +45,10 @@ def check_model(config: ModelConfig, info: DatasetInfo, parts: Collection[str] =
     takes the images is `models.input_channels`' to say.
     """
     foreign = entry(config.name).is_foreign
-    if foreign and "tail" not in parts and config.cut is config.auxiliary_heads.blocks is config.init is None:
+    if config.bottleneck is not None and "tail" in parts:
+        raise ConfigError("model.bottleneck", config.bottleneck, "null, as the method cuts the model in three")
+    nothing = config.cut is config.auxiliary_heads.blocks is config.init is None and not config.is_adapted
+    if foreign and "tail" not in parts and nothing:
         return
     model = sketch(config, info)
     is_sequence = isinstance(model, nn.Sequential)

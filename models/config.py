@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from models.registry import choices, default_cut, entry, is_known
 from runtime.config import ConfigError, build
@@ -22,6 +22,13 @@ class PartConfig:
 
     optimizer: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientPartConfig(PartConfig):
+    """Of the client part: with `freeze` its weights and its running statistics stay as they are at the start."""
+
+    freeze: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,21 @@ class AuxiliaryHeadsConfig:
     def __post_init__(self) -> None:
         if self.blocks is not None and not self.blocks:
             raise ConfigError("blocks", self.blocks, "null or a list of one or more modules of the model")
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The projector of self-supervised methods: features -> `hidden` -> `width`, where they are compared."""
+
+    hidden: int = 1024
+    width: int = 1024
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("hidden", "width"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "an integer >= 1")
 
 
 @dataclass(frozen=True)
@@ -84,12 +106,29 @@ class Budget(NamedTuple):
         return cls(found[1], float(found[2]))
 
 
+class Bottleneck(NamedTuple):
+    """What is narrowed at the cut: to how many `channels`, with a convolution of which `stride`."""
+
+    channels: int
+    stride: int
+
+    @classmethod
+    def read(cls, text: str) -> Bottleneck:
+        """The bottleneck that `text` writes, `C4S2`; a `ConfigError` if it writes none."""
+        found = re.fullmatch(r"C([1-9]\d{0,4})S([1-9]\d?)", text)
+        if found is None:
+            expected = "null, or C and S with a number each: C4S2 is 4 channels by a convolution of stride 2"
+            raise ConfigError("bottleneck", text, expected)
+        return cls(int(found[1]), int(found[2]))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model, where it is cut and what it starts from.
 
     `cut` None is the model's own default cut, a pair cuts it in three: client part, server part and tail. `init` is a
-    safetensors file, or a run's folder with a model.safetensors in it, and None means fresh weights; `auxiliary_heads`
+    safetensors file, or a run's folder with a model.safetensors in it, and None means fresh weights; `client_norm` is
+    how the client part normalises, and `bottleneck` narrows what crosses (see `models/adapting.py`); `auxiliary_heads`
     are for methods that train on what is inside the model; `options` are the model's own (see its builder). They and
     those of `personal` are checked when this is made, or when a model from a source is built.
     """
@@ -97,13 +136,16 @@ class ModelConfig:
     name: str
     cut: str | tuple[str, ...] | None = None
     init: Path | None = None
-    client: PartConfig = field(default_factory=PartConfig)
+    client_norm: Literal["own", "group"] = "own"
+    bottleneck: str | None = None
+    client: ClientPartConfig = field(default_factory=ClientPartConfig)
     server: PartConfig = field(default_factory=PartConfig)
     auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
     body: PartConfig = field(default_factory=PartConfig)
     head: PartConfig = field(default_factory=PartConfig)
     tail: PartConfig = field(default_factory=PartConfig)
     personal: PersonalConfig = field(default_factory=PersonalConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     auxiliary_heads: AuxiliaryHeadsConfig = field(default_factory=AuxiliaryHeadsConfig)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -113,6 +155,10 @@ class ModelConfig:
         if isinstance(self.cut, tuple) and len(self.cut) != 2:
             raise ConfigError("cut", self.cut, "null, one child of the model, or two as [first,second]")
         _ = self.budget  # it is checked by being read
+        if self.bottleneck is not None:
+            Bottleneck.read(self.bottleneck)
+            if isinstance(self.cut, tuple):
+                raise ConfigError("bottleneck", self.bottleneck, "null where the model is cut in three")
         self.typed_options()
         self.personal_options()
 
@@ -148,11 +194,22 @@ class ModelConfig:
         return Budget.read(self.cut) if isinstance(self.cut, str) and self.cut.startswith("auto") else None
 
     @property
+    def is_adapted(self) -> bool:
+        """Whether the model is another than its builder gives."""
+        return self.client_norm != "own" or self.bottleneck is not None
+
+    @property
+    def client_end(self) -> str:
+        """The module that ends the client part, before a bottleneck: the first that `cut` names, or the model's own."""
+        cut = self.cut[0] if isinstance(self.cut, tuple) else self.cut
+        return default_cut(self.name) if cut is None else cut
+
+    @property
     def cut_after(self) -> str:
-        """The child after which the model is cut in two: `cut`, or the model's own default.
+        """The module after which the model is cut in two: `cut`, or the model's own default, or a bottleneck's middle.
 
         Two cuts are a `ConfigError`.
         """
         if isinstance(self.cut, tuple):
             raise ConfigError("model.cut", self.cut, "one child of the model: the method cuts it in two, not in three")
-        return default_cut(self.name) if self.cut is None else self.cut
+        return self.client_end if self.bottleneck is None else f"{self.client_end}.down"

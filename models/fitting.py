@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from models.adapting import fresh, plain
 from models.config import ModelConfig
-from models.registry import entry, find
+from models.registry import find
 from models.sources import told
 from runtime.config import NO_VALUE, ConfigError
 
@@ -43,24 +45,27 @@ def input_channels(config: ModelConfig, info: DatasetInfo) -> int:
         raise ConfigError("dataset.resize", NO_VALUE, text) from error
 
 
-def sketch(config: ModelConfig, info: DatasetInfo, *, anywhere: bool = True) -> nn.Module:
-    """The model on the meta device; where it cannot be built there, and `anywhere`, on the CPU.
+def sketch(config: ModelConfig, info: DatasetInfo) -> nn.Module:
+    """The model on the meta device, or on the CPU where it cannot be built there.
 
     Torch's generator is left as it was.
     """
-    build, options = entry(config.name).build, config.typed_options()
+    return _drawn(lambda: fresh(config, info), anywhere=True)
+
+
+def _drawn(make: Callable[[], nn.Module], *, anywhere: bool) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                return build(info, options)
+                return make()
         except ConfigError as error:
             if not (anywhere and _is_of_meta(error)):
                 raise
-        return build(info, options)
+        return make()
 
 
 def _fitted(config: ModelConfig, info: DatasetInfo, *, anywhere: bool) -> int:
-    model = sketch(config, info, anywhere=anywhere)
+    model = _drawn(lambda: plain(config, info), anywhere=anywhere)
     first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     channels = _COLOURS if info.channels == 1 and first == _COLOURS else info.channels
     seen = replace(info, channels=channels)
@@ -73,7 +78,7 @@ def _fitted(config: ModelConfig, info: DatasetInfo, *, anywhere: bool) -> int:
                 raise ConfigError("model.name", config.name, found) from error
             if not (anywhere and _is_of_meta(error)):
                 raise
-            _check_logits(config, entry(config.name).build(seen, config.typed_options()), seen)
+            _check_logits(config, plain(config, seen), seen)
     return channels
 
 

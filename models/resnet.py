@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -26,9 +26,11 @@ def _check_width(width: int) -> None:
 
 @dataclass(frozen=True)
 class ResNetOptions:
-    """`width`: channels of the stem and of the first stage's blocks; each later stage doubles it."""
+    """`width`: channels of the stem and of the first stage's blocks; each later stage doubles it. `stem`: of ImageNet,
+    or `small`, which leaves images their size."""
 
     width: int = 64
+    stem: Literal["imagenet", "small"] = "imagenet"
 
     def __post_init__(self) -> None:
         _check_width(self.width)
@@ -48,16 +50,19 @@ def resnet(block: type[Block], blocks: tuple[int, ...], info: DatasetInfo, optio
     """He et al. 2016 as torchvision builds it: images [b, channels, h, w] -> logits [b, classes].
 
     Children, state dict and outputs are those of torchvision's model with the same blocks (for three channels and the
-    default width). The stem divides height and width by 4, rounding up, so that any image of at least 1x1 passes.
+    default width). The stem divides height and width by 4, rounding up, so that any image of at least 1x1 passes; a
+    small one, for images of about 32x32, is a 3x3 convolution of stride 1, and has no pool.
     """
-    width = options.width
+    width, small = options.width, options.stem == "small"
+    kernel, stride, padding = (3, 1, 1) if small else (7, 2, 3)
     # No ReLU here works in place: a cut may put it first in the server part, and its input is then a leaf.
     children: list[tuple[str, nn.Module]] = [
-        ("conv1", nn.Conv2d(info.channels, width, 7, stride=2, padding=3, bias=False)),
+        ("conv1", nn.Conv2d(info.channels, width, kernel, stride, padding, bias=False)),
         ("bn1", nn.BatchNorm2d(width)),
         ("relu", nn.ReLU()),
-        ("maxpool", nn.MaxPool2d(3, stride=2, padding=1)),
     ]
+    if not small:
+        children.append(("maxpool", nn.MaxPool2d(3, stride=2, padding=1)))
     channels = width
     for i, count in enumerate(blocks):
         planes = width * 2**i

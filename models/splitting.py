@@ -92,7 +92,7 @@ def split_in_three(
 def check_cuts(model: nn.Module, *chosen: str) -> None:
     """Raise what `split` or `split_in_three` raises if the model has no such modules; it may be without memory."""
     if isinstance(model, nn.Sequential) and all(cut in named(model) or "." not in cut for cut in chosen):
-        (split if len(chosen) == 1 else split_in_three)(model, *chosen)
+        _ = split(model, chosen[0]) if len(chosen) == 1 else split_in_three(model, chosen[0], chosen[1])
         return
     modules = dict(model.named_modules(remove_duplicate=False))
     for cut in chosen:
@@ -125,30 +125,57 @@ def _images(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def candidates(model: nn.Module, shape: Sequence[int]) -> list[str]:
     """Modules that end once in a forward pass, in this order: where a cut may be. `shape` is that of an image."""
-    return _once(_ended(model, shape)[:-1])
+    return _once(ended(model, shape)[:-1])
 
 
-def _ended(model: nn.Module, shape: Sequence[int]) -> list[str]:
-    """Paths of the modules in the order in which their calls end, one for each call."""
+def ended(model: nn.Module, shape: Sequence[int]) -> list[str]:
+    """Paths of the modules in the order in which their calls end, one for each call, for an image of `shape`."""
     mode = model.training
     try:
         with torch.random.fork_rng(devices=[]):
-            return called_modules(model.eval(), _images(model, torch.zeros(1, *shape)))
+            return called_modules(model.eval(), _images(model, zeros(model, shape)))
     finally:
         model.train(mode)
 
 
-def _once(ended: Sequence[str]) -> list[str]:
-    times = Counter(ended)
-    return [name for name in ended if times[name] == 1]
+def zeros(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    """One image [1, c, h, w] of zeros, where the model is and in its precision."""
+    floating = (parameter for parameter in model.parameters() if parameter.is_floating_point())
+    like = next(floating, torch.empty(0))
+    return torch.zeros(1, *shape, dtype=like.dtype, device=like.device)
+
+
+def _once(calls: Sequence[str]) -> list[str]:
+    times = Counter(calls)
+    return [name for name in calls if times[name] == 1]
+
+
+def classifier(model: nn.Module, shape: Sequence[int]) -> str:
+    """The path of the classifier: the last child of an `nn.Sequential`, else the last module with weights of its own.
+
+    `shape` is that of an image (c, h, w). A model that ends otherwise is a `ConfigError`.
+    """
+    if isinstance(model, nn.Sequential):
+        calls, last = list(named(model))[-1:], 0
+    else:
+        calls = ended(model, shape)
+        last = _last_with_weights(model, calls)
+    if not calls or not any(True for _ in model.get_submodule(calls[last]).parameters()):
+        raise ConfigError("model.name", NO_VALUE, "the model needs weights in its last module, the classifier")
+    return calls[last]
+
+
+def _last_with_weights(model: nn.Module, calls: Sequence[str]) -> int:
+    """The number of the last call of a module that has weights of its own; 0 where none has."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return max((i for i, name in enumerate(calls) if any(True for _ in modules[name].parameters(False))), default=0)
 
 
 def _before_classifier(model: nn.Module, shape: Sequence[int]) -> str:
     """The module that ends last before the last one that has weights of its own begins."""
-    ended = _ended(model, shape)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    last = max((i for i, name in enumerate(ended) if any(True for _ in modules[name].parameters(False))), default=0)
-    before = [name for name in _once(ended) if name in ended[:last]]
+    calls = ended(model, shape)
+    last = _last_with_weights(model, calls)
+    before = [name for name in _once(calls) if name in calls[:last]]
     if not before:
         raise ConfigError("model.name", NO_VALUE, "the model needs a module before its classifier")
     return before[-1]

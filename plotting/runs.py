@@ -42,11 +42,11 @@ _DISTRIBUTIONS = {
     "class_major": "majority class",
     "quantity_skew": "quantity skew",
 }
-# Keys that do not decide a run's result, or repeat for averaging. What was fine-tuned after training, and how, is told
+# Keys that do not decide a run's result, or repeat for averaging. What was measured after training, and how, is told
 # by the evaluations themselves.
 _IRRELEVANT = (
     *("seed", "save_dir", "resume", "logger", "checkpoint_interval", "progress", "device", "transport"),
-    *("threads", "state_memory_mb", "personalize"),
+    *("threads", "state_memory_mb", "personalize", "probe"),
 )
 # libyaml's loader, where PyYAML was built with it, reads eight times as fast.
 _FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -16,20 +16,26 @@ from torch import Tensor, nn
 from datasets import DatasetInfo
 from models import (
     ModelConfig,
+    Projector,
     body_and_head,
+    build_attacker,
     build_auxiliary,
     build_auxiliary_heads,
     build_model,
     build_personal,
     divide,
+    feature_width,
+    give_features,
     split,
 )
 from runtime import rng
 from runtime.aggregate import BufferPolicy
+from runtime.config import ConfigError
 from runtime.optim import OptimizerConfig, PartOptimizer, SchedulerConfig, learning_options, make_optimizer
 
 BATCH_NORM: Any = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  the base of all of them
 Parts = dict[str, nn.Module]
+MOMENTUM = "_momentum"
 DIVISIONS = (("model",), ("client", "server", "tail"), ("client", "server"), ("body", "head"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
@@ -39,6 +45,8 @@ class LearningConfig(Protocol):
 
     @property
     def model(self) -> ModelConfig: ...
+    @property
+    def algorithm(self) -> Any: ...
     @property
     def seed(self) -> int: ...
     def optimizer_for(self, part: str) -> OptimizerConfig: ...
@@ -52,7 +60,10 @@ class Layout:
     ``model`` is the whole model; ``client`` and ``server`` are its halves at the cut layer, or with ``tail`` its thirds
     at two cuts, the tail being at the client again; ``body`` is all of it but the classifier, which is the ``head``.
     Beside these stand ``auxiliary``, the client's stand-in for the server part, ``auxiliary_heads``, further
-    classifiers on inner blocks of the body, and ``personal``, a client's own body between client part and tail.
+    classifiers on inner blocks of the body, ``personal``, a client's own body between client part and tail, and
+    ``attacker``, which makes images of what the client part gives. With a ``projector``, which maps features to where
+    they are compared, the model gives what its classifier takes. A part ``<name>_momentum`` is a copy that learns
+    nothing by itself, such as a moving average of the part ``<name>``.
     """
 
     client: tuple[str, ...]
@@ -117,6 +128,11 @@ class Blueprint:
             whole = build_model(config, info)
         parts: Parts = {"model": whole}
         needed = layout.parts
+        if "projector" in needed:
+            give_features(whole, info.shape)
+            width = feature_width(whole, info.shape)
+            with rng.TorchStream(rng.derive(seed, stream="projector"), cpu):
+                parts["projector"] = Projector(width, config.projector.hidden, config.projector.width)
         bodies: list[nn.Module] = []
         if "auxiliary" in needed:
             with rng.TorchStream(rng.derive(seed, stream="auxiliary"), cpu):
@@ -136,7 +152,18 @@ class Blueprint:
             if "auxiliary_heads" in needed:
                 with rng.TorchStream(rng.derive(seed, stream="auxiliary heads"), cpu):
                     parts["auxiliary_heads"] = build_auxiliary_heads(config, info, parts["body"])
-        return {name: parts[name].to(self.device, self.dtype).train() for name in parts if name in needed}, bodies
+        for name in needed:
+            if name.endswith(MOMENTUM):
+                parts[name] = copy.deepcopy(parts[name.removesuffix(MOMENTUM)]).requires_grad_(False)
+        if "attacker" in needed:
+            with rng.TorchStream(rng.derive(seed, stream="attacker"), cpu):
+                parts["attacker"] = build_attacker(info, parts["client"], learning.algorithm.attacker_width)
+        made = {name: parts[name].to(self.device, self.dtype).train() for name in parts if name in needed}
+        if config.client.freeze:
+            if "client" not in made:
+                raise ConfigError("model.client.freeze", True, "false, or a method with a client part")
+            made["client"].requires_grad_(False).eval()
+        return made, bodies
 
     def _variant(self, body: nn.Module) -> Blueprint:
         """This blueprint with another personal body; everything else is shared."""

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from runtime.units import format_bytes
 
 if TYPE_CHECKING:
     from runtime.personalize import Personalized
+    from runtime.probe import Probed
     from runtime.results import RoundRecord, RunSummary
 
 log = logging.getLogger(__name__)
@@ -124,6 +126,15 @@ class Progress:
             self._last_line = now
             log.info("%s", f"{self._title}: personalised {done}/{of} clients", extra={"progress": True})
 
+    def doing(self, text: str) -> None:
+        """Show what is measured once all rounds are over."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        now = time.monotonic()
+        if self._mode != "none" and now - self._last_line >= LINE_INTERVAL:
+            self._last_line = now
+            log.info("%s", f"{self._title}: {text}", extra={"progress": True})
+
     def line(self, record: RoundRecord) -> str:
         """One round in one plain line."""
         done = record.round - self._first + 1
@@ -180,6 +191,7 @@ def show_summary(
     mode: str = "auto",
     console: Console | None = None,
     personal: Personalized | None = None,
+    probed: Probed | None = None,
 ) -> None:
     """Show the table at a run's end: on the terminal in colour, in the log as text; nowhere with mode "none".
 
@@ -189,19 +201,19 @@ def show_summary(
         title: what ran.
         mode: as in `Progress`.
         console: where to draw; standard output by default.
-        personal: what personalisation found, if it was asked for.
+        personal, probed: what personalisation and the probe of the features found, if they were asked for.
     """
     if mode == "none":
         return
     text = io.StringIO()
     _print(
         Console(file=text, width=_LOG_WIDTH, color_system=None),
-        summary_table(summary, title, box.ASCII2, personal),
+        summary_table(summary, title, box.ASCII2, personal, probed),
         files,
     )
     handlers: list[logging.StreamHandler[Any]] = []
     if mode == "bar" or on_terminal():
-        _print(console or Console(), summary_table(summary, title, personal=personal), files)
+        _print(console or Console(), summary_table(summary, title, personal=personal, probed=probed), files)
         handlers = _terminal_handlers((sys.stdout, sys.stderr))
     for handler in handlers:
         handler.addFilter(_not_progress)
@@ -211,9 +223,13 @@ def show_summary(
 
 
 def summary_table(
-    summary: RunSummary, title: str = "", style: box.Box = box.ROUNDED, personal: Personalized | None = None
+    summary: RunSummary,
+    title: str = "",
+    style: box.Box = box.ROUNDED,
+    personal: Personalized | None = None,
+    probed: Probed | None = None,
 ) -> Table:
-    """Final, best and personalised accuracy, communication by direction and kind, and time by party."""
+    """Final, best, personalised and probed accuracy, communication by direction and kind, and time by party."""
     table = Table(title=title or None, title_style="bold", box=style, show_header=False, title_justify="left")
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True, style="bold")
@@ -227,6 +243,11 @@ def summary_table(
         table.add_section()
         table.add_row("personalised", "", "accuracy on the clients' own test data")
         for row in personal_rows(personal):
+            table.add_row(*row)
+    if probed is not None:
+        table.add_section()
+        table.add_row("frozen features", "", f"{probed.dimension}, {probed.features}")
+        for row in probe_rows(probed):
             table.add_row(*row)
     table.add_section()
     load, framed = format_bytes(summary.comm_load), format_bytes(summary.comm_framed)
@@ -271,14 +292,24 @@ def personal_rows(personal: Personalized) -> list[tuple[str, str, str]]:
     ]
 
 
-def show_personalized(personal: Personalized, folder: Path, title: str = "", mode: str = "auto") -> None:
-    """Print what personalisation of a saved run found; nothing with mode "none"."""
+def probe_rows(probed: Probed) -> list[tuple[str, str, str]]:
+    """For the kNN and each linear classifier on frozen features: its name, its accuracy, and what it was given."""
+    rows = [
+        (f"  linear, {100 * float(share):.4g}% of labels", _percent(accuracy), f"{probed.labels[share]} labels")
+        for share, accuracy in probed.linear.items()
+    ]
+    knn = f"k {probed.k}, temperature {probed.temperature:g}, {probed.train_samples} labels"
+    return rows if probed.knn is None else [("  kNN", _percent(probed.knn), knn), *rows]
+
+
+def show_rows(rows: Sequence[tuple[str, str, str]], folder: Path, title: str = "", mode: str = "auto") -> None:
+    """Print what was measured of a saved run: names, figures, remarks; nothing with mode "none"."""
     if mode == "none":
         return
     table = Table(title=title or None, title_style="bold", box=box.ROUNDED, show_header=False, title_justify="left")
     for style in ("", "bold", "dim"):
         table.add_column("", style=style, no_wrap=True)
-    for row in personal_rows(personal):
+    for row in rows:
         table.add_row(*row)
     _print(Console(), table, RunFiles(folder))
 

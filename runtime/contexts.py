@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,9 @@ from runtime import rng
 from runtime.aggregate import AggregateConfig
 from runtime.blueprint import Blueprint, Parts, copied_state
 from runtime.boundary import Payload, Value, flatten, unflatten
+from runtime.client_data import ClientData, Drawn, views
 from runtime.optim import PartOptimizer
 from runtime.store import Row, Store
-
-BatchMaker = Callable[[torch.Generator, int | None], Iterator[tuple[Tensor, Tensor]]]
 
 
 class Means:
@@ -82,7 +81,7 @@ class ClientContext:
         id: number of the client.
         round: number of the round, from 0.
         config: the algorithm's own configuration.
-        samples: number of the client's training samples.
+        data: the client's training data. samples: their number. steps: sizes of the round's batches.
         state: the rows that the client keeps between rounds.
     """
 
@@ -94,20 +93,21 @@ class ClientContext:
         round: int,
         seed: int,
         config: Any,
-        samples: int,
         state: ClientState,
-        batches: BatchMaker,
+        data: ClientData,
+        steps: Sequence[int],
     ) -> None:
         self.id = id
         self.round = round
         self.config = config
-        self.samples = samples
+        self.data = data
+        self.samples = len(data)
+        self.steps = steps
         self.state = state
         self.means = Means()
         self._blueprint = seat.blueprint
         self._seat = seat
         self._seed = seed
-        self._batches = batches
         self._ready: set[str] = set()
 
     def part(self, name: str) -> nn.Module:
@@ -155,7 +155,20 @@ class ClientContext:
 
         A method that goes through the data twice names another ``stream`` of randomness for the second time.
         """
-        return self._batches(self.generator(stream), epochs)
+        return self.data.batches(self.generator(stream), epochs)
+
+    def views(self, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Steps of as many samples as ``sizes`` says: two augmented views of the same images, x [b, C, H, W] each."""
+        for step in self.drawn(sizes):
+            yield views(self.data.source, [step])
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Images of a batch, [b, C, H, W], as they were before normalisation, with values 0..1."""
+        return self.data.source.pixels(x)
+
+    def drawn(self, sizes: Sequence[int]) -> Iterator[Drawn]:
+        """What ``views`` makes its images from."""
+        return self.data.drawn(self.generator("batches"), self.round, sizes)
 
     def generator(self, stream: str) -> torch.Generator:
         """A CPU generator for one stream of this client in this round."""

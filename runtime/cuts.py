@@ -81,7 +81,8 @@ def list_cuts(config: RunConfig, dataset: Dataset | None = None) -> Iterator[Cut
         dataset = load(config.dataset, seed=config.seed, device=torch.device("cpu"), dtype=torch.float32)
     info = dataset.repeated(input_channels(config.model, dataset.info)).info
     federation: Federation | None = None
-    for name in candidates(build_model(config.model, info), info.shape):
+    plain = replace(config.model, client_norm="own", bottleneck=None, init=None)
+    for name in candidates(build_model(plain, info), info.shape):
         chosen = replace(config, device="cpu", model=replace(config.model, cut=name))
         try:
             if federation is None:
@@ -89,7 +90,7 @@ def list_cuts(config: RunConfig, dataset: Dataset | None = None) -> Iterator[Cut
             else:
                 federation.blueprint = federation.make_blueprint(chosen, compare=False)
         except ConfigError as error:
-            if error.key not in ("model.cut", "model.auxiliary.size"):
+            if error.key not in ("model.cut", "model.auxiliary.size", "model.bottleneck"):
                 raise
             continue  # what the general rule takes for a cut, and is none
         yield _cost(name, federation)

@@ -60,6 +60,7 @@ def evaluating(modules: Sequence[nn.Module], *, batch_statistics: Sequence[bool]
     not shared (``aggregate.buffers``); nothing is written to them.
     """
     norms: list[tuple[Any, Tensor | None, Tensor | None]] = []
+    modes = [module.training for module in modules]
     for module, own in zip(modules, batch_statistics, strict=True):
         module.eval()
         norm: Any
@@ -78,11 +79,10 @@ def evaluating(modules: Sequence[nn.Module], *, batch_statistics: Sequence[bool]
     finally:
         for norm, mean, variance in norms:
             norm.running_mean, norm.running_var = mean, variance
-        for module in modules:
-            module.train()
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
 
 
-@torch.no_grad()
 def evaluate(
     modules: Sequence[nn.Module],
     source: Source,
@@ -99,20 +99,53 @@ def evaluate(
         batch_statistics: per module, see ``evaluating``.
         samples: int64 [k], k >= 1, indices into the source; the score lists them in this order.
     """
+    losses, correct = gather(
+        lambda logits, y: (F.cross_entropy(logits, y, reduction="none"), logits.argmax(1) == y),
+        modules,
+        source,
+        blueprint,
+        batch_size=batch_size,
+        batch_statistics=batch_statistics,
+        samples=samples,
+    )
+    return Score(losses.double().cpu(), correct.cpu())
+
+
+@torch.no_grad()
+def gather(
+    take: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    modules: Sequence[nn.Module],
+    source: Source,
+    blueprint: Blueprint,
+    *,
+    batch_size: int,
+    batch_statistics: Sequence[bool] | None = None,
+    samples: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Two tensors [n, ...] of what the composed modules give for a source, or for some of it, in the samples' order.
+
+    Args:
+        take: from the modules' output for a batch (float32, float64 under ``precision=fp64``) and the labels
+            int64 [b] to two tensors [b, ...].
+        modules, batch_statistics, samples: as of ``evaluate``.
+    """
     own = batch_statistics or [False] * len(modules)
-    losses: list[Tensor] = []
-    correct: list[Tensor] = []
+    first: list[Tensor] = []
+    second: list[Tensor] = []
     samples = torch.arange(len(source)) if samples is None else samples
     with evaluating(modules, batch_statistics=own) as forward, blueprint.autocast():
         order = _order(len(samples), mixed=any(own))
         # Batches of nearly equal size: a remainder of a few samples would have poor statistics of its own.
         even = math.ceil(len(order) / math.ceil(len(order) / batch_size))
         for x, y in source.batches(samples[order], batch_size=even):
-            logits = forward(x).float() if blueprint.dtype == torch.float32 else forward(x)
-            losses.append(F.cross_entropy(logits, y, reduction="none"))
-            correct.append(logits.argmax(1) == y)
-    score = Score(torch.cat(losses).double().cpu(), torch.cat(correct).cpu())
-    return score.of(order.argsort()) if any(own) else score
+            output = forward(x).float() if blueprint.dtype == torch.float32 else forward(x)
+            for found, taken in zip((first, second), take(output, y), strict=True):
+                found.append(taken)
+    one, other = torch.cat(first), torch.cat(second)
+    if not any(own):
+        return one, other
+    back = order.argsort().to(one.device)
+    return one[back], other[back]
 
 
 def _order(samples: int, *, mixed: bool) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from datasets import Partition, Source, apply_partition
 from runtime.blueprint import Blueprint
 from runtime.evaluation import Evaluation, Score, evaluate, mean, spread_over_clients
+from runtime.features import KnnMonitor
 from runtime.results import ClientRow
 
 if TYPE_CHECKING:
@@ -36,7 +37,12 @@ class Evaluator:
         self.local_test = self.shares(self._dataset.test.labels) if config.dataset.local_test else None
         self._whole = federation.algorithm.layout.whole
         self.batch_statistics = self._batch_statistics(self._whole)
+        self._test = self._monitor().score if federation.algorithm.evaluates_features else evaluate
         self._parts: dict[tuple[Path, Blueprint], list[nn.Module]] = {}
+
+    def _monitor(self) -> KnnMonitor:
+        config = self._federation.config
+        return KnnMonitor(config.monitor, self._dataset.train, classes=self._dataset.info.classes, seed=config.seed)
 
     def _batch_statistics(self, path: Path) -> list[bool]:
         travelling = self._federation.config.aggregate.buffers != "average"
@@ -93,9 +99,9 @@ class Evaluator:
         samples: Tensor | None = None,
         path: Path | None = None,
     ) -> Score:
-        """Test the parts of a model, in order: those of the path, by default the whole one."""
+        """Test the parts of a model, in order: those of the path, by default the whole one; features by their kNN."""
         federation = self._federation
-        return evaluate(
+        return self._test(
             modules,
             source,
             federation.blueprint,

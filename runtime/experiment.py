@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 
 from plotting import first_picture
+from runtime import probe
 from runtime.allocator import keep_freed_memory
 from runtime.config import ConfigError
 from runtime.console import Progress, RunFiles, show_summary
+from runtime.features import feature_parts
 from runtime.federation import Federation
 from runtime.files import MODEL_FILE
 from runtime.loggers import build_loggers
-from runtime.personalize import Personalized, divided, personalize
+from runtime.personalize import Personalized, personalize, tunable
 from runtime.results import Results, RunSummary
 from runtime.run_folder import RunFolder
 from runtime.serial import save_tensors
@@ -40,8 +42,9 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     federation = Federation(config, folder.path)
     set_threads(config, federation)
     if config.personalize.part is not None:  # a model that cannot be divided is a mistake before training, not after
-        parts = federation.blueprint.parts(federation.algorithm.layout.whole)
-        divided(parts, config.personalize.part, federation.dataset.info.shape)
+        tunable(federation, config.personalize.part)
+    if config.probe.after:
+        feature_parts(federation)
     results = Results(folder.path, build_loggers(config.logger, folder.path, folder.resumed))
     state = federation.resume()
     if state is not None:
@@ -49,12 +52,12 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
         log.info("resumed after round %d", federation.round)
     results.start(config.to_mapping())
     _save_partition(federation, folder.path)
-    title = f"{config.algorithm_name} {config.model.name} {config.dataset.name}-{config.dataset.distribution}"
-    log.info("%s on %s, %d threads, in %s", title, federation.device, torch.get_num_threads(), folder.path)
+    log.info("%s on %s, %d threads, in %s", config.title, federation.device, torch.get_num_threads(), folder.path)
     try:
-        with Progress(config.rounds, title, config.progress, done=federation.round) as progress:
+        with Progress(config.rounds, config.title, config.progress, done=federation.round) as progress:
             _rounds(federation, results, progress)
             personal = _personalized(federation, folder.path, progress)
+            probed = _probed(federation, folder.path, progress)
     except BaseException:
         results.close()
         raise
@@ -62,8 +65,9 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     if model is not None:
         save_tensors(folder.path / MODEL_FILE, model, {"format": "pt"})
     summary = results.finish()
-    picture = first_picture(folder.path, results.results(), title, config.algorithm_name)
-    show_summary(summary, RunFiles(folder.path, picture), title, config.progress, personal=personal)
+    picture = first_picture(folder.path, results.results(), config.title, config.algorithm_name)
+    files = RunFiles(folder.path, picture)
+    show_summary(summary, files, config.title, config.progress, personal=personal, probed=probed)
     return summary
 
 
@@ -73,6 +77,11 @@ def _personalized(federation: Federation, folder: Path, progress: Progress) -> P
         return None
     log.info("personalising: %d clients, %s", federation.population, config.setting)
     return personalize(federation, config, folder, progress.clients)
+
+
+def _probed(federation: Federation, folder: Path, progress: Progress) -> probe.Probed | None:
+    config = federation.config.probe
+    return probe.probe(federation, config, folder, progress.doing) if config.after else None
 
 
 def _rounds(federation: Federation, results: Results, progress: Progress) -> None:

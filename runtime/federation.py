@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,17 @@ from datasets import Dataset, Partition, batch_sizes, load, partition
 from models import check_model, input_channels, through
 from runtime import rng
 from runtime.blueprint import DTYPES, Blueprint
+from runtime.boundary import Crossing
 from runtime.checkpoint import Checkpoint, Manifest
+from runtime.clients import Clients
 from runtime.config import ConfigError
-from runtime.contexts import ClientContext, ClientState, Seat, ServerContext
+from runtime.contexts import ServerContext
 from runtime.evaluation import Evaluation
 from runtime.evaluator import Evaluator
 from runtime.ledger import Ledger, Traffic
 from runtime.results import RoundRecord
 from runtime.schedule import SCHEDULES, RoundReport
-from runtime.session import Channel, LocalSession, ServerParty, Workplace
+from runtime.session import Channel, ServerParty, Workplace
 from runtime.settings import RunConfig
 from runtime.store import Store
 
@@ -80,7 +82,7 @@ class Federation:
         self.seconds = {"wall": 0.0, "client": 0.0, "server": 0.0, "eval": 0.0}
         self.server = self._build_server()
         self.evaluator = Evaluator(self)
-        self._seats: list[Seat] = []
+        self.clients = Clients(self)
         self._skipped: set[int] = set()
 
     # ------------------------------------------------------------------ putting together
@@ -132,9 +134,9 @@ class Federation:
         size = max(1, math.ceil(self.config.frac * self.population - 1e-9))
         generator = rng.numpy_generator(self.config.seed, round=round, stream="cohort")
         chosen = generator.choice(self.population, size, replace=False)
-        return [int(client) for client in chosen if self._can_train(int(client))]
+        return [int(client) for client in chosen if self.can_train(int(client))]
 
-    def _can_train(self, client: int) -> bool:
+    def can_train(self, client: int) -> bool:
         """A client without a batch that can be trained on is skipped and reported."""
         samples = len(self.partition.indices(client))
         sizes = batch_sizes(samples, self.config.batch_size, self.config.dataset.drop_last)
@@ -174,7 +176,7 @@ class Federation:
             x: Any = torch.zeros(1, *self.dataset.info.shape, dtype=blueprint.dtype, device=self.device)
             z = x
             for name in path:
-                z = x
+                z = _twice(x) if self.algorithm.gathers and name not in layout.client else x
                 x = through(parts[name], z)
             if "auxiliary" in parts:
                 through(parts["auxiliary"], z)
@@ -221,14 +223,18 @@ class Federation:
 
     def _train(self) -> RoundReport:
         cohort = self.cohort(self.round)
-        if self.algorithm.schedule == "lockstep":
+        if self.algorithm.schedule == "lockstep" and not self.clients.compute_together:
             self._check_memory(len(cohort))
         seed = rng.derive(self.config.seed, round=self.round, stream="server")
         server = ServerParty(self.server, Workplace(self.blueprint, seed))
         self.server.ctx.open_round(self.round)
         server.open_round(cohort)
-        run = SCHEDULES[self.algorithm.schedule]
-        report = run(cohort, self._open, self._discard, server, Channel(self.ledger))
+        channel = Channel(self.ledger)
+        if cohort and self.clients.compute_together:
+            report = self.clients.train_together(cohort, server, channel)
+        else:
+            run = SCHEDULES[self.algorithm.schedule]
+            report = run(cohort, self.clients.open, self._discard, server, channel)
         server.close_round()
         self.seconds["server"] += server.seconds
         return report
@@ -236,48 +242,6 @@ class Federation:
     def _discard(self, client: int) -> None:
         for store in self.stores.values():
             store.discard(client)
-
-    def _open(self, client: int) -> LocalSession:
-        seat = next((seat for seat in self._seats if not seat.taken), None)
-        if seat is None:
-            seat = Seat(self.blueprint, self.blueprint.parts(self.algorithm.layout.client))
-            self._seats.append(seat)
-        seat.take(self.blueprint.for_client(client))
-        context = ClientContext(
-            seat,
-            id=client,
-            round=self.round,
-            seed=self.config.seed,
-            config=self.config.algorithm,
-            samples=len(self.partition.indices(client)),
-            state=ClientState(self.stores["clients"], client),
-            batches=lambda generator, epochs: self._batches(client, generator, epochs),
-        )
-        seed = rng.derive(self.config.seed, round=self.round, client=client, stream="client")
-
-        def leave(seconds: float) -> None:
-            seat.taken = False
-            self.seconds["client"] += seconds
-
-        return LocalSession(self.algorithm, context, Workplace(self.blueprint, seed), leave)
-
-    def _batches(
-        self, client: int, generator: torch.Generator, epochs: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        config = self.config
-        return self.dataset.train.batches(
-            self.partition.indices(client),
-            batch_size=config.batch_size,
-            epochs=config.local_epochs if epochs is None else epochs,
-            shuffle=config.dataset.shuffle,
-            augment=True,
-            drop_last=config.dataset.drop_last,
-            generator=generator,
-        )
-
-    def epoch(self, client: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over a client's training data; no batch where the client has none to train on."""
-        return self._batches(client, generator, 1) if self._can_train(client) else iter(())
 
     def _check_memory(self, clients: int) -> None:
         needed = clients * self.blueprint.training_bytes(self.algorithm.layout.client)
@@ -365,6 +329,13 @@ class Federation:
         self.ledger.load_state_dict(manifest.ledger)
         self.seconds = dict(manifest.seconds)
         return manifest.results
+
+
+def _twice(crossing: Crossing) -> Crossing:
+    """What crosses for one sample, for two."""
+    if isinstance(crossing, tuple):
+        return tuple(torch.cat([each, each]) for each in crossing)
+    return torch.cat([crossing, crossing])
 
 
 def _available_memory(device: torch.device) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 RESULTS = "results.json"
 CLIENT_ACCURACY = "client_accuracy.csv"
 PERSONALIZED = "personalized"
+PROBED = "probed"
 MODEL_FILE = "model.safetensors"
 
 

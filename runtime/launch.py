@@ -31,7 +31,8 @@ from runtime.sweep_console import Display, show_table
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _ROOT = Path(__file__).resolve().parent.parent
-_CUTS = "--cuts"  # lists where the model can be cut instead of running
+# What is shown instead of running: where the model can be cut, and what a step costs a client.
+_CUTS, _COSTS = "--cuts", "--costs"
 # A sweep whose workers are killed again and again without a job ending in between is given up.
 _TRIES = 3
 
@@ -96,11 +97,12 @@ def _single(composed: DictConfig) -> None:
         sys.exit(1)
 
 
-def _list_cuts(overrides: list[str]) -> None:
+def _show(what: str, overrides: list[str]) -> None:
     config = load_config(overrides)
-    from runtime.cuts import show_cuts  # late, so that --help and mistakes do not wait for it
+    from runtime.costs import show_costs  # late, so that --help and mistakes do not wait for it
+    from runtime.cuts import show_cuts
 
-    show_cuts(config)
+    (show_cuts if what == _CUTS else show_costs)(config)
 
 
 def launch(main: Callable[[], Any]) -> None:
@@ -116,9 +118,10 @@ def launch(main: Callable[[], Any]) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     given = [*sys.argv[1:]]
     try:
-        if _CUTS in given:
-            _list_cuts([text for text in given if text != _CUTS])
-            return
+        for what in (_CUTS, _COSTS):
+            if what in given:
+                _show(what, [text for text in given if text != what])
+                return
         check_options(given, [name for name in get_args_parser()._option_string_actions if name[1] == "-"])
         sys.argv[1:] = preprocess(given)
         with _ends_as_interrupted():

@@ -158,7 +158,7 @@ class PartOptimizer:
         """One step down ``output`` (a loss), or along ``gradient`` when ``output`` is not a scalar.
 
         The gradient has the output's shape; of several outputs there is one for each that has floating-point values.
-        ``reset`` False adds to the gradients that the parameters already hold.
+        Outputs that need no gradient are left out. ``reset`` False adds to the gradients that the parameters hold.
         """
         if not isinstance(output, Tensor):
             assert gradient is not None
@@ -168,7 +168,9 @@ class PartOptimizer:
             output, gradient = [each for each, _ in used], [along for _, along in used]
         if reset:
             self.zero_grad()
-        torch.autograd.backward(output, gradient)
+        # Of a part that is frozen nothing follows the gradient.
+        if gradient is None or (output.requires_grad if isinstance(output, Tensor) else output):
+            torch.autograd.backward(output, gradient)
         self.step()
 
     def zero_grad(self) -> None:

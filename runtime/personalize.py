@@ -101,13 +101,12 @@ def personalize(
         ConfigError: a client's loss is not finite.
     """
     assert config.part is not None
-    folder = folder_of(run, config)
+    tuner, folder = _Tuner(federation, config), folder_of(run, config)
     folder.mkdir(parents=True, exist_ok=True)
     path = temporary_name(folder / CLIENTS)
     epochs = config.tested_after
     accuracies: list[list[float]] = [[] for _ in epochs]
     losses: list[list[float]] = [[] for _ in epochs]
-    tuner = _Tuner(federation, config)
     clients = tuner.shares.sizes.nonzero()[0].tolist()
     with _nothing_left_by_failure(path), path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -140,6 +139,19 @@ def personalize(
     path.replace(folder / CLIENTS)
     replace_file(folder / SUMMARY, json.dumps(found.to_json(), allow_nan=False) + "\n")
     return found
+
+
+def tunable(federation: Federation, part: str | None) -> tuple[Parts, nn.Module, nn.Module]:
+    """Fresh parts of a federation's model, and its body and head made of them, see ``divided``.
+
+    Raises:
+        ConfigError: there is no classifier, or the head cannot be told and ``part`` needs it.
+    """
+    if federation.algorithm.evaluates_features:
+        expected = "null after a method that learns features and no classifier; probe.after=true measures these"
+        raise ConfigError("personalize.part", part, expected)
+    parts = federation.blueprint.parts(federation.algorithm.layout.whole)
+    return parts, *divided(parts, part, federation.dataset.info.shape)
 
 
 def divided(parts: Parts, part: str | None, shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
@@ -184,8 +196,7 @@ class _Tuner:
     def __init__(self, federation: Federation, config: PersonalizeConfig) -> None:
         self._federation, self._config = federation, config
         self.shares = federation.evaluator.local_test or federation.evaluator.shares(federation.dataset.test.labels)
-        self._parts: Parts = federation.blueprint.parts(federation.algorithm.layout.whole)
-        self._body, self._head = divided(self._parts, config.part, federation.dataset.info.shape)
+        self._parts, self._body, self._head = tunable(federation, config.part)
 
     def scores(self, client: int) -> Iterator[Score]:
         """The client's scores on its own test data after each number of epochs in the list."""
@@ -214,6 +225,6 @@ class _Tuner:
             self._head,
             part,
             federation.blueprint.fine_tuner(trained, config.lr),
-            lambda: federation.epoch(client, generator),
+            lambda: federation.clients.epoch(client, generator),
             keep_statistics=not any(federation.evaluator.batch_statistics),
         )

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
 from runtime.config import ConfigError
-from runtime.console import Progress, show_personalized
+from runtime.console import Progress, personal_rows, probe_rows, show_rows
 from runtime.experiment import prepare_process, set_threads
 from runtime.federation import CHECKPOINT_FOLDER, Federation
 from runtime.files import MODEL_FILE, RESULTS
 from runtime.locks import FileLock
-from runtime.personalize import Personalized, folder_of, personalize
+from runtime.personalize import Personalized, personalize
+from runtime.personalize import folder_of as personalized_in
+from runtime.probe import Probed, probe
+from runtime.probe import folder_of as probed_in
+from runtime.probes import ProbeConfig
 from runtime.run_folder import IDENTITY, LOCK
 from runtime.settings import RunConfig
 
 # What may differ from the run: where its data and this machine's device are, and what is measured.
-CHANGEABLE = (
-    *("personalize.part", "personalize.epochs", "personalize.lr", "device", "threads", "eval_batch_size"),
-    *("dataset.root", "dataset.storage", "dataset.workers", "state_memory_mb", "progress"),
+MACHINE = (
+    *("device", "threads", "eval_batch_size", "state_memory_mb", "progress"),
+    *("dataset.root", "dataset.storage", "dataset.workers"),
 )
+CHANGEABLE = ("personalize.part", "personalize.epochs", "personalize.lr", *MACHINE)
+PROBE_KEYS = tuple(f"probe.{field.name}" for field in fields(ProbeConfig) if field.name != "after")
+# Sections of the configuration that runs of earlier versions lack.
+_SECTIONS = ("personalize", "monitor", "probe")
 
 
 def find_runs(above: Path) -> list[Path]:
@@ -40,18 +49,18 @@ def find_runs(above: Path) -> list[Path]:
     return found
 
 
-def read_config(run: Path, changes: Mapping[str, Any]) -> RunConfig:
+def read_config(run: Path, changes: Mapping[str, Any], changeable: Sequence[str] = CHANGEABLE) -> RunConfig:
     """The run's configuration, with some keys changed.
 
     Args:
-        changes: dotted keys of ``CHANGEABLE`` to their values.
+        changes: dotted keys, all of them ``changeable``, to their values.
 
     Raises:
         ConfigError: a key that cannot change, a bad value, or a folder without a readable ``config.yaml``.
     """
     for key in changes:
-        if key not in CHANGEABLE:
-            raise ConfigError("key", key, "one that may be set for a run that is over", CHANGEABLE)
+        if key not in changeable:
+            raise ConfigError("key", key, "one that may be set for a run that is over", changeable)
     path = run / "config.yaml"
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -60,7 +69,8 @@ def read_config(run: Path, changes: Mapping[str, Any]) -> RunConfig:
     if not isinstance(mapping, dict):
         raise ConfigError("run", str(run), "a folder with a readable config.yaml")
     values = cast(dict[str, Any], mapping)
-    values.setdefault("personalize", {})
+    for section in _SECTIONS:
+        values.setdefault(section, {})
     for key, value in changes.items():
         *above, last = key.split(".")
         section = values
@@ -105,6 +115,21 @@ def restore(run: Path, config: RunConfig) -> Federation:
     return Federation(RunConfig.from_mapping(values))
 
 
+@contextlib.contextmanager
+def taken_up(run: Path, config: RunConfig) -> Generator[tuple[Federation, Progress]]:
+    """Own a run's folder for the length of the block, with the run's federation and a display of progress.
+
+    Raises:
+        ConfigError: as `owned` and `restore`.
+    """
+    with owned(run):
+        prepare_process(config.torch_device())
+        federation = restore(run, config)
+        set_threads(config, federation)
+        with Progress(federation.round, config.title, config.progress, done=federation.round) as progress:
+            yield federation, progress
+
+
 def personalize_run(run: Path, changes: Mapping[str, Any]) -> Personalized:
     """Personalise a run by its own ``personalize`` settings with ``changes``; shows its table.
 
@@ -114,12 +139,20 @@ def personalize_run(run: Path, changes: Mapping[str, Any]) -> Personalized:
     config = read_config(run, changes)
     if config.personalize.part is None:
         raise ConfigError("personalize.part", None, "what is fine-tuned", ("body", "head", "full"))
-    with owned(run):
-        prepare_process(config.torch_device())
-        federation = restore(run, config)
-        set_threads(config, federation)
-        title = f"{config.algorithm_name} {config.model.name} {config.dataset.name}-{config.dataset.distribution}"
-        with Progress(federation.round, title, config.progress, done=federation.round) as progress:
-            found = personalize(federation, config.personalize, run, progress.clients)
-    show_personalized(found, folder_of(run, config.personalize), title, config.progress)
+    with taken_up(run, config) as (federation, progress):
+        found = personalize(federation, config.personalize, run, progress.clients)
+    show_rows(personal_rows(found), personalized_in(run, config.personalize), config.title, config.progress)
+    return found
+
+
+def probe_run(run: Path, changes: Mapping[str, Any]) -> Probed:
+    """Probe a run's features by its own ``probe`` settings with ``changes``; shows its table.
+
+    Raises:
+        ConfigError: as `read_config`, `owned`, `restore` and `probe`.
+    """
+    config = read_config(run, changes, (*PROBE_KEYS, *MACHINE))
+    with taken_up(run, config) as (federation, progress):
+        found = probe(federation, config.probe, run, progress.doing)
+    show_rows(probe_rows(found), probed_in(run, config.probe), config.title, config.progress)
     return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from runtime.boundary import MODEL, ClientDroppedError, Message, Upload
-from runtime.session import Channel, ServerParty, Session
+from runtime.boundary import MODEL, ClientDroppedError, Message, Payload, Reply, Upload
+from runtime.cohort import Asked, Cohort
+from runtime.session import Channel, ServerParty, Session, Workplace
 
 
 @dataclass
@@ -129,3 +130,29 @@ def _drop(client: int, drop: Dropper, server: ServerParty, report: RoundReport) 
 
 
 SCHEDULES: dict[str, Schedule] = {"sequential": sequential, "lockstep": lockstep}
+
+
+def compute_together(
+    program: Any, cohort: Cohort, workplace: Workplace, server: ServerParty, channel: Channel
+) -> RoundReport:
+    """One round of the cohort by its program; every message is charged and handed over as that of its client."""
+    report = RoundReport()
+    opened = {client: channel.down(client, MODEL, server.down(client)) for client in cohort}
+    with workplace.working():
+        running: Generator[Asked, dict[int, Reply], Payload] = program(cohort, next(iter(opened.values())))
+    answers: dict[int, Reply] | None = None
+    while True:
+        try:
+            with workplace.working():
+                asked = next(running) if answers is None else running.send(answers)
+        except StopIteration as end:
+            fields: Payload = end.value
+            break
+        inbox = {client: channel.up(client, asked.kind, fields) for client, fields in asked.fields.items()}
+        replies = server.serve(asked.kind, inbox)
+        answers = {client: channel.reply(client, asked.kind, reply or {}) for client, reply in replies.items()}
+    for client in cohort:
+        upload = channel.upload(client, Upload(fields, cohort.samples(client)))
+        server.absorb(client, upload)
+        report.finished(client, upload)
+    return report

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -18,10 +18,12 @@ from runtime.config import NO_VALUE, ConfigError, build, plain
 from runtime.fine_tuning import PersonalizeConfig
 from runtime.loggers import LoggerConfig, logger_config
 from runtime.optim import OptimizerConfig, SchedulerConfig, check_schedule, optimizer_config, scheduler_config
+from runtime.probes import MonitorConfig, ProbeConfig
 
-Part = Literal["model", "client", "server", "auxiliary", "body", "head", "tail", "personal", "auxiliary_heads"]
-# Those whose optimizer and schedule may be refined under `model`.
-REFINED: tuple[Part, ...] = ("client", "server", "auxiliary", "body", "head", "tail", "personal")
+# Parts whose optimizer and schedule may be refined under `model`.
+Refined = Literal["client", "server", "auxiliary", "body", "head", "tail", "personal", "projector"]
+Part = Literal["model", "auxiliary_heads", Refined]
+REFINED: tuple[Refined, ...] = get_args(Refined)
 PARTS: tuple[Part, ...] = ("model", *REFINED)
 
 # Where a run is kept and shown; everything else decides its result.
@@ -34,6 +36,7 @@ _NOT_DECIDING = (
     "progress",
     "jobs_per_gpu",
     "personalize",
+    "probe",
 )
 
 
@@ -44,7 +47,7 @@ class RunConfig:
     Attributes:
         algorithm_name: registered name of the algorithm (`algorithm.name` in the mapping).
         algorithm: the instance of that algorithm's own `Config`.
-        model, dataset, aggregate, personalize: see their classes.
+        model, dataset, aggregate, personalize, monitor, probe: see their classes.
         optimizer, scheduler: what every part of the model inherits; `optimizer_for` and `scheduler_for` give a part's.
         transport: how messages travel.
         logger: trackers beside the run's own files.
@@ -70,6 +73,8 @@ class RunConfig:
     scheduler: SchedulerConfig | None
     aggregate: AggregateConfig
     personalize: PersonalizeConfig
+    monitor: MonitorConfig
+    probe: ProbeConfig
     transport: Literal["local"]
     logger: tuple[LoggerConfig, ...]
     num_clients: int
@@ -159,6 +164,11 @@ class RunConfig:
         deciding = {key: value for key, value in self.to_mapping().items() if key not in _NOT_DECIDING}
         text = json.dumps(deciding, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def title(self) -> str:
+        """What runs, short, e.g. "fsl_sage cnn2 digits-iid"."""
+        return f"{self.algorithm_name} {self.model.name} {self.dataset.name}-{self.dataset.distribution}"
 
     def torch_device(self) -> torch.device:
         """See `resolve_device`."""

@@ -24,14 +24,15 @@ from typing import Any, NoReturn, cast
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
+from runtime import personalize, probe
 from runtime.config import plain
 from runtime.experiment import run
 from runtime.hydra_errors import explain
 from runtime.job import check, claim, runs_like
 from runtime.locks import FileLock, is_locked
-from runtime.personalize import read
+from runtime.over_runs import Measure
 from runtime.run_folder import LOCK, find_finished, find_running
-from runtime.saved import personalize_run
+from runtime.saved import personalize_run, probe_run
 from runtime.settings import RunConfig
 from runtime.slots import gpu_slot
 from runtime.sweep import OUTPUT, JobFolder
@@ -78,10 +79,12 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
             job.update(state="waiting", place=f"waits for {text}")
 
         if not may_run:
-            if _is_to_personalize(job, config):
+            missing = _unmeasured(job, config)
+            if missing:
                 with gpu_slot(config.device, config.jobs_per_gpu, waiting):
                     job.update(state="running", began=time.time())
-                    personalize_run(Path(job.read().folder), _measured(config))
+                    for measure, section in missing:
+                        measure(Path(job.read().folder), _measured(config, section))
                 job.update(state="finished")
             return
         with gpu_slot(config.device, config.jobs_per_gpu, waiting) as gpu:
@@ -96,16 +99,23 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
     job.update(state="finished")
 
 
-def _is_to_personalize(job: JobFolder, config: RunConfig) -> bool:
-    """Whether an earlier run had finished the job's configuration, but not with this setting of personalisation."""
+def _unmeasured(job: JobFolder, config: RunConfig) -> list[tuple[Measure, str]]:
+    """What the job's configuration asks to be measured and an earlier run of it lacks, and the section that asks."""
     state = job.read()
-    wanted = state.state == "skipped" and config.personalize.part is not None
-    return wanted and read(Path(state.folder), config.personalize) is None
+    if state.state != "skipped":
+        return []
+    folder, missing = Path(state.folder), list[tuple[Measure, str]]()
+    if config.personalize.part is not None and personalize.read(folder, config.personalize) is None:
+        missing.append((personalize_run, "personalize"))
+    if config.probe.after and probe.read(folder, config.probe) is None:
+        missing.append((probe_run, "probe"))
+    return missing
 
 
-def _measured(config: RunConfig) -> dict[str, Any]:
-    """What the job asks to be measured of an earlier run, and on which device."""
-    keys = {f"personalize.{key}": value for key, value in plain(config.personalize).items()}
+def _measured(config: RunConfig, section: str) -> dict[str, Any]:
+    """What a section asks to be measured of an earlier run, and on which device."""
+    values = plain(getattr(config, section)).items()
+    keys = {f"{section}.{key}": value for key, value in values if key != "after"}
     return {**keys, "device": config.device, "threads": config.threads, "progress": config.progress}
 
 

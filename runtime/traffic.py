@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from algorithms.base import Flow
-from datasets import batch_sizes
 from models import through
 from runtime import rng
 from runtime.blueprint import state_bytes
@@ -54,8 +53,7 @@ def _crossings(federation: Federation, rounds: Iterable[int]) -> Iterator[list[t
     seen: dict[int, int] = {}
     for round in rounds:
         for client in federation.cohort(round):
-            samples = int(federation.partition.sizes[client])
-            sizes = config.local_epochs * batch_sizes(samples, config.batch_size, config.dataset.drop_last)
+            sizes = federation.clients.steps(client)
             flows = federation.algorithm.arrows(config.algorithm, round, before=seen.get(client))
             yield [(flow, sizes[:: flow.interval(config.algorithm)] if flow.per == "batch" else [1]) for flow in flows]
             seen[client] = round

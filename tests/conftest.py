@@ -24,6 +24,8 @@ SMALL = (
     "device=cpu",
     "dataset=digits",
     "model=mlp",
+    "model.projector.hidden=16",
+    "model.projector.width=16",
 )
 
 

@@ -20,8 +20,8 @@ from runtime.model_names import SOURCES
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
-PACKAGES = ("algorithms", "benchmarks", "datasets", "hydra_plugins", "models", "plotting", "runtime")
-PROGRAMS = ("main.py", "personalize.py", "plot_results.py")
+PACKAGES = ("algorithms", "attacks", "benchmarks", "datasets", "hydra_plugins", "models", "plotting", "runtime")
+PROGRAMS = ("attack.py", "main.py", "personalize.py", "plot_results.py", "probe.py")
 # Import names that are not the distribution's own.
 DISTRIBUTIONS = {
     "PIL": "pillow",

@@ -124,7 +124,7 @@ EXPERIMENTS = [
 def test_every_experiment_of_the_documents_is_valid_and_those_of_the_readme_run(
     arguments: list[str], run: bool
 ) -> None:
-    arguments = [word for word in arguments if word not in ("--cfg", "job", "--cuts")]
+    arguments = [word for word in arguments if word not in ("--cfg", "job", "--cuts", "--costs")]
     for job in jobs(arguments):
         load_config(job)
         if run:
@@ -175,7 +175,7 @@ def test_a_run_prints_what_the_readme_shows_and_its_results_can_be_drawn(tmp_pat
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with the files that docs/adding_your_own.md tells to write."""
     copy = tmp_path_factory.mktemp("copy")
-    for name in ("algorithms", "datasets", "hydra_config", "models", "plotting", "runtime", "tests"):
+    for name in ("algorithms", "attacks", "datasets", "hydra_config", "models", "plotting", "runtime", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("main.py", "pyproject.toml"):
         shutil.copy(ROOT / name, copy / name)

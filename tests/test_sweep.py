@@ -314,19 +314,21 @@ def test_a_single_run_that_finished_while_a_job_waited_for_a_gpu_is_not_run_agai
     assert [row["state"] for row in table(saves)] == ["skipped"]
 
 
-def test_a_sweep_personalises_what_an_earlier_one_trained(
+def test_a_sweep_personalises_and_probes_what_an_earlier_one_trained(
     tmp_path: Path, undisturbed: dict[str, dict[str, Any]]
 ) -> None:
-    """Two settings of each of two runs: nothing is trained again, each run gets both; then nothing is left to do."""
+    """Two settings of two runs and a probe: nothing is trained again, each run gets all; then nothing is left to do."""
     saves = tmp_path / "saves"
     shutil.copytree(Path(os.path.commonpath([run["folder"] for run in undisturbed.values()])), saves)
     before = {path: path.stat().st_mtime_ns for path in saves.rglob("model.safetensors")}
     tune = ("algorithm=fed_avg", "seed=0,1", "personalize.part=head,full", "personalize.epochs=[0,1]")
+    tune = (*tune, "probe.after=true", "probe.train_samples=100", "probe.labels=[1.0]")
     written: dict[Path, int] = {}
     for _ in range(2):
         assert finish(start(saves, *tune))[0] == 0
-        found = {path: path.stat().st_mtime_ns for path in saves.rglob("personalized/*/summary.json")}
-        assert sorted(path.parent.name.partition(",")[0] for path in found) == ["part=full"] * 2 + ["part=head"] * 2
+        found = {path: path.stat().st_mtime_ns for path in saves.rglob("*/summary.json")}
+        names = sorted(path.parent.name.partition(",")[0] for path in found)
+        assert names == ["k=200"] * 2 + ["part=full"] * 2 + ["part=head"] * 2
         written = written or found
         assert found == written
     assert {path: path.stat().st_mtime_ns for path in saves.rglob("model.safetensors")} == before

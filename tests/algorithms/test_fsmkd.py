@@ -97,7 +97,7 @@ class Bare:
         body, server = self.bodies[client], self.server
         optimizer = self._optimizer(head, body, tail)
         stream = rng.torch_generator(self.config.seed, round=round, client=client, stream="batches")
-        for x, y in self.federation._batches(client, stream):
+        for x, y in self.federation.clients.data(client).batches(stream):
             h = head(x)
             local, shared = tail(body(h)), tail(server(h))
             tau, w = config.temperature, config.distillation_weight
@@ -267,7 +267,7 @@ def test_clients_have_bodies_of_their_own_and_keep_them(configure) -> None:
         assert same(dict(used), dict(row or initial))
         assert not same(dict(row), initial) if row is not None else True
     assert "personal" not in {field for _, _, field, _ in federation.ledger.totals()}
-    assert len(federation._seats) == 1, "one client at a time is in memory"
+    assert len(federation.clients.seats) == 1, "one client at a time is in memory"
 
 
 @pytest.mark.parametrize("interval", [1, 2])

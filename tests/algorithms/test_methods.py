@@ -143,7 +143,7 @@ def test_scaffold_second_option_is_the_mean_gradient(configure) -> None:
     """With c = c_i = 0, c_i becomes (x - y_i) / (K lr): the mean of the K gradients of plain SGD."""
     federation = Federation(configure("algorithm=scaffold", "lr=0.1", "precision=fp64", "rounds=1", "num_clients=1"))
     start = {name: w.clone() for name, w in federation.server.ctx.part("model").named_parameters()}
-    steps = len(list(federation._batches(0, torch.Generator().manual_seed(0))))
+    steps = len(list(federation.clients.data(0).batches(torch.Generator().manual_seed(0))))
     play(federation)
     row = federation.stores["clients"].get(0, "control")
     for name, w in federation.server.ctx.part("model").named_parameters():

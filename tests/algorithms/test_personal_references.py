@@ -18,7 +18,7 @@ def slopes(loss: torch.Tensor, *models: torch.nn.Module) -> list[torch.Tensor]:
 
 def stream(bare: Bare, round: int, client: int, name: str, epochs: int | None = None) -> list:
     generator = rng.torch_generator(bare.federation.config.seed, round=round, client=client, stream=name)
-    return list(bare.federation._batches(client, generator, epochs))
+    return list(bare.federation.clients.data(client).batches(generator, epochs))
 
 
 def check_rows(bare: Bare, name: str, own: dict[int, torch.nn.Module]) -> None:

@@ -32,7 +32,7 @@ class Bare:
 
     def batches(self, round: int, client: int):
         stream = rng.torch_generator(self.federation.config.seed, round=round, client=client, stream="batches")
-        return list(self.federation._batches(client, stream))
+        return list(self.federation.clients.data(client).batches(stream))
 
     def copy(self, *names: str) -> list[nn.Module]:
         return [copy.deepcopy(self.parts[name]) for name in names]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as listing
-from benchmarks import allocator, bare, cohort, evaluation, measure, memory, plotting, round_time, traffic
+from benchmarks import allocator, bare, cohort, evaluation, measure, memory, plotting, round_time, together, traffic
 
 DECIMAL = r"\d+\.\d+"
 
@@ -106,6 +106,18 @@ def test_cohorts_of_different_bytes_are_told_and_fail(
     keys = ["--model", "mlp", "--clients", "20", "--cohort", "2", "--images", "20", "--repeats", "1"]
     assert cohort.main([*keys, "--algorithm", "fed_avg"]) == 1
     assert "bytes DIFFER" in capsys.readouterr().out
+
+
+def test_a_cohort_computed_as_one_ends_a_round_with_its_clients_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["--clients", "3", "--batch", "2", "--chunks", "4", "--repeats", "1", "--model", "resnet20", "--precision"]
+    assert together.main([*keys, "fp64"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"chunks of 4 +ratio {DECIMAL} \({DECIMAL} \.\. {DECIMAL}\)", shown)
+    assert re.search(rf"in a round +ratio {DECIMAL}", shown)
+    monkeypatch.setitem(together.TOLERANCE, "fp64", -1.0)
+    assert together.main([*keys, "fp64"]) == 1
 
 
 def test_the_allocators_sides_take_turns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,8 +39,7 @@ def test_the_ten_are_registered() -> None:
     ids=["plain", "part of the clients, two epochs", "unequal sizes, fp64", "with buffers, bf16", "buffers kept"],
 )
 def test_bytes_equal_the_closed_form(configure, name: str, setting: tuple[str, ...]) -> None:
-    more = ("algorithm.align_interval=2", "algorithm.align_epochs=1") if name == "fsl_sage" else ()
-    federation = play(Federation(configure(f"algorithm={name}", *more, *setting)))
+    federation = play(Federation(configure(f"algorithm={name}", *quick(name), *setting)))
     measured: dict[tuple[str, str], int] = {}
     for direction, kind, _, count in federation.ledger.totals():
         if kind not in CONTROL_KINDS:
@@ -98,8 +97,16 @@ def test_rounds_of_the_ledger_sum_to_its_totals(configure, name: str) -> None:
 # ------------------------------------------------------------------ reproducibility
 
 
+QUICK = {
+    "fsl_sage": ("algorithm.align_epochs=2", "algorithm.align_interval=2"),
+    "moco_sfl": ("algorithm.together=never",),  # computed as one, clients are no programs of their own
+    "fl_moco": ("algorithm.symmetric=false", "algorithm.queue=64"),
+    "ressfl": ("algorithm.attacker_width=4",),
+}
+
+
 def quick(name: str) -> tuple[str, ...]:
-    return ("algorithm.align_epochs=2", "algorithm.align_interval=2") if name == "fsl_sage" else ()
+    return QUICK.get(name, ())
 
 
 @every_algorithm
@@ -265,7 +272,7 @@ def replace_round(federation: Federation, round: int):
     from runtime import rng
 
     generator = rng.torch_generator(federation.config.seed, round=round, client=0, stream="batches")
-    return federation._batches(0, generator)
+    return federation.clients.data(0).batches(generator)
 
 
 def test_splitfed_v1_equals_fed_avg(configure) -> None:

@@ -56,7 +56,7 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [choice, *SMALL]
     if choice == "algorithm=fsl_sage" or choice.startswith("experiment=fsl_sage"):
         overrides.append("algorithm.align_epochs=1")
-    elif not choice.startswith("algorithm"):
+    elif not choice.startswith(("algorithm", "experiment=mocosfl", "experiment=small/contrastive")):
         overrides.append("algorithm=cse_fsl")
     composed = load_config(overrides)
     model = composed.model.name
@@ -64,7 +64,7 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
         overrides.append("dataset.classes_per_client=5")  # the two clients hold the ten classes of the noise
     overrides += [narrow for prefix, narrow in NARROW.items() if model.startswith(prefix)]
     record, traffic = Federation(load_config(overrides)).step()
-    assert record.clients == (1 if choice == "algorithm=centralized" else 2)
+    assert record.clients == (1 if choice in ("algorithm=centralized", "algorithm=ressfl") else 2)
     assert record.train_loss is not None
     assert math.isfinite(record.train_loss)
     assert record.test_acc is not None

@@ -65,6 +65,9 @@ def test_a_method_that_leaves_the_model_whole_trains_any_module(configure: Confi
     model = Net(10, 1)
     sizes = [4 * sum(p.numel() for p in model.parameters()), sum(t.nbytes for t in model.state_dict().values())]
     expected = {"centralized": 0, "local_only": 0, "scaffold": 4 * sum(sizes)}
+    projector = federation.blueprint.initial.get("projector", {})  # of features of twelve values
+    assert sum(t.numel() for t in projector.values()) in (0, 13 * 16 + 17 * 16)
+    sizes[1] += sum(t.nbytes for t in projector.values())
     assert record.comm_load == expected.get(name, 4 * sizes[1])
 
 

@@ -47,6 +47,24 @@ def test_imagenet_resnets_are_torchvisions(name: str) -> None:
     assert torch.equal(dict(model.named_buffers())["bn1.running_mean"], reference.bn1.running_mean)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_small_stem_leaves_images_their_size(name: str) -> None:
+    """torchvision's network with another first convolution, and without its pool."""
+    reference = getattr(torchvision.models, name)(weights=None, num_classes=10)
+    reference.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    reference.maxpool = nn.Identity()
+    model = build_model(ModelConfig(name, options={"stem": "small"}), info("cifar10"))
+    layers = ["conv1", "bn1", "relu", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc"]
+    assert [child for child, _ in model.named_children()] == layers
+    assert list(model.state_dict()) == list(reference.state_dict())
+    model.load_state_dict(reference.state_dict())
+    x = images("cifar10", 2)
+    assert torch.equal(model(x), reference(x))
+    assert model.get_submodule("conv1")(x).shape == (2, 64, 32, 32)
+    with pytest.raises(ConfigError, match=r"options\.stem=tiny: expected one .*choices: imagenet, small"):
+        ModelConfig(name, options={"stem": "tiny"})
+
+
 def test_same_seed_gives_torchvisions_weights() -> None:
     torch.manual_seed(3)
     reference = torchvision.models.resnet18(weights=None, num_classes=10).state_dict()

@@ -176,10 +176,15 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
         "model__name": "simple_conv",
         "model__cut": "0",
         "model__init": "weights.safetensors",
+        "model__client_norm": "group",
+        "model__bottleneck": "C4S2",
         "model__auxiliary__size": "half",
         "model__auxiliary_heads__blocks": ["layer1"],
         "model__personal__variants": [{}],
         "personalize__part": "head",
+        "probe__labels": [0.5],
+        "probe__train_samples": 100,
+        "probe__test_samples": 100,
         "dataset__name": "mnist",
         "dataset__root": "elsewhere",
         "dataset__distribution": "dirichlet",
@@ -209,7 +214,7 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
             continue  # one choice only; several choices are tried below
         new = other[key] if key in other else not value if isinstance(value, bool) else value + 1
         same = key in ("save_dir", "resume", "progress", "checkpoint_interval", "state_memory_mb", "jobs_per_gpu")
-        same = same or key.startswith("personalize")
+        same = same or key.startswith(("personalize", "probe"))
         assert (RunConfig.from_mapping(changed(**{key: new})).identity() == base) == same, key
     assert RunConfig.from_mapping(changed(logger={"tensorboard": {}})).identity() == base
     assert RunConfig.from_mapping(changed(model__server__optimizer={"lr": 0.5})).identity() != base
@@ -240,8 +245,12 @@ def test_parts_inherit_and_refine_the_top_level_optimizer() -> None:
         "head": {"lr": 0.1, "momentum": 0.9},
         "tail": {"lr": 0.1, "momentum": 0.9},
         "personal": {"lr": 0.1, "momentum": 0.9},
+        "projector": {"lr": 0.1, "momentum": 0.9},
     }
-    assert [config.optimizer_for(part).name for part in PARTS] == ["sgd", "sgd", "sgd", "adam", *["sgd"] * 4]
+    assert [config.optimizer_for(part).name for part in PARTS] == ["sgd", "sgd", "sgd", "adam", *["sgd"] * 5]
+
+
+OTHERS = ("auxiliary", "body", "head", "tail", "personal", "projector")
 
 
 def test_parts_inherit_and_refine_the_top_level_scheduler() -> None:
@@ -260,7 +269,7 @@ def test_parts_inherit_and_refine_the_top_level_scheduler() -> None:
         "model": ("cosineannealinglr", {"T_max": 7}),
         "client": ("cosineannealinglr", {"T_max": 7, "eta_min": 0.5}),
         "server": ("steplr", {"step_size": 3}),
-        **{part: ("cosineannealinglr", {"T_max": 7}) for part in ("auxiliary", "body", "head", "tail", "personal")},
+        **{part: ("cosineannealinglr", {"T_max": 7}) for part in OTHERS},
     }
     assert load_config(["algorithm=fed_avg"]).scheduler_for("client") is None
 

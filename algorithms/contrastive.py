@@ -1,0 +1,91 @@
+"""Momentum contrast: the loss, the queue of keys, and the moving averages that the methods here share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from runtime.config import ConfigError
+
+
+def info_nce(query: Tensor, key: Tensor, other: Tensor, temperature: float) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018), mean over the batch: the key of the same image against those of others.
+
+    Args:
+        query, key: [b, d], of length 1; the key is constant.
+        other: cosines [b, K] of the queries with other images' keys.
+    """
+    same = (query * key).sum(1, keepdim=True)
+    logits = torch.cat([same, other], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64, device=query.device))
+
+
+@torch.no_grad()
+def follow(average: nn.Module, module: nn.Module, momentum: float) -> None:
+    """Move a copy's parameters towards the module's: average = momentum * average + (1 - momentum) * module."""
+    for mean, parameter in zip(average.parameters(), module.parameters(), strict=True):
+        mean.lerp_(parameter, 1 - momentum)
+
+
+class Queue:
+    """The latest keys, in one line for all clients or in a line for each.
+
+    Attributes:
+        keys: [lines, K, d], of length 1; they begin as random ones.
+        next: int64 [lines], the place that is overwritten next.
+    """
+
+    def __init__(self, keys: Tensor, next: Tensor | None = None) -> None:
+        self.keys = F.normalize(keys, dim=2)
+        self.next = torch.zeros(len(keys), dtype=torch.int64) if next is None else next
+
+    def cosines(self, query: Tensor, lines: Tensor) -> Tensor:
+        """Cosines [b, K] of queries [b, d] with the keys in their lines (int64 [b])."""
+        found = query @ self.keys.flatten(0, 1).T
+        if len(self.keys) == 1:
+            return found
+        return found.view(len(query), len(self.keys), -1)[torch.arange(len(query)), lines]
+
+    def push(self, keys: Tensor, lines: Tensor) -> None:
+        """Put keys [b, d] into their lines (int64 [b]), in place of the oldest."""
+        size = self.keys.shape[1]
+        for line in sorted({int(line) for line in lines}):
+            new = keys[(lines == line).to(keys.device)][-size:]
+            places = (int(self.next[line]) + torch.arange(len(new))) % size
+            self.keys[line, places.to(self.keys.device)] = new.to(self.keys.dtype)
+            self.next[line] = (int(self.next[line]) + len(new)) % size
+
+    def move(self, like: Tensor) -> None:
+        """Go where a tensor is, in its precision."""
+        self.keys = self.keys.to(like.device, like.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as one row."""
+        return {"keys": self.keys, "next": self.next}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state`` gave."""
+        self.keys, self.next = state["keys"].to(self.keys.device).clone(), state["next"].cpu().clone()
+
+
+def check_unit(key: str, value: float) -> None:
+    """Raises ConfigError for a momentum that is none."""
+    if not 0 <= value < 1:
+        raise ConfigError(key, value, "a number >= 0 and < 1")
+
+
+def check_positive(key: str, value: float) -> None:
+    """Raises ConfigError for a number that is not above zero."""
+    if not 0 < value < float("inf"):
+        raise ConfigError(key, value, "a finite number > 0")
+
+
+def joined(values: Sequence[Tensor | tuple[Tensor, ...]]) -> Tensor | tuple[Tensor, ...]:
+    """What crossed from several clients as one batch."""
+    if isinstance(values[0], tuple):
+        return tuple(torch.cat(each) for each in zip(*values, strict=True))
+    return torch.cat([value for value in values if isinstance(value, Tensor)])

@@ -1,0 +1,96 @@
+"""FL-MoCo: momentum contrast at each client, averaged as by FedAvg."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from algorithms import register
+from algorithms.base import Algorithm, Flow
+from algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce
+from runtime.blueprint import Layout
+from runtime.boundary import Payload
+from runtime.config import ConfigError
+from runtime.contexts import ClientContext
+
+_NAMES = ("model", "projector")
+
+
+@dataclass(frozen=True)
+class FLMocoConfig:
+    """Keys of FL-MoCo.
+
+    Attributes:
+        temperature: of InfoNCE, > 0.
+        momentum: of the moving average, in [0, 1).
+        queue: keys that each client keeps, >= 1.
+        symmetric: each image is learnt from in both directions.
+    """
+
+    temperature: float = 0.1
+    momentum: float = 0.99
+    queue: int = 1024
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive("temperature", self.temperature)
+        check_unit("momentum", self.momentum)
+        if self.queue < 1:
+            raise ConfigError("queue", self.queue, "an integer >= 1")
+
+
+@register("fl_moco")
+class FLMoco(Algorithm):
+    """MoCo v2 (Chen et al. 2020) trained with FedAvg, the baseline of MocoSFL.
+
+    The online model and its projector travel. A client's moving averages begin each round as these, its queue stays
+    with it. The model's classifier is left alone: what is tested are the features before it.
+    """
+
+    Config = FLMocoConfig
+    layout = Layout(
+        client=("model", "model_momentum", "projector", "projector_momentum"), server=("model", "projector")
+    )
+    shared = _NAMES
+    evaluates_features = True
+    traffic = (Flow("down", "model", _NAMES), Flow("up", "model", _NAMES))
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> Payload:
+        """Local epochs of momentum contrast from the global model; the upload is the online model."""
+        ctx.load(down)
+        config: FLMocoConfig = ctx.config
+        online = [ctx.part(name) for name in _NAMES]
+        average = [ctx.part(f"{name}_momentum") for name in _NAMES]
+        for mean, module in zip(average, online, strict=True):
+            mean.load_state_dict(module.state_dict())
+        optimizer = ctx.optimizer(*_NAMES)
+        width = next(reversed(list(online[1].parameters()))).shape[0]
+        queue = Queue(torch.randn(1, config.queue, width, generator=ctx.generator("queue")))
+        kept = ctx.state.get("queue")
+        queue.move(next(online[1].parameters()))
+        if kept is not None:
+            queue.load(kept)
+        line = torch.zeros(1, dtype=torch.int64)
+
+        def contrast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+            q = F.normalize(online[1](online[0](query)), dim=1)
+            with torch.no_grad():
+                k = F.normalize(average[1](average[0](key)), dim=1)
+            return info_nce(q, k, queue.cosines(q, line.expand(len(q))), config.temperature), k
+
+        for one, two in ctx.views(ctx.steps):
+            loss, keys = contrast(one, two)
+            if config.symmetric:
+                other, more = contrast(two, one)
+                loss, keys = loss + other, torch.cat([keys, more])
+            optimizer.update(loss)
+            for mean, module in zip(average, online, strict=True):
+                follow(mean, module, config.momentum)
+            queue.push(keys, line.expand(len(keys)))
+            ctx.log("loss", loss)
+        ctx.state.put("queue", queue.state())
+        return ctx.dump(*_NAMES)

@@ -1,0 +1,252 @@
+"""MocoSFL: momentum contrast in split learning, with one server step on the batches of a whole cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from algorithms import register
+from algorithms.base import Algorithm, Flow, Server, floating, followed, gradients
+from algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, joined
+from algorithms.saving import Saving
+from models import through
+from runtime.blueprint import Layout
+from runtime.boundary import ClientProgram, Crossing, Payload, Reply, ask, pack, unpack
+from runtime.cohort import Asked, Cohort
+from runtime.config import ConfigError
+from runtime.contexts import ClientContext, ServerContext
+
+FROZEN = "frozen"
+
+
+@dataclass(frozen=True)
+class MocoSFLConfig:
+    """Keys of MocoSFL.
+
+    Attributes:
+        temperature: of InfoNCE, > 0.
+        momentum, client_momentum: of the moving averages of the server's model and of the client part, in [0, 1).
+        queue: keys that queries are compared with, >= 1, in all.
+        feature_sharing: one queue for all clients; else each has its own share of it.
+        symmetric: the server learns from each image in both directions; clients only as the query.
+        local_steps: steps of a round, from one synchronisation to the next, >= 1.
+        rich_share, rich_batch_size: share of the clients (the first ones) whose batches have another size.
+        loss_threshold, loss_interval: when the mean loss of an interval of rounds has fallen by less than the
+            threshold, the next interval saves bytes: first the gradients, then the uploads too; null never does.
+        stored_steps: steps whose smashed data the server keeps to learn from while it gets none.
+        together: auto lets a cohort of equal weights compute as one where nothing but time depends on it.
+    """
+
+    temperature: float = 0.1
+    momentum: float = 0.99
+    client_momentum: float = 0.99
+    queue: int = 6000
+    feature_sharing: bool = True
+    symmetric: bool = True
+    local_steps: int = 1
+    rich_share: float = 0.0
+    rich_batch_size: int | None = None
+    loss_threshold: float | None = None
+    loss_interval: int = 100
+    stored_steps: int = 10
+    together: Literal["auto", "never"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_positive("temperature", self.temperature)
+        check_unit("momentum", self.momentum)
+        check_unit("client_momentum", self.client_momentum)
+        for key in ("queue", "local_steps", "loss_interval", "stored_steps"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "an integer >= 1")
+        if not 0 <= self.rich_share <= 1:
+            raise ConfigError("rich_share", self.rich_share, "a number >= 0 and <= 1")
+        if self.rich_share and (self.rich_batch_size is None or self.rich_batch_size < 1):
+            raise ConfigError("rich_batch_size", self.rich_batch_size, "an integer >= 1, where rich_share is above 0")
+
+
+class MocoServer(Server):
+    """Online and momentum copies of the upper part with a projector each, and the queue.
+
+    It sees the smashed data of two views of each image, no image and no label.
+    """
+
+    def __init__(self, ctx: ServerContext) -> None:
+        super().__init__(ctx)
+        config: MocoSFLConfig = ctx.config
+        lines = 1 if config.feature_sharing else ctx.num_clients
+        if config.queue < lines:
+            raise ConfigError("algorithm.queue", config.queue, f"at least a key for each of {lines} clients")
+        width = next(reversed(list(ctx.part("projector").parameters()))).shape[0]
+        self._queue = Queue(torch.randn(lines, config.queue // lines, width, generator=ctx.generator("queue")))
+        self._queue.move(next(ctx.part("projector").parameters()))
+        self._saving = Saving(config.loss_threshold, config.loss_interval, config.stored_steps)
+
+    def open_round(self, cohort: Sequence[int]) -> None:
+        super().open_round(cohort)
+        self._saving.open_round()
+        for query, key, lines in self._saving.replayed(self.ctx.config.local_steps):
+            self._learn(query, key, lines)
+
+    def down(self, client: int) -> Payload:
+        """Both copies of the client part; nothing while the server learns from what it has."""
+        if self._saving.silent:
+            return {}
+        return self.ctx.dump("client", "client_momentum") | ({FROZEN: True} if self._saving.frozen else {})
+
+    def on_smashed_cohort(self, inbox: Mapping[int, Payload]) -> dict[int, Payload | None]:
+        """One step on the cohort's batches as one; each client gets the gradient of its own queries' mean loss."""
+        query, key = (joined([unpack(message, name) for message in inbox.values()]) for name in ("query", "key"))
+        sizes = [len(next(iter(message.values()))) for message in inbox.values()]  # type: ignore[arg-type]
+        shared = self.ctx.config.feature_sharing
+        lines = torch.tensor([0 if shared else client for client in inbox]).repeat_interleave(torch.tensor(sizes))
+        self._learn(followed(query), key, lines)
+        if self._saving.frozen:
+            return dict.fromkeys(inbox)
+        grad, total = gradients(query), sum(sizes)
+        ends = list(accumulate(sizes, initial=0))
+        return {
+            client: pack("grad", _rows(grad, slice(start, stop), total / (stop - start)))
+            for client, (start, stop) in zip(inbox, pairwise(ends), strict=True)
+        }
+
+    def _learn(self, query: Crossing, key: Crossing, lines: Tensor) -> None:
+        """One optimizer step of the online copies, one step of the averages, the new keys into the queue."""
+        config: MocoSFLConfig = self.ctx.config
+        loss, keys = self._contrast(query, key, lines)
+        if config.symmetric:
+            other, more = self._contrast(key, _constant(query), lines)
+            loss, keys, lines = loss + other, torch.cat([keys, more]), lines.repeat(2)
+        self.ctx.optimizer("server", "projector").update(loss)
+        for name in ("server", "projector"):
+            follow(self.ctx.part(f"{name}_momentum"), self.ctx.part(name), config.momentum)
+        self._queue.push(keys, lines)
+        self._saving.note(loss, query, key, lines[: len(lines) // (1 + config.symmetric)])
+        self.ctx.log("loss", loss)
+
+    def _contrast(self, query: Crossing, key: Crossing, lines: Tensor) -> tuple[Tensor, Tensor]:
+        part = self.ctx.part
+        q = F.normalize(part("projector")(through(part("server"), query)), dim=1)
+        with torch.no_grad():
+            k = F.normalize(part("projector_momentum")(through(part("server_momentum"), key)), dim=1)
+        return info_nce(q, k, self._queue.cosines(q, lines), self.ctx.config.temperature), k
+
+    def close_round(self) -> None:
+        """The averaged client part, and its moving average as after a round's steps towards that."""
+        learnt = "client" in self._averages
+        super().close_round()
+        if learnt:
+            momentum = self.ctx.config.client_momentum**self.ctx.config.local_steps
+            follow(self.ctx.part("client_momentum"), self.ctx.part("client"), momentum)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "queue": self._queue.state(), "saving": self._saving.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._queue.load(state["queue"])
+        self._saving.load(state["saving"], self.ctx.blueprint.device)
+
+
+def _rows(values: Crossing, rows: slice, factor: float = 1.0) -> Crossing:
+    """A client's rows of what all crossed with, times a factor."""
+    return tuple(each[rows] * factor for each in values) if isinstance(values, tuple) else values[rows] * factor
+
+
+def _constant(values: Crossing) -> Crossing:
+    return tuple(each.detach() for each in values) if isinstance(values, tuple) else values.detach()
+
+
+@register("moco_sfl")
+class MocoSFL(Algorithm):
+    """MocoSFL (Li et al., ICLR 2023): self-supervised split learning for many clients with little data each.
+
+    A client sends the client part's outputs for two augmented views of its images, one through the online copy and one
+    through its moving average; the server takes one step of momentum contrast on all of the cohort's, and answers with
+    the gradient of the first. Client parts are averaged after ``local_steps`` such steps. The model's classifier is
+    left alone: what is tested are the features before it.
+    """
+
+    Config = MocoSFLConfig
+    layout = Layout(
+        client=("client", "client_momentum"),
+        server=("client", "client_momentum", "server", "server_momentum", "projector", "projector_momentum"),
+    )
+    shared = ("client",)
+    schedule = "lockstep"
+    gathers = True
+    evaluates_features = True
+    traffic = (
+        Flow("down", "model", ("client", "client_momentum")),
+        Flow("up", "smashed", ("smashed", "smashed"), per="batch"),
+        Flow("down", "smashed", ("smashed",), per="batch"),
+        Flow("up", "model", ("client",)),
+    )
+    Server = MocoServer
+
+    @classmethod
+    def steps(cls, config: MocoSFLConfig, client: int, num_clients: int, sizes: Sequence[int]) -> list[int]:
+        """``local_steps`` batches, of the client's kind's size."""
+        samples = sum(sizes)
+        rich = client < round(config.rich_share * num_clients)
+        size = config.rich_batch_size if rich and config.rich_batch_size else max(sizes, default=0)
+        return [min(size, samples)] * config.local_steps
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> ClientProgram:
+        """Each step: two views up, the gradient of the first down, one step; then the moving average follows."""
+        if not down:
+            return {}
+        ctx.load(down)
+        model, average, optimizer = ctx.part("client"), ctx.part("client_momentum"), ctx.optimizer("client")
+        for one, two in ctx.views(ctx.steps):
+            query = model(one)
+            with torch.no_grad():
+                key = average(two)
+            reply = yield ask("smashed", **pack("query", query), **pack("key", key))
+            if FROZEN not in down:
+                optimizer.update(query, unpack(reply, "grad"))
+                follow(average, model, ctx.config.client_momentum)
+        return {} if FROZEN in down else ctx.dump("client")
+
+    @classmethod
+    def computes_together(cls, config: MocoSFLConfig) -> bool:
+        """After every step clients have the same weights again."""
+        return config.together == "auto" and config.local_steps == 1
+
+    @staticmethod
+    def together(cohort: Cohort, down: Payload) -> Generator[Asked, dict[int, Reply], Payload]:
+        """The same round, of clients that begin it with the same weights and take one step: chunks of many clients."""
+        if not down:
+            return {}
+        cohort.load(down)
+        model, average, optimizer = cohort.part("client"), cohort.part("client_momentum"), cohort.optimizer("client")
+        sent: dict[int, Payload] = {}
+        graphs: list[tuple[list[int], Crossing]] = []
+        for chunk, one, two in cohort.views():
+            query = model(one)
+            with torch.no_grad():
+                key = average(two)
+            graphs.append((chunk, query))
+            start = 0
+            for client in chunk:
+                stop = start + cohort.sizes[client]
+                rows = slice(start, stop)
+                sent[client] = {**pack("query", _rows(query, rows)), **pack("key", _rows(key, rows))}
+                start = stop
+        replies = yield Asked("smashed", sent)
+        if FROZEN in down:
+            return {}
+        optimizer.zero_grad()
+        for chunk, query in graphs:
+            # The mean of the clients' steps is the step along their gradients' mean: each as its average weighs.
+            each = (_rows(unpack(replies[client], "grad"), slice(None), cohort.share(client)) for client in chunk)
+            if any(value.requires_grad for value in floating(query)):  # a frozen client part's does not
+                torch.autograd.backward(query, joined([*each]))
+        optimizer.step()
+        return cohort.dump("client")

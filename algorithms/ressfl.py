@@ -1,0 +1,83 @@
+"""Pre-training of a client part whose smashed data gives little of the images away: ResSFL, by SSIM."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from algorithms import register
+from algorithms.base import Algorithm, cross_entropy, detached
+from attacks.similarity import ssim
+from models import through
+from runtime.blueprint import Layout
+from runtime.boundary import Payload
+from runtime.config import ConfigError
+from runtime.contexts import ClientContext
+from runtime.optim import OptimizerConfig, PartOptimizer, make_optimizer
+
+
+@dataclass(frozen=True)
+class ResSFLConfig:
+    """Keys of ResSFL.
+
+    alpha: weight of the likeness, >= 0. target_ssim: likeness that is not punished, -1 to 1. attacker_lr: learning rate
+    of the simulated attacker's Adam. attacker_width: its channels.
+    """
+
+    alpha: float = 2.0
+    target_ssim: float = 0.6
+    attacker_lr: float = 0.001
+    attacker_width: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < math.inf:
+            raise ConfigError("alpha", self.alpha, "a number >= 0")
+        if not -1 <= self.target_ssim <= 1:
+            raise ConfigError("target_ssim", self.target_ssim, "a number from -1 to 1")
+        if not 0 < self.attacker_lr < math.inf:
+            raise ConfigError("attacker_lr", self.attacker_lr, "a finite number > 0")
+        if self.attacker_width < 1:
+            raise ConfigError("attacker_width", self.attacker_width, "an integer >= 1")
+
+
+@register("ressfl")
+class ResSFL(Algorithm):
+    """ResSFL's attacker-aware pre-training (Li et al., CVPR 2022) with the target for SSIM of MocoSFL (ICLR 2023).
+
+    One party trains client and server part on all the data, with an attacker of its own making beside them: a decoder
+    from smashed data to images, which each step first trains to maximise SSIM. The loss of the two parts is the
+    cross-entropy plus ``alpha * max(SSIM(decoder(z), x) - target_ssim, 0)`` over the mean SSIM of the batch, in which
+    the decoder is fixed. The images are those of the batch, augmented, before normalisation.
+    """
+
+    Config = ResSFLConfig
+    layout = Layout(client=("client", "server", "attacker"), server=())
+    personal = ("client", "server")
+    pooled = True
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> Payload:
+        """Training goes on from where the round before left all three and their optimizers; nothing is sent."""
+        config: ResSFLConfig = ctx.config
+        client, server, attacker = (ctx.part(name) for name in ("client", "server", "attacker"))
+        optimizer = ctx.optimizer("client", "server")
+        adam = OptimizerConfig("adam", {"lr": config.attacker_lr})
+        attacking = PartOptimizer([make_optimizer(adam, attacker.parameters())])
+        ctx.restore("client", optimizer)
+        ctx.restore("server")
+        ctx.restore("attacker", attacking)
+        for x, y in ctx.batches():
+            images = ctx.pixels(x)
+            z = client(x)
+            attacking.update(1 - ssim(through(attacker, detached(z)), images).mean())
+            attacker.requires_grad_(False)
+            likeness = ssim(through(attacker, z), images).mean()
+            loss = cross_entropy(through(server, z), y)
+            optimizer.update(loss + config.alpha * (likeness - config.target_ssim).clamp(min=0))
+            attacker.requires_grad_(True)
+            ctx.log("loss", loss)
+            ctx.log("ssim", likeness)
+        ctx.keep("client", optimizer)
+        ctx.keep("server")
+        ctx.keep("attacker", attacking)
+        return {}

@@ -1,0 +1,1 @@
+"""Attacks on what a finished run gives away, and measures of how much they get."""

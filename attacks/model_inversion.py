@@ -1,0 +1,274 @@
+"""Model inversion of a saved run: how well a decoder shows a client's images from its smashed data.
+
+What the attacker knows: the weights of the client part, as the server that averages them does, and images of its own,
+the dataset's test images. It makes pairs of smashed data and image with these, and trains a decoder on them. What it
+does not know: the target client's images and labels, and which smashed data belongs to what. It is tested on the
+smashed data of the target's training images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from attacks.similarity import mse, psnr, ssim
+from datasets import Source
+from models import build_attacker, through
+from runtime import rng
+from runtime.config import ConfigError, build
+from runtime.evaluation import evaluating
+from runtime.experiment import prepare_process, set_threads
+from runtime.federation import Federation
+from runtime.files import replace_file, temporary_name
+from runtime.run_folder import safe_component
+from runtime.saved import owned, read_config, restore
+from runtime.session import Workplace
+
+FOLDER, NAME = "attacks", "model_inversion"
+SUMMARY, PICTURE = "summary.json", "reconstructions.png"
+KNOWS = "weights of the client part; test images with their smashed data"
+_COLUMNS, _GAP, _LEAST_SIDE = 10, 2, 64
+_TEST_BATCH = 250
+_MEASURES = {"mse": mse, "ssim": ssim, "psnr": psnr}
+
+Told = Callable[[int, int, float], None]
+"""Told the number of epochs that are done, of all, and the last one's mean squared error."""
+
+
+@dataclass(frozen=True)
+class InversionConfig:
+    """Keys of the attack.
+
+    epochs: passes over the attacker's images. lr: learning rate of its Adam. batch_size: images in a step. client:
+    whose images are attacked. samples: at most so many of the attacker's images and of the client's are used; None is
+    all. width, blocks: channels and residual blocks of the decoder.
+    """
+
+    epochs: int = 50
+    lr: float = 0.001
+    batch_size: int = 128
+    client: int = 0
+    samples: int | None = None
+    width: int = 64
+    blocks: int = 4
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size", "width", "blocks"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "an integer >= 1")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError("lr", self.lr, "a finite number > 0")
+        if self.client < 0:
+            raise ConfigError("client", self.client, "the number of a client, from 0")
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError("samples", self.samples, "an integer >= 1, or null for all")
+
+    @property
+    def setting(self) -> str:
+        """The attack in one path component."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["samples"] = "all" if self.samples is None else self.samples
+        return safe_component(",".join(f"{key}={value}" for key, value in values.items()))
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """What the attack found.
+
+    ``found`` has ``mse``, ``ssim`` and ``psnr`` (dB) of the reconstructions, means over the client's images;
+    ``mean_image`` the same where every reconstruction is the mean of the attacker's images, which needs no smashed
+    data. ``train_mse`` is the decoder's loss on its own images in the last epoch; ``shape`` is that of what one image
+    becomes, of each value that crosses.
+    """
+
+    round: int
+    shape: list[list[int]]
+    train_images: int
+    test_images: int
+    train_mse: float
+    found: dict[str, float]
+    mean_image: dict[str, float]
+
+    def to_json(self, config: InversionConfig) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        values = dict(vars(self))
+        return {"attack": NAME, "knows": KNOWS, **vars(config), **values.pop("found"), **values, "finished": True}
+
+    def table(self) -> str:
+        """The measures beside those of the mean image, as lines."""
+        lines = [f"{'':12}{'MSE':>10}{'SSIM':>10}{'PSNR':>10}"]
+        for title, values in (("decoder", self.found), ("mean image", self.mean_image)):
+            lines.append(f"{title:12}{values['mse']:10.4f}{values['ssim']:10.4f}{values['psnr']:7.2f} dB")
+        return "\n".join(lines)
+
+
+def attack_run(run: Path, changes: Mapping[str, Any], told: Told = lambda *_: None) -> tuple[Inversion, Path]:
+    """Attack a saved run; gives what was found and the folder it was written to.
+
+    Args:
+        changes: keys of the attack as ``attack.<key>``, and those that `runtime.saved` lets change.
+
+    Raises:
+        ConfigError: a wrong key or value, a run that cannot be taken up, or a method that sends no smashed data.
+    """
+    own = {key.removeprefix("attack."): value for key, value in changes.items() if key.startswith("attack.")}
+    attack = build(InversionConfig, own, "attack")
+    config = read_config(run, {key: value for key, value in changes.items() if not key.startswith("attack.")})
+    with owned(run):
+        prepare_process(config.torch_device())
+        federation = restore(run, config)
+        set_threads(config, federation)
+        return invert(federation, attack, run, told)
+
+
+def invert(
+    federation: Federation, config: InversionConfig, run: Path, told: Told = lambda *_: None
+) -> tuple[Inversion, Path]:
+    """Attack a federation; writes ``summary.json`` and ``reconstructions.png`` below the run's folder.
+
+    Both appear when the attack is over, the summary last; a failure leaves nothing. The same federation gives the
+    same bits again on the same device.
+
+    Raises:
+        ConfigError: the method sends no smashed data, there is no such client, or the decoder diverges.
+    """
+    if "client" not in federation.algorithm.layout.whole:
+        name = federation.config.algorithm_name
+        raise ConfigError("run", str(run), f"a run of a method that cuts the model, with a client part; this is {name}")
+    if config.client >= federation.population:
+        raise ConfigError("attack.client", config.client, f"a client of the run: 0 to {federation.population - 1}")
+    target = federation.partition.indices(config.client)
+    if not len(target):
+        raise ConfigError("attack.client", config.client, "a client with training samples")
+    folder = run / FOLDER / NAME / config.setting
+    with _removed_if_empty(folder, run):
+        attacker = _Attacker(federation, config, told)
+        found, shown = attacker.attack(target)
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = temporary_name(folder / PICTURE)
+        try:
+            _picture(*shown).save(picture, "PNG")
+            picture.replace(folder / PICTURE)
+        finally:
+            picture.unlink(missing_ok=True)
+        replace_file(folder / SUMMARY, json.dumps(found.to_json(config), allow_nan=False, indent=1) + "\n")
+    return found, folder
+
+
+class _Attacker:
+    """A decoder in training and in use, before one client part that stays as it is."""
+
+    def __init__(self, federation: Federation, config: InversionConfig, told: Told) -> None:
+        self._federation, self._config, self._told = federation, config, told
+        blueprint, seed = federation.blueprint, federation.config.seed
+        self._client = blueprint.parts(["client"])["client"].requires_grad_(False)
+        self._client.load_state_dict(federation.client_states(config.client, ["client"])["client"])
+        # As the evaluation normalises it: by the statistics of the batch where running ones are not shared.
+        self._statistics = federation.evaluator.batch_statistics[federation.algorithm.layout.whole.index("client")]
+        self._work = Workplace(blueprint, rng.derive(seed, client=config.client, stream="attack"))
+        self._generator = rng.torch_generator(seed, client=config.client, stream="attack batches")
+        with self._work.working():
+            decoder = build_attacker(federation.dataset.info, self._client, config.width, config.blocks)
+            self._decoder: nn.Module = decoder.to(federation.device, blueprint.dtype)
+
+    def attack(self, target: Tensor) -> tuple[Inversion, tuple[Tensor, Tensor]]:
+        """Train, then test on the target's images; gives also some of them and their reconstructions."""
+        data, federation = self._federation.dataset, self._federation
+        own, target = self._some(torch.arange(len(data.test))), self._some(target)
+        with self._work.working(), evaluating([self._client], batch_statistics=[self._statistics]) as client:
+            loss = self._train(client, data.test, own)
+            total = sum(images.sum(0) for images, _ in self._pairs(client, data.test, own, shuffle=False))
+            assert isinstance(total, Tensor)
+            found, shown = self._test(client, data.train, target, None)
+            mean, _ = self._test(client, data.train, target, total / len(own))
+            shape = [list(each.shape[1:]) for each in self._seen(client, data.train, target)]
+        return Inversion(federation.round, shape, len(own), len(target), loss, found, mean), shown
+
+    def _some(self, indices: Tensor) -> Tensor:
+        """As many of the indices as the attack uses, drawn at random."""
+        return indices[torch.randperm(len(indices), generator=self._generator)[: self._config.samples]]
+
+    def _pairs(
+        self, client: Any, source: Source, indices: Tensor, *, shuffle: bool
+    ) -> Generator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Batches of images [b, c, h, w] with values 0..1, and what crosses the cut for them."""
+        size = self._config.batch_size if shuffle else min(_TEST_BATCH, len(indices))
+        for x, _ in source.batches(indices, batch_size=size, shuffle=shuffle, generator=self._generator):
+            with torch.no_grad():
+                z = client(x)
+            yield source.pixels(x), z if isinstance(z, tuple) else (z,)
+
+    def _seen(self, client: Any, source: Source, indices: Tensor) -> tuple[Tensor, ...]:
+        return next(self._pairs(client, source, indices[:2], shuffle=False))[1]
+
+    def _train(self, client: Any, source: Source, indices: Tensor) -> float:
+        """Adam on the mean squared error of the pixels; gives that of the last epoch."""
+        config = self._config
+        optimizer = torch.optim.Adam(self._decoder.parameters(), lr=config.lr)
+        mean = math.nan
+        for epoch in range(config.epochs):
+            total = torch.zeros((), device=self._federation.device, dtype=torch.float64)
+            for images, z in self._pairs(client, source, indices, shuffle=True):
+                loss = mse(through(self._decoder, z), images).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += loss.detach() * len(images)
+            mean = float(total) / len(indices)
+            if not math.isfinite(mean):
+                raise ConfigError("attack.lr", config.lr, f"a rate that converges: the loss is {mean}")
+            self._told(epoch + 1, config.epochs, mean)
+        return mean
+
+    @torch.no_grad()
+    def _test(
+        self, client: Any, source: Source, indices: Tensor, always: Tensor | None
+    ) -> tuple[dict[str, float], tuple[Tensor, Tensor]]:
+        """Measures of the reconstructions, or of `always` [c, h, w] in the place of each; and the first of them."""
+        values: dict[str, list[Tensor]] = {name: [] for name in _MEASURES}
+        first: tuple[Tensor, Tensor] | None = None
+        self._decoder.eval()
+        for images, z in self._pairs(client, source, indices, shuffle=False):
+            guess = through(self._decoder, z) if always is None else always.expand_as(images)
+            first = first or (images[:_COLUMNS].float().cpu(), guess[:_COLUMNS].float().cpu())
+            for name, measure in _MEASURES.items():
+                values[name].append(measure(guess, images).double().cpu())
+        assert first is not None
+        return {name: float(torch.cat(each).mean()) for name, each in values.items()}, first
+
+
+def _picture(originals: Tensor, guesses: Tensor) -> Image.Image:
+    """Images [k, c, h, w] with values 0..1 in a row, and their reconstructions below; of two channels the first."""
+    colours = 3 if originals.shape[1] == 3 else 1
+    rows = torch.stack([originals, guesses])[:, :, :colours].expand(-1, -1, 3, -1, -1)
+    pixels = rows.clamp(0, 1).mul(255).round().byte().permute(0, 1, 3, 4, 2).numpy()
+    zoom = max(1, -(-_LEAST_SIDE // min(pixels.shape[2:4])))
+    pixels = pixels.repeat(zoom, 2).repeat(zoom, 3)
+    _, count, height, width, _ = pixels.shape
+    canvas = np.full((2 * height + _GAP, count * (width + _GAP) - _GAP, 3), 255, dtype=np.uint8)
+    for row, column in np.ndindex(2, count):
+        top, left = row * (height + _GAP), column * (width + _GAP)
+        canvas[top : top + height, left : left + width] = pixels[row, column]
+    return Image.fromarray(canvas)
+
+
+@contextlib.contextmanager
+def _removed_if_empty(folder: Path, above: Path) -> Generator[None]:
+    """After a failure, remove `folder` and those between it and `above` that hold nothing."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for each in (folder, *(parent for parent in folder.parents if above in parent.parents)):
+                each.rmdir()
+        raise

@@ -1,0 +1,143 @@
+"""What a configuration changes in the model that a builder gives: the client's normalisation, a bottleneck."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from models.config import Bottleneck, ModelConfig
+from models.registry import entry
+from models.sources import told
+from models.splitting import check_cuts, ended, named, split, zeros
+from runtime.config import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import DatasetInfo
+
+_EPS = 1e-5
+_GROUPS = (32, 16, 8, 4, 2)
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """A convolution by its weights standardised for each output channel (Qiao et al. 2019), of mean 0 and variance 1.
+
+    The variance is the biased one, with 1e-5 added. Parameters are those of the convolution.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        return self._conv_forward(input, (self.weight - mean) * (variance + _EPS).rsqrt(), self.bias)
+
+
+def groups(channels: int) -> int:
+    """Groups of a GroupNorm: the largest of 32, 16, 8, 4, 2, 1 with equal groups of at least two channels each."""
+    return next((count for count in _GROUPS if channels % count == 0 and channels >= 2 * count), 1)
+
+
+def plain(config: ModelConfig, info: DatasetInfo) -> nn.Module:
+    """The model as its builder gives it, with fresh weights from torch's global generator."""
+    return entry(config.name).build(info, config.typed_options())
+
+
+def fresh(config: ModelConfig, info: DatasetInfo) -> nn.Module:
+    """The model with what `config.client_norm` and `config.bottleneck` change in it, with fresh weights.
+
+    Both are of the model, not of a method: they hold where it is cut, or would be. What is in the model otherwise has
+    the weights that it has without them.
+
+    Raises:
+        ConfigError: they cannot be had at this cut.
+    """
+    model = plain(config, info)
+    if not config.is_adapted:
+        return model
+    cut, outputs = config.client_end, list[Any]()
+    check_cuts(model, cut)
+    handle = model.get_submodule(cut).register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        calls = ended(model, info.shape)
+    except Exception as error:
+        raise ConfigError("model.cut", cut, f"a model that runs ({told(error)})") from error
+    finally:
+        handle.remove()
+    if len(outputs) != 1:
+        raise ConfigError("model.cut", cut, f"a module that runs once in a forward pass, not {len(outputs)} times")
+    if config.client_norm == "group":
+        end = calls.index(cut) + 1
+        _use_groups(model, {*calls[:end]} - {*calls[end:]})
+    if config.bottleneck is not None:
+        _put_bottleneck(model, cut, config.bottleneck, info, outputs[0])
+    return model
+
+
+def _use_groups(model: nn.Module, client: set[str]) -> None:
+    """GroupNorm and standardised convolutions among the modules `client`, if there is a BatchNorm among them."""
+    everyone = dict(model.named_modules(remove_duplicate=False))
+    inside = [everyone[path] for path in client]
+    norms = [module for module in inside if isinstance(module, nn.BatchNorm2d)]
+    other = next((type(norm).__name__ for norm in norms if type(norm) is not nn.BatchNorm2d), None)
+    if other is not None:
+        raise ConfigError("model.client_norm", "group", f"own, as the client part has a {other}: not plain BatchNorm2d")
+    if not norms:
+        return
+    twins = {id(norm): _group_norm(norm) for norm in norms}
+    for path, module in everyone.items():
+        if id(module) in twins:
+            parent, _, name = path.rpartition(".")
+            everyone[parent]._modules[name] = twins[id(module)]
+    for module in inside:
+        # Of another kind than Conv2d itself the forward may be another; one weight a channel would become nothing.
+        if type(module) is nn.Conv2d and module.weight[0].numel() > 1:
+            module.__class__ = StandardisedConv2d
+
+
+def _group_norm(norm: nn.BatchNorm2d) -> nn.GroupNorm:
+    """A GroupNorm that starts with the scale and shift of a BatchNorm."""
+    like = {} if norm.weight is None else {"device": norm.weight.device, "dtype": norm.weight.dtype}
+    twin = nn.GroupNorm(groups(norm.num_features), norm.num_features, norm.eps, norm.affine, **like)
+    twin.load_state_dict(dict(norm.named_parameters()))
+    return twin.train(norm.training)
+
+
+def _put_bottleneck(model: nn.Module, cut: str, text: str, info: DatasetInfo, z: object) -> None:
+    """Put a convolution that narrows behind the module `cut`, which gives `z`, and one that widens again."""
+    bottleneck = Bottleneck.read(text)
+    expected = f"a cut that one map [b, c, h, w] crosses; after {cut}"
+    if not isinstance(z, Tensor) or z.dim() != 4:
+        found = f"it is {list(z.shape)}" if isinstance(z, Tensor) else f"it is a {type(z).__name__}"
+        raise ConfigError("model.bottleneck", text, f"{expected} {found}")
+    between = isinstance(model, nn.Sequential) and cut in named(model)
+    if not between and z.device.type != "meta":
+        crossing = getattr(split(model, cut, info.shape, compare=False)[0], "crossing", 1)
+        if crossing > 1:
+            raise ConfigError("model.bottleneck", text, f"{expected} {crossing} values cross")
+    body = model.get_submodule(cut)
+    parent, _, name = cut.rpartition(".")
+    model.get_submodule(parent)._modules[name] = _around(body, bottleneck, z).train(body.training)
+    mode = model.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()(zeros(model, info.shape))
+    except Exception as error:
+        raise ConfigError("model.bottleneck", text, f"{expected} it does not fit ({told(error)})") from error
+    finally:
+        model.train(mode)
+
+
+def _around(body: nn.Module, bottleneck: Bottleneck, z: Tensor) -> nn.Sequential:
+    """`body`, then to fewer channels and pixels, and back to the shape of `z` [b, c, h, w], what `body` gives."""
+    channels, height, width = z.shape[1:]
+    narrow, stride = bottleneck
+    like: dict[str, Any] = {"padding": 1, "stride": stride, "device": z.device, "dtype": z.dtype}
+    rest = (height - 1) % stride, (width - 1) % stride  # what a strided convolution does not tell of a side
+    return nn.Sequential(
+        OrderedDict(
+            body=body,
+            down=nn.Conv2d(channels, narrow, 3, **like),
+            up=nn.ConvTranspose2d(narrow, channels, 3, output_padding=rest, **like),
+            relu=nn.ReLU(),
+        )
+    )

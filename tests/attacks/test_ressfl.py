@@ -1,0 +1,123 @@
+"""ResSFL's pre-training, and client parts that are frozen."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import algorithms
+from runtime.config import ConfigError
+from runtime.experiment import run
+from runtime.federation import Federation
+from runtime.hydra_support import load_config
+from runtime.run_folder import RunFolder
+from runtime.traffic import expected_bytes
+from tests.conftest import play, same
+
+NARROW = ("algorithm.attacker_width=8", "optimizer=sgd", "lr=0.05")
+CUT_IN_TWO = [name for name in algorithms.names() if {"client", "server"} <= {*algorithms.get(name).layout.whole}]
+
+
+def state(federation: Federation) -> dict[str, torch.Tensor]:
+    found = federation.full_model()
+    assert found is not None
+    return found
+
+
+def likeness(federation: Federation) -> list[float]:
+    """SSIM of the simulated attacker in each round."""
+    found: list[float] = []
+    while not federation.done:
+        found.append(federation.step()[0].metrics["ssim"])
+    return found
+
+
+# ---------------------------------------------------------------------- pre-training
+
+
+@pytest.mark.parametrize("keys", [("alpha=0",), ("alpha=50", "target_ssim=1")], ids=" ".join)
+def test_where_likeness_is_not_punished_it_is_centralized_training(configure, keys: tuple[str, ...]) -> None:
+    setting = ("optimizer=sgd", "lr=0.05", "precision=fp64", "batch_size=300")
+    plain = play(Federation(configure("algorithm=centralized", *setting)))
+    own = [f"algorithm.{key}" for key in ("attacker_width=8", *keys)]
+    federation = play(Federation(configure("algorithm=ressfl", *setting, *own)))
+    for name, tensor in state(plain).items():
+        assert torch.allclose(state(federation)[name], tensor, rtol=1e-9, atol=1e-12), name
+
+
+def test_the_attacker_learns_and_the_client_part_learns_to_resist(configure) -> None:
+    setting = ("algorithm=ressfl", *NARROW, "rounds=3", "batch_size=50", "algorithm.attacker_lr=0.01")
+    free = likeness(Federation(configure(*setting, "algorithm.alpha=0")))
+    assert free[-1] > free[0] + 0.1
+    resisting = Federation(configure(*setting, "algorithm.alpha=20", "algorithm.target_ssim=0"))
+    assert likeness(resisting)[-1] < free[-1] - 0.1
+
+
+def test_the_attacker_does_not_follow_the_clients_loss(configure) -> None:
+    """Its first step is on the initial client part: of the first batch it is the same whatever alpha is."""
+    weights: list[dict[str, torch.Tensor]] = []
+    for alpha in (0, 1000):
+        keys = ("batch_size=2000", "rounds=1", f"algorithm.alpha={alpha}", "algorithm.target_ssim=-1")
+        federation = play(Federation(configure("algorithm=ressfl", *NARROW, *keys)))
+        weights.append(dict(federation.stores["clients"].get(0, "attacker") or {}))
+        assert not same(weights[-1], federation.blueprint.initial["attacker"])
+    assert same(*weights)
+
+
+@pytest.mark.parametrize("key", ["alpha=-1.0", "target_ssim=2.0", "attacker_lr=0.0", "attacker_width=0"])
+def test_mistakes_are_one_line(key: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(["algorithm=ressfl", f"algorithm.{key}"])
+    assert str(error.value).startswith(f"algorithm.{key}")
+
+
+# ---------------------------------------------------------------------- frozen client parts
+
+
+@pytest.mark.parametrize("name", CUT_IN_TWO)
+def test_a_frozen_client_part_does_not_move(configure, name: str) -> None:
+    more = {"fsl_sage": ("algorithm.align_epochs=1",), "ressfl": ("algorithm.attacker_width=4",)}.get(name, ())
+    model = ("model=cnn4", "model.options.width=4", "optimizer.weight_decay=0.1", "eval_interval=1", "batch_size=200")
+    federation = Federation(configure(f"algorithm={name}", *more, *model, "model.client.freeze=true"))
+    start = {
+        part: {k: v.clone() for k, v in federation.blueprint.initial[part].items()} for part in ("client", "server")
+    }
+    assert any(key.endswith("running_mean") for key in start["client"])
+    play(federation)
+    whole = {part: dict(values) for part, values in federation.client_states(0).items()}
+    assert same(whole["client"], start["client"]), "neither weights nor running statistics"
+    moved = [key for key, tensor in start["server"].items() if not torch.equal(whole["server"][key], tensor)]
+    left = {"fc.weight"} if federation.algorithm.evaluates_features else set[str]()  # the classifier does not learn
+    assert {key for key in moved if key.endswith("weight")} == {
+        key for key in start["server"] if key.endswith("weight") and key not in left
+    }
+
+
+def test_freezing_changes_no_traffic(configure) -> None:
+    setting = ("algorithm=sl_single_server", "model=cnn2", "rounds=1")
+    frozen = play(Federation(configure(*setting, "model.client.freeze=true")))
+    free = play(Federation(configure(*setting)))
+    assert frozen.ledger.training() == free.ledger.training()
+    assert expected_bytes(frozen, range(1)) == expected_bytes(free, range(1))
+
+
+def test_a_pre_trained_client_part_is_taken_up_and_kept(configure, tmp_path: Path) -> None:
+    config = configure("algorithm=ressfl", *NARROW, "progress=none", "rounds=1")
+    with RunFolder.claim(tmp_path / "run", config.identity()) as folder:
+        run(config, folder)
+    given = (f"model.init={tmp_path / 'run'}", "model.client.freeze=true", "rounds=1")
+    federation = play(Federation(configure("algorithm=sl_single_server", *given)))
+    saved, client = load_file(tmp_path / "run" / "model.safetensors"), federation.blueprint.initial["client"]
+    assert {name for name, tensor in state(federation).items() if torch.equal(saved[name], tensor)} == {*client}
+    fresh = Federation(config).blueprint.initial["client"]
+    assert not any(torch.equal(saved[name], tensor) for name, tensor in fresh.items()), "it was trained"
+
+
+def test_only_a_client_part_can_be_frozen(configure) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^model\.client\.freeze=true: expected false, or a method with a client part"
+    ):
+        Federation(configure("algorithm=fed_avg", "model.client.freeze=true"))
+    with pytest.raises(ConfigError, match=r"model\.server\.freeze"):
+        load_config(["+model.server.freeze=true"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from algorithms import register
-from algorithms.base import Algorithm, Flow, Server, floating, followed, gradients
+from algorithms.base import Algorithm, Flow, Server, detached, floating, followed, gradients
 from algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, joined
 from algorithms.saving import Saving
 from models import through
@@ -120,7 +120,7 @@ class MocoServer(Server):
         config: MocoSFLConfig = self.ctx.config
         loss, keys = self._contrast(query, key, lines)
         if config.symmetric:
-            other, more = self._contrast(key, _constant(query), lines)
+            other, more = self._contrast(key, detached(query), lines)
             loss, keys, lines = loss + other, torch.cat([keys, more]), lines.repeat(2)
         self.ctx.optimizer("server", "projector").update(loss)
         for name in ("server", "projector"):
@@ -156,10 +156,6 @@ class MocoServer(Server):
 def _rows(values: Crossing, rows: slice, factor: float = 1.0) -> Crossing:
     """A client's rows of what all crossed with, times a factor."""
     return tuple(each[rows] * factor for each in values) if isinstance(values, tuple) else values[rows] * factor
-
-
-def _constant(values: Crossing) -> Crossing:
-    return tuple(each.detach() for each in values) if isinstance(values, tuple) else values.detach()
 
 
 @register("moco_sfl")

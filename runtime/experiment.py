@@ -45,7 +45,8 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
         tunable(federation, config.personalize.part)
     if config.probe.after:
         feature_parts(federation)
-    results = Results(folder.path, build_loggers(config.logger, folder.path, folder.resumed))
+    loggers = build_loggers(config.logger, folder.path, folder.resumed)
+    results = Results(folder.path, loggers, by_client=config.communication_by == "client")
     state = federation.resume()
     if state is not None:
         results.restore(state)

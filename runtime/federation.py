@@ -172,11 +172,12 @@ class Federation:
         """A sample through every path of the model, and through the auxiliary model behind the last but one part."""
         layout = self.algorithm.layout
         parts = blueprint.parts(layout.parts)
+        several = self.algorithm.gathers and max(self.config.batch_size, self.config.frac * self.population) > 1
         for path in (layout.whole, *self.algorithm.paths.values()):
             x: Any = torch.zeros(1, *self.dataset.info.shape, dtype=blueprint.dtype, device=self.device)
             z = x
             for name in path:
-                z = _twice(x) if self.algorithm.gathers and name not in layout.client else x
+                z = _twice(x) if several and name not in layout.client else x
                 x = through(parts[name], z)
             if "auxiliary" in parts:
                 through(parts["auxiliary"], z)

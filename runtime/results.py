@@ -168,8 +168,9 @@ class Results:
             goes on.
     """
 
-    def __init__(self, folder: Path, loggers: Sequence[Logger] = ()) -> None:
+    def __init__(self, folder: Path, loggers: Sequence[Logger] = (), *, by_client: bool = True) -> None:
         self.folder = folder
+        self._by_client = by_client
         self._loggers = list(loggers)
         self._history = _History()
         self._begun = False
@@ -209,7 +210,7 @@ class Results:
         self._history.add(record, traffic)
         self._append("metrics.csv", [[_plain(getattr(record, name)) for name in _COLUMNS["metrics.csv"]]])
         self._append("extras.csv", [[record.round, name, float(value)] for name, value in record.metrics.items()])
-        self._append("communication.csv", traffic)
+        self._append("communication.csv", traffic if self._by_client else _over_clients(traffic))
         self._stale |= record.evaluated
         if self._stale and time.monotonic() - self._written_at >= self._write_cost / _WRITE_SHARE:
             self._write_results()
@@ -352,6 +353,16 @@ class Results:
             except Exception as error:  # a tracker that breaks must not cost hours of training
                 log.warning("logger %s failed in round %d and is left out: %s", logger.config.name, record.round, error)
                 self._loggers.remove(logger)
+
+
+def _over_clients(traffic: Iterable[TrafficRow]) -> list[tuple[Any, ...]]:
+    """The lines summed over clients, whose column stays empty."""
+    sums: dict[tuple[int, str, str, str], list[int]] = {}
+    for *key, _, payload, framed in traffic:
+        found = sums.setdefault(cast(tuple[int, str, str, str], tuple(key)), [0, 0])
+        found[0] += payload
+        found[1] += framed
+    return [(*key, "", *bytes) for key, bytes in sums.items()]
 
 
 def _csv_text(rows: Iterable[Sequence[Any]]) -> str:

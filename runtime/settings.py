@@ -32,6 +32,7 @@ _NOT_DECIDING = (
     "resume",
     "logger",
     "checkpoint_interval",
+    "communication_by",
     "state_memory_mb",
     "progress",
     "jobs_per_gpu",
@@ -60,6 +61,7 @@ class RunConfig:
         eval_interval: rounds from one evaluation to the next. eval_batch_size: samples per evaluation batch.
         comm_threshold_mb: stop after the round in which the payload of training passes this many MB (10^6 bytes).
         checkpoint_interval: rounds from one checkpoint to the next.
+        communication_by: whose bytes are a line of communication.csv, each client's or the whole round's.
         state_memory_mb: MB of per-client state held in memory, at each of the two parties; the rest is on disk.
         save_dir: folder above all runs. resume: auto, never, or the folder of an unfinished run.
         progress: how progress is shown.
@@ -92,6 +94,7 @@ class RunConfig:
     eval_batch_size: int
     comm_threshold_mb: float | None
     checkpoint_interval: int
+    communication_by: Literal["client", "round"]
     state_memory_mb: float
     save_dir: Path
     resume: str

@@ -144,6 +144,20 @@ def test_csv_files_are_plain_tables(tmp_path: Path) -> None:
     assert traffic[traffic["direction"] == "up"]["payload_bytes"].sum() == expected
 
 
+def test_bytes_may_be_summed_over_clients(tmp_path: Path) -> None:
+    results = Results(tmp_path, by_client=False)
+    lines = [(1, "up", "smashed", "z", client, 10 + client, 20) for client in range(3)]
+    results.record(make_record(1), [*lines, (1, "down", "model", "w", 2, 7, 8)])
+    results.record(make_record(2), [(2, "up", "smashed", "z", 1, 5, 6)])
+    results.state()
+    traffic = pd.read_csv(tmp_path / "communication.csv")
+    assert traffic["client"].isna().all()
+    found = traffic[["round", "direction", "payload_bytes", "framed_bytes"]].to_numpy().tolist()
+    assert found == [[1, "up", 33, 60], [1, "down", 7, 8], [2, "up", 5, 6]]
+    each = json.loads((tmp_path / "results.json").read_text())["traffic"]
+    assert {name: values[-1] for name, values in each.items()} == {"up/smashed/z": 38, "down/model/w": 7}
+
+
 def test_odd_names_and_figures_stay_valid(tmp_path: Path) -> None:
     results = Results(tmp_path)
     record = make_record(1, metrics={'acc, "own"': float("nan"), "größe": np.float32(0.5)})  # pyright: ignore

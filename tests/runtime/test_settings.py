@@ -205,6 +205,7 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
         "save_dir": "elsewhere",
         "resume": "never",
         "progress": "none",
+        "communication_by": "round",
         "dataset__validation": 0.25,
         "dataset__major_share": 0.25,
     }
@@ -214,7 +215,7 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
             continue  # one choice only; several choices are tried below
         new = other[key] if key in other else not value if isinstance(value, bool) else value + 1
         same = key in ("save_dir", "resume", "progress", "checkpoint_interval", "state_memory_mb", "jobs_per_gpu")
-        same = same or key.startswith(("personalize", "probe"))
+        same = same or key.startswith(("personalize", "probe", "communication_by"))
         assert (RunConfig.from_mapping(changed(**{key: new})).identity() == base) == same, key
     assert RunConfig.from_mapping(changed(logger={"tensorboard": {}})).identity() == base
     assert RunConfig.from_mapping(changed(model__server__optimizer={"lr": 0.5})).identity() != base

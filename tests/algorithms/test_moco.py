@@ -335,8 +335,8 @@ def test_info_nce_has_the_gradient_of_finite_differences() -> None:
         ("algorithm.rich_share=0.5", r"algorithm\.rich_batch_size=null: expected an integer >= 1, where rich_share"),
         ("algorithm.together=maybe", r"algorithm\.together=maybe: expected one of the choices"),
         (
-            "model=resnet20 model.cut=conv1 num_clients=1 batch_size=1",
-            r"batch_size=1: expected at least 2: resnet20 norm",
+            "model=resnet18 model.options.width=2 model.cut=conv1 num_clients=1 batch_size=1",
+            r"batch_size=1: expected at least 2: resnet18",
         ),
         ("model.projector.width=0", r"model\.projector\.width=0: expected an integer >= 1"),
     ],

@@ -100,7 +100,7 @@ def test_rounds_of_the_ledger_sum_to_its_totals(configure, name: str) -> None:
 QUICK = {
     "fsl_sage": ("algorithm.align_epochs=2", "algorithm.align_interval=2"),
     "moco_sfl": ("algorithm.together=never",),  # computed as one, clients are no programs of their own
-    "fl_moco": ("algorithm.symmetric=false", "algorithm.queue=64"),
+    "fl_moco": ("algorithm.symmetric=false", "algorithm.queue=64", "dataset.augment=none"),
     "ressfl": ("algorithm.attacker_width=4",),
 }
 

@@ -39,9 +39,9 @@ class Queue:
         next: int64 [lines], the place that is overwritten next.
     """
 
-    def __init__(self, keys: Tensor, next: Tensor | None = None) -> None:
+    def __init__(self, keys: Tensor) -> None:
         self.keys = F.normalize(keys, dim=2)
-        self.next = torch.zeros(len(keys), dtype=torch.int64) if next is None else next
+        self.next = torch.zeros(len(keys), dtype=torch.int64)
 
     def cosines(self, query: Tensor, lines: Tensor) -> Tensor:
         """Cosines [b, K] of queries [b, d] with the keys in their lines (int64 [b])."""

@@ -111,7 +111,7 @@ class MocoServer(Server):
         grad, total = gradients(query), sum(sizes)
         ends = list(accumulate(sizes, initial=0))
         return {
-            client: pack("grad", _rows(grad, slice(start, stop), total / (stop - start)))
+            client: pack("grad", _times(_rows(grad, slice(start, stop)), total / (stop - start)))
             for client, (start, stop) in zip(inbox, pairwise(ends), strict=True)
         }
 
@@ -153,9 +153,13 @@ class MocoServer(Server):
         self._saving.load(state["saving"], self.ctx.blueprint.device)
 
 
-def _rows(values: Crossing, rows: slice, factor: float = 1.0) -> Crossing:
-    """A client's rows of what all crossed with, times a factor."""
-    return tuple(each[rows] * factor for each in values) if isinstance(values, tuple) else values[rows] * factor
+def _rows(values: Crossing, rows: slice) -> Crossing:
+    """A client's rows of what all crossed with."""
+    return tuple(each[rows] for each in values) if isinstance(values, tuple) else values[rows]
+
+
+def _times(values: Crossing, factor: float) -> Crossing:
+    return tuple(each * factor for each in values) if isinstance(values, tuple) else values * factor
 
 
 @register("moco_sfl")
@@ -241,8 +245,10 @@ class MocoSFL(Algorithm):
         optimizer.zero_grad()
         for chunk, query in graphs:
             # The mean of the clients' steps is the step along their gradients' mean: each as its average weighs.
-            each = (_rows(unpack(replies[client], "grad"), slice(None), cohort.share(client)) for client in chunk)
-            if any(value.requires_grad for value in floating(query)):  # a frozen client part's does not
-                torch.autograd.backward(query, joined([*each]))
+            along = joined([_times(unpack(replies[client], "grad"), cohort.share(client)) for client in chunk])
+            pairs = zip(floating(query), floating(along), strict=True)
+            learnt = [(value, gradient) for value, gradient in pairs if value.requires_grad]  # none of a frozen part
+            if learnt:
+                torch.autograd.backward([value for value, _ in learnt], [gradient for _, gradient in learnt])
         optimizer.step()
         return cohort.dump("client")

@@ -83,7 +83,7 @@ class Clients:
         return (
             federation.algorithm.computes_together(federation.config.algorithm)
             and federation.config.optimizer_for(names[0]).name == "sgd"
-            and not any(isinstance(module, (BATCH_NORM, DROPOUT)) for module in modules if not is_ghost(module))
+            and not any(_depends(module) for module in modules if not is_ghost(module))
         )
 
     def train_together(self, cohort: list[int], server: ServerParty, channel: Channel) -> RoundReport:
@@ -121,3 +121,8 @@ class Clients:
             data=self.data(client),
             steps=self.steps(client),
         )
+
+
+def _depends(module: nn.Module) -> bool:
+    """Whether what a module makes of a sample depends on others, or on a random number."""
+    return isinstance(module, BATCH_NORM) or (isinstance(module, DROPOUT) and module.p > 0)

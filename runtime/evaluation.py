@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -83,30 +83,36 @@ def evaluating(modules: Sequence[nn.Module], *, batch_statistics: Sequence[bool]
             module.train(mode)
 
 
+class How(TypedDict):
+    """How a source is gone through.
+
+    Attributes:
+        batch_statistics: per module, see ``evaluating``.
+        samples: int64 [k], k >= 1, indices into the source; what is found is in this order. None takes all.
+    """
+
+    batch_size: int
+    batch_statistics: NotRequired[Sequence[bool] | None]
+    samples: NotRequired[Tensor | None]
+
+
 def evaluate(
     modules: Sequence[nn.Module],
     source: Source,
     blueprint: Blueprint,
-    *,
-    batch_size: int,
-    batch_statistics: Sequence[bool] | None = None,
-    samples: Tensor | None = None,
+    **how: Unpack[How],
 ) -> Score:
     """Test the composed modules on a whole source, or on some of it.
 
     Args:
         modules: applied one after the other; the last gives logits [b, classes].
-        batch_statistics: per module, see ``evaluating``.
-        samples: int64 [k], k >= 1, indices into the source; the score lists them in this order.
     """
     losses, correct = gather(
         lambda logits, y: (F.cross_entropy(logits, y, reduction="none"), logits.argmax(1) == y),
         modules,
         source,
         blueprint,
-        batch_size=batch_size,
-        batch_statistics=batch_statistics,
-        samples=samples,
+        **how,
     )
     return Score(losses.double().cpu(), correct.cpu())
 
@@ -127,7 +133,7 @@ def gather(
     Args:
         take: from the modules' output for a batch (float32, float64 under ``precision=fp64``) and the labels
             int64 [b] to two tensors [b, ...].
-        modules, batch_statistics, samples: as of ``evaluate``.
+        batch_size, batch_statistics, samples: see ``How``.
     """
     own = batch_statistics or [False] * len(modules)
     first: list[Tensor] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from models import build_model, classifier, leave_out
 from models.cutting import is_ghost
 from runtime.blueprint import Blueprint
 from runtime.config import ConfigError
-from runtime.evaluation import Score, gather
+from runtime.evaluation import How, Score, gather
 from runtime.probes import MonitorConfig, drawn, entropies, knn_scores
 from runtime.rng import TorchStream, torch_generator
 
@@ -29,28 +29,17 @@ def features(
     modules: Sequence[nn.Module],
     source: Source,
     blueprint: Blueprint,
-    *,
-    batch_size: int,
-    batch_statistics: Sequence[bool] | None = None,
-    samples: Tensor | None = None,
+    **how: Unpack[How],
 ) -> tuple[Tensor, Tensor]:
     """What the composed modules give for images that are not augmented, in evaluation mode and without gradients.
 
     Args:
-        modules, batch_statistics, samples: as of ``runtime.evaluation.evaluate``; the last gives [b, d].
+        modules: applied one after the other; the last gives [b, d].
 
     Returns:
         float32 [n, d] and the labels int64 [n], both on the modules' device, in the samples' order.
     """
-    return gather(
-        lambda output, y: (output.flatten(1).float(), y),
-        modules,
-        source,
-        blueprint,
-        batch_size=batch_size,
-        batch_statistics=batch_statistics,
-        samples=samples,
-    )
+    return gather(lambda output, y: (output.flatten(1).float(), y), modules, source, blueprint, **how)
 
 
 def feature_parts(federation: Federation) -> tuple[list[nn.Module], str]:
@@ -109,26 +98,14 @@ class KnnMonitor:
         modules: Sequence[nn.Module],
         source: Source,
         blueprint: Blueprint,
-        *,
-        batch_size: int,
-        batch_statistics: Sequence[bool] | None = None,
-        samples: Tensor | None = None,
+        **how: Unpack[How],
     ) -> Score:
         """The kNN's score on a source, or on some of it; arguments as of ``features``.
 
         The loss is the cross-entropy of the classes' normalised weights, of a class without a neighbour 27.6.
         """
-        (bank, labels), (queries, wanted) = (
-            features(
-                modules,
-                each,
-                blueprint,
-                batch_size=batch_size,
-                batch_statistics=batch_statistics,
-                samples=chosen,
-            )
-            for each, chosen in ((self._train, self._bank), (source, samples))
-        )
+        queries, wanted = features(modules, source, blueprint, **how)
+        bank, labels = features(modules, self._train, blueprint, **{**how, "samples": self._bank})
         config = self._config
         scores = knn_scores(bank, labels, queries, self._classes, k=config.k, temperature=config.temperature)
         return Score(entropies(scores, wanted).double().cpu(), (scores.argmax(1) == wanted).cpu())

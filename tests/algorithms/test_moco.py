@@ -28,12 +28,11 @@ SETTING = (
 )  # fmt: skip
 
 
-def ledger(federation: Federation, rounds: int | None = None) -> list[Traffic]:
-    """Every line of the communication of the rounds."""
+def ledger(federation: Federation) -> list[Traffic]:
+    """Every line of the communication of all rounds."""
     lines: list[Traffic] = []
-    while not federation.done and rounds != 0:
+    while not federation.done:
         lines += federation.step()[1]
-        rounds = None if rounds is None else rounds - 1
     return lines
 
 
@@ -207,6 +206,7 @@ def test_fl_moco_of_one_client_is_moco(configure) -> None:
     ("algorithm.rich_share=0.5", "algorithm.rich_batch_size=40"),
     ("model=cnn2", "model.cut=relu1"),
     ("model=cnn2", "model.cut=relu1", "model.client.freeze=true"),
+    ("model=import/tests.contract.elsewhere.Skipping", "model.cut=inner", "model.options.dropout=0"),
 ])  # fmt: skip
 def test_a_cohort_computed_as_one_is_its_clients(configure, more: tuple[str, ...]) -> None:
     one, each = (Federation(configure(*SETTING, *more, f"algorithm.together={value}")) for value in ("auto", "never"))

@@ -15,9 +15,13 @@ from typing import Any
 
 import pytest
 
+from runtime import sweep_job
+from runtime.experiment import run
 from runtime.hydra_support import load_config
+from runtime.job import claim
 from runtime.locks import FileLock
 from runtime.run_folder import read_status
+from runtime.sweep import JobFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 40
@@ -64,12 +68,13 @@ def wait_for(found: Callable[[], Any], process: subprocess.Popen[str], seconds: 
     return result
 
 
-def job_in_mid_run(saves: Path) -> dict[str, Any] | None:
-    """The state of a job whose run is some rounds old and not near its end."""
+def job_in_mid_run(saves: Path, sweep: subprocess.Popen[str], but: int | None = None) -> dict[str, Any] | None:
+    """The state of a job of this sweep, with another number, whose run is some rounds old and not near its end."""
+    alive = processes_of(sweep)
     for path in saves.glob("multirun/*/jobs/*/state.json"):
         job = json.loads(path.read_text())
         metrics = Path(job["folder"] or "/nowhere") / "metrics.csv"
-        if job["state"] == "running" and metrics.exists():
+        if job["state"] == "running" and job["pid"] in alive and job["number"] != but and metrics.exists():
             rounds = metrics.read_text().count("\n") - 1
             if 3 <= rounds <= ROUNDS - 10:
                 return job
@@ -107,53 +112,76 @@ def table(saves: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def processes_of(sweep: subprocess.Popen[str]) -> list[str]:
-    """Command lines of the live processes of a sweep's session: launcher, workers, jobs."""
-    found: list[str] = []
+def processes_of(sweep: subprocess.Popen[str]) -> dict[int, str]:
+    """The live processes of a sweep's session, launcher, workers and jobs: their command lines by number."""
+    found: dict[int, str] = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             state, _, _, session = (process / "stat").read_text().rpartition(") ")[2].split()[:4]
             if int(session) == sweep.pid and state != "Z":
-                found.append((process / "cmdline").read_text().replace("\0", " "))
+                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
     return found
 
 
 def wait_until_gone(sweep: subprocess.Popen[str], what: str = "", seconds: float = 60) -> None:
     """Until no live process of the sweep has `what` in its command line."""
     end = time.monotonic() + seconds
-    while left := [line for line in processes_of(sweep) if what in line]:
+    while left := [line for line in processes_of(sweep).values() if what in line]:
         assert time.monotonic() < end, left
         time.sleep(0.1)
 
 
+def wait_until_idle(sweep: subprocess.Popen[str], seconds: float = 100) -> None:
+    """Until the live processes of the sweep sleep, all of them, and have done nothing for two seconds."""
+    end = time.monotonic() + seconds
+    before: dict[int, list[str]] | None = None
+    while True:
+        now: dict[int, list[str]] = {}
+        for number in processes_of(sweep):
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2].split()
+                now[number] = [fields[0], *fields[11:13]]  # its state and its time on a processor
+        if now == before and all(state == "S" for state, *_ in now.values()):
+            return
+        assert time.monotonic() < end, now
+        before = now
+        time.sleep(2)
+
+
+def parent(number: int) -> int:
+    return int(Path(f"/proc/{number}/status").read_text().split("PPid:")[1].split()[0])
+
+
+def run_alone(saves: Path, *setting: str) -> None:
+    """What `python main.py` does without -m."""
+    overrides = (*SETTING[:-1], *setting)
+    config = load_config([*overrides, f"save_dir={saves}", "progress=none"])
+    with claim(config, overrides) as folder:
+        run(config, folder)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the sweep's runs leave, each on its own in this process."""
     saves = tmp_path_factory.mktemp("undisturbed")
-    code, out, err = finish(start(saves))
-    assert (code, err) == (0, "")
-    assert out.count("finished") >= JOBS
+    for algorithm in ("fed_avg", "cse_fsl"):
+        for seed in (0, 1):
+            run_alone(saves, f"algorithm={algorithm}", f"seed={seed}")
     found = left(saves)
-    for run in found.values():
-        assert ": processor, threads: 1\n" in (run["folder"] / "run.log").read_text()
     assert len(found) == JOBS
     assert {run["state"] for run in found.values()} == {"finished"}
     return found
 
 
-def test_a_killed_job_stops_nothing_else_and_the_same_command_completes_the_sweep(
+@pytest.mark.timeout(560)
+def test_whatever_dies_the_same_command_goes_on_to_the_same_bits(
     tmp_path: Path, undisturbed: dict[str, dict[str, Any]]
 ) -> None:
-    process = start(tmp_path)
-    victim = wait_for(lambda: job_in_mid_run(tmp_path), process)
-    os.kill(victim["pid"], signal.SIGKILL)
-    code, out, err = finish(process)
-    assert code == 1
-    assert "1 of 4 jobs failed" in err
-    assert "killed by SIGKILL" in out
-    states = {int(row["job"]): row["state"] for row in table(tmp_path)}
-    assert states == {number: "killed" if number == victim["number"] else "finished" for number in range(JOBS)}
-
-    code, out, err = finish(start(tmp_path))
+    """The launcher is killed, then the sweep interrupted, then a job and a worker killed; a fourth time is enough."""
+    nothing_runs_on_after_the_launcher_was_killed(tmp_path)
+    an_interrupted_sweep_ends_cleanly_and_says_how_to_go_on(tmp_path)
+    victim = a_killed_job_and_a_killed_worker_stop_nothing_else(tmp_path)
+    code, _, err = finish(start(tmp_path))
     assert (code, err) == (0, "")
     rows = table(tmp_path)
     assert [row["state"] for row in rows] == [
@@ -167,40 +195,19 @@ def test_a_killed_job_stops_nothing_else_and_the_same_command_completes_the_swee
         assert int(row["comm_load"]) == results["comm_load"][-1]
 
 
-def test_a_killed_worker_of_the_launcher_stops_nothing(tmp_path: Path, undisturbed: dict[str, dict[str, Any]]) -> None:
-    process = start(tmp_path)
-    victim = wait_for(lambda: job_in_mid_run(tmp_path), process)
-    status = Path(f"/proc/{victim['pid']}/status").read_text()
-    server = int(status.split("PPid:")[1].split()[0])
-    worker = int(Path(f"/proc/{server}/status").read_text().split("PPid:")[1].split()[0])
-    assert worker != process.pid
-    os.kill(worker, signal.SIGKILL)
-    code, _, err = finish(process)
-    assert (code, err) == (0, "")
-    assert {row["state"] for row in table(tmp_path)} <= {"finished", "skipped"}
-    compare(tmp_path, undisturbed)
-
-
-def test_nothing_runs_on_after_the_launcher_was_killed_and_the_same_command_goes_on(
-    tmp_path: Path, undisturbed: dict[str, dict[str, Any]]
-) -> None:
-    process = start(tmp_path)
-    wait_for(lambda: job_in_mid_run(tmp_path), process)
-    assert any("forkserver" in line for line in processes_of(process))
+def nothing_runs_on_after_the_launcher_was_killed(saves: Path) -> None:
+    process = start(saves)
+    wait_for(lambda: job_in_mid_run(saves, process), process)
+    assert any("forkserver" in line for line in processes_of(process).values())
     process.kill()
     process.wait()
     wait_until_gone(process, "forkserver")  # jobs have the command line of the server that they are forked from
     finish(process)
-    code, _, err = finish(start(tmp_path))
-    assert (code, err) == (0, "")
-    compare(tmp_path, undisturbed)
 
 
-def test_an_interrupted_sweep_ends_cleanly_and_says_how_to_go_on(
-    tmp_path: Path, undisturbed: dict[str, dict[str, Any]]
-) -> None:
-    process = start(tmp_path)
-    wait_for(lambda: job_in_mid_run(tmp_path), process)
+def an_interrupted_sweep_ends_cleanly_and_says_how_to_go_on(saves: Path) -> None:
+    process = start(saves)
+    wait_for(lambda: job_in_mid_run(saves, process), process)
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)  # an impatient second one
@@ -211,64 +218,69 @@ def test_an_interrupted_sweep_ends_cleanly_and_says_how_to_go_on(
     assert "Traceback" not in out + err
     last = err.strip().splitlines()[-1]
     assert last.startswith("interrupted (")
-    assert last.endswith(f"save_dir={tmp_path} {' '.join(SWEEP)}")
-    states = [row["state"] for row in table(tmp_path)]
+    assert last.endswith(f"save_dir={saves} {' '.join(SWEEP)}")
+    states = [row["state"] for row in table(saves)]
     assert "interrupted" in states
-    assert set(states) <= {"interrupted", "finished", "queued"}
-    code, _, err = finish(start(tmp_path))
-    assert (code, err) == (0, "")
-    compare(tmp_path, undisturbed)
+    assert set(states) <= {"interrupted", "finished", "skipped", "queued"}
 
 
-def test_two_sweeps_at_once_share_the_work(tmp_path: Path, undisturbed: dict[str, dict[str, Any]]) -> None:
-    """The second one has the same combinations and one more; no configuration has two runs."""
-    first = start(tmp_path)
-    wait_for(lambda: job_in_mid_run(tmp_path), first)
-    second = start(tmp_path, "algorithm=fed_avg,cse_fsl", "seed=1,0")
-    for process in (first, second):
-        code, _, err = finish(process)
+def a_killed_job_and_a_killed_worker_stop_nothing_else(saves: Path) -> dict[str, Any]:
+    """The state of the killed job, which is the only one that the sweep leaves undone."""
+    process = start(saves)
+    victim = wait_for(lambda: job_in_mid_run(saves, process), process)
+    os.kill(victim["pid"], signal.SIGKILL)
+    state = max(saves.glob(f"multirun/*/jobs/{victim['number']}/state.json"))
+    wait_for(lambda: json.loads(state.read_text())["state"] == "killed", process)
+    other = wait_for(lambda: job_in_mid_run(saves, process, but=victim["number"]), process)
+    worker = parent(parent(other["pid"]))  # between them is the server of forks
+    assert worker != process.pid
+    os.kill(worker, signal.SIGKILL)
+    code, out, err = finish(process)
+    assert code == 1
+    assert "1 of 4 jobs failed" in err
+    assert "killed by SIGKILL" in out
+    states = {int(row["job"]): row["state"] for row in table(saves)}
+    assert states.pop(victim["number"]) == "killed"
+    assert len(states) == JOBS - 1
+    assert states[other["number"]] == "finished"
+    assert set(states.values()) <= {"finished", "skipped"}
+    return victim
+
+
+def test_two_sweeps_of_the_same_instant_share_the_work(tmp_path: Path, undisturbed: dict[str, dict[str, Any]]) -> None:
+    """The second one has the same combinations in another order; no configuration has two runs."""
+    sweeps = [start(tmp_path, "algorithm=fed_avg,cse_fsl", f"seed={seeds}") for seeds in ("0,1", "1,0")]
+    for process in sweeps:
+        code, out, err = finish(process)
         assert (code, err) == (0, "")
+        assert out.count("finished") >= JOBS
     compare(tmp_path, undisturbed)
-    for path in tmp_path.glob("multirun/*/jobs.csv"):
+    tables = list(tmp_path.glob("multirun/*/jobs.csv"))
+    assert len(tables) == 2
+    for path in tables:
         with open(path, encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+        assert len(rows) == JOBS
         assert {row["state"] for row in rows} <= {"finished", "skipped"}
         assert all(row["test_acc"] and row["folder"] for row in rows)
     assert not (tmp_path / "multirun" / "running").exists()
+    for found in left(tmp_path).values():
+        assert ": processor, threads: 1\n" in (found["folder"] / "run.log").read_text()
 
 
 def test_no_job_begins_for_a_launcher_that_was_killed_before_its_first_one(tmp_path: Path) -> None:
     process = start(tmp_path)
-    wait_for(lambda: any("loky.backend.popen" in line for line in processes_of(process)), process)
-    process.kill()
-    process.wait()
-    time.sleep(15)  # a worker that had begun to start would have its job's process by now
-    wait_until_gone(process, "forkserver")
-    for state in tmp_path.glob("multirun/*/jobs/*/state.json"):
-        assert json.loads(state.read_text())["state"] != "running"
-    finish(process)  # joblib's workers that had not been given a job yet wait for one for good, and hold our pipes
-
-
-def test_sweeps_of_the_same_instant_never_run_a_configuration_twice(tmp_path: Path) -> None:
-    sweeps = [start(tmp_path, "algorithm=fed_avg", f"seed={seeds}", "rounds=5") for seeds in ("0,1", "1,0")]
-    assert [finish(process)[0] for process in sweeps] == [0, 0]
-    assert {run["state"] for run in left(tmp_path).values()} == {"finished"}
-    assert len(left(tmp_path)) == 2
-
-
-def test_a_configuration_whose_lock_another_process_holds_is_waited_for(tmp_path: Path) -> None:
-    setting = ("algorithm=fed_avg", "seed=0", "rounds=5")
-    identity = load_config([*SETTING[:-1], *setting]).identity()
-    (tmp_path / "multirun" / "running").mkdir(parents=True)
-    lock = FileLock.take(tmp_path / "multirun" / "running" / identity)
-    assert lock is not None
-    process = start(tmp_path, *setting)
-    (state,) = wait_for(lambda: list(tmp_path.glob("multirun/*/jobs/0/state.json")), process)
-    wait_for(lambda: "waits for another process" in state.read_text(), process)
-    assert not left(tmp_path)
-    lock.release(remove=True)
-    assert finish(process)[0] == 0
-    assert [run["state"] for run in left(tmp_path).values()] == ["finished"]
+    try:
+        # A worker has been given its job by now, and takes seconds to load what that needs.
+        wait_for(lambda: list(tmp_path.glob("multirun/*/jobs/*/state.json")), process)
+        process.kill()
+        process.wait()
+        wait_until_idle(process)
+        wait_until_gone(process, "forkserver")
+        for state in tmp_path.glob("multirun/*/jobs/*/state.json"):
+            assert json.loads(state.read_text())["state"] != "running"
+    finally:
+        finish(process)  # joblib's workers that had not been given a job yet wait for one for good, and hold our pipes
 
 
 def test_a_sweep_whose_workers_die_again_and_again_is_given_up_and_says_so(tmp_path: Path) -> None:
@@ -277,11 +289,9 @@ def test_a_sweep_whose_workers_die_again_and_again_is_given_up_and_says_so(tmp_p
     end = time.monotonic() + 200
     while process.poll() is None:
         assert time.monotonic() < end
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                _, _, _, session = status.read_text().rpartition(") ")[2].split()[:4]
-                pid = int(status.parent.name)
-                if int(session) == process.pid and "loky.backend.popen" in (status.parent / "cmdline").read_text():
+        for pid, line in processes_of(process).items():
+            if "loky.backend.popen" in line:
+                with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
                     killed.add(pid)
         time.sleep(0.5)
@@ -291,27 +301,40 @@ def test_a_sweep_whose_workers_die_again_and_again_is_given_up_and_says_so(tmp_p
     assert err.endswith("1 of 1 jobs are not done; the same command goes on with them\n")
 
 
-def test_a_single_run_that_finished_while_a_job_waited_for_a_gpu_is_not_run_again(tmp_path: Path) -> None:
-    """A tool that lists one GPU makes the job wait for its slot; without CUDA the job would then fail to use it."""
-    tools, slots = tmp_path / "tools", tmp_path / "slots" / "cutlayer-gpu-slots"
+def test_jobs_wait_for_a_lock_and_for_a_gpu_and_run_nothing_again(tmp_path: Path) -> None:
+    """Another process holds the first job's lock, and the second job's GPU while a run on its own does its work.
+
+    A tool that lists one GPU makes the second job wait for its slot; without CUDA the job would then fail to use it.
+    """
+    tools, slots, saves = tmp_path / "tools", tmp_path / "slots" / "cutlayer-gpu-slots", tmp_path / "saves"
     tools.mkdir()
     slots.mkdir(parents=True)
     (tools / "nvidia-smi").write_text("#!/bin/sh\necho '0, GPU-a, H100'\n")
     (tools / "nvidia-smi").chmod(0o755)
-    lock = FileLock.take(slots / "GPU-a-0")
+    gpu = FileLock.take(slots / "GPU-a-0")
+    assert gpu is not None
+    setting = ("algorithm=fed_avg", "seed=0", "rounds=5")
+    identity = load_config([*SETTING[:-1], *setting, "device=cpu"]).identity()
+    (saves / "multirun" / "running").mkdir(parents=True)
+    lock = FileLock.take(saves / "multirun" / "running" / identity)
     assert lock is not None
-    saves = tmp_path / "saves"
-    setting = ("algorithm=fed_avg", "seed=0", "rounds=5", "device=auto")
     environment = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(slots.parent)}
-    process = start(saves, *setting, **environment)
-    (state,) = wait_for(lambda: list(saves.glob("multirun/*/jobs/0/state.json")), process)
-    wait_for(lambda: "waits for a free GPU" in state.read_text(), process)
-    command = [sys.executable, "main.py", *SETTING[:-1], f"save_dir={saves}", *setting]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    lock.release()
+    process = start(saves, *setting, "device=cpu,auto", **environment)
+    (of_second,) = wait_for(lambda: list(saves.glob("multirun/*/jobs/1/state.json")), process)
+    wait_for(lambda: "waits for a free GPU" in of_second.read_text(), process)
+    assert not left(saves)
+    run_alone(saves, *setting, "device=auto")
+    (trained,) = left(saves).values()
+    gpu.release()
+    wait_for(lambda: json.loads(of_second.read_text())["state"] == "skipped", process)
+    of_first = of_second.parents[1] / "0" / "state.json"
+    wait_for(lambda: "waits for another process" in of_first.read_text(), process)
+    assert [found["folder"] for found in left(saves).values()] == [trained["folder"]]
+    lock.release(remove=True)
     assert finish(process)[0] == 0
-    assert [run["state"] for run in left(saves).values()] == ["finished"]
-    assert [row["state"] for row in table(saves)] == ["skipped"]
+    assert {key.strip() for key in left(saves)} > {identity}
+    assert [found["state"] for found in left(saves).values()] == ["finished"] * 2
+    assert [row["state"] for row in table(saves)] == ["finished", "skipped"]
 
 
 def test_a_sweep_personalises_and_probes_what_an_earlier_one_trained(
@@ -323,13 +346,17 @@ def test_a_sweep_personalises_and_probes_what_an_earlier_one_trained(
     before = {path: path.stat().st_mtime_ns for path in saves.rglob("model.safetensors")}
     tune = ("algorithm=fed_avg", "seed=0,1", "personalize.part=head,full", "personalize.epochs=[0,1]")
     tune = (*tune, "probe.after=true", "probe.train_samples=100", "probe.labels=[1.0]")
-    written: dict[Path, int] = {}
-    for _ in range(2):
-        assert finish(start(saves, *tune))[0] == 0
-        found = {path: path.stat().st_mtime_ns for path in saves.rglob("*/summary.json")}
-        names = sorted(path.parent.name.partition(",")[0] for path in found)
-        assert names == ["k=200"] * 2 + ["part=full"] * 2 + ["part=head"] * 2
-        written = written or found
-        assert found == written
+    code, out, err = finish(start(saves, *tune))
+    assert (code, err) == (0, "")
+    assert out.count("finished") >= JOBS
+    written = {path: path.stat().st_mtime_ns for path in saves.rglob("*/summary.json")}
+    names = sorted(path.parent.name.partition(",")[0] for path in written)
+    assert names == ["k=200"] * 2 + ["part=full"] * 2 + ["part=head"] * 2
+    for path in saves.glob("multirun/*/jobs/*"):
+        job = JobFolder(path)
+        assert job.read().state == "finished"
+        sweep_job._run(job, job.read_job())  # as the process of the same job in the next sweep
+        assert job.read().state == "skipped"
+    assert {path: path.stat().st_mtime_ns for path in saves.rglob("*/summary.json")} == written
     assert {path: path.stat().st_mtime_ns for path in saves.rglob("model.safetensors")} == before
     compare(saves, undisturbed)

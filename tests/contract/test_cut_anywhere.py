@@ -22,7 +22,7 @@ from tests.contract.elsewhere import Net, Skipping
 Configure = Callable[..., RunConfig]
 NET = ("model=import/tests.contract.elsewhere.Net", "model.cut=norm")
 SKIPPING = ("model=import/tests.contract.elsewhere.Skipping", "model.cut=inner")
-INSIDE = ("model=resnet20", "model.options.width=4", "model.cut=layer1.0.conv1")
+INSIDE = ("model=resnet20", "model.options.width=4", "model.cut=layer1.0.conv1", "batch_size=400")
 MODELS = (NET, SKIPPING, INSIDE)
 SPLIT = ("sl", "sl_single_server", "sl_multi_server")
 CROSSING = {NET: 6 * 64, SKIPPING: 2 * 6 * 64, INSIDE: 2 * 4 * 64}  # values of a sample of 8x8 pixels
@@ -61,9 +61,9 @@ def test_one_client_is_centralized_training(configure: Configure, model: tuple[s
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     configure: Configure, tmp_path: Path, model: tuple[str, ...]
 ) -> None:
-    config = configure("algorithm=sl_multi_server", *model, "rounds=4", "num_clients=2")
+    config = configure("algorithm=sl_multi_server", *model, "rounds=2", "num_clients=2")
     through = play(Federation(config))
-    first = play(Federation(config, tmp_path), 2)
+    first = play(Federation(config, tmp_path), 1)
     first.checkpoint({})
     second = Federation(config, tmp_path)
     assert second.resume() is not None
@@ -138,7 +138,7 @@ THIRDS = {
     (NET[0], "model.cut=[stem,norm]"): (6 * 64, 6 * 64),
     (SKIPPING[0], "model.cut=[stem,inner]"): (6 * 64, 2 * 6 * 64),
     (SKIPPING[0], "model.cut=[inner,outer]"): (2 * 6 * 64, 2 * 6 * 64),
-    (INSIDE[0], INSIDE[1], "model.cut=[layer1.0.conv1,layer3.2]"): (2 * 4 * 64, 16 * 4),
+    (*INSIDE, "model.cut=[layer1.0.conv1,layer3.2]"): (2 * 4 * 64, 16 * 4),
 }
 
 
@@ -146,17 +146,17 @@ THIRDS = {
 def test_three_parts_of_any_model_train_and_resume(
     configure: Configure, tmp_path: Path, model: tuple[str, ...]
 ) -> None:
-    config = configure("algorithm=fsmkd", *model, "num_clients=2", "rounds=4")
+    config = configure("algorithm=fsmkd", *model, "num_clients=2", "rounds=2")
     federation = play(Federation(config))
     measured: dict[tuple[str, str], int] = {}
     for direction, kind, _, count in federation.ledger.totals():
         if kind not in CONTROL_KINDS:
             measured[direction, kind] = measured.get((direction, kind), 0) + count.payload
-    assert measured == expected_bytes(federation, range(4))
-    samples, (first, second) = 4 * int(federation.partition.sizes.sum()), THIRDS[model]
+    assert measured == expected_bytes(federation, range(2))
+    samples, (first, second) = 2 * int(federation.partition.sizes.sum()), THIRDS[model]
     assert measured["up", "smashed"] == measured["down", "gradient"] == samples * first * 4
     assert measured["down", "smashed"] == measured["up", "gradient"] == samples * second * 4
-    interrupted = play(Federation(config, tmp_path), 2)
+    interrupted = play(Federation(config, tmp_path), 1)
     interrupted.checkpoint({})
     second_half = Federation(config, tmp_path)
     assert second_half.resume() is not None

@@ -15,12 +15,14 @@ from runtime.federation import Federation
 from runtime.run_folder import RunFolder
 from runtime.settings import RunConfig
 
+QUICK = {"ressfl": ("algorithm.attacker_width=4",), "fl_moco": ("algorithm.symmetric=false", "algorithm.queue=64")}
 WHOLE = [n for n in algorithms.names() if algorithms.get(n).evaluates == "global" or algorithms.get(n).pooled]
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_it_loads_into_the_whole_model_with_the_recorded_accuracy(configure, tmp_path: Path, name: str) -> None:
-    config = configure(f"algorithm={name}", "model=cnn2", "progress=none", "threads=1", "batch_size=40", "rounds=3")
+    small = ("model=cnn4", "model.options.width=8", "batch_size=40", *QUICK.get(name, ()))
+    config = configure(f"algorithm={name}", *small, "progress=none", "threads=1")
     with RunFolder.claim(tmp_path / "run") as folder:
         run(config, folder)
     mapping = config.to_mapping()

@@ -64,11 +64,10 @@ def same_as_the_model(model: nn.Module, parts: Sequence[nn.Module], inputs: dict
 @pytest.mark.parametrize(("name", "cut"), [(name, cut) for name, cuts in IMAGES.items() for cut in cuts])
 def test_two_parts_are_the_model(name: str, cut: str) -> None:
     torch.manual_seed(0)
-    model, x = image_model(name), torch.randn(2, 3, 64, 64)
-    parts = split_module(model, [cut], {"x": x}, check=False)
-    for mode in (True, False):
-        for batch in (2, 4):
-            same_as_the_model(model, parts, {"x": torch.randn(batch, 3, 64, 64)}, mode)
+    model = image_model(name)
+    parts = split_module(model, [cut], {"x": torch.randn(2, 3, 32, 32)}, check=False)
+    for mode, batch in ((True, 4), (False, 3)):  # of other sizes than the one that the model was cut with
+        same_as_the_model(model, parts, {"x": torch.randn(batch, 3, 32, 32)}, mode)
     assert sorted(name for part in parts for name in part.state_dict()) == sorted(model.state_dict())
     first = parts[0].state_dict()
     assert cut.split(".")[0] in {key.split(".")[0] for key in first} or not list(

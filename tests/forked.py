@@ -1,0 +1,49 @@
+"""Runs main.py again and again, each time in a process forked from this one, which has loaded everything.
+
+Started as a process of its own by test_main.py: it forks before torch has computed anything.
+"""
+
+import json
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import runtime.experiment
+import runtime.job  # noqa: F401
+
+
+def run(arguments: Sequence[str], environment: dict[str, str], out: str, err: str) -> NoReturn:
+    """`python main.py <arguments>`, with its output in two files."""
+    for stream, path in ((0, os.devnull), (1, out), (2, err)):
+        os.dup2(os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT), stream)
+    os.environ.update(environment)
+    sys.argv, sys.orig_argv = ["main.py", *arguments], [sys.executable, "main.py", *arguments]
+    status = 0
+    try:
+        runpy.run_path("main.py", run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def serve() -> None:
+    """Read what to run, a line of JSON each, and answer each with the exit status."""
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            run(**json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
+    os._exit(0)  # what the libraries tidy up takes seconds

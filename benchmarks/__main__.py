@@ -9,6 +9,7 @@ BENCHMARKS = {
     "allocator": "time of a round with freed memory kept in the process against the C library's own setting",
     "traffic": "bytes of a round in closed form, for the five methods of the FSL-SAGE paper",
     "evaluation": "share of a round's wall time that evaluation takes",
+    "network": "a step's round trip over gRPC against a bare echo of its bytes, and the server's memory by clients",
     "plotting": "time to read, average and draw 2,000 saved runs of 200 rounds",
 }
 

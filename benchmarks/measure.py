@@ -60,12 +60,12 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_mb() -> float:
-    """Largest resident set of this process so far, in MB (10^6 bytes); Linux only.
+def peak_mb(process: int | str = "self") -> float:
+    """Largest resident set of this process so far, or of another by its number, in MB (10^6 bytes); Linux only.
 
     Not ``getrusage``, whose figure a process inherits from the one that started it.
     """
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e6
     raise RuntimeError("this kernel does not report VmHWM")

@@ -14,7 +14,7 @@ from datasets.batching import DropLast, batch_count, batch_sizes
 from datasets.config import DatasetConfig
 from datasets.info import Dataset, DatasetInfo
 from datasets.loading import load
-from datasets.partition import Partition, apply_partition, partition
+from datasets.partition import Partition, apply_partition, own_partition, partition
 from datasets.registry import names, register
 from datasets.source import Source
 
@@ -30,6 +30,7 @@ __all__ = [
     "batch_sizes",
     "load",
     "names",
+    "own_partition",
     "partition",
     "register",
 ]

@@ -8,7 +8,9 @@ from typing import Any, Literal
 from datasets.registry import check_options
 from runtime.config import ConfigError
 
-Distribution = Literal["iid", "noniid_dirichlet", "dirichlet", "shards", "class_major", "quantity_skew", "natural"]
+Distribution = Literal[
+    "iid", "noniid_dirichlet", "dirichlet", "shards", "class_major", "quantity_skew", "natural", "own"
+]
 Augment = Literal["none", "flip", "crop", "crop_flip", "resized_crop_flip", "moco"]
 Normalize = Literal["dataset", "imagenet", "none"]
 
@@ -22,6 +24,7 @@ class DatasetConfig:
         root: folder that holds the data; a dataset uses (and a download fills) its own folder in it. For the datasets
             that torchvision knows it is what torchvision calls root. `image_folder` reads the folder itself, or a zip.
         distribution: how training samples are given to clients; see `datasets.distributions`.
+            ``own``: with transport=grpc only, every client trains on all the data on its machine.
         alpha: Dirichlet concentration of noniid_dirichlet, dirichlet and quantity_skew; small is far from iid.
         classes_per_client: distinct classes that each client holds (shards).
         major_share: share of a client's samples that is of its major class (class_major).

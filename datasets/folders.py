@@ -25,6 +25,8 @@ class ImageFolderOptions:
         size: height and width to bring all images to; null keeps theirs, which must then be equal.
         resize: shorter side before the centre of `size` is cut out; null: size, so that only the overhang is cut.
         channels: 3 for RGB, 1 for grey.
+        classes: names of all classes, in order; null: the folders of the training set. To be given where each client
+            has data of its own, which may lack a class.
     """
 
     train: str = "train"
@@ -33,6 +35,7 @@ class ImageFolderOptions:
     resize: int | None = None
     channels: int = 3
     test_fraction: float = 0.2
+    classes: list[str] | None = None
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -42,6 +45,8 @@ class ImageFolderOptions:
             raise ConfigError("channels", self.channels, "1 or 3")
         if not 0 < self.test_fraction < 1:
             raise ConfigError("test_fraction", self.test_fraction, "a number > 0 and < 1")
+        if self.classes is not None and len({*self.classes}) < max(1, len(self.classes)):
+            raise ConfigError("classes", self.classes, "null, or names that are each given once")
 
     @property
     def shape(self) -> Shape:
@@ -89,7 +94,10 @@ def _by_class_folder(root: Path, options: ImageFolderOptions) -> RawDataset:
     tree = open_tree(root)
     files = [path for path in tree.paths() if path.lower().endswith(SUFFIXES)]
     train = _class_files(files, options.train, root)
-    classes = tuple(sorted({name for name, _ in train}))
+    present = tuple(sorted({name for name, _ in train}))
+    classes = present if options.classes is None else tuple(options.classes)
+    if unknown := sorted({*present} - {*classes}):
+        raise ConfigError("dataset.options.classes", options.classes, f"all classes of {root}; found {unknown[0]}")
     if options.test is None:
         whole = _split(tree, train, classes, options.shape)
         held = hold_out(whole.labels.numpy(), options.test_fraction)

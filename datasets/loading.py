@@ -39,6 +39,9 @@ def load(config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch
         raise ConfigError("dataset.options", config.options, "training and test images of one size; give a size")
     if config.augment == "moco" and channels not in (1, 3):
         raise ConfigError("dataset.augment", config.augment, f"one without colours for images of {channels} channels")
+    if config.distribution == "own" and config.normalize == "dataset" and not raw.mean:
+        expected = "imagenet or none with dataset.distribution=own: each machine would measure a mean of its own"
+        raise ConfigError("dataset.normalize", config.normalize, expected)
     sides = (height, width) if config.resize is None else (config.resize, config.resize)
     info = DatasetInfo(config.name, channels, *sides, len(raw.class_names), raw.class_names)
     resident = _resident(raw, config, device)

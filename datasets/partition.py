@@ -81,6 +81,15 @@ class Partition:
         draw(folder / "partition.png", self, labels, class_names)
 
 
+def own_partition(samples: int, num_clients: int, client: int | None) -> Partition:
+    """The partition as one client with data of its own knows it: all samples are its; None is nobody's, a server's."""
+    sizes = np.zeros(num_clients, dtype=np.int64)
+    if client is not None:
+        sizes[client] = samples
+    order = np.arange(sizes.sum(), dtype=np.int64)
+    return Partition(order, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+
+
 def partition(
     labels: np.ndarray | Tensor,
     num_clients: int,

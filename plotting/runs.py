@@ -46,6 +46,7 @@ _DISTRIBUTIONS = {
 # by the evaluations themselves.
 _IRRELEVANT = (
     *("seed", "save_dir", "resume", "logger", "checkpoint_interval", "progress", "device", "transport"),
+    *("role", "server", "client_id"),
     *("threads", "state_memory_mb", "personalize", "probe"),
 )
 # libyaml's loader, where PyYAML was built with it, reads eight times as fast.

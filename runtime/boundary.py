@@ -69,13 +69,15 @@ def tell(kind: str, /, **fields: Value) -> Message:
 def owned(payload: Payload) -> Reply:
     """The payload as its receiver gets it: tensors detached and copied, so that neither side can reach the other's.
 
+    They are contiguous, as they would be had they come over a network.
+
     Raises:
         TypeError: if a value is neither a tensor nor a number, the only things that may cross.
     """
     received: Reply = {}
     for name, value in payload.items():
         if isinstance(value, Tensor):
-            received[name] = value.detach().clone()
+            received[name] = value.detach().clone(memory_format=torch.contiguous_format)
         elif isinstance(value, (bool, int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
             received[name] = value
         else:

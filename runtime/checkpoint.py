@@ -7,7 +7,7 @@ was written after it (a half-done round, rows of a store, lines of a table) is d
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Manifest:
     version: number of checkpoints taken before this one.
     ledger, results: totals and histories so far.
     seconds: compute time so far by party.
+    clients: what is known of clients that keep their state on machines of their own.
     """
 
     identity: str
@@ -38,6 +39,7 @@ class Manifest:
     ledger: dict[str, Any]
     results: dict[str, Any]
     seconds: dict[str, float]
+    clients: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Checkpoint:

@@ -1,11 +1,11 @@
-"""The clients of a federation: where each sits, what data it has, and how its round is begun."""
+"""The clients of a federation: where each sits, what data it has, and how its round goes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,28 +17,32 @@ from runtime.blueprint import BATCH_NORM
 from runtime.client_data import ClientData
 from runtime.cohort import Cohort
 from runtime.contexts import ClientContext, ClientState, Seat
-from runtime.schedule import RoundReport, compute_together
+from runtime.evaluation import ClientScores
+from runtime.ledger import Ledger
+from runtime.schedule import SCHEDULES, RoundReport, compute_together
 from runtime.session import Channel, LocalSession, ServerParty, Workplace
 
 if TYPE_CHECKING:
     from runtime.federation import Federation
+    from runtime.results import RoundRecord
+    from runtime.setup import Setup
 
 DROPOUT = nn.modules.dropout._DropoutNd  # pyright: ignore[reportPrivateUsage]  the base of all of them
 
 
-class Clients:
-    """Opens clients' rounds; a seat, with a set of parts, is used by one client after another."""
+class Seats:
+    """Clients of one process, opened one after another; a seat, with a set of parts, is used by many."""
 
-    def __init__(self, federation: Federation) -> None:
-        self._federation = federation
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
         self.seats: list[Seat] = []
 
     def data(self, client: int) -> ClientData:
         """A client's training data."""
-        config = self._federation.config
+        config = self._setup.config
         return ClientData(
-            self._federation.dataset.train,
-            self._federation.partition.indices(client),
+            self._setup.dataset.train,
+            self._setup.partition.indices(client),
             seed=config.seed,
             client=client,
             batch_size=config.batch_size,
@@ -48,27 +52,114 @@ class Clients:
 
     def steps(self, client: int) -> list[int]:
         """Samples in each batch of a round of the client."""
-        federation, config = self._federation, self._federation.config
-        samples = int(federation.partition.sizes[client])
+        setup, config = self._setup, self._setup.config
+        samples = int(setup.partition.sizes[client])
         sizes = config.local_epochs * batch_sizes(samples, config.batch_size, config.dataset.drop_last)
-        return federation.algorithm.steps(config.algorithm, client, federation.population, sizes)
+        return setup.algorithm.steps(config.algorithm, client, setup.population, sizes)
+
+    def open(self, client: int) -> LocalSession:
+        """Begin a client's round, on a seat that is free."""
+        seat, setup = self._seat(), self._setup
+        context = self._context(client, seat)
+        seed = rng.derive(setup.config.seed, round=setup.round, client=client, stream="client")
+
+        def leave(seconds: float) -> None:
+            seat.taken = False
+            setup.seconds["client"] += seconds
+
+        return LocalSession(setup.algorithm, context, Workplace(setup.blueprint, seed), leave)
+
+    def _seat(self) -> Seat:
+        seat = next((seat for seat in self.seats if not seat.taken), None)
+        if seat is None:
+            blueprint = self._setup.blueprint
+            seat = Seat(blueprint, blueprint.parts(self._setup.algorithm.layout.client))
+            self.seats.append(seat)
+        return seat
+
+    def _context(self, client: int, seat: Seat) -> ClientContext:
+        setup = self._setup
+        seat.take(setup.blueprint.for_client(client))
+        return ClientContext(
+            seat,
+            id=client,
+            round=setup.round,
+            seed=setup.config.seed,
+            config=setup.config.algorithm,
+            state=ClientState(setup.stores["clients"], client),
+            data=self.data(client),
+            steps=self.steps(client),
+        )
+
+
+class Clients(Seats):
+    """The clients of a federation, all of them in this process.
+
+    Those on other machines are a subclass; what it needs beyond this is here with nothing to do.
+
+    Attributes:
+        may_repeat: a round may be given up, and begun again.
+        here: they compute in this process.
+        taken_up: what the checkpoint that the run goes on from says of clients elsewhere.
+    """
+
+    may_repeat = False
+    here = True
+
+    def __init__(self, federation: Federation) -> None:
+        super().__init__(federation)
+        self._federation = federation
+        self.taken_up: dict[str, Any] = {}
 
     def epoch(self, client: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over a client's training data; no batch where the client has none to train on."""
         return self.data(client).batches(generator, 1) if self._federation.can_train(client) else iter(())
 
-    def open(self, client: int) -> LocalSession:
-        """Begin a client's round, on a seat that is free."""
-        seat = self._seat()
-        context = self._context(client, seat)
+    def can_train(self, client: int) -> bool:
+        """Whether a client has a batch that can be trained on."""
+        return self._federation.has_batches(client)
+
+    def gather(self, cohort: list[int]) -> None:
+        """Return when enough of the cohort are there to begin a round."""
+
+    def train(self, cohort: list[int], drop: Callable[[int], None], server: ServerParty, ledger: Ledger) -> RoundReport:
+        """One round of a cohort.
+
+        Args:
+            drop: told of each client that is lost.
+
+        Raises:
+            RoundLostError: too few are left; the round has to be begun again.
+        """
+        channel = Channel(ledger)
+        if cohort and self.compute_together:
+            return self.train_together(cohort, server, channel)
+        return SCHEDULES[self._federation.algorithm.schedule](cohort, self.open, drop, server, channel)
+
+    def counted(self, report: RoundReport) -> None:
+        """A round is over: what its survivors staged counts."""
+
+    def recorded(self, record: RoundRecord) -> None:
+        """A round has been tested, if it was time to, and its figures are complete."""
+
+    def scores(self) -> dict[int, ClientScores]:
+        """What the round's test asks of each client."""
         federation = self._federation
-        seed = rng.derive(federation.config.seed, round=federation.round, client=client, stream="client")
+        return {client: federation.evaluator.of_client(client) for client in range(federation.population)}
 
-        def leave(seconds: float) -> None:
-            seat.taken = False
-            federation.seconds["client"] += seconds
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to say of clients elsewhere."""
+        return {}
 
-        return LocalSession(federation.algorithm, context, Workplace(federation.blueprint, seed), leave)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint."""
+        self.taken_up = dict(state)
+
+    def checkpointed(self) -> None:
+        """A checkpoint is in place: nothing from before it will be asked for again."""
+
+    def finished(self) -> None:
+        """The run is over."""
 
     @cached_property
     def compute_together(self) -> bool:
@@ -99,28 +190,6 @@ class Clients:
         finally:
             seat.taken = False
             federation.seconds["client"] += work.seconds
-
-    def _seat(self) -> Seat:
-        seat = next((seat for seat in self.seats if not seat.taken), None)
-        if seat is None:
-            blueprint = self._federation.blueprint
-            seat = Seat(blueprint, blueprint.parts(self._federation.algorithm.layout.client))
-            self.seats.append(seat)
-        return seat
-
-    def _context(self, client: int, seat: Seat) -> ClientContext:
-        federation = self._federation
-        seat.take(federation.blueprint.for_client(client))
-        return ClientContext(
-            seat,
-            id=client,
-            round=federation.round,
-            seed=federation.config.seed,
-            config=federation.config.algorithm,
-            state=ClientState(federation.stores["clients"], client),
-            data=self.data(client),
-            steps=self.steps(client),
-        )
 
 
 def _depends(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -312,6 +313,31 @@ def show_rows(rows: Sequence[tuple[str, str, str]], folder: Path, title: str = "
     for row in rows:
         table.add_row(*row)
     _print(Console(), table, RunFiles(folder))
+
+
+def stamp_lines() -> None:
+    """Put date and time before the lines of this process's log on the terminal, for one that runs for days.
+
+    Not where they go to the journal of systemd, which does the same. The log in a run's folder has them in any case.
+    """
+    for handler in _terminal_handlers((sys.stdout, sys.stderr)):
+        if not _is_journal(handler.stream):
+            handler.setFormatter(_Stamped())
+
+
+class _Stamped(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        is_table = text.startswith("\n")
+        return text if is_table else f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.created))} {text}"
+
+
+def _is_journal(stream: Any) -> bool:
+    try:
+        where = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{where.st_dev}:{where.st_ino}"
 
 
 def _print(console: Console, table: Table, files: RunFiles | None) -> None:

@@ -194,13 +194,12 @@ class _MeteredSession:
     def __init__(self, session: Session, meter: Meter) -> None:
         self._session, self._meter = session, meter
 
-    def start(self, down: Reply) -> Message | Upload:
-        with self._meter.working():
-            return self._session.start(down)
+    def send(self, message: Reply) -> None:
+        self._session.send(message)
 
-    def advance(self, reply: Reply) -> Message | Upload:
+    def receive(self) -> Message | Upload:
         with self._meter.working():
-            return self._session.advance(reply)
+            return self._session.receive()
 
     def close(self) -> None:
         self._session.close()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,31 @@ class Score:
         """Mean cross-entropy."""
         return float(self.losses.mean())
 
+    @property
+    def both(self) -> tuple[float, float]:
+        """Accuracy and loss."""
+        return self.accuracy, self.loss
+
+    @property
+    def measured(self) -> Measured:
+        """What is told of the score."""
+        return Measured(len(self.correct), *self.both)
+
     def of(self, samples: Tensor) -> Score:
         """The score on some of the samples: int64 [k], positions among those that were tested."""
         return Score(self.losses[samples], self.correct[samples])
+
+
+class Measured(NamedTuple):
+    """Samples that were tested, and mean accuracy and loss on them."""
+
+    samples: int
+    accuracy: float
+    loss: float
+
+
+ClientScores: TypeAlias = dict[str, Measured]
+"""What was found of one client, by metric."""
 
 
 class Evaluation(NamedTuple):

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from datasets import Partition, Source, apply_partition
+from datasets import Partition, Source, apply_partition, own_partition
 from runtime.blueprint import Blueprint
-from runtime.evaluation import Evaluation, Score, evaluate, mean, spread_over_clients
+from runtime.evaluation import ClientScores, Evaluation, Score, evaluate, mean, spread_over_clients
 from runtime.features import KnnMonitor
 from runtime.results import ClientRow
 
 if TYPE_CHECKING:
-    from runtime.federation import Federation
+    from runtime.setup import Setup
+
 
 Path = tuple[str, ...]
 """Parts of a model, in the order in which data goes through them."""
-Scores = Iterator[tuple[int, Score]]
-"""Clients and their scores, one at a time: a score lists every sample."""
+VALIDATION = "validation"
 
 
 class Evaluator:
-    """Tests a federation.
+    """Tests a federation, or at a client's machine what one client has.
 
     Attributes:
+        scores: gives what ``of_client`` finds, of every client.
         local_test: each client's share of the test set; None unless ``dataset.local_test`` asks for it.
         batch_statistics: per part of the model, whether normalisation uses the test batch's own statistics.
     """
 
-    def __init__(self, federation: Federation) -> None:
+    def __init__(self, federation: Setup, scores: Callable[[], dict[int, ClientScores]] | None = None) -> None:
         self._federation = federation
+        self._scores = scores
         self._dataset, config = federation.dataset, federation.config
         self._own_only = config.dataset.local_test == "only"
         self.local_test = self.shares(self._dataset.test.labels) if config.dataset.local_test else None
@@ -39,6 +42,7 @@ class Evaluator:
         self.batch_statistics = self._batch_statistics(self._whole)
         self._test = self._monitor().score if federation.algorithm.evaluates_features else evaluate
         self._parts: dict[tuple[Path, Blueprint], list[nn.Module]] = {}
+        self._seen: dict[Hashable, Score] = {}  # of this round's test
 
     def _monitor(self) -> KnnMonitor:
         config = self._federation.config
@@ -51,29 +55,62 @@ class Evaluator:
     def shares(self, labels: Tensor) -> Partition:
         """Test samples (their labels: int64 [m]) divided among the clients in the proportions of their own classes."""
         federation = self._federation
+        if federation.config.dataset.distribution == "own":
+            return own_partition(len(labels), federation.population, federation.config.client_id)
         trained = self._dataset.train.labels.numpy()
         return apply_partition(federation.partition, trained, labels.numpy(), seed=federation.config.seed)
 
     def evaluate(self) -> Evaluation:
         """The test of a round."""
-        if self._own_only:
-            assert self.local_test is not None
-            rows: list[ClientRow] = []
-            found = _mean(self._on_shares(self._dataset.test, self.local_test), rows, "local_acc")
-        elif self._federation.personal:
-            each: list[ClientRow] = []
-            own: list[ClientRow] = []
-            found = _mean(self._with_shares(self._of_clients(self._dataset.test, self._whole), own), each, "client_acc")
-            rows = (each if len(each) > 1 else []) + own
+        self.forget()
+        federation, rows, metrics = self._federation, list[ClientRow](), dict[str, float]()
+        clients: dict[int, ClientScores] = {}
+        if self._own_only or self.local_test is not None or federation.personal or federation.algorithm.paths:
+            assert self._scores is not None
+            clients = self._scores()
+        own = "local_acc" if self._own_only else "client_acc" if federation.personal else None
+        for metric in dict.fromkeys(chain.from_iterable(clients.values())):
+            found = {client: scores[metric] for client, scores in clients.items() if metric in scores}
+            if metric not in (VALIDATION, own) or (metric == own and (self._own_only or len(found) > 1)):
+                rows += [(metric, client, each.samples, each.accuracy) for client, each in found.items()]
+        if own is not None:
+            accuracy, loss = _mean(clients, own)
         else:
-            rows = []
-            score = self._of_all(self._dataset.test)
-            everyone = ((client, score) for client in range(self._federation.population if self.local_test else 0))
-            for _ in self._with_shares(everyone, rows):
-                pass
-            found = score.accuracy, score.loss
-        rows += self._of_paths()
-        return Evaluation(*found, self._validated() | spread_over_clients(rows), rows)
+            accuracy, loss = self._of_all(self._dataset.test).both
+        if self._dataset.validation is not None:
+            validated = self._of_all(self._dataset.validation).both if own is None else _mean(clients, VALIDATION)
+            metrics = dict(zip(("val_acc", "val_loss"), validated, strict=True))
+        return Evaluation(accuracy, loss, metrics | spread_over_clients(rows), rows)
+
+    def forget(self) -> None:
+        """Forget what was found of models that have changed since."""
+        self._seen.clear()
+
+    def of_client(self, client: int) -> ClientScores:
+        """What a round's test asks of one client, by metric; on its share of the data only if it has one."""
+        federation, test, found = self._federation, self._dataset.test, ClientScores()
+        share = None if self.local_test is None else self.local_test.indices(client)
+        share = share if share is not None and len(share) else None
+        paths = {f"{name}_": path for name, path in federation.algorithm.paths.items()}
+        if federation.personal or self.local_test is not None:
+            paths = {"": self._whole} | paths
+        for name, path in paths.items():
+            if not self._own_only:
+                score = self._of_client(client, test, path)
+                if name or federation.personal:
+                    found[f"{name}acc" if name else "client_acc"] = score.measured
+                if share is not None:
+                    found[f"{name}local_acc"] = score.of(share).measured
+            elif share is not None:
+                found[f"{name}local_acc"] = self._of_client(client, test, path, share).measured
+        validation = self._dataset.validation
+        if validation is not None and self._own_only:
+            share = self.shares(validation.labels).indices(client)
+            if len(share):
+                found[VALIDATION] = self._of_client(client, validation, self._whole, share).measured
+        elif validation is not None and federation.personal:
+            found[VALIDATION] = self._of_client(client, validation, self._whole).measured
+        return found
 
     def score_client(
         self, client: int, source: Source, samples: Tensor | None = None, path: Path | None = None
@@ -111,75 +148,31 @@ class Evaluator:
         )
 
     def _of_all(self, source: Source) -> Score:
-        return self.score([self._federation.server.ctx.part(name) for name in self._whole], source)
+        return self._once(
+            ("all", id(source)), lambda: self.score([self._federation.held[n] for n in self._whole], source)
+        )
 
-    def _of_clients(self, source: Source, path: Path) -> Scores:
-        """Each client's own model on all samples; those that no training has changed are alike and tested once."""
+    def _of_client(self, client: int, source: Source, path: Path, samples: Tensor | None = None) -> Score:
+        """A client's own model on a source; models that are alike, untrained or without own parts, are tested once."""
         federation = self._federation
         own = [name for name in path if federation.is_own(name)]
-        untrained: dict[Blueprint, Score] = {}
-        for client in range(federation.population):
-            if any(federation.stores["clients"].get(client, name) is not None for name in own):
-                yield client, self.score_client(client, source, path=path)
-                continue
-            variant = federation.blueprint.for_client(client)
-            if variant not in untrained:
-                untrained[variant] = self.score_client(client, source, path=path)
-            yield client, untrained[variant]
-
-    def _on_shares(self, source: Source, shares: Partition, path: Path | None = None) -> Scores:
-        """Each client that has a share on its share."""
-        whole = None
-        if path is None and not self._federation.personal and not any(self.batch_statistics):
-            whole = self._of_all(source)
-        for client in shares.sizes.nonzero()[0].tolist():
-            samples = shares.indices(client)
-            yield client, self.score_client(client, source, samples, path) if whole is None else whole.of(samples)
-
-    def _of_paths(self) -> list[ClientRow]:
-        """Each client's accuracy on the further paths of the method, as ``Algorithm.paths`` names them."""
-        source, rows = self._dataset.test, list[ClientRow]()
-        for name, path in self._federation.algorithm.paths.items():
-            own: list[ClientRow] = []
-            if self._own_only:
-                assert self.local_test is not None
-                _mean(self._on_shares(source, self.local_test, path), own, f"{name}_local_acc")
-            else:
-                each = self._with_shares(self._of_clients(source, path), own, f"{name}_local_acc")
-                _mean(each, rows, f"{name}_acc")
-            rows += own
-        return rows
-
-    def _with_shares(self, scores: Scores, rows: list[ClientRow], metric: str = "local_acc") -> Scores:
-        """The same scores of the whole test set; into ``rows`` go those on the clients' shares, if they have any."""
-        for client, score in scores:
-            if self.local_test is not None and self.local_test.sizes[client]:
-                own = score.of(self.local_test.indices(client))
-                rows.append((metric, client, len(own.correct), own.accuracy))
-            yield client, score
-
-    def _validated(self) -> dict[str, float]:
-        """The same as the test, on the validation set if there is one."""
-        source = self._dataset.validation
-        if source is None:
-            return {}
-        if self._own_only:
-            accuracy, loss = _mean(self._on_shares(source, self.shares(source.labels)))
-        elif self._federation.personal:
-            accuracy, loss = _mean(self._of_clients(source, self._whole))
-        else:
+        alone = samples is not None and any(self._batch_statistics(path))  # a share has statistics of its own
+        if alone or any(federation.stores["clients"].get(client, name) is not None for name in own):
+            return self.score_client(client, source, samples, path)
+        if path == self._whole and not own:
             score = self._of_all(source)
-            accuracy, loss = score.accuracy, score.loss
-        return {"val_acc": accuracy, "val_loss": loss}
+        else:
+            key = (path, federation.blueprint.for_client(client), id(source))
+            score = self._once(key, lambda: self.score_client(client, source, path=path))
+        return score if samples is None else score.of(samples)
+
+    def _once(self, key: Hashable, test: Callable[[], Score]) -> Score:
+        if key not in self._seen:
+            self._seen[key] = test()
+        return self._seen[key]
 
 
-def _mean(scores: Scores, rows: list[ClientRow] | None = None, metric: str = "") -> tuple[float, float]:
-    """Mean accuracy and loss over clients; into ``rows`` goes each client's accuracy under ``metric``."""
-    accuracies: list[float] = []
-    losses: list[float] = []
-    for client, score in scores:
-        accuracies.append(score.accuracy)
-        losses.append(score.loss)
-        if rows is not None:
-            rows.append((metric, client, len(score.correct), accuracies[-1]))
-    return mean(accuracies), mean(losses)
+def _mean(clients: Mapping[int, ClientScores], metric: str) -> tuple[float, float]:
+    """Mean accuracy and loss over the clients that have the metric."""
+    found = [scores[metric] for scores in clients.values() if metric in scores]
+    return mean([each.accuracy for each in found]), mean([each.loss for each in found])

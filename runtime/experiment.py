@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -18,11 +20,13 @@ from runtime.features import feature_parts
 from runtime.federation import Federation
 from runtime.files import MODEL_FILE
 from runtime.loggers import build_loggers
+from runtime.network.config import LocalTransport
 from runtime.personalize import Personalized, personalize, tunable
 from runtime.results import Results, RunSummary
 from runtime.run_folder import RunFolder
 from runtime.serial import save_tensors
 from runtime.settings import RunConfig
+from runtime.setup import Setup
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,8 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
         tunable(federation, config.personalize.part)
     if config.probe.after:
         feature_parts(federation)
+    if config.role == "server":
+        _check_after(federation)
     loggers = build_loggers(config.logger, folder.path, folder.resumed)
     results = Results(folder.path, loggers, by_client=config.communication_by == "client")
     state = federation.resume()
@@ -55,7 +61,10 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     _save_partition(federation, folder.path)
     log.info("%s on %s, %d threads, in %s", config.title, federation.device, torch.get_num_threads(), folder.path)
     try:
-        with Progress(config.rounds, config.title, config.progress, done=federation.round) as progress:
+        with (
+            _connected(federation, folder, results.summary().final_acc),
+            Progress(config.rounds, config.title, config.progress, done=federation.round) as progress,
+        ):
             _rounds(federation, results, progress)
             personal = _personalized(federation, folder.path, progress)
             probed = _probed(federation, folder.path, progress)
@@ -100,7 +109,43 @@ def _rounds(federation: Federation, results: Results, progress: Progress) -> Non
         federation.seconds["wall"] += time.perf_counter() - start
 
 
+def _check_after(federation: Federation) -> None:
+    """Raise ConfigError for what cannot be measured after training where clients are elsewhere."""
+    config, where = (
+        federation.config,
+        "with transport=grpc, where clients keep their data and their parts for themselves",
+    )
+    if config.personalize.part is not None:
+        raise ConfigError("personalize.part", config.personalize.part, f"null {where}")
+    if config.probe.after and federation.personal:
+        raise ConfigError("probe.after", True, f"false {where}")
+
+
+@contextlib.contextmanager
+def _connected(federation: Federation, folder: RunFolder, accuracy: float | None) -> Generator[None]:
+    """With a transport to clients elsewhere: they can join within the block."""
+    transport = federation.config.transport
+    if isinstance(transport, LocalTransport):
+        yield
+        return
+    from runtime.network.remote import RemoteClients  # late: it needs an extra
+    from runtime.network.status import StatusFile
+
+    clients = RemoteClients(federation, transport, folder.path.name)
+    federation.clients = clients
+    log.info("listening on %s port %d for %d clients", transport.host, clients.hub.port, federation.population)
+    with StatusFile(folder.path, federation, clients, accuracy):
+        try:
+            yield
+        except BaseException:
+            clients.hub.close("the server has stopped", later=True)
+            raise
+        clients.hub.close("the run is over")
+
+
 def _save_partition(federation: Federation, folder: Path) -> None:
+    if federation.config.dataset.distribution == "own":
+        return
     info, labels = federation.dataset.info, federation.dataset.train.labels
     federation.partition.save(folder, labels, info.classes, info.class_names)
     if federation.evaluator.local_test is not None:
@@ -109,7 +154,7 @@ def _save_partition(federation: Federation, folder: Path) -> None:
         federation.evaluator.local_test.save(folder / "local_test", test, info.classes, info.class_names)
 
 
-def set_threads(config: RunConfig, federation: Federation) -> None:
+def set_threads(config: RunConfig, federation: Setup) -> None:
     small = federation.device.type == "cpu" and federation.parameters < SMALL_MODEL
     automatic = 1 if small else _ALL_THREADS
     # Set in either case: an earlier job of this process may have left another number.

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import algorithms
-from datasets import Dataset, Partition, batch_sizes, load, partition
-from models import check_model, input_channels, through
+from datasets import Dataset
 from runtime import rng
-from runtime.blueprint import DTYPES, Blueprint
-from runtime.boundary import Crossing
+from runtime.blueprint import Parts
 from runtime.checkpoint import Checkpoint, Manifest
 from runtime.clients import Clients
 from runtime.config import ConfigError
@@ -28,9 +24,10 @@ from runtime.evaluation import Evaluation
 from runtime.evaluator import Evaluator
 from runtime.ledger import Ledger, Traffic
 from runtime.results import RoundRecord
-from runtime.schedule import SCHEDULES, RoundReport
-from runtime.session import Channel, ServerParty, Workplace
+from runtime.schedule import RoundLostError, RoundReport
+from runtime.session import ServerParty, Workplace
 from runtime.settings import RunConfig
+from runtime.setup import Setup
 from runtime.store import Store
 
 log = logging.getLogger(__name__)
@@ -38,7 +35,7 @@ log = logging.getLogger(__name__)
 CHECKPOINT_FOLDER = "checkpoint"
 
 
-class Federation:
+class Federation(Setup):
     """A run that moves on by one round at a time.
 
     Args:
@@ -51,60 +48,27 @@ class Federation:
     """
 
     def __init__(self, config: RunConfig, folder: Path | None = None, dataset: Dataset | None = None) -> None:
-        from runtime.cuts import within_budget  # it compares federations
-
-        self.algorithm = algorithms.get(config.algorithm_name)
-        for part in self.algorithm.layout.client:
-            self.algorithm.check_optimizer(config.optimizer_for(part))
-        self.device = config.torch_device()
-        if dataset is None:
-            dataset = load(config.dataset, seed=config.seed, device=self.device, dtype=DTYPES[config.precision])
-        self.config = config = within_budget(config, dataset)
-        self.dataset: Dataset = dataset.repeated(input_channels(config.model, dataset.info))
-        check_model(config.model, self.dataset.info, self.algorithm.layout.parts)
-        self.personal = self.algorithm.kept(config.algorithm)
-        self.population = 1 if self.algorithm.pooled else config.num_clients
-        self.partition = self._partition()
-        self.blueprint = self.make_blueprint(config)
-        self.parameters = sum(self.blueprint.parameters(name) for name in self.algorithm.layout.whole)
-        self._smallest = 2 if self._needs_two() else 1
+        super().__init__(config, dataset)
         self._checkpoint = None if folder is None else Checkpoint(folder / CHECKPOINT_FOLDER)
         self.stores = {
             name: Store(
                 None if folder is None else folder / CHECKPOINT_FOLDER / name,
                 device=self.device,
-                memory_limit=config.state_memory_mb * 1e6,
+                memory_limit=self.config.state_memory_mb * 1e6,
             )
             for name in ("clients", "server")
         }
         self.ledger = Ledger()
-        self.round = 0
-        self.seconds = {"wall": 0.0, "client": 0.0, "server": 0.0, "eval": 0.0}
         self.server = self._build_server()
-        self.evaluator = Evaluator(self)
         self.clients = Clients(self)
-        self._skipped: set[int] = set()
+        self.evaluator = Evaluator(self, lambda: self.clients.scores())
 
-    # ------------------------------------------------------------------ putting together
+    def can_train(self, client: int) -> bool:
+        return self.clients.can_train(client)
 
-    def make_blueprint(self, config: RunConfig, *, compare: bool = True) -> Blueprint:
-        """The blueprint of a configuration of this method, on this data; ``compare`` as of ``models.split``."""
-        return Blueprint(
-            config,
-            self.algorithm.layout,
-            self.dataset.info,
-            device=self.device,
-            precision=config.precision,
-            buffers=config.aggregate.buffers,
-            compare=compare,
-        )
-
-    def _partition(self) -> Partition:
-        config = self.config.dataset
-        if self.algorithm.pooled:
-            config = replace(config, distribution="iid", min_samples=0)
-        labels = self.dataset.train.labels.numpy()
-        return partition(labels, self.population, config, seed=self.config.seed, groups=self.dataset.groups)
+    @property
+    def held(self) -> Parts:
+        return self.server.ctx.parts
 
     def _build_server(self) -> Any:
         layout = self.algorithm.layout
@@ -129,59 +93,6 @@ class Federation:
         spent = limit is not None and self.ledger.training().payload >= limit * 1e6
         return self.round >= self.config.rounds or spent
 
-    def cohort(self, round: int) -> list[int]:
-        """The clients of a round, in the order in which they are served; a function of the seed alone."""
-        size = max(1, math.ceil(self.config.frac * self.population - 1e-9))
-        generator = rng.numpy_generator(self.config.seed, round=round, stream="cohort")
-        chosen = generator.choice(self.population, size, replace=False)
-        return [int(client) for client in chosen if self.can_train(int(client))]
-
-    def can_train(self, client: int) -> bool:
-        """A client without a batch that can be trained on is skipped and reported."""
-        samples = len(self.partition.indices(client))
-        sizes = batch_sizes(samples, self.config.batch_size, self.config.dataset.drop_last)
-        able = bool(sizes) and max(sizes) >= self._smallest
-        if not able and client not in self._skipped:
-            self._skipped.add(client)
-            log.warning("client %d is skipped: its %d training samples make no batch to train on", client, samples)
-        return able
-
-    def _needs_two(self) -> bool:
-        """Whether a batch of one sample cannot be trained on: normalised over one value it has no variance.
-
-        Raises:
-            ConfigError: the setting makes such batches of clients that have more samples.
-        """
-        config = self.config
-        try:
-            with torch.no_grad(), rng.TorchStream(0, self.device):
-                for blueprint in self.blueprint.variants:
-                    self._pass_one(blueprint)
-        except ValueError:
-            if config.batch_size == 1:
-                raise ConfigError(
-                    "batch_size", 1, f"at least 2: {config.model.name} normalises over the batch"
-                ) from None
-            if config.dataset.drop_last == "never" and (self.partition.sizes % config.batch_size == 1).any():
-                reason = "auto or always: a client's last batch has one sample, which cannot be normalised"
-                raise ConfigError("dataset.drop_last", "never", reason) from None
-            return True
-        return False
-
-    def _pass_one(self, blueprint: Blueprint) -> None:
-        """A sample through every path of the model, and through the auxiliary model behind the last but one part."""
-        layout = self.algorithm.layout
-        parts = blueprint.parts(layout.parts)
-        several = self.algorithm.gathers and max(self.config.batch_size, self.config.frac * self.population) > 1
-        for path in (layout.whole, *self.algorithm.paths.values()):
-            x: Any = torch.zeros(1, *self.dataset.info.shape, dtype=blueprint.dtype, device=self.device)
-            z = x
-            for name in path:
-                z = _twice(x) if several and name not in layout.client else x
-                x = through(parts[name], z)
-            if "auxiliary" in parts:
-                through(parts["auxiliary"], z)
-
     def step(self) -> tuple[RoundRecord, list[Traffic]]:
         """Run one round: train, commit, evaluate if it is time to."""
         start = time.perf_counter()
@@ -189,6 +100,7 @@ class Federation:
         self.round += 1
         for store in self.stores.values():
             store.commit()
+        self.clients.counted(report)
         metrics = {**report.metrics, **self.server.ctx.means.read()}
         loss = metrics.pop("loss", None)
         if report.dropped:
@@ -220,22 +132,36 @@ class Federation:
             metrics=metrics,
             client_rows=[] if found is None else found.clients,
         )
+        self.clients.recorded(record)
         return record, lines
 
     def _train(self) -> RoundReport:
         cohort = self.cohort(self.round)
-        if self.algorithm.schedule == "lockstep" and not self.clients.compute_together:
+        if self.algorithm.schedule == "lockstep" and self.clients.here and not self.clients.compute_together:
             self._check_memory(len(cohort))
+        before = (
+            copy.deepcopy((self.server.state_dict(), self.ledger.state_dict())) if self.clients.may_repeat else None
+        )
+        while True:
+            self.clients.gather(cohort)
+            cohort = [client for client in cohort if self.can_train(client)]
+            try:
+                return self._attempt(cohort)
+            except RoundLostError as lost:
+                assert before is not None
+                log.warning("round %d is repeated from its start: %s", self.round + 1, lost)
+                for store in self.stores.values():
+                    store.discard_all()
+                self.server = self._build_server()
+                # A copy: an optimizer goes on with the very tensors that it is given, and the round may be lost again.
+                self._take_up(*copy.deepcopy(before))
+
+    def _attempt(self, cohort: list[int]) -> RoundReport:
         seed = rng.derive(self.config.seed, round=self.round, stream="server")
         server = ServerParty(self.server, Workplace(self.blueprint, seed))
         self.server.ctx.open_round(self.round)
         server.open_round(cohort)
-        channel = Channel(self.ledger)
-        if cohort and self.clients.compute_together:
-            report = self.clients.train_together(cohort, server, channel)
-        else:
-            run = SCHEDULES[self.algorithm.schedule]
-            report = run(cohort, self.clients.open, self._discard, server, channel)
+        report = self.clients.train(cohort, self._discard, server, self.ledger)
         server.close_round()
         self.seconds["server"] += server.seconds
         return report
@@ -261,27 +187,10 @@ class Federation:
         """Test what the algorithm says is to be tested."""
         return self.evaluator.evaluate()
 
-    def client_states(self, client: int, path: Sequence[str] | None = None) -> dict[str, Mapping[str, Tensor]]:
-        """The parts of the model that a client uses, in order: its own ones, and for the others the server's.
-
-        Args:
-            path: names of the parts; None for those that make up the whole model.
-        """
-        states: dict[str, Mapping[str, Tensor]] = {}
-        held, initial = self.server.ctx.parts, self.blueprint.for_client(client).initial
-        for name in path or self.algorithm.layout.whole:
-            own = self.stores["clients"].get(client, name) if self.is_own(name) else None
-            shared = held[name].state_dict() if name in held else initial[name]
-            states[name] = shared if own is None else own
-        return states
-
-    def is_own(self, part: str) -> bool:
-        """Whether a client may have a part for itself: by the method, or because the server has none."""
-        return part in self.personal or part not in self.server.ctx.parts
-
     def full_model(self) -> dict[str, Tensor] | None:
         """The state of one whole model under the model's own names; None where each client has its own."""
-        if self.personal and self.population > 1:
+        elsewhere = not self.clients.here and any(self.is_own(name) for name in self.algorithm.layout.whole)
+        if elsewhere or (self.personal and self.population > 1):
             return None
         states = self.client_states(0).values()
         return {name: tensor.detach().cpu().contiguous().clone() for state in states for name, tensor in state.items()}
@@ -301,8 +210,10 @@ class Federation:
             ledger=self.ledger.state_dict(),
             results=results,
             seconds=self.seconds,
+            clients=self.clients.state_dict(),
         )
         self._checkpoint.write(manifest, self.server.state_dict())
+        self.clients.checkpointed()
         for store in self.stores.values():
             store.clean()
 
@@ -323,20 +234,18 @@ class Federation:
         if manifest.identity != (recorded or self.config.identity()):
             raise ConfigError("resume", manifest.identity, "a checkpoint of the same configuration")
         self.round = manifest.round
-        self.server.ctx.open_round(max(0, manifest.round - 1))
-        self.server.load_state_dict(server_state)
+        self._take_up(server_state, manifest.ledger)
+        self.clients.load_state_dict(manifest.clients)
         for name, store in self.stores.items():
             store.restore(manifest.rows[name], manifest.version + 1)
-        self.ledger.load_state_dict(manifest.ledger)
         self.seconds = dict(manifest.seconds)
         return manifest.results
 
-
-def _twice(crossing: Crossing) -> Crossing:
-    """What crosses for one sample, for two."""
-    if isinstance(crossing, tuple):
-        return tuple(torch.cat([each, each]) for each in crossing)
-    return torch.cat([crossing, crossing])
+    def _take_up(self, server: Any, ledger: Mapping[str, Any]) -> None:
+        """The server and the ledger as they were before the round that comes."""
+        self.server.ctx.open_round(max(0, self.round - 1))
+        self.server.load_state_dict(server)
+        self.ledger.load_state_dict(ledger)
 
 
 def _available_memory(device: torch.device) -> int:

@@ -17,15 +17,21 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees either the old content or the new one."""
+def replace_file(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a text file so that a reader, or a crash, sees either the old content or the new one.
+
+    Args:
+        durable: on the disk when the call returns; else a reader sees one or the other, but a crash may leave neither.
+    """
     temporary = temporary_name(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import traceback
 from collections.abc import Generator, Iterable
@@ -10,13 +11,16 @@ from pathlib import Path
 
 from runtime.config import ConfigError
 from runtime.loggers import check_loggers
+from runtime.network.config import GrpcTransport
 from runtime.run_folder import RunFolder, find_unfinished, run_path, unique_name, what_differs
 from runtime.settings import RunConfig
 
 
 def check(config: RunConfig) -> None:
-    """Raise ConfigError for what this machine lacks: a device, or the package of a logger."""
+    """Raise ConfigError for what this machine lacks: a device, or the package of a logger or of the transport."""
     config.torch_device()
+    if isinstance(config.transport, GrpcTransport) and importlib.util.find_spec("grpc") is None:
+        raise ConfigError("transport", "grpc", 'the packages of the extra: pip install -e ".[grpc]"')
     check_loggers(config.logger)
 
 

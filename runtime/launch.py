@@ -22,6 +22,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from runtime.console import stamp_lines
 from runtime.hydra_errors import check_options, explain
 from runtime.hydra_support import load_config, plain_values, preprocess, run_config
 from runtime.run_folder import remove_empty
@@ -78,6 +79,11 @@ def _single(composed: DictConfig) -> None:
     # Nothing but SystemExit leaves: Hydra would add lines of its own to an error.
     try:
         config = run_config(composed)
+        if config.role is not None:
+            stamp_lines()
+        if config.role == "client":
+            _work(config, overrides)
+            return
         from runtime.experiment import run  # late, so that --help and mistakes do not wait for it
         from runtime.job import check, claim
 
@@ -95,6 +101,16 @@ def _single(composed: DictConfig) -> None:
         else:
             _complain(line)
         sys.exit(1)
+
+
+def _work(config: Any, overrides: list[str]) -> None:
+    """Be a client of a run over the network."""
+    from runtime.job import check  # late, as above
+
+    check(config)
+    from runtime.network.client import work
+
+    work(config, overrides)
 
 
 def _show(what: str, overrides: list[str]) -> None:

@@ -70,10 +70,12 @@ class Ledger:
         self._replies += 1
 
     def close_round(self, round: int) -> list[Traffic]:
-        """The lines of the round that ends now, in the order in which they first occurred."""
+        """The lines of the round that ends now, by client, then direction, kind and field."""
         self.round_trips += self._replies + len({client for _, kind, _, client in self._round if kind == MODEL})
         self._replies = 0
-        lines = [Traffic(round, *key, count.payload, count.framed) for key, count in self._round.items()]
+        # Not in the order in which they occurred, which depends on who works ahead of its turn.
+        ordered = sorted(self._round.items(), key=lambda item: (item[0][3], item[0]))
+        lines = [Traffic(round, *key, count.payload, count.framed) for key, count in ordered]
         self._round.clear()
         return lines
 

@@ -28,6 +28,7 @@ LOCK, IDENTITY, STATUS = ".lock", "identity", "status.json"
 # Left out of a folder's name: told by the folders above it, or without influence on the result.
 _UNNAMED = ("algorithm", "model", "dataset", "dataset.distribution", "lr", "seed")
 _UNNAMED_BELOW = ("save_dir", "resume", "logger", "checkpoint_interval", "progress", "personalize", "probe", "hydra")
+_NETWORK = ("transport", "role", "server", "client_id")
 _NAME_BYTES = 150
 
 
@@ -57,7 +58,7 @@ def what_differs(lr: object, seed: object, overrides: Iterable[str]) -> str:
     named: dict[str, str] = {}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if key not in _UNNAMED and key.partition(".")[0] not in _UNNAMED_BELOW:
+        if key not in _UNNAMED and key.partition(".")[0] not in (*_UNNAMED_BELOW, *_NETWORK):
             named[key] = value
     return safe_component(",".join([f"lr={lr}", f"seed={seed}", *(f"{key}={named[key]}" for key in sorted(named))]))
 

@@ -105,6 +105,10 @@ def restore(run: Path, config: RunConfig) -> Federation:
         ConfigError: nothing is left of what was learnt.
     """
     federation = Federation(config, run)
+    if config.role == "server" and (federation.personal or config.dataset.distribution == "own"):
+        raise ConfigError(
+            "run", str(run), "a run in one process: this one's clients have their data or parts elsewhere"
+        )
     recorded = (run / IDENTITY).read_text(encoding="utf-8").strip() if (run / IDENTITY).is_file() else None
     if federation.resume(recorded=recorded) is not None:
         return federation

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from runtime.boundary import MODEL, ClientDroppedError, Message, Payload, Reply, Upload
@@ -33,6 +34,10 @@ class RoundReport:
         return {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
 
 
+class RoundLostError(Exception):
+    """Too few clients are left for the round to count."""
+
+
 Opener = Callable[[int], Session]
 Dropper = Callable[[int], None]
 
@@ -46,20 +51,34 @@ class Schedule(Protocol):
 
 
 def sequential(cohort: list[int], open: Opener, drop: Dropper, server: ServerParty, channel: Channel) -> RoundReport:
-    """One client after another through the whole round; memory of one client."""
+    """One client after another through the whole round; memory of one client, and of those that work ahead."""
     report = RoundReport()
-    for client in cohort:
-        session = open(client)
-        try:
-            event = session.start(channel.down(client, MODEL, server.down(client)))
-            while isinstance(event, Message):
-                message = channel.up(client, event.kind, event.fields)
-                reply = server.serve(event.kind, {client: message})[client]
-                event = session.advance(channel.reply(client, event.kind, reply or {}) if event.expects_reply else {})
-            _finish(client, event, server, channel, report)
-        except ClientDroppedError:
-            _drop(client, drop, server, report)
-        finally:
+    waiting, opened = iter(cohort), dict[int, Session]()
+
+    def begin(clients: Iterable[int]) -> None:
+        for client in clients:
+            opened[client] = open(client)
+            opened[client].send(channel.down(client, MODEL, server.down(client)))
+
+    try:
+        begin(islice(waiting, channel.ahead))
+        for client in cohort:
+            begin(islice(waiting, 1))
+            session = opened[client]
+            try:
+                event = session.receive()
+                while isinstance(event, Message):
+                    message = channel.up(client, event.kind, event.fields)
+                    reply = server.serve(event.kind, {client: message})[client]
+                    if event.expects_reply:
+                        session.send(channel.reply(client, event.kind, reply or {}))
+                    event = session.receive()
+                _finish(client, event, server, channel, report)
+            except ClientDroppedError:
+                _drop(client, drop, server, report)
+            opened.pop(client).close()
+    finally:
+        for session in opened.values():
             session.close()
     return report
 
@@ -79,10 +98,7 @@ class _Lockstep:
 
     def run(self) -> RoundReport:
         try:
-            for client in self.cohort:
-                self.sessions[client] = self.open(client)
-                opening = self.channel.down(client, MODEL, self.server.down(client))
-                self._move(client, lambda c=client, m=opening: self.sessions[c].start(m))
+            self._move(self.cohort, self._open)
             while self.waiting:
                 kind = self.waiting[next(c for c in self.cohort if c in self.waiting)].kind
                 self._answer(kind, [c for c in self.cohort if c in self.waiting and self.waiting[c].kind == kind])
@@ -91,20 +107,33 @@ class _Lockstep:
                 session.close()
         return self.report
 
+    def _open(self, client: int) -> None:
+        self.sessions[client] = self.open(client)
+        self.sessions[client].send(self.channel.down(client, MODEL, self.server.down(client)))
+
     def _answer(self, kind: str, clients: list[int]) -> None:
         inbox = {client: self.channel.up(client, kind, self.waiting.pop(client).fields) for client in clients}
         replies = self.server.serve(kind, inbox)
-        for client in clients:
-            reply = self.channel.reply(client, kind, replies[client] or {})
-            self._move(client, lambda c=client, r=reply: self.sessions[c].advance(r))
+        self._move(clients, lambda c: self.sessions[c].send(self.channel.reply(c, kind, replies[c] or {})))
 
-    def _move(self, client: int, step: Callable[[], Message | Upload]) -> None:
+    def _move(self, clients: list[int], send: Callable[[int], None]) -> None:
+        """Send to clients, as many ahead as may be, and run each to its next question."""
+        coming = iter(clients)
+        for client in islice(coming, self.channel.ahead):
+            send(client)
+        for client in clients:
+            for other in islice(coming, 1):
+                send(other)
+            self._receive(client)
+
+    def _receive(self, client: int) -> None:
         """Run a client to its next question; its one-way messages on the way are served as they come."""
+        session = self.sessions[client]
         try:
-            event = step()
+            event = session.receive()
             while isinstance(event, Message) and not event.expects_reply:
                 self.server.serve(event.kind, {client: self.channel.up(client, event.kind, event.fields)})
-                event = self.sessions[client].advance({})
+                event = session.receive()
         except ClientDroppedError:
             _drop(client, self.drop, self.server, self.report)
             self.sessions.pop(client).close()

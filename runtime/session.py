@@ -17,14 +17,18 @@ from runtime.ledger import Ledger
 
 
 class Session(Protocol):
-    """A client's round, wherever it runs. ``advance`` raises ClientDroppedError when the client is gone."""
+    """A client's round, wherever it runs."""
 
-    def start(self, down: Reply) -> Message | Upload:
-        """Open the round with the server's first message; runs to the client's first message."""
+    def send(self, message: Reply) -> None:
+        """Hand in the message that opens the round, later the reply to what the client asked; does not wait."""
         ...
 
-    def advance(self, reply: Reply) -> Message | Upload:
-        """Hand in the reply (empty after a one-way message); runs to the next message, or to the upload."""
+    def receive(self) -> Message | Upload:
+        """The client's next message, or its upload. After a one-way message it is called again with nothing sent.
+
+        Raises:
+            ClientDroppedError: the client is gone.
+        """
         ...
 
     def close(self) -> None:
@@ -68,19 +72,21 @@ class LocalSession:
         self._workplace = workplace
         self._on_close = on_close
         self._program: ClientProgram | None = None
+        self._inbox: Reply = {}
 
-    def start(self, down: Reply) -> Message | Upload:
+    def send(self, message: Reply) -> None:
+        self._inbox = message
+
+    def receive(self) -> Message | Upload:
+        message, self._inbox = self._inbox, {}
         with self._workplace.working():
-            result = self._algorithm.client(self._ctx, down)
+            if self._program is not None:
+                return self._step(self._program.send, message)
+            result = self._algorithm.client(self._ctx, message)
             if isgenerator(result):
                 self._program = result
                 return self._step(next, self._program)
             return self._upload(result)  # type: ignore[arg-type]
-
-    def advance(self, reply: Reply) -> Message | Upload:
-        assert self._program is not None
-        with self._workplace.working():
-            return self._step(self._program.send, reply)
 
     def _step(self, move: Any, argument: Reply | ClientProgram) -> Message | Upload:
         try:
@@ -100,15 +106,20 @@ class LocalSession:
 
 
 class Channel:
-    """Everything that crosses goes through here: charged to the ledger, and handed over as the receiver's own."""
+    """Everything that crosses goes through here: charged to the ledger, and handed over as the receiver's own.
 
-    def __init__(self, ledger: Ledger) -> None:
+    Args:
+        ahead: clients whose round may be open, beyond the one whose turn it is; in one process that gains nothing.
+    """
+
+    def __init__(self, ledger: Ledger, ahead: int = 0) -> None:
         self._ledger = ledger
+        self.ahead = ahead
 
     def down(self, client: int, kind: str, payload: Payload) -> Reply:
         """A message of the server to a client."""
         self._ledger.charge("down", kind, client, payload)
-        return owned(payload)
+        return self.hand_over(payload)
 
     def reply(self, client: int, kind: str, payload: Payload) -> Reply:
         """The server's answer to a question that the client waits for."""
@@ -118,6 +129,10 @@ class Channel:
     def up(self, client: int, kind: str, payload: Payload) -> Reply:
         """A message of a client to the server."""
         self._ledger.charge("up", kind, client, payload)
+        return self.hand_over(payload)
+
+    def hand_over(self, payload: Payload) -> Reply:
+        """The payload as its receiver's own."""
         return owned(payload)
 
     def upload(self, client: int, upload: Upload) -> Upload:

@@ -17,6 +17,7 @@ from runtime.aggregate import AggregateConfig
 from runtime.config import NO_VALUE, ConfigError, build, plain
 from runtime.fine_tuning import PersonalizeConfig
 from runtime.loggers import LoggerConfig, logger_config
+from runtime.network.config import GrpcTransport, TransportConfig, transport_config
 from runtime.optim import OptimizerConfig, SchedulerConfig, check_schedule, optimizer_config, scheduler_config
 from runtime.probes import MonitorConfig, ProbeConfig
 
@@ -38,19 +39,22 @@ _NOT_DECIDING = (
     "jobs_per_gpu",
     "personalize",
     "probe",
+    "role",
+    "server",
+    "client_id",
 )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run's configuration. `from_mapping` makes it; values live in `hydra_config/`, so nothing here has a default.
+    """One run's configuration. `from_mapping` makes it; values live in `hydra_config/`, so little here has a default.
 
     Attributes:
         algorithm_name: registered name of the algorithm (`algorithm.name` in the mapping).
         algorithm: the instance of that algorithm's own `Config`.
         model, dataset, aggregate, personalize, monitor, probe: see their classes.
         optimizer, scheduler: what every part of the model inherits; `optimizer_for` and `scheduler_for` give a part's.
-        transport: how messages travel.
+        transport: how messages travel; see its classes.
         logger: trackers beside the run's own files.
         num_clients: clients in the population. frac: share of them in each round's cohort, 0 < frac <= 1.
         rounds, local_epochs, batch_size: as in the papers. lr: learning rate that the optimizer takes up.
@@ -65,6 +69,8 @@ class RunConfig:
         state_memory_mb: MB of per-client state held in memory, at each of the two parties; the rest is on disk.
         save_dir: folder above all runs. resume: auto, never, or the folder of an unfinished run.
         progress: how progress is shown.
+        role: which party of a run over the network this process is; None where all are in it.
+        server: a client's: the server's HOST:PORT. client_id: its number.
     """
 
     algorithm_name: str
@@ -77,7 +83,7 @@ class RunConfig:
     personalize: PersonalizeConfig
     monitor: MonitorConfig
     probe: ProbeConfig
-    transport: Literal["local"]
+    transport: TransportConfig
     logger: tuple[LoggerConfig, ...]
     num_clients: int
     frac: float
@@ -99,6 +105,9 @@ class RunConfig:
     save_dir: Path
     resume: str
     progress: Literal["auto", "bar", "lines", "none"]
+    role: Literal["server", "client"] | None = None
+    server: str | None = None
+    client_id: int | None = None
 
     def __post_init__(self) -> None:
         counts = "num_clients rounds local_epochs batch_size eval_interval eval_batch_size checkpoint_interval"
@@ -121,9 +130,31 @@ class RunConfig:
         if self.threads != "auto" and self.threads < 1:
             raise ConfigError("threads", self.threads, "auto, or an integer >= 1")
         self.aggregate.check(self.num_clients)
+        self._check_network()
         for part in PARTS:
             where = f"model.{part}.scheduler" if self._refinement(part, "scheduler") else "scheduler"
             check_schedule(self.optimizer_for(part), self.scheduler_for(part), self.rounds, where)
+
+    def _check_network(self) -> None:
+        over_network = isinstance(self.transport, GrpcTransport)
+        if over_network and self.role is None:
+            raise ConfigError("role", None, "server or client with transport=grpc", ("server", "client"))
+        if not over_network and self.role is not None:
+            raise ConfigError("role", self.role, "null, or transport=grpc to go with it")
+        if self.role != "client":
+            for key in ("server", "client_id"):
+                if getattr(self, key) is not None:
+                    raise ConfigError(key, getattr(self, key), "null, or role=client to go with it")
+            if self.dataset.distribution == "own" and not over_network:
+                expected = "one that divides one data set, or transport=grpc and clients with data of their own"
+                raise ConfigError("dataset.distribution", "own", expected)
+            return
+        if self.server is None:
+            raise ConfigError("server", None, "HOST:PORT of the server")
+        if not re.fullmatch(r"(\[[^\]\s]+\]|[^:\s]+):\d{1,5}", self.server):
+            raise ConfigError("server", self.server, "HOST:PORT")
+        if self.client_id is None or self.client_id < 0:
+            raise ConfigError("client_id", self.client_id, "the client's number, an integer >= 0")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "RunConfig":
@@ -146,6 +177,8 @@ class RunConfig:
         values["algorithm"] = algorithm_config(name, values["algorithm"])
         values["optimizer"] = optimizer_config(values["optimizer"], "optimizer")
         values["scheduler"] = _scheduler(mapping.get("scheduler"), "scheduler")
+        if "transport" in mapping:
+            values["transport"] = transport_config(mapping["transport"], "transport")
         values["logger"] = tuple(
             logger_config({"name": name, **_mapping(values["logger"], name, "logger.")}, f"logger.{name}")
             for name in values["logger"]
@@ -165,6 +198,7 @@ class RunConfig:
     def identity(self) -> str:
         """16 hexadecimal digits of a hash over everything that decides the result; equal in every process."""
         deciding = {key: value for key, value in self.to_mapping().items() if key not in _NOT_DECIDING}
+        deciding["transport"] = self.transport.name
         text = json.dumps(deciding, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -74,6 +74,10 @@ class Store:
         """Forget what ``client`` staged since the last commit."""
         self._staged.pop(client, None)
 
+    def discard_all(self) -> None:
+        """Forget all that was staged since the last commit."""
+        self._staged.clear()
+
     def commit(self) -> None:
         """Make everything staged the current state; called once at the end of a round."""
         for client, rows in self._staged.items():
@@ -109,6 +113,19 @@ class Store:
         save_tensors(self._folder / name, self._memory[key])
         self._files[key] = name
         self._dirty.discard(key)
+
+    def rows(self, client: int) -> dict[str, Row]:
+        """All rows of a client, by name."""
+        names = {name for owner, name in (*self._memory, *self._files) if owner == client}
+        return {name: row for name in sorted(names) if (row := self.get(client, name)) is not None}
+
+    def replace(self, client: int, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Make these all the rows of a client."""
+        for name in self.rows(client).keys() - rows.keys():
+            self.drop(client, name)
+        for name, row in rows.items():
+            self.put(client, name, {entry: tensor.to(self._device) for entry, tensor in row.items()})
+        self.commit()
 
     def checkpoint(self) -> list[list[str | int]]:
         """Write what no file holds yet, and list all rows as (client, name, file) for a checkpoint's manifest."""

@@ -16,6 +16,7 @@ SOURCES = sorted(
     [
         *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")),
         ROOT / "attack.py",
+        ROOT / "certificates.py",
         ROOT / "main.py",
         ROOT / "personalize.py",
         ROOT / "plot_results.py",

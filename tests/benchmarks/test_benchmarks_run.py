@@ -171,3 +171,23 @@ def test_plotting_reads_and_draws_what_it_wrote(capsys: pytest.CaptureFixture[st
     assert "24 runs of 3 rounds" in shown
     assert re.search(rf"reading +{DECIMAL} s  24 runs", shown)
     assert re.search(rf"plot_results.py +{DECIMAL} s  3 comparisons, \d+ files", shown)
+
+
+def test_a_round_trip_is_measured_beside_the_echo(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("grpc", reason="the extra grpc is not installed")
+    network = importlib.import_module("benchmarks.network")
+    keys = ["--only", "time", "--mb", "0.01", "--steps", "1", "--repeats", "2", "--tls", "yes"]
+    assert network.main(keys) == 0
+    shown = capsys.readouterr().out
+    assert "0.01 MB each way, with TLS" in shown
+    for line in ("gRPC alone, sync client", "gRPC alone, aio  client", "the platform            "):
+        assert re.search(rf"{line} {DECIMAL} ms \({DECIMAL} \.\. {DECIMAL}\)", shown)
+    assert re.search(rf"ratio to the (sync|aio) client {DECIMAL} ", shown)
+
+
+def test_a_crowd_is_served_and_the_servers_memory_told() -> None:
+    pytest.importorskip("grpc", reason="the extra grpc is not installed")
+    crowd = importlib.import_module("benchmarks.crowd")
+    # each answer has the size of its question, so one of either is in memory; and the strays of both clients are read
+    assert crowd.platform_mb(crowd.Crowd(clients=2, mb=20, steps=2, stray=True)) > 40
+    assert crowd.echo_mb(crowd.Crowd(clients=2, mb=20, steps=1)) > 40

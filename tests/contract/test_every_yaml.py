@@ -52,10 +52,12 @@ def test_every_group_is_covered() -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.federation.load", tiny)
+    monkeypatch.setattr("runtime.setup.load", tiny)
     overrides = [choice, *SMALL]
     if choice == "algorithm=fsl_sage" or choice.startswith("experiment=fsl_sage"):
         overrides.append("algorithm.align_epochs=1")
+    elif choice == "transport=grpc":
+        overrides.append("role=server")  # over a network it is tried in tests/network
     elif not choice.startswith(("algorithm", "experiment=mocosfl", "experiment=small/contrastive")):
         overrides.append("algorithm=cse_fsl")
     composed = load_config(overrides)

@@ -2,8 +2,11 @@
 
 import io
 import logging
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +203,30 @@ def test_durations_in_words(seconds: float, text: str) -> None:
 @given(st.floats(0, 2e5))
 def test_durations_never_show_sixty(seconds: float) -> None:
     assert "60" not in format_seconds(seconds).split()
+
+
+# ---------------------------------------------------------------------- processes that run for days
+
+
+def stamped(monkeypatch: pytest.MonkeyPatch, journal: Callable[[os.stat_result], str], path: Path) -> str:
+    """What lines of the log look like in a file that is standard output, where JOURNAL_STREAM says what."""
+    with path.open("w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setenv("JOURNAL_STREAM", journal(os.fstat(stream.fileno())))
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        monkeypatch.setattr(console.log, "handlers", [handler])
+        console.stamp_lines()
+        for text in ("client 0: round 1 of 3 took 0.05 s", "\ntitle\n| a table |"):
+            handler.emit(logging.LogRecord("name", logging.INFO, "", 0, text, None, None))
+    return path.read_text(encoding="utf-8")
+
+
+def test_lines_of_a_server_or_client_have_their_time_but_where_the_journal_gives_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = "client 0: round 1 of 3 took 0.05 s\n\ntitle\n| a table |\n"
+    text = stamped(monkeypatch, lambda stat: f"{stat.st_dev}:{stat.st_ino + 1}", tmp_path / "terminal")
+    time.strptime(text[:19], "%Y-%m-%d %H:%M:%S")
+    assert text[19:] == f" {plain}", "a table keeps its shape"
+    assert stamped(monkeypatch, lambda stat: f"{stat.st_dev}:{stat.st_ino}", tmp_path / "journal") == plain

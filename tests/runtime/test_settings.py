@@ -40,7 +40,7 @@ def changed(**values: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_yaml_composes_and_builds_a_run_config(choice: str) -> None:
-    config = load_config([choice])
+    config = load_config([choice, *(["role=server"] if choice == "transport=grpc" else [])])
     group, _, name = choice.partition("=")
     if group in ("algorithm", "model", "dataset"):
         assert config.to_mapping()[group]["name"] == name
@@ -211,13 +211,18 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
     }
     base = RunConfig.from_mapping(BASE).identity()
     for key, value in leaves(BASE):
-        if key == "transport" or key.startswith("logger"):
-            continue  # one choice only; several choices are tried below
+        if key.startswith(("transport", "logger")) or key in ("role", "server", "client_id"):
+            continue  # they depend on each other, and are tried below
         new = other[key] if key in other else not value if isinstance(value, bool) else value + 1
         same = key in ("save_dir", "resume", "progress", "checkpoint_interval", "state_memory_mb", "jobs_per_gpu")
         same = same or key.startswith(("personalize", "probe", "communication_by"))
         assert (RunConfig.from_mapping(changed(**{key: new})).identity() == base) == same, key
     assert RunConfig.from_mapping(changed(logger={"tensorboard": {}})).identity() == base
+    remote = [
+        RunConfig.from_mapping(changed(transport={"name": "grpc", "port": port}, role="server")).identity()
+        for port in (1, 2)
+    ]
+    assert remote[0] == remote[1] != base
     assert RunConfig.from_mapping(changed(model__server__optimizer={"lr": 0.5})).identity() != base
 
 

@@ -1,0 +1,126 @@
+"""Time of a split-learning step's round trip over the network, and the server's memory, against a bare gRPC echo.
+
+On loopback, client and server in processes of their own, no computation: the server sends a gradient and waits for the
+client's next smashed data, by the path of a run, from tensors to checked tensors. The echo (``benchmarks.echo``) sends
+the same bytes as one message and gets them back. Both take turns, in blocks of steps, without and with TLS.
+Then the server's memory with few and with many clients at once (``benchmarks.crowd``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import echo
+from benchmarks.crowd import Crowd, echo_mb, platform_mb
+from benchmarks.links import WAIT_S, listening, open_session, processes, smashed, take_steps
+from benchmarks.measure import Spread, machine_options, set_up
+from runtime import forking
+from runtime.allocator import keep_freed_memory
+from runtime.network.authority import Order, make_certificates
+
+TARGET = 1.5
+
+
+class RoundTrips:
+    """Both sides at once, ready to be measured in turn."""
+
+    def __init__(self, stack: contextlib.ExitStack, mb: float, certificates: Path | None) -> None:
+        start = stack.enter_context(processes())
+        context = forking.server()
+        ours, theirs = context.Pipe()
+        start(echo.serve, theirs, certificates)
+        if not ours.poll(WAIT_S):
+            raise RuntimeError("the echo does not start")
+        port = ours.recv()
+        self._orders, theirs = context.Pipe()
+        start(echo.call, theirs, port, certificates, round(mb * 1e6))
+        hub = stack.enter_context(listening(1, certificates))
+        start(take_steps, hub.port, 0, certificates, mb)
+        self._session, self._gradient = open_session(hub, 0), {"grad": smashed(mb)["z"]}
+        self._session.send(self._gradient)
+        self._session.receive()
+
+    def bare(self, client: str, times: int) -> list[float]:
+        """Seconds of so many steps of the echo."""
+        self._orders.send((client, times))
+        if not self._orders.poll(WAIT_S):
+            raise RuntimeError("the echo does not answer")
+        return self._orders.recv()
+
+    def platform(self, times: int) -> list[float]:
+        """Seconds of so many steps of a run."""
+        found: list[float] = []
+        for _ in range(times):
+            start = time.perf_counter()
+            self._session.send(self._gradient)
+            self._session.receive()
+            found.append(time.perf_counter() - start)
+        return found
+
+
+def measure(options: argparse.Namespace, certificates: Path | None, show: Callable[[str], None]) -> None:
+    """The lines of one link."""
+    blocks: dict[str, list[float]] = {name: [] for name in ("platform", *echo.CLIENTS)}
+    with contextlib.ExitStack() as stack:
+        trips = RoundTrips(stack, options.mb, certificates)
+        for _ in range(options.repeats + 1):
+            for name in echo.CLIENTS:
+                blocks[name].append(statistics.median(trips.bare(name, options.steps)))
+            blocks["platform"].append(statistics.median(trips.platform(options.steps)))
+    spreads = {name: Spread.of(values[1:]) for name, values in blocks.items()}
+    quicker = min(echo.CLIENTS, key=lambda name: spreads[name].median)
+    ratio = Spread.of([one / bare for one, bare in zip(blocks["platform"], blocks[quicker], strict=True)][1:])
+    show(f"{options.mb:g} MB each way, {'without' if certificates is None else 'with'} TLS")
+    for name in echo.CLIENTS:
+        show(f"  gRPC alone, {name:<4} client {spreads[name].show(1e3, 1, ' ms')}")
+    verdict = "met" if ratio.median <= TARGET else "MISSED"
+    show(f"  the platform             {spreads['platform'].show(1e3, 1, ' ms')}")
+    show(f"  ratio to the {quicker} client {ratio.show()}, target {TARGET:.2f} {verdict}")
+
+
+def measure_memory(options: argparse.Namespace, show: Callable[[str], None]) -> None:
+    """The lines of the server's memory."""
+    few, many = (Crowd(clients, options.crowd_mb, options.crowd_steps) for clients in options.clients)
+    show(f"memory that {few.clients} and {many.clients} clients take at the server, {few.mb:g} MB each way and step")
+    for name, stray in (("the platform", False), ("and each sends a message unasked", True)):
+        low, high = (platform_mb(replace(crowd, stray=stray)) for crowd in (few, many))
+        show(f"  {name:<34} {low:6.0f} MB {high:6.0f} MB")
+    show(f"  {'gRPC alone, all at once':<34} {echo_mb(few):6.0f} MB {echo_mb(many):6.0f} MB")
+
+
+def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = print) -> int:
+    """Measure round trips without and with TLS, then memory."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.network", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--mb", type=float, default=4.0, help="MB of a message (default: 4)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a block, of which the median (default: 20)")
+    parser.add_argument("--repeats", type=int, default=15, help="measured blocks of each side (default: 15)")
+    parser.add_argument("--tls", choices=("no", "yes", "both"), default="both", help="default: both")
+    parser.add_argument("--clients", type=int, nargs=2, default=[10, 100], help="at once, for memory (default: 10 100)")
+    parser.add_argument("--crowd-mb", type=float, default=8.0, help="MB of their messages (default: 8)")
+    parser.add_argument("--crowd-steps", type=int, default=3, help="steps of each of them (default: 3)")
+    parser.add_argument("--only", choices=("time", "memory"), help="one of the two")
+    machine_options(parser)
+    options = parser.parse_args(arguments)
+    keep_freed_memory()
+    show(f"{set_up(options)}; {options.repeats} repeats, median (min .. max) of blocks of {options.steps} steps")
+    if options.only != "memory":
+        with tempfile.TemporaryDirectory() as folder:
+            certificates = Path(folder) / "certificates"
+            make_certificates(certificates, Order(server=("localhost",), clients=(0,)))
+            for tls in {"no": (False,), "yes": (True,), "both": (False, True)}[options.tls]:
+                measure(options, certificates if tls else None, show)
+    if options.only != "time":
+        measure_memory(options, show)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

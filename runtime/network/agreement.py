@@ -1,0 +1,152 @@
+"""What server and client have to agree on before they work together: the version, the configuration and the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset
+from runtime.config import ConfigError, show
+from runtime.network.bounds import shown
+from runtime.settings import RunConfig
+
+PROTOCOL = 1
+_PROJECT = Path(__file__).resolve().parent.parent.parent
+_PACKAGES = ("algorithms", "datasets", "models", "runtime")
+
+# What each machine says for itself: where things are and how they are kept. All else has to be equal.
+_OWN_SECTIONS = ("transport", "role", "server", "client_id", "logger")
+_OWN_KEYS = (
+    *("device", "threads", "save_dir", "state_memory_mb", "progress", "resume", "jobs_per_gpu"),
+    *("dataset.root", "dataset.storage", "dataset.workers"),
+)
+# Sections whose choice sets many keys; on a client's command line only the name is compared.
+_GROUPS = ("algorithm", "model", "dataset", "optimizer", "scheduler")
+_PLAIN = ("true", "false", "null")
+
+
+@cache
+def version() -> str:
+    """A hash of the source of what decides a result: 12 hexadecimal digits, equal on every system."""
+    digest = hashlib.sha256()
+    for package in _PACKAGES:
+        for path in sorted((_PROJECT / package).rglob("*.py")):
+            digest.update(path.relative_to(_PROJECT).as_posix().encode() + b"\0")
+            digest.update(path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def shared(config: RunConfig) -> dict[str, Any]:
+    """The part of a configuration that is the same at the server and at every client."""
+    mapping = config.to_mapping()
+    for key in (*_OWN_SECTIONS, *_OWN_KEYS):
+        *above, last = key.split(".")
+        section = mapping
+        for name in above:
+            section = section[name]
+        section.pop(last)
+    return mapping
+
+
+def fingerprint(mapping: Mapping[str, Any]) -> str:
+    """A hash of what ``shared`` gave."""
+    return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def joined(own: RunConfig, theirs: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:
+    """The configuration that a client works with: the server's, and of its own what each machine says for itself.
+
+    Args:
+        own: as composed from the client's command line. theirs: what the server sent.
+        overrides: the client's command line, e.g. "dataset=mnist"; what it names has to be as at the server.
+
+    Raises:
+        ConfigError: a value of the command line differs from the server's, or the server names code to import that
+            the command line does not name.
+    """
+    given = [override.lstrip("+").partition("=")[::2] for override in overrides]
+    mine = own.to_mapping()
+    for key, _ in given:
+        if key in _OWN_KEYS or key.partition(".")[0] in _OWN_SECTIONS:
+            continue
+        here, there = (_named(values, key) for values in (mine, theirs))
+        if here != there:
+            raise ConfigError(key, here, f"{show(there)}, as at the server")
+    for name in _imports(theirs.get("model")):
+        if not any(key.startswith("model") and name in value for key, value in given):
+            raise ConfigError("model", name, "a model that this command line names too, as code is imported for it")
+    mapping = cast(dict[str, Any], json.loads(json.dumps(theirs)))
+    for key in (*_OWN_SECTIONS, *_OWN_KEYS):
+        *above, last = key.split(".")
+        section, source = mapping, mine
+        for part in above:
+            section, source = section.setdefault(part, {}), source[part]
+        section[last] = source[last]
+    return RunConfig.from_mapping(mapping)
+
+
+def _named(values: Mapping[str, Any], key: str) -> Any:
+    """What a dotted key, or the choice of a group, comes to; None where there is nothing."""
+    found: Any = values
+    for part in key.split("."):
+        found = cast(Mapping[str, Any], found).get(part) if isinstance(found, Mapping) else None
+    if key in _GROUPS and isinstance(found, Mapping):
+        return cast(Mapping[str, Any], found).get("name")
+    return found
+
+
+def _imports(value: object) -> Iterable[str]:
+    """The names in a section that stand for code to import."""
+    if isinstance(value, str) and value.startswith("import/"):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in cast(Mapping[str, object], value).values():
+            yield from _imports(each)
+    elif isinstance(value, list | tuple):
+        for each in cast(Iterable[object], value):
+            yield from _imports(each)
+
+
+def data_facts(dataset: Dataset, *, divided: bool) -> dict[str, Any]:
+    """What is told of a data set, so that both parties know that theirs go together.
+
+    Args:
+        divided: all have the whole set, so that its labels have to be equal; else each has its own, and only what an
+            image is and what the classes are.
+    """
+    info = dataset.info
+    facts: dict[str, Any] = {
+        "name": info.name,
+        "shape": list(info.shape),
+        "classes": info.classes,
+        "class_names": [str(name) for name in info.class_names],
+    }
+    if divided:
+        for split, source in (("training", dataset.train), ("test", dataset.test)):
+            labels = source.labels.numpy().tobytes()
+            facts[f"{split} samples"] = len(source.labels)
+            facts[f"{split} labels"] = hashlib.sha256(labels).hexdigest()[:16]
+    return facts
+
+
+def compare_data(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
+    """How a client's data differ from the server's, in words; None where they go together."""
+    for key, value in here.items():
+        if there.get(key) != value:
+            hint = ""
+            if key.startswith(("training", "test")):
+                hint = "; dataset.distribution=own at the server if each client has data of its own"
+            elif key.startswith("class"):
+                hint = "; for image folders dataset.options.classes=[...] at the server names all of them"
+            return f"the client's data have {key} {told(there.get(key))}, the server's {show(value)}{hint}"
+    return None
+
+
+def told(value: object) -> str:
+    """What a peer says, for an error's line: spelled as on the command line where that is one short line."""
+    text = show(value) if value is None or isinstance(value, str | int | float) else ""
+    return text if text and text.isprintable() else shown(value)

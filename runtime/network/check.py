@@ -1,0 +1,106 @@
+"""What a receiver checks of a payload before a model sees it: values within bounds, and the shapes it waits for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from runtime.boundary import Payload, Value, field_of
+from runtime.network.bounds import WireError, shown
+
+Kind: TypeAlias = torch.dtype | type[bool] | type[int] | type[float]
+"""A tensor's dtype, or the type of a plain number."""
+
+LABELS = "y"
+"""The field of class labels."""
+
+LARGEST = 1e18
+"""The largest value that is taken: squares and sums of such are finite in float32."""
+
+
+def check_values(payload: Payload, *, classes: int | None) -> None:
+    """Values that training can use: up to ``LARGEST``, and labels (field ``y``) from 0 to ``classes - 1``, if known.
+
+    Raises:
+        WireError: at a NaN, an infinity, a value that is too large or a label out of range.
+    """
+    for name, value in payload.items():
+        labels = classes is not None and field_of(name) == LABELS
+        if not labels and not _may_be_infinite(value):
+            continue
+        least, most = _range(value)
+        if not (math.isfinite(least) and math.isfinite(most)):
+            raise WireError(f"{shown(name)} has values that are not finite")
+        if not labels and not -LARGEST <= least <= most <= LARGEST:
+            raise WireError(f"{shown(name)} has values from {least:.3g} to {most:.3g}; {LARGEST:.0e} is the largest")
+        if labels and classes is not None and not 0 <= least <= most <= classes - 1:
+            raise WireError(f"{shown(name)} has values from {least} to {most}; classes are 0 to {classes - 1}")
+
+
+def _may_be_infinite(value: Value) -> bool:
+    return value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, float)
+
+
+def _range(value: Value) -> tuple[float, float]:
+    """The least and the largest value, both NaN if any is; 0 of an empty tensor."""
+    if not isinstance(value, Tensor):
+        return value, value
+    if not value.numel():
+        return 0, 0
+    least, most = torch.aminmax(value.detach())
+    return least.item(), most.item()
+
+
+class Shapes:
+    """The names, dtypes and shapes that a message has to have.
+
+    A size of None is any from 1 up; those that lead (batches) are the same in all fields of a message.
+    """
+
+    def __init__(self, fields: Mapping[str, tuple[Kind, tuple[int | None, ...]]]) -> None:
+        """``fields``: by name, the dtype and shape of a tensor, or bool, int or float and ``()`` of a plain number."""
+        self._fields = dict(fields)
+
+    @property
+    def fields(self) -> int:
+        """Their number."""
+        return len(self._fields)
+
+    def check(self, payload: Payload) -> None:
+        """Compare a message.
+
+        Raises:
+            WireError: where it differs.
+        """
+        if payload.keys() != self._fields.keys():
+            wrong = sorted(payload.keys() ^ self._fields.keys())
+            raise WireError(f"fields {shown(', '.join(wrong))} are missing, or not expected")
+        batch: int | None = None
+        for name, (kind, shape) in self._fields.items():
+            value = payload[name]
+            got = value.dtype if isinstance(value, Tensor) else type(value)
+            sizes = _sizes(value)
+            if got != kind or not _fits(sizes, shape):
+                raise WireError(f"{shown(name)} is {_shown(got, sizes)}, expected {_shown(kind, shape)}")
+            if shape and shape[0] is None:
+                if batch not in (None, sizes[0]):
+                    raise WireError(f"{shown(name)} has {sizes[0]} samples, where another field has {batch}")
+                batch = sizes[0]
+
+
+def _sizes(value: Value) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _fits(sizes: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    pairs = zip(sizes, shape, strict=False)
+    return len(sizes) == len(shape) and all(size >= 1 if wanted is None else size == wanted for size, wanted in pairs)
+
+
+def _shown(kind: Kind, shape: tuple[int | None, ...]) -> str:
+    name = str(kind).removeprefix("torch.") if isinstance(kind, torch.dtype) else kind.__name__
+    return f"{name}[{', '.join('any' if size is None else str(size) for size in shape)}]"

@@ -1,0 +1,55 @@
+"""What a client keeps between rounds, on its own machine: one file for each round that changed it.
+
+The server says which of the client's rounds counted last; the state after that one is taken up, and what was kept of
+later ones, which did not count, is removed. So a server that goes on from a checkpoint finds its clients as they were.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from runtime.files import sync_folder, temporary_name
+from runtime.serial import load_state, save_state
+from runtime.store import Row
+
+_NAME = re.compile(r"state-(\d+)\.safetensors")
+
+
+class KeptState:
+    """The states of one client in one run, by the round after which they were kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def rounds(self) -> list[int]:
+        """The rounds after which a state was kept."""
+        if not self._folder.is_dir():
+            return []
+        found = (_NAME.fullmatch(path.name) for path in self._folder.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def read(self, round: int) -> dict[str, Row]:
+        """The rows as they were after a round.
+
+        Raises:
+            FileNotFoundError: none were kept then.
+        """
+        return load_state(self._path(round))["rows"]
+
+    def write(self, round: int, rows: dict[str, Row]) -> None:
+        """Keep the rows as they are after a round; they are on the disk when this returns."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(round)
+        save_state(temporary_name(path), {"rows": rows})
+        temporary_name(path).replace(path)
+        sync_folder(self._folder)
+
+    def forget(self, *, before: int | None, after: int | None) -> None:
+        """Remove the states of rounds before one and of rounds after another; None is before all rounds."""
+        for round in self.rounds():
+            if (before is not None and round < before) or after is None or round > after:
+                self._path(round).unlink(missing_ok=True)
+
+    def _path(self, round: int) -> Path:
+        return self._folder / f"state-{round}.safetensors"

@@ -1,0 +1,157 @@
+"""A client's end of the network: one stream to the server, used by one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import re
+import threading
+from collections import deque
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import grpc
+
+from runtime.config import ConfigError
+from runtime.network.bounds import Limits, WireError
+from runtime.network.config import GrpcTransport
+from runtime.network.hub import METHOD, SERVICE, LinkLostError, channel_options, hand_over_quickly
+from runtime.network.tls import client_credentials, is_loopback
+from runtime.network.wire import Head, Incoming, Received, What, outgoing
+
+# Pieces that wait to be sent, and messages that wait to be read: more of them gain nothing and cost memory.
+_PIECES, _MESSAGES = 2, 2
+# What gRPC says of an address that it cannot connect to, before it says why.
+_TRIED = re.compile(r"^failed to connect to all addresses; last error: \w+: ipv[46]:\S+: ")
+_ANSWERS = frozenset({What.WELCOME, What.ROUND, What.OPEN, What.REPLY, What.EVALUATE, What.CLOSE, What.END})
+
+
+class Link:
+    """One stream to the server; what is sent leaves in order, what comes is read ahead by a message or two.
+
+    Args:
+        address: HOST:PORT of the server.
+
+    Raises:
+        ConfigError: the server is on another machine and there are no certificates.
+    """
+
+    def __init__(self, address: str, client: int, config: GrpcTransport) -> None:
+        hand_over_quickly()
+        # A pool of its own: else gRPC waits by itself before it tries an address again that has just failed.
+        options = [*channel_options(config), ("grpc.use_local_subchannel_pool", 1)]
+        if config.certificates is not None:
+            credentials = client_credentials(config.certificates, client)
+            self._channel = grpc.secure_channel(address, credentials, options)
+        elif config.insecure or is_loopback(address.rpartition(":")[0].strip("[]")):
+            self._channel = grpc.insecure_channel(address, options)
+        else:
+            expected = f"a folder of certificates for {address}, or transport.insecure=true"
+            raise ConfigError("transport.certificates", None, expected)
+        self._outbox: deque[bytes] = deque()
+        self._changed = threading.Condition()
+        self._over = False
+        self._inbox: queue.Queue[Received | Exception] = queue.Queue(_MESSAGES)
+        self._waiting: deque[Received] = deque()
+        self._incoming = Incoming(Limits(message_bytes=round(config.max_message_mb * 1e6)), _ANSWERS)
+        # Bytes go as they are: there is no protobuf.
+        self._call: Any = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._pieces())
+        self._reader = threading.Thread(target=self._read, name="network", daemon=True)
+        self._reader.start()
+
+    def send(self, what: What, body: Any, session: int = 0, kind: str = "") -> None:
+        """Send a message; returns when most of it has left.
+
+        Raises:
+            LinkLostError: the stream is over.
+        """
+        for piece in outgoing(Head(what, session, kind), body):
+            with self._changed:
+                self._changed.wait_for(lambda: self._over or len(self._outbox) < _PIECES)
+                if self._over:
+                    break
+                self._outbox.append(piece)
+                self._changed.notify_all()
+
+    def receive(self, whats: Collection[What] = _ANSWERS) -> Received:
+        """The next message, one of these.
+
+        Raises:
+            LinkLostError: the stream is over; says why.
+            WireError: it is another one.
+        """
+        received = self._waiting.popleft() if self._waiting else self._inbox.get()
+        if isinstance(received, Exception):
+            self._inbox.put_nowait(received)  # the end stays the end
+            raise received
+        if received.head.what not in whats:
+            raise WireError(f"message {received.head.what.name} is not expected")
+        return received
+
+    def push_back(self, received: Received) -> None:
+        """Make a message the next one again."""
+        self._waiting.appendleft(received)
+
+    def peek(self) -> What | None:
+        """What the next message is, if it is here already."""
+        if not self._waiting:
+            with contextlib.suppress(queue.Empty):
+                received = self._inbox.get_nowait()
+                if isinstance(received, Exception):
+                    self._inbox.put_nowait(received)
+                    raise received
+                self._waiting.append(received)
+        return self._waiting[0].head.what if self._waiting else None
+
+    def close(self) -> None:
+        """End the stream."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+        self._call.cancel()
+        self._channel.close()
+        while self._reader.is_alive():  # it may stand before a full inbox
+            with contextlib.suppress(queue.Empty):
+                self._inbox.get_nowait()
+            self._reader.join(0.05)
+
+    def finish(self, seconds: float) -> None:
+        """Return when all that was sent has left, or after some seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or not self._outbox, seconds)
+
+    # ------------------------------------------------------------------ in gRPC's threads
+
+    def _pieces(self) -> Iterator[bytes]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._over or bool(self._outbox))
+                if self._over:
+                    return
+                piece = self._outbox.popleft()
+                self._changed.notify_all()
+            yield piece
+
+    def _read(self) -> None:
+        end: Exception = LinkLostError("the server has ended the stream")
+        try:
+            for data in self._call:
+                received = self._incoming.feed(data)
+                if received is not None:
+                    self._inbox.put(received)
+        except WireError as error:
+            end = error
+        except grpc.RpcError as error:
+            end = LinkLostError(_reason(error))
+        except Exception as error:
+            end = LinkLostError(f"{type(error).__name__}: {error}")
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+        self._inbox.put(end)
+
+
+def _reason(error: Any) -> str:
+    """gRPC's reason in one line."""
+    details = _TRIED.sub("", " ".join(str(error.details() or "").split()))
+    return f"{error.code().name.lower().replace('_', ' ')}: {details[:300]}" if details else str(error.code())

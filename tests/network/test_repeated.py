@@ -1,0 +1,51 @@
+"""What a round that was given up leaves behind, and what a server that is started again finds at its clients: nothing
+that the result shows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.federation import Federation
+from runtime.schedule import RoundLostError
+from tests.conftest import play, same, weights
+from tests.network.serving import kept_rows, served
+
+SETTING = ("algorithm=fsl_sage", "algorithm.align_epochs=2", "num_clients=2", "rounds=4")
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_round_is_lost_and_repeated(configure, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    whole = play(Federation(configure(*SETTING)))
+    federation = Federation(configure(*SETTING))
+    clients = federation.clients
+    clients.may_repeat = True
+    train, lost = clients.train, []
+
+    def failing(*arguments: Any) -> Any:
+        report = train(*arguments)
+        if federation.round == 2 and len(lost) < times:
+            lost.append(federation.round)
+            raise RoundLostError("lost client 0 of 2")
+        return report
+
+    monkeypatch.setattr(clients, "train", failing)
+    play(federation)
+    assert len(lost) == times
+    assert same(weights(federation), weights(whole))
+    assert federation.ledger.state_dict() == whole.ledger.state_dict()
+
+
+def test_a_server_that_goes_on_finds_its_clients_as_they_were(configure, tmp_path: Path) -> None:
+    pytest.importorskip("grpc", reason="the extra grpc is not installed")
+    whole = play(Federation(configure(*SETTING)))
+    with served(tmp_path, *SETTING) as federation:
+        play(federation, 2)
+        federation.checkpoint({})
+        # This round counts for the clients, and is forgotten by the server.
+        play(federation, 1)
+    with served(tmp_path, *SETTING) as federation:
+        assert federation.round == 2
+        play(federation)
+        found = weights(federation) | kept_rows(tmp_path, 2)
+    assert same(found, weights(whole)), sorted(found.keys() ^ weights(whole).keys())

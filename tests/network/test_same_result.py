@@ -1,0 +1,44 @@
+"""Over the network every algorithm gives the bits that it gives in one process: weights, ledger, accuracy."""
+
+from pathlib import Path
+
+import pytest
+
+import algorithms
+from runtime.federation import Federation
+from tests.conftest import same, weights
+from tests.contract.test_contract import quick
+from tests.network.serving import kept_rows, served
+
+pytest.importorskip("grpc", reason="the extra grpc is not installed")
+
+SETTING = ("rounds=2", "eval_interval=1", "num_clients=3", "batch_size=160")
+
+
+def totals(federation: Federation) -> list[list]:
+    return sorted(federation.ledger.state_dict()["totals"])
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_weights_ledger_and_accuracy(configure, name: str, tmp_path: Path) -> None:
+    setting = (*SETTING, f"algorithm={name}", *quick(name))
+    local = Federation(configure(*setting))
+    expected = [local.step() for _ in range(2)]
+    with served(tmp_path, *setting) as remote:
+        found = [remote.step() for _ in range(2)]
+        here = weights(remote)
+    here |= kept_rows(tmp_path, local.population)
+    assert same(here, weights(local)), sorted(here.keys() ^ weights(local).keys())
+    for (record, lines), (other, others) in zip(found, expected, strict=True):
+        assert lines == others
+        assert record.round_trips == other.round_trips
+        assert (record.test_acc, record.test_loss, record.train_loss) == (
+            other.test_acc,
+            other.test_loss,
+            other.train_loss,
+        )
+        assert record.metrics == other.metrics
+        assert record.client_rows == other.client_rows
+    assert remote.ledger.state_dict() == local.ledger.state_dict() or sorted(remote.ledger.totals()) == sorted(
+        local.ledger.totals()
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import re
 import threading
 from collections import deque
@@ -51,8 +49,8 @@ class Link:
         self._outbox: deque[bytes] = deque()
         self._changed = threading.Condition()
         self._over = False
-        self._inbox: queue.Queue[Received | Exception] = queue.Queue(_MESSAGES)
-        self._waiting: deque[Received] = deque()
+        self._end: Exception | None = None
+        self._inbox: deque[Received] = deque()
         self._incoming = Incoming(Limits(message_bytes=round(config.max_message_mb * 1e6)), _ANSWERS)
         # Bytes go as they are: there is no protobuf.
         self._call: Any = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._pieces())
@@ -60,11 +58,7 @@ class Link:
         self._reader.start()
 
     def send(self, what: What, body: Any, session: int = 0, kind: str = "") -> None:
-        """Send a message; returns when most of it has left.
-
-        Raises:
-            LinkLostError: the stream is over.
-        """
+        """Send a message; returns when most of it has left. Once the stream is over nothing is sent."""
         for piece in outgoing(Head(what, session, kind), body):
             with self._changed:
                 self._changed.wait_for(lambda: self._over or len(self._outbox) < _PIECES)
@@ -78,30 +72,34 @@ class Link:
 
         Raises:
             LinkLostError: the stream is over; says why.
-            WireError: it is another one.
+            WireError: it is another one, or none at all.
         """
-        received = self._waiting.popleft() if self._waiting else self._inbox.get()
-        if isinstance(received, Exception):
-            self._inbox.put_nowait(received)  # the end stays the end
-            raise received
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._inbox) or self._end is not None)
+            if not self._inbox:
+                assert self._end is not None
+                raise self._end
+            received = self._inbox.popleft()
+            self._changed.notify_all()
         if received.head.what not in whats:
             raise WireError(f"message {received.head.what.name} is not expected")
         return received
 
     def push_back(self, received: Received) -> None:
         """Make a message the next one again."""
-        self._waiting.appendleft(received)
+        with self._changed:
+            self._inbox.appendleft(received)
 
     def peek(self) -> What | None:
-        """What the next message is, if it is here already."""
-        if not self._waiting:
-            with contextlib.suppress(queue.Empty):
-                received = self._inbox.get_nowait()
-                if isinstance(received, Exception):
-                    self._inbox.put_nowait(received)
-                    raise received
-                self._waiting.append(received)
-        return self._waiting[0].head.what if self._waiting else None
+        """What the next message is, if it is here already.
+
+        Raises:
+            LinkLostError, WireError: as ``receive``.
+        """
+        with self._changed:
+            if not self._inbox and self._end is not None:
+                raise self._end
+            return self._inbox[0].head.what if self._inbox else None
 
     def close(self) -> None:
         """End the stream."""
@@ -110,10 +108,7 @@ class Link:
             self._changed.notify_all()
         self._call.cancel()
         self._channel.close()
-        while self._reader.is_alive():  # it may stand before a full inbox
-            with contextlib.suppress(queue.Empty):
-                self._inbox.get_nowait()
-            self._reader.join(0.05)
+        self._reader.join()
 
     def finish(self, seconds: float) -> None:
         """Return when all that was sent has left, or after some seconds."""
@@ -138,7 +133,7 @@ class Link:
             for data in self._call:
                 received = self._incoming.feed(data)
                 if received is not None:
-                    self._inbox.put(received)
+                    self._put(received)
         except WireError as error:
             end = error
         except grpc.RpcError as error:
@@ -146,9 +141,14 @@ class Link:
         except Exception as error:
             end = LinkLostError(f"{type(error).__name__}: {error}")
         with self._changed:
-            self._over = True
+            self._over, self._end = True, end
             self._changed.notify_all()
-        self._inbox.put(end)
+
+    def _put(self, received: Received) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or len(self._inbox) < _MESSAGES)
+            self._inbox.append(received)
+            self._changed.notify_all()
 
 
 def _reason(error: Any) -> str:

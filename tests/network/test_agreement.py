@@ -1,0 +1,104 @@
+"""What a client takes of the server's configuration, and what it keeps of its own; what it keeps between rounds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.config import ConfigError
+from runtime.hydra_support import load_config
+from runtime.network.agreement import compare_data, fingerprint, joined, shared
+from runtime.network.kept import KeptState
+from tests.conftest import SMALL
+
+SERVER = load_config(["transport=grpc", "role=server", *SMALL, "algorithm=sl_single_server", "rounds=7", "lr=0.03"])
+OWN = ["transport=grpc", "role=client", "server=127.0.0.1:1", "client_id=3"]
+
+
+def join(*overrides: str, theirs: dict[str, Any] | None = None):
+    given = [*OWN, *overrides]
+    return joined(load_config(given), shared(SERVER) if theirs is None else theirs, given)
+
+
+def test_a_client_works_with_the_servers_setting_on_its_own_machine(tmp_path: Path) -> None:
+    mine = (f"dataset.root={tmp_path}", "dataset.workers=1", "threads=2", f"save_dir={tmp_path}", "transport.timeout=5")
+    config = join(*mine)
+    assert fingerprint(shared(config)) == fingerprint(shared(SERVER))
+    assert (config.rounds, config.lr, config.algorithm_name, config.model.name) == (7, 0.03, "sl_single_server", "mlp")
+    assert (config.role, config.server, config.client_id) == ("client", "127.0.0.1:1", 3)
+    assert (config.dataset.root, config.dataset.workers, config.threads) == (tmp_path, 1, 2)
+    assert config.transport.timeout == 5  # type: ignore[union-attr]
+    assert config.dataset.name == "digits"
+
+
+@pytest.mark.parametrize("said", ["dataset=digits", "model=mlp", "rounds=7", "algorithm=sl_single_server", "lr=0.03"])
+def test_what_a_client_says_may_be_what_the_server_says(said: str) -> None:
+    assert fingerprint(shared(join(said))) == fingerprint(shared(SERVER))
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("dataset=synthetic", "dataset=synthetic: expected digits, as at the server"),
+        ("model=cnn2", "model=cnn2: expected mlp, as at the server"),
+        ("rounds=8", "rounds=8: expected 7, as at the server"),
+        ("algorithm=fed_avg", "algorithm=fed_avg: expected sl_single_server, as at the server"),
+        ("dataset.distribution=dirichlet", "dataset.distribution=dirichlet: expected iid, as at the server"),
+        ("optimizer=sgd", "optimizer=sgd: expected adam, as at the server"),
+    ],
+)
+def test_a_client_that_wants_something_else_is_told(said: str, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        join(said)
+    assert str(caught.value) == line
+
+
+def test_a_client_imports_no_code_that_its_own_command_line_does_not_name() -> None:
+    theirs = shared(SERVER)
+    theirs["model"] = {**theirs["model"], "name": "import/os.system"}
+    with pytest.raises(ConfigError, match=r"model=import/os.system: expected a model that this command line names too"):
+        join(theirs=theirs)
+    variants = {
+        **theirs,
+        "model": {**theirs["model"], "name": "mlp", "personal": {"variants": [{"name": "import/a.b"}]}},
+    }
+    with pytest.raises(ConfigError, match=r"model=import/a.b"):
+        join(theirs=variants)
+
+
+@pytest.mark.parametrize("change", [{"rounds": "many"}, {"surprise": 1}, {"algorithm": {"name": "nobody"}}, {"lr": -1}])
+def test_what_the_server_sends_is_checked(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        join(theirs={**shared(SERVER), **change})
+
+
+def test_data_that_do_not_go_together_are_told_apart() -> None:
+    here = {"name": "mnist", "classes": 10, "training samples": 100}
+    assert compare_data(here, dict(here)) is None
+    assert compare_data(here, {**here, "more": 1}) is None
+    assert compare_data(here, {**here, "classes": 9}) == (
+        "the client's data have classes 9, the server's 10; "
+        "for image folders dataset.options.classes=[...] at the server names all of them"
+    )
+    assert "dataset.distribution=own" in str(compare_data(here, {**here, "training samples": 99}))
+
+
+@given(
+    kept=st.sets(st.integers(0, 30), max_size=8),
+    last=st.none() | st.integers(0, 30),
+    needed=st.none() | st.integers(0, 30),
+)
+def test_states_that_may_be_asked_for_again_stay(
+    tmp_path_factory: pytest.TempPathFactory, kept: set[int], last: int | None, needed: int | None
+) -> None:
+    state = KeptState(tmp_path_factory.mktemp("kept"))
+    for round in sorted(kept):
+        state.write(round, {"part": {"w": torch.full((2,), float(round))}})
+    state.forget(before=needed, after=last)
+    first = -1 if needed is None else needed
+    assert state.rounds() == ([] if last is None else [round for round in sorted(kept) if first <= round <= last])
+    for round in state.rounds():
+        assert state.read(round)["part"]["w"].tolist() == [round, round]

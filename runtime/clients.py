@@ -158,9 +158,6 @@ class Clients(Seats):
     def checkpointed(self) -> None:
         """A checkpoint is in place: nothing from before it will be asked for again."""
 
-    def finished(self) -> None:
-        """The run is over."""
-
     @cached_property
     def compute_together(self) -> bool:
         """Whether one copy of the client's parts stands for those of a whole cohort: see ``Cohort``.

@@ -112,7 +112,7 @@ class _Client:
         run, theirs = str(welcome.get("run")), welcome.get("config")
         if not isinstance(theirs, dict):
             raise WireError("a welcome without a configuration")
-        self._rounds = int(welcome.get("rounds", 0))
+        self._rounds = _number(welcome, "rounds") or 0
         if self._site is not None and run == self._run and shared(self._site.config) == theirs:
             return self._site
         config = joined(self._own, cast(dict[str, Any], theirs), self._overrides)

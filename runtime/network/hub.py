@@ -107,9 +107,11 @@ class Connection:
         self._hub.note()
 
     def expect(self, *whats: What) -> None:
-        """Begin to read the client's next message, one of these."""
+        """Begin to read the client's next message, one of these; a read that has begun goes on, for one of these."""
         if self._next is None:
             self._next = self._hub.submit(self._read(frozenset(whats)))
+        else:
+            self._hub.call(setattr, self._incoming, "allowed", frozenset(whats))
 
     def receive(self, seconds: float) -> Received:
         """The message that is expected.

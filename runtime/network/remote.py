@@ -312,9 +312,6 @@ class RemoteClients(Clients):
     def checkpointed(self) -> None:
         self._durable = dict(self._last)
 
-    def finished(self) -> None:
-        self.hub.close("the run is over")
-
 
 def _absent(absent: list[int], of: int) -> str:
     names = ", ".join(map(str, sorted(absent)[:_NAMED])) + (", ..." if len(absent) > _NAMED else "")

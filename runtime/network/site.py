@@ -78,7 +78,7 @@ class Site(Setup):
         rows = store.rows(self.client)
         if rows:
             self.kept.write(self.round, rows)
-            self._last = self.round
+        self._last = self.round if rows else None
         return bool(rows)
 
     # ------------------------------------------------------------------ evaluation

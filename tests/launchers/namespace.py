@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.unshared import first_process
+
 ROOT = Path(__file__).resolve().parents[2]
 NODE = "cutlayer-node"
 ADDRESS = "127.0.0.2"
@@ -58,17 +60,7 @@ class Namespace:
         script = _SET_UP.format(node=NODE, address=ADDRESS, folder=self.folder, life=_LIFE_S)
         # Its first process waits for a line that never comes: it ends, and all others with it, when this one does. It
         # looks up now and then, as it has to bury the processes that others leave behind.
-        self._process = subprocess.Popen(
-            ["unshare", *_KINDS, "--fork", "--kill-child=KILL", "--mount-proc", "bash", "-c", script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n"
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        self._target = children.read_text().split()[0]
+        self._process, self._target = first_process(_KINDS, script)
         return self
 
     def __exit__(self, *_: object) -> None:

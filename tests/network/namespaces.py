@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tests.network.programs import ROOT, Program, Traffic, bound_to_test
 from tests.network.shaping import Conditions, encode
+from tests.unshared import first_process
 
 _KINDS = ("--net", "--pid", "--mount")
 _LIFE_S = 900
@@ -100,22 +101,7 @@ class Namespaces:
     def __enter__(self) -> Namespaces:
         hosts = " ".join(host.name for host in (self.server, *self.clients))
         script = _SET_UP.format(folder=self.folder, hosts=hosts, life=_LIFE_S)
-        self._process = subprocess.Popen(
-            ["unshare", *_KINDS, "--fork", "--kill-child=KILL", "--mount-proc", "bash", "-c", script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        assert self._process.stdout is not None
-        try:
-            assert self._process.stdout.readline() == "ready\n", "the network was not made"
-        except BaseException:
-            self._process.kill()
-            self._process.communicate()
-            raise
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        self.first = children.read_text().split()[0]
+        self._process, self.first = first_process(_KINDS, script)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -97,7 +97,7 @@ def served(
         for client in range(federation.population if clients is None else clients):
             started.append(start_client(client, remote.hub.port, tmp_path, *of_clients))
         yield federation
-        remote.finished()
+        remote.hub.close("the run is over")
         assert [client.error() for client in started] == [""] * len(started)
     finally:
         remote.hub.close("the test is over")

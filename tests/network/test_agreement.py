@@ -12,6 +12,7 @@ from runtime.config import ConfigError
 from runtime.hydra_support import load_config
 from runtime.network.agreement import compare_data, fingerprint, joined, shared
 from runtime.network.kept import KeptState
+from runtime.network.site import Site
 from tests.conftest import SMALL
 
 SERVER = load_config(["transport=grpc", "role=server", *SMALL, "algorithm=sl_single_server", "rounds=7", "lr=0.03"])
@@ -102,3 +103,31 @@ def test_states_that_may_be_asked_for_again_stay(
     assert state.rounds() == ([] if last is None else [round for round in sorted(kept) if first <= round <= last])
     for round in state.rounds():
         assert state.read(round)["part"]["w"].tolist() == [round, round]
+
+
+def test_a_client_is_as_it_was_after_the_round_that_counted(tmp_path: Path) -> None:
+    """Also where a later round, which did not count, left it with nothing to keep."""
+    site = Site(join(f"save_dir={tmp_path}"), tmp_path / "kept")
+    store, row = site.stores["clients"], {"w": torch.arange(3.0)}
+
+    def after(round: int, row: dict[str, torch.Tensor] | None) -> bool:
+        site.round = round
+        if row is None:
+            store.drop(site.client, "own")
+        else:
+            store.put(site.client, "own", row)
+        return site.keep()
+
+    assert after(0, row) is True
+    assert after(1, {"w": row["w"] + 1}) is True
+    assert after(2, None) is False
+    site.take_up(0, None)
+    assert torch.equal(store.rows(site.client)["own"]["w"], row["w"])
+    assert site.kept.rounds() == [0]
+    assert after(1, None) is False
+    site.take_up(0, 0)
+    assert torch.equal(store.rows(site.client)["own"]["w"], row["w"])
+    site.take_up(None, None)
+    assert store.rows(site.client) == {}
+    with pytest.raises(ConfigError, match="this client's state after its round 6"):
+        site.take_up(5, 5)

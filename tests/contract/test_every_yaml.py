@@ -1,5 +1,6 @@
 """Every file in hydra_config/ runs one round: composed, typed, instantiated, trained and tested."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from runtime.experiment import run
 from runtime.federation import Federation
 from runtime.hydra_support import load_config
 from runtime.run_folder import RunFolder
+from runtime.settings import RunConfig
 
 ROOT = Path(__file__).parents[2] / "hydra_config"
 GROUPS = ("algorithm", "model", "dataset", "optimizer", "scheduler", "transport", "experiment")
@@ -23,7 +25,7 @@ CHOICES = [
     if not file.name.startswith("_")
 ]
 # Deep networks are narrowed: the yaml is what is tested here, the arithmetic is in tests/models.
-NARROW = {"resnet": "model.options.width=2", "mobilenet": "model.options.width=2", "vgg": "model.options.width=2"}
+NARROW = {"resnet": "width", "mobilenet": "width", "vgg": "width"}
 SMALL = (
     "rounds=1",
     "num_clients=2",
@@ -60,12 +62,16 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
         overrides.append("role=server")  # over a network it is tried in tests/network
     elif not choice.startswith(("algorithm", "experiment=mocosfl", "experiment=small/contrastive")):
         overrides.append("algorithm=cse_fsl")
-    composed = load_config(overrides)
-    model = composed.model.name
-    if composed.dataset.distribution == "shards":
-        overrides.append("dataset.classes_per_client=5")  # the two clients hold the ten classes of the noise
-    overrides += [narrow for prefix, narrow in NARROW.items() if model.startswith(prefix)]
-    record, traffic = Federation(load_config(overrides)).step()
+    config = load_config(overrides)
+    group, _, name = choice.partition("=")
+    if group in ("algorithm", "model", "dataset"):
+        assert config.to_mapping()[group]["name"] == name
+    assert RunConfig.from_mapping(json.loads(json.dumps(config.to_mapping()))) == config
+    options = {option: 2 for prefix, option in NARROW.items() if config.model.name.startswith(prefix)}
+    config = replace(config, model=replace(config.model, options={**config.model.options, **options}))
+    if config.dataset.distribution == "shards":  # the two clients hold the ten classes of the noise
+        config = replace(config, dataset=replace(config.dataset, classes_per_client=5))
+    record, traffic = Federation(config).step()
     assert record.clients == (1 if choice in ("algorithm=centralized", "algorithm=ressfl") else 2)
     assert record.train_loss is not None
     assert math.isfinite(record.train_loss)

@@ -22,7 +22,6 @@ from runtime.hydra_support import load_config
 from runtime.settings import PARTS, RunConfig, resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
-CHOICES = [f"{group}={option}" for group in groups() for option in options(group)]
 BASE = load_config(["algorithm=fed_avg"]).to_mapping()
 
 
@@ -38,19 +37,10 @@ def changed(**values: Any) -> dict[str, Any]:
     return mapping
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_yaml_composes_and_builds_a_run_config(choice: str) -> None:
-    config = load_config([choice, *(["role=server"] if choice == "transport=grpc" else [])])
-    group, _, name = choice.partition("=")
-    if group in ("algorithm", "model", "dataset"):
-        assert config.to_mapping()[group]["name"] == name
-    assert RunConfig.from_mapping(json.loads(json.dumps(config.to_mapping()))) == config
-
-
-def test_every_yaml_is_reached() -> None:
+def test_every_yaml_is_listed_as_a_choice() -> None:
     files = {path.relative_to(CONFIG_DIR).as_posix() for path in CONFIG_DIR.rglob("*.yaml")}
-    tested = {choice.replace("=", "/") + ".yaml" for choice in CHOICES}
-    rest = {file for file in files - tested if not Path(file).name.startswith("_") and not file.startswith("hydra/")}
+    choices = {f"{group}/{option}.yaml" for group in groups() for option in options(group)}
+    rest = {file for file in files - choices if not Path(file).name.startswith("_") and not file.startswith("hydra/")}
     assert rest == {"config.yaml"}
 
 

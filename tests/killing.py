@@ -28,7 +28,6 @@ SETTING = (
 OWN = {
     "fsl_sage": ("algorithm.align_interval=2", "algorithm.align_epochs=2"),
     "scaffold": ("lr=0.05",),
-    "local_only": ("dataset.local_test=true",),
 }
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.rmdir")
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("algorithm", ["fsl_sage", "scaffold", "local_only"])
+@pytest.mark.parametrize("algorithm", ["fsl_sage", "scaffold"])
 def test_killed_twice_and_resumed(algorithm: str, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.killing", algorithm, str(tmp_path), "8"]

@@ -22,6 +22,7 @@ from runtime.run_folder import RunFolder, is_locked, read_status
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["dataset=digits", "model=mlp", "progress=none"]
+ALONE = "hydra.launcher.n_jobs=1"
 QUICK = ["algorithm=fed_avg", "num_clients=3", "rounds=1", "device=cpu"]
 
 
@@ -114,7 +115,7 @@ def test_tracebacks_are_there_for_who_asks(forked: Forked, tmp_path: Path) -> No
 
 def test_a_failing_job_does_not_stop_the_others_of_a_sweep(tmp_path: Path) -> None:
     saves = tmp_path / "saves"
-    result = call(saves, "-m", "optimizer=sgd", "num_clients=2,100000", "optimizer.momentum=0,0.9")
+    result = call(saves, "-m", ALONE, "optimizer=sgd", "num_clients=2,100000", "optimizer.momentum=0,0.9")
     assert result.returncode == 1
     assert result.stderr == "2 of 4 jobs failed; the same command tries them again\n"
     assert result.stdout.count("num_clients=100000: expected at most ") == 2
@@ -128,7 +129,7 @@ def test_a_failing_job_does_not_stop_the_others_of_a_sweep(tmp_path: Path) -> No
 
 
 def test_a_sweep_in_which_every_job_is_a_mistake_leaves_nothing(tmp_path: Path) -> None:
-    result = call(tmp_path / "saves", "-m", "num_clients=100000,200000")
+    result = call(tmp_path / "saves", "-m", ALONE, "num_clients=100000,200000")
     assert result.returncode == 1
     assert result.stderr == "2 of 2 jobs failed; the same command tries them again\n"
     assert left_in(tmp_path / "saves") == []

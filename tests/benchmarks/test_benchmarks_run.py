@@ -166,11 +166,11 @@ def test_a_spread_is_smallest_median_and_largest() -> None:
 
 
 def test_plotting_reads_and_draws_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plotting.main(["--runs", "24", "--rounds", "3", "--alphas", "1"]) == 0
+    assert plotting.main(["--runs", "12", "--rounds", "3", "--alphas", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "24 runs of 3 rounds" in shown
-    assert re.search(rf"reading +{DECIMAL} s  24 runs", shown)
-    assert re.search(rf"plot_results.py +{DECIMAL} s  3 comparisons, \d+ files", shown)
+    assert "12 runs of 3 rounds" in shown
+    assert re.search(rf"reading +{DECIMAL} s  12 runs", shown)
+    assert re.search(rf"plot_results.py +{DECIMAL} s  2 comparisons, \d+ files", shown)
 
 
 def test_a_round_trip_is_measured_beside_the_echo(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ WHOLE = [n for n in algorithms.names() if algorithms.get(n).evaluates == "global
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_it_loads_into_the_whole_model_with_the_recorded_accuracy(configure, tmp_path: Path, name: str) -> None:
-    small = ("model=cnn4", "model.options.width=8", "batch_size=40", *QUICK.get(name, ()))
+    small = ("model=cnn4", "model.options.width=4", "batch_size=100", *QUICK.get(name, ()))
     config = configure(f"algorithm={name}", *small, "progress=none", "threads=1")
     with RunFolder.claim(tmp_path / "run") as folder:
         run(config, folder)

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from models.cutting import CutError, Part, composed, split_module
 
 IMAGES = {
-    "resnet18": ("conv1", "bn1", "layer1.0.conv1", "layer2", "layer3.1.bn2", "layer4.1", "avgpool"),
-    "resnet50": ("layer1.0.downsample.0", "layer2.3", "layer4.2.conv3"),
-    "vgg11_bn": ("features.0", "features.14", "features", "classifier.1"),
+    "resnet18": ("conv1", "bn1", "layer1.0.conv1", "layer3.1.bn2", "avgpool"),
+    "resnet50": ("layer1.0.downsample.0", "layer4.2.conv3"),
+    "vgg11_bn": ("features.14", "features", "classifier.1"),
     "mobilenet_v2": ("features.0", "features.3", "features.3.conv.1", "features.18.0"),
-    "densenet121": ("features.denseblock1", "features.denseblock2.denselayer3", "features.transition2.norm"),
+    "densenet121": ("features.denseblock2.denselayer3", "features.transition2.norm"),
     "efficientnet_b0": ("features.1", "features.3.0.block.1", "features.6.1.block.2.fc1"),
     "squeezenet1_0": ("features.3.expand1x1", "features.7"),
 }

@@ -31,14 +31,14 @@ def test_two_convolutions_by_hand(configure: Configure) -> None:
 @pytest.mark.parametrize(
     ("name", "model", "cut"),
     [
-        ("sl_single_server", "resnet20", "layer1.0.conv1"),
-        ("sl_multi_server", "resnet20", "layer3.1"),
+        ("sl_single_server", "cnn2", "conv1"),
+        ("sl_multi_server", "cnn2", "pool1"),
         ("cse_fsl", "cnn2", "fc1"),
         ("sl", "import/tests.contract.elsewhere.Skipping", "inner"),
     ],
 )
 def test_bytes_are_those_of_a_run(configure: Configure, name: str, model: str, cut: str) -> None:
-    given = (f"algorithm={name}", f"model={model}", *(["model.options.width=4"] if model == "resnet20" else []))
+    given = (f"algorithm={name}", f"model={model}")
     (listed,) = (each for each in list_cuts(configure(*given)) if each.name == cut)
     federation = play(Federation(configure(*given, f"model.cut={cut}")), 1)
     totals = federation.ledger.totals()

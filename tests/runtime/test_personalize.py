@@ -36,7 +36,7 @@ WITH_CLASSIFIER = [name for name in algorithms.names() if not algorithms.get(nam
 
 @pytest.mark.parametrize("name", WITH_CLASSIFIER)
 def test_every_algorithm_can_be_personalised_and_is_left_as_it_was(configure, tmp_path: Path, name: str) -> None:
-    federation = play(Federation(configure(f"algorithm={name}", "model=cnn2", "dataset.local_test=true", *SETTING)))
+    federation = play(Federation(configure(f"algorithm={name}", "dataset.local_test=true", *SETTING)))
     before, evaluation = weights(federation), federation.evaluate()
     found = personalize(federation, PersonalizeConfig("full", (0, 3), 0.05), tmp_path)
     assert same(before, weights(federation))

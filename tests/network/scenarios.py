@@ -29,7 +29,9 @@ Scenario = Callable[[Network, Path, str], None]
 
 
 def _settings(algorithm: str, *more: str, rounds: int = ROUNDS) -> tuple[str, ...]:
-    return (*SETTING, f"algorithm={algorithm}", f"rounds={rounds}", *more)
+    # Computed as one, as in one process by default, clients differ by rounding from those that compute alone.
+    alone = ("algorithm.together=never",) if algorithm == "moco_sfl" else ()
+    return (*SETTING, f"algorithm={algorithm}", *alone, f"rounds={rounds}", *more)
 
 
 def _run(network: Network, folder: Path, algorithm: str, *more: str) -> Federation:
@@ -210,6 +212,9 @@ SCENARIOS: tuple[Scenario, ...] = (
 def main(arguments: list[str]) -> int:
     """Run what is named; the number of scenarios that failed."""
     given = [argument.partition("=")[::2] for argument in arguments]
+    known = {"algorithm", "form", *(scenario.__name__ for scenario in SCENARIOS)}
+    if unknown := sorted({name for name, _ in given} - known):
+        raise SystemExit(f"{', '.join(unknown)}: expected algorithm=, form= or any of {', '.join(sorted(known))}")
     named = [scenario for scenario in SCENARIOS if (scenario.__name__, "") in given] or SCENARIOS
     algorithms = [value for key, value in given if key == "algorithm"] or ALGORITHMS
     forms = [value for key, value in given if key == "form"] or [hosts.best_form()]

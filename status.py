@@ -45,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
+    except PermissionError as error:
+        print(ConfigError("run", str(error.filename), "a folder that this user may read"), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         pass
     return 0

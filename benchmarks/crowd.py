@@ -24,7 +24,7 @@ from runtime.allocator import keep_freed_memory
 from runtime.boundary import METRICS, MODEL, Payload
 from runtime.ledger import Ledger
 from runtime.network.config import GrpcTransport
-from runtime.network.hub import LinkLostError
+from runtime.network.connection import LinkLostError
 from runtime.network.link import Link
 from runtime.network.sessions import RemoteChannel
 from runtime.network.wire import What

@@ -3,11 +3,12 @@
     pip install atheris
     python -m fuzz.fuzz_handlers -max_total_time=600
 
-There is no network: the client's bytes are what its stream reads, all else is the server's own code. Whatever comes in,
-the greeting ends in a refusal or a connection, and the round ends with the honest client counted, the hostile one
-counted or dropped, and figures and server weights that are finite. Of a client that was dropped before anything of it
-was served, or with which the round was lost, no trace is left in the weights. The first byte of an input chooses what
-is fuzzed: a method that asks at every batch, one that uploads only, one whose clients are tested, or the greeting.
+There is no network: the client's bytes are what its stream reads, all else is the server's own code. Whatever comes
+in, the greeting ends in a refusal or a connection, and the round ends with the honest client counted, the hostile one
+counted or dropped. Of a client that was dropped before anything of it was served, or with which the round was lost,
+no trace is left in figures and weights. What was served has values within bounds, which may still spoil the training.
+The first byte of an input chooses what is fuzzed: a method that asks at every batch, one that uploads only, one whose
+clients are tested, or the greeting.
 """
 
 import asyncio
@@ -76,11 +77,15 @@ class Unplugged(hub.Hub):
         self.connections = {}
         self.seen = [hub.Seen() for _ in range(population)]
         self.changed = threading.Condition()
-        self.closing = self._secure = False
+        self.closing = self.secure = False
+        self.note = greeting.changed
         self._greeting = greeting
 
     def call(self, function: Any, *args: Any) -> None:
         function(*args)
+        for connection in self.connections.values():  # it takes what it is sent
+            while connection.behind:
+                connection._outbox.get_nowait()
         for client in [client for client, connection in self.connections.items() if connection.why]:
             del self.connections[client]
 
@@ -188,12 +193,13 @@ class Arena:
         assert HONEST in self.served
         assert record.clients == (2 if HOSTILE in self.clients._reports else 1)
         assert record.clients + record.metrics.get("dropped", 0) == 2
+        spoiled = HOSTILE in self.served
         for name, value in record.metrics.items():
-            assert math.isfinite(value), f"{name} {value}"
+            assert spoiled or math.isfinite(value), f"{name} {value}"
         if record.test_acc is not None:
             assert 0 <= record.test_acc <= 1
             assert record.test_loss is not None
-            assert math.isfinite(record.test_loss)
+            assert spoiled or math.isfinite(record.test_loss)
         return self.weights()
 
     def target(self, pieces: Sequence[bytes]) -> None:
@@ -204,7 +210,6 @@ class Arena:
         for name, tensor in found.items():
             assert tensor.shape == self.without[name].shape, name
             assert tensor.dtype == self.without[name].dtype, name
-            assert tensor.isfinite().all(), f"{name} is not finite"
         if HOSTILE not in self.served:
             assert same(found, self.without)
 

@@ -140,7 +140,10 @@ def _connected(federation: Federation, folder: RunFolder, accuracy: float | None
         except BaseException:
             clients.hub.close("the server has stopped", later=True)
             raise
-        clients.hub.close("the run is over")
+        try:
+            clients.see_off()
+        finally:
+            clients.hub.close("the run is over")
 
 
 def _save_partition(federation: Federation, folder: Path) -> None:

@@ -56,8 +56,10 @@ def _preprocess(argument: str) -> str:
     for pattern, field in _SHORTHANDS.items():
         argument = pattern.sub(rf"\1.{field}=", argument)
     key, equals, value = argument.partition("=")
-    # The folder of a run has = and , in its name, which Hydra reads as its own signs unless they are quoted.
-    if equals and re.search(r"[=,]", value) and os.path.exists(value):
+    # The folder of a run has = and , in its name, which Hydra reads as its own signs unless they are quoted; so does
+    # [::1]:50505, which begins like a list.
+    is_folder = equals and re.search(r"[=,]", value) and os.path.exists(value)
+    if is_folder or (key == "server" and value.startswith("[")):
         argument = f"{key}='{value}'"
     elif "<=" in value and "'" not in value:
         argument = f"{key}=" + _BUDGET.sub(r"'\g<0>'", value)  # Hydra has another use for the sign

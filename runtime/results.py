@@ -88,7 +88,7 @@ class RoundRecord:
     def scalars(self) -> dict[str, float]:
         """Every figure of the round but its number, by name, the algorithm's own included; missing ones left out."""
         own = {name: getattr(self, name) for name in _COLUMNS["metrics.csv"][1:]}
-        return {name: value for name, value in (own | self.metrics).items() if value is not None}
+        return {name: value for name, value in (self.metrics | own).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class RoundLostError(Exception):
 
 
 Opener = Callable[[int], Session]
+"""Begins a client's round. Raises ClientDroppedError where the client is gone by now."""
 Dropper = Callable[[int], None]
 
 
@@ -57,14 +58,20 @@ def sequential(cohort: list[int], open: Opener, drop: Dropper, server: ServerPar
 
     def begin(clients: Iterable[int]) -> None:
         for client in clients:
-            opened[client] = open(client)
+            try:
+                opened[client] = open(client)
+            except ClientDroppedError:  # before its turn
+                _drop(client, drop, server, report)
+                continue
             opened[client].send(channel.down(client, MODEL, server.down(client)))
 
     try:
         begin(islice(waiting, channel.ahead))
         for client in cohort:
             begin(islice(waiting, 1))
-            session = opened[client]
+            session = opened.get(client)
+            if session is None:
+                continue
             try:
                 event = session.receive()
                 while isinstance(event, Message):
@@ -108,12 +115,20 @@ class _Lockstep:
         return self.report
 
     def _open(self, client: int) -> None:
-        self.sessions[client] = self.open(client)
+        try:
+            self.sessions[client] = self.open(client)
+        except ClientDroppedError:
+            _drop(client, self.drop, self.server, self.report)
+            return
         self.sessions[client].send(self.channel.down(client, MODEL, self.server.down(client)))
 
     def _answer(self, kind: str, clients: list[int]) -> None:
         inbox = {client: self.channel.up(client, kind, self.waiting.pop(client).fields) for client in clients}
-        replies = self.server.serve(kind, inbox)
+        try:
+            replies = self.server.serve(kind, inbox)
+        except ClientDroppedError:  # of a client alone
+            self._lose(*clients)
+            return
         self._move(clients, lambda c: self.sessions[c].send(self.channel.reply(c, kind, replies[c] or {})))
 
     def _move(self, clients: list[int], send: Callable[[int], None]) -> None:
@@ -124,7 +139,8 @@ class _Lockstep:
         for client in clients:
             for other in islice(coming, 1):
                 send(other)
-            self._receive(client)
+            if client in self.sessions:
+                self._receive(client)
 
     def _receive(self, client: int) -> None:
         """Run a client to its next question; its one-way messages on the way are served as they come."""
@@ -134,15 +150,18 @@ class _Lockstep:
             while isinstance(event, Message) and not event.expects_reply:
                 self.server.serve(event.kind, {client: self.channel.up(client, event.kind, event.fields)})
                 event = session.receive()
-        except ClientDroppedError:
-            _drop(client, self.drop, self.server, self.report)
-            self.sessions.pop(client).close()
-            return
-        if isinstance(event, Message):
-            self.waiting[client] = event
-        else:
+            if isinstance(event, Message):
+                self.waiting[client] = event
+                return
             _finish(client, event, self.server, self.channel, self.report)
-            self.sessions.pop(client).close()
+        except ClientDroppedError:
+            self._lose(client)
+            return
+        self.sessions.pop(client).close()
+
+    def _lose(self, client: int) -> None:
+        _drop(client, self.drop, self.server, self.report)
+        self.sessions.pop(client).close()
 
 
 def _finish(client: int, upload: Upload, server: ServerParty, channel: Channel, report: RoundReport) -> None:

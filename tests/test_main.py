@@ -248,11 +248,18 @@ def test_names_from_the_configuration_cannot_leave_save_dir(tmp_path: Path) -> N
         ("+optimizer.momentum=0.9", "+optimizer.momentum=0.9"),
         ("optimizer=sgd", "optimizer=sgd"),
         ("dataset.alpha=0.1", "dataset.alpha=0.1"),
+        ("server=[fd00::1]:50505", "server='[fd00::1]:50505'"),
+        ("server=10.0.0.1:50505", "server=10.0.0.1:50505"),
         ("--multirun", "--multirun"),
     ],
 )
 def test_keys_below_open_mappings_need_no_plus(given: str, wanted: str) -> None:
     assert preprocess([given]) == [wanted]
+
+
+def test_a_server_may_be_named_by_an_address_of_ipv6() -> None:
+    composed = load_config(["transport=grpc", "role=client", "client_id=0", "server=[fd00::1]:50505"])
+    assert composed.server == "[fd00::1]:50505"
 
 
 def test_the_folder_of_a_run_may_be_pasted_as_it_is(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
@@ -17,7 +18,7 @@ from runtime.locks import FileLock
 from runtime.network.agreement import PROTOCOL, data_facts, fingerprint, joined, shared, version
 from runtime.network.bounds import WireError
 from runtime.network.config import GrpcTransport
-from runtime.network.hub import LinkLostError
+from runtime.network.connection import LinkLostError
 from runtime.network.link import Link
 from runtime.network.sessions import on_device
 from runtime.network.site import Site
@@ -126,8 +127,8 @@ class _Client:
 
     def _folder(self, config: RunConfig, run: str) -> Path:
         data = f"{config.dataset.name}-{config.dataset.distribution}"
-        levels = (config.algorithm_name, config.model.name, data, f"client={self._id}")
-        return run_path(config.save_dir, levels, run)
+        levels = (config.algorithm_name, config.model.name, data, f"client={self._id}", run)
+        return run_path(config.save_dir, levels, "")
 
     def release(self) -> None:
         """Let other processes be this client."""
@@ -185,6 +186,9 @@ class _Client:
                 link.send(What.ASK if event.expects_reply else What.TELL, event.fields, session, event.kind)
                 if event.expects_reply:
                     client.send(on_device(_reply(link, session), site.device))
+            if not all(map(math.isfinite, event.metrics.values())):
+                expected = f"a rate that converges: the loss is not finite in round {round + 1}"
+                raise ConfigError("lr", site.config.lr, expected)
             keeps = site.keep()
         finally:
             client.close()

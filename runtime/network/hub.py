@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -23,25 +23,19 @@ from grpc import aio
 from runtime.config import ConfigError
 from runtime.network.bounds import Limits, WireError, shown
 from runtime.network.config import GrpcTransport
-from runtime.network.status import Doing, Seen
+from runtime.network.connection import EOF, FAREWELL_S, Connection
+from runtime.network.status import Seen
 from runtime.network.tls import is_loopback, peer_client, server_credentials
-from runtime.network.wire import CHUNK, PIECE_BYTES, Head, Incoming, Received, What, outgoing
+from runtime.network.wire import CHUNK, PIECE_BYTES, Head, Incoming, What, outgoing
 
 log = logging.getLogger(__name__)
-
-_EOF: Any = getattr(aio, "EOF")  # noqa: B009  (what a stream's end reads as; the types do not know it)
 
 SERVICE, METHOD = "cutlayer.Federation", "Join"
 T = TypeVar("T")
 # What a client may say before it is known, and how long it may take: nothing large, nothing slow.
 _GREETING = Limits(message_bytes=0, text_bytes=1 << 16)
 _GREETING_S = 20.0
-_FAREWELL_S = 5.0
 _TURN_S = 1e-4
-
-
-class LinkLostError(Exception):
-    """A peer is gone, or its next message has not come in time."""
 
 
 class RefusedError(Exception):
@@ -80,120 +74,6 @@ def channel_options(config: GrpcTransport) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.enable_http_proxy", 0),
     ]
-
-
-class Connection:
-    """The stream of one client, used by the main thread; what it does happens on the hub's loop."""
-
-    def __init__(self, hub: Hub, client: int, facts: dict[str, Any], context: Any, limits: Limits) -> None:
-        self.client, self.facts = client, facts
-        self.peer = str(context.peer())
-        self.session = 0
-        self.seen = hub.seen[client]
-        self._hub, self._context = hub, context
-        self._incoming = Incoming(limits, ())
-        self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: the end
-        self._next: Future[Received] | None = None
-        self.why = ""  # the stream was ended
-        self.over: asyncio.Future[None] = hub.loop.create_future()
-
-    # ------------------------------------------------------------------ in the main thread
-
-    def send(self, head: Head, body: Any) -> None:
-        """Send a message; it is encoded now, piece by piece, and leaves when those before it have left."""
-        for piece in outgoing(head, body):
-            self.seen.down += len(piece)
-            self._hub.call(self._outbox.put_nowait, piece)
-        self._hub.note()
-
-    def expect(self, *whats: What) -> None:
-        """Begin to read the client's next message, one of these; a read that has begun goes on, for one of these."""
-        if self._next is None:
-            self._next = self._hub.submit(self._read(frozenset(whats)))
-        else:
-            self._hub.call(setattr, self._incoming, "allowed", frozenset(whats))
-
-    def receive(self, seconds: float) -> Received:
-        """The message that is expected.
-
-        Raises:
-            LinkLostError: it did not come in time, or cannot come any more.
-        """
-        assert self._next is not None
-        waited, self._next = self._next, None
-        try:
-            received = waited.result(seconds)
-        except TimeoutError:
-            self.cut(f"no message in {seconds:.3g} s")
-            raise LinkLostError(self.why) from None
-        except WireError as error:
-            self.reject(error)
-            raise LinkLostError(self.why) from None
-        except (CancelledError, LinkLostError) as error:
-            why = self.why or str(error) or "the link was lost"
-            self.cut(why)
-            raise LinkLostError(why) from None
-        self.seen.last = time.time()
-        self.seen.up += received.frame_bytes + received.envelope_bytes
-        self._hub.note()
-        return received
-
-    def become(self, state: Doing) -> None:
-        """Note what the client does now, if it is there."""
-        with self._hub.changed:
-            if self._hub.connections.get(self.client) is self:
-                self.seen.become(state)
-        self._hub.note()
-
-    def cut(self, why: str) -> None:
-        """End the stream at once."""
-        self.why = self.why or why
-        self._hub.call(self.end)
-
-    def reject(self, error: WireError) -> None:
-        """End the stream of a client that sends what it should not, and tell it so."""
-        self.dismiss({"error": f"the server does not accept what it was sent: {error}", "later": False})
-
-    def dismiss(self, why: dict[str, Any]) -> None:
-        """End the stream when all has been sent, and say why: an error, after which it may come later, or a reason."""
-        self.why = self.why or str(why.get("error", why.get("reason")))
-        self.send(Head(What.END), why)
-        self._hub.call(self._outbox.put_nowait, None)
-
-    # ------------------------------------------------------------------ on the loop
-
-    def end(self) -> None:
-        if not self.over.done():
-            self.over.set_result(None)
-
-    async def _read(self, whats: Collection[What]) -> Received:
-        self._incoming.allowed = whats
-        while True:
-            try:
-                data = await self._context.read()
-            except aio.UsageError:  # the stream has been ended here
-                raise LinkLostError(self.why or "the stream is over") from None
-            if data is _EOF:
-                raise LinkLostError("the client has left")
-            received = self._incoming.feed(data)
-            if received is not None:
-                return received
-
-    async def run(self) -> None:
-        """Send what is to be sent until the stream is over."""
-        writer = asyncio.ensure_future(self._write())
-        try:
-            await asyncio.wait([writer, self.over], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            writer.cancel()
-            if self._next is not None:
-                self._next.cancel()
-
-    async def _write(self) -> None:
-        while (piece := await self._outbox.get()) is not None:
-            await self._context.write(piece)
-            del piece  # else each client's last piece stays while there is nothing to send
-            self.seen.last = time.time()
 
 
 @dataclass
@@ -306,32 +186,47 @@ class Hub:
                 self.port = self._server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise ConfigError("transport.port", address, f"an address of this machine that is free ({error})") from None
+        self._farewell: asyncio.Future[dict[str, Any]] = self.loop.create_future()
         await self._server.start()
 
     async def _close(self, reason: str, *, later: bool) -> None:
+        self._farewell.set_result({"error": reason, "later": True} if later else {"reason": reason})
         for connection in self.connections.values():
-            connection.dismiss({"error": reason, "later": True} if later else {"reason": reason})
-        await self._server.stop(_FAREWELL_S)
+            connection.dismiss(self._farewell.result())
+        await self._server.stop(FAREWELL_S)
 
     async def _join(self, _: Any, context: Any) -> None:
         """One stream from its beginning to its end."""
         connection = None
         try:
-            connection = await self._greet(context)
+            connection = await self._greeted(context)
+            if connection is None:
+                await _tell(context, self._farewell.result())
+                return
             self._enter(connection)
+            if self._farewell.done():
+                connection.dismiss(self._farewell.result())
             await connection.run()
         except (RefusedError, WireError, TimeoutError) as error:
-            reason = "the greeting took too long" if isinstance(error, TimeoutError) else str(error)
-            later = isinstance(error, RefusedError) and error.later
+            late = isinstance(error, TimeoutError)
+            reason = "the greeting took too long" if late else str(error)
+            later = late or (isinstance(error, RefusedError) and error.later)
             log.warning("refused %s: %s", context.peer(), reason)
             self.refused = (self.refused[0] + 1, f"{context.peer()}: {reason}")
             self.note()
-            with contextlib.suppress(Exception):
-                for piece in outgoing(Head(What.END), {"error": reason, "later": later}):
-                    await context.write(piece)
+            await _tell(context, {"error": reason, "later": later})
         finally:
             if connection is not None:
                 self._leave(connection)
+
+    async def _greeted(self, context: Any) -> Connection | None:
+        """The connection, or None where the hub closes meanwhile."""
+        greeting = asyncio.ensure_future(self._greet(context))
+        try:
+            await asyncio.wait([greeting, self._farewell], return_when=asyncio.FIRST_COMPLETED)
+            return greeting.result() if greeting.done() else None
+        finally:
+            greeting.cancel()
 
     async def _greet(self, context: Any) -> Connection:
         incoming = Incoming(_GREETING, (What.HELLO,))
@@ -380,10 +275,17 @@ class Hub:
         self.note()
 
 
+async def _tell(context: Any, why: dict[str, Any]) -> None:
+    """Say why there is no more of a stream, if somebody is there to hear it."""
+    with contextlib.suppress(Exception):
+        for piece in outgoing(Head(What.END), why):
+            await context.write(piece)
+
+
 async def _text(context: Any, incoming: Incoming) -> dict[str, Any]:
     while True:
         data = await context.read()
-        if data is _EOF:
+        if data is EOF:
             raise RefusedError("the client has left")
         received = incoming.feed(data)
         if received is not None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from runtime.files import sync_folder, temporary_name
 from runtime.serial import load_state, save_state
 from runtime.store import Row
@@ -34,8 +36,12 @@ class KeptState:
 
         Raises:
             FileNotFoundError: none were kept then.
+            ValueError: the file is damaged.
         """
-        return load_state(self._path(round))["rows"]
+        try:
+            return load_state(self._path(round))["rows"]
+        except SafetensorError as error:
+            raise ValueError(f"{self._path(round)}: {error}") from None
 
     def write(self, round: int, rows: dict[str, Row]) -> None:
         """Keep the rows as they are after a round; they are on the disk when this returns."""
@@ -46,9 +52,13 @@ class KeptState:
         sync_folder(self._folder)
 
     def forget(self, *, before: int | None, after: int | None) -> None:
-        """Remove the states of rounds before one and of rounds after another; None is before all rounds."""
+        """Remove the states of rounds before one and of rounds after another; None is before all rounds.
+
+        That of ``before`` itself stays: a client may have had nothing to keep after its last round.
+        """
+        first, last = (-1 if each is None else each for each in (before, after))
         for round in self.rounds():
-            if (before is not None and round < before) or after is None or round > after:
+            if not first <= round <= max(first, last):
                 self._path(round).unlink(missing_ok=True)
 
     def _path(self, round: int) -> Path:

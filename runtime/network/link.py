@@ -13,7 +13,8 @@ import grpc
 from runtime.config import ConfigError
 from runtime.network.bounds import Limits, WireError
 from runtime.network.config import GrpcTransport
-from runtime.network.hub import METHOD, SERVICE, LinkLostError, channel_options, hand_over_quickly
+from runtime.network.connection import LinkLostError
+from runtime.network.hub import METHOD, SERVICE, channel_options, hand_over_quickly
 from runtime.network.tls import client_credentials, is_loopback
 from runtime.network.wire import Head, Incoming, Received, What, outgoing
 
@@ -48,7 +49,7 @@ class Link:
             raise ConfigError("transport.certificates", None, expected)
         self._outbox: deque[bytes] = deque()
         self._changed = threading.Condition()
-        self._over = False
+        self._over = self._done = False
         self._end: Exception | None = None
         self._inbox: deque[Received] = deque()
         self._incoming = Incoming(Limits(message_bytes=round(config.max_message_mb * 1e6)), _ANSWERS)
@@ -111,17 +112,19 @@ class Link:
         self._reader.join()
 
     def finish(self, seconds: float) -> None:
-        """Return when all that was sent has left, or after some seconds."""
+        """Send nothing more; return when the server has ended the stream, as on a last word, or after some seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: self._over or not self._outbox, seconds)
+            self._done = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._end is not None, seconds)
 
     # ------------------------------------------------------------------ in gRPC's threads
 
     def _pieces(self) -> Iterator[bytes]:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._over or bool(self._outbox))
-                if self._over:
+                self._changed.wait_for(lambda: self._over or self._done or bool(self._outbox))
+                if self._over or not self._outbox:
                     return
                 piece = self._outbox.popleft()
                 self._changed.notify_all()

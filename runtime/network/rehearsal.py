@@ -34,14 +34,10 @@ _METRICS = 100  # fields of what a client tells of its round
 
 
 class Expected:
-    """The shapes of each kind of message that a client may send; a kind that was not seen is not known."""
+    """The shapes of each kind of message that a client may send; one of a kind that was not seen is not checked."""
 
     def __init__(self, shapes: Mapping[str, tuple[Shapes, ...]]) -> None:
         self._shapes = shapes
-
-    def knows(self, kind: str) -> bool:
-        """Whether messages of this kind can be checked."""
-        return kind in self._shapes
 
     @property
     def limits(self) -> Limits:

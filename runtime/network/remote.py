@@ -17,13 +17,14 @@ from runtime.evaluation import ClientScores, Measured
 from runtime.evaluator import VALIDATION
 from runtime.ledger import Ledger
 from runtime.network.agreement import PROTOCOL, compare_data, data_facts, fingerprint, shared, told, version
-from runtime.network.bounds import Limits, WireError, shown
+from runtime.network.bounds import Limits, WireError, one_line, shown
 from runtime.network.check import check_values
 from runtime.network.config import GrpcTransport
-from runtime.network.hub import Connection, Greeting, Hub, LinkLostError, RefusedError, missing
+from runtime.network.connection import Connection, LinkLostError
+from runtime.network.hub import Greeting, Hub, RefusedError, missing
 from runtime.network.rehearsal import rehearse
 from runtime.network.sessions import RemoteChannel, RemoteSession
-from runtime.network.wire import Head, What
+from runtime.network.wire import Head, What, outgoing
 from runtime.schedule import SCHEDULES, RoundLostError, RoundReport
 from runtime.session import ServerParty
 
@@ -36,6 +37,7 @@ T = TypeVar("T")
 
 _NAMED = 20  # clients in a line of the log
 _WORST = 1e39  # of a loss: more than any float32
+_RECENT_S = 40.0  # a client that was lost longer ago is not waited for at the end
 
 
 class RemoteClients(Clients):
@@ -133,6 +135,16 @@ class RemoteClients(Clients):
         self.waiting = ("", 0.0)
         self.watch()
 
+    def see_off(self) -> None:
+        """Wait a little for clients that were lost just now: they come again, and have to be told that the run is over.
+
+        One that was lost some seconds ago comes again within fewer seconds, by the way in which its pauses grow.
+        """
+        lost = {client: time.time() - seen.failed for client, seen in enumerate(self.hub.seen) if seen.joined}
+        recent = {client: s for client, s in lost.items() if client not in self.hub.connections and s < _RECENT_S}
+        if recent:
+            self._wait(sorted(recent), len(recent), "to say that the run is over", seconds=1 + max(recent.values()))
+
     def train(self, cohort: list[int], drop: Callable[[int], None], server: ServerParty, ledger: Ledger) -> RoundReport:
         algorithm = self._federation.algorithm
         self.repeats += self.attempt > 0
@@ -181,26 +193,27 @@ class RemoteClients(Clients):
         }
 
     def _check(self, kind: str, fields: Payload) -> None:
-        if kind != MODEL and not any(hasattr(self._federation.server, f"on_{kind}{end}") for end in ("", "_cohort")):
+        handled = any(hasattr(self._federation.server, f"on_{kind}{end}") for end in ("", "_cohort"))
+        if kind != MODEL and (not handled or kind.endswith("_cohort")):
             raise WireError(f"message of kind {kind!r}, which this method does not have")
         self._expected.check(kind, fields)
         check_values(fields, classes=self._federation.dataset.info.classes)
 
     def _guarded(self, server: ServerParty) -> ServerParty:
-        """The server, so that a message of a kind that cannot be checked harms nobody but the client that sent it."""
+        """The server, so that a message that it cannot use harms nobody but the client that sent it.
+
+        It may be of the right shapes and still come before another one, or not be of the batch of the one before it.
+        """
         serve, absorb = server.serve, server.absorb
 
         def guarded_serve(kind: str, inbox: Mapping[int, Payload]) -> dict[int, Payload | None]:
-            if self._expected.knows(kind) or len(inbox) > 1:
+            if len(inbox) > 1:  # whose it was cannot be told
                 return serve(kind, inbox)
             (client,) = inbox
             return self._blame(client, lambda: serve(kind, inbox))
 
         def guarded_absorb(client: int, upload: Upload) -> None:
-            if self._expected.knows(MODEL):
-                absorb(client, upload)
-            else:
-                self._blame(client, lambda: absorb(client, upload))
+            self._blame(client, lambda: absorb(client, upload))
 
         server.serve, server.absorb = guarded_serve, guarded_absorb
         return server
@@ -210,12 +223,12 @@ class RemoteClients(Clients):
             return work()
         except torch.OutOfMemoryError:
             raise
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"the server cannot use what it was sent: {type(error).__name__}: {error}"
+        except (AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"the server cannot use what it was sent: {type(error).__name__}: {one_line(error)}"
             log.warning("client %d is lost: %s", client, reason, exc_info=True)
             connection = self.hub.connections.get(client)
             if connection is not None:
-                connection.dismiss({"error": reason[:300], "later": False})
+                connection.dismiss({"error": reason, "later": False})
             raise ClientDroppedError from None
 
     def recorded(self, record: RoundRecord) -> None:
@@ -259,11 +272,15 @@ class RemoteClients(Clients):
         for client in clients:
             connection = self.hub.connections.get(client)
             if connection is not None:
-                connection.session += 1
-                connection.send(Head(What.ROUND, connection.session), self._order(client))
-                connection.send(Head(What.EVALUATE, connection.session), parts)
-                connection.become("testing")
                 asked[client] = connection
+        # One number, and so the same bytes for all: in memory they are once, however many clients there are.
+        session = 1 + max((connection.session for connection in asked.values()), default=0)
+        pieces = list(outgoing(Head(What.EVALUATE, session), parts))
+        for client, connection in asked.items():
+            connection.session = session
+            connection.send(Head(What.ROUND, session), self._order(client))
+            connection.send_pieces(pieces)
+            connection.become("testing")
         found: dict[int, ClientScores] = {}
         for client, connection in asked.items():
             try:

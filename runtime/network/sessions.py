@@ -13,14 +13,16 @@ from torch import Tensor
 
 from runtime.boundary import MODEL, ClientDroppedError, Message, Payload, Reply, Upload
 from runtime.ledger import Ledger
-from runtime.network.bounds import WireError
+from runtime.network.bounds import WireError, one_line
 from runtime.network.check import check_values
-from runtime.network.hub import Connection, LinkLostError
+from runtime.network.connection import Connection, LinkLostError
 from runtime.network.wire import Head, What
 from runtime.session import Channel
 
 log = logging.getLogger(__name__)
 
+# The messages with which a client ends its round, and seconds for the rest of them where the first is there in time.
+_LAST, _GRACE_S = (What.METRICS, What.REPORT, What.UPLOAD), 5.0
 _METRICS, _NAME = 64, re.compile(r"[\w./-]{1,64}", re.ASCII)
 
 
@@ -65,7 +67,7 @@ class RemoteSession:
         self._opening: Mapping[str, Any] | None = opening
         self._kind = MODEL
         self._report: dict[str, Any] | None = None
-        self._finished = False
+        self._replied = self._finished = self._late = False
         connection.session += 1
         self._number = connection.session
 
@@ -77,6 +79,7 @@ class RemoteSession:
             self._connection.send(Head(What.OPEN, self._number, MODEL), message)
         else:
             self._connection.send(Head(What.REPLY, self._number, self._kind), message)
+            self._replied = True
         self._expect()
 
     def receive(self) -> Message | Upload:
@@ -115,11 +118,11 @@ class RemoteSession:
         if what is not wanted:
             raise WireError(f"message {what.name} where {wanted.name} is expected")
         if wanted is What.METRICS:
+            if len(fields) > _METRICS or any(isinstance(value, Tensor) for value in fields.values()):
+                raise WireError(f"metrics that are no numbers, or more than {_METRICS}")
             samples = fields.get("samples")
             if type(samples) is not int or samples != self._connection.facts["samples"]:
                 raise WireError(f"{samples!r} samples; the client came with {self._connection.facts['samples']}")
-            if len(fields) > _METRICS or any(isinstance(value, Tensor) for value in fields.values()):
-                raise WireError(f"metrics that are no numbers, or more than {_METRICS}")
             if not all(_NAME.fullmatch(name) for name in fields):
                 raise WireError("a metric whose name is no word")
             check_values(fields, classes=None)
@@ -129,6 +132,10 @@ class RemoteSession:
         """The next message of this round; those of a round that was given up are passed over."""
         while True:
             left = self._until - time.monotonic()
+            if left <= 0 and not self._late and self._connection.waiting in _LAST:
+                # It was done in time, and the turn of others before it has used that up.
+                self._late, left = True, _GRACE_S
+                self._until = time.monotonic() + left
             if left <= 0:
                 raise LinkLostError("the round's deadline has passed")
             self._expect()
@@ -138,8 +145,10 @@ class RemoteSession:
                 break
             if head.session > self._number:
                 raise WireError(f"a message of round {head.session} in round {self._number}")
+        if self._replied and self._connection.behind:  # else answers that nobody reads would fill the memory
+            raise WireError("a further message before the answer to the one before was taken")
         if head.what is What.FAILED:
-            raise LinkLostError(f"its program failed: {str(received.body.get('error'))[:300]}")
+            raise LinkLostError(f"its program failed: {one_line(received.body.get('error'))}")
         return head.what, head.kind, dict(received.body)
 
     def close(self) -> None:

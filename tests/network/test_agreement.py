@@ -100,7 +100,8 @@ def test_states_that_may_be_asked_for_again_stay(
         state.write(round, {"part": {"w": torch.full((2,), float(round))}})
     state.forget(before=needed, after=last)
     first = -1 if needed is None else needed
-    assert state.rounds() == ([] if last is None else [round for round in sorted(kept) if first <= round <= last])
+    end = -1 if last is None else last
+    assert state.rounds() == [round for round in sorted(kept) if first <= round <= end or round == needed]
     for round in state.rounds():
         assert state.read(round)["part"]["w"].tolist() == [round, round]
 
@@ -127,7 +128,31 @@ def test_a_client_is_as_it_was_after_the_round_that_counted(tmp_path: Path) -> N
     assert after(1, None) is False
     site.take_up(0, 0)
     assert torch.equal(store.rows(site.client)["own"]["w"], row["w"])
+    site.take_up(None, 0)  # that it kept nothing counted, but is in no checkpoint yet
+    assert store.rows(site.client) == {}
+    site.take_up(0, 0)
+    assert torch.equal(store.rows(site.client)["own"]["w"], row["w"])
     site.take_up(None, None)
     assert store.rows(site.client) == {}
     with pytest.raises(ConfigError, match="this client's state after its round 6"):
         site.take_up(5, 5)
+
+
+def test_a_state_that_is_damaged_is_told_in_one_line(tmp_path: Path) -> None:
+    site = Site(join(f"save_dir={tmp_path}"), tmp_path / "kept")
+    site.kept.write(0, {"own": {"w": torch.arange(300.0)}})
+    (file,) = (tmp_path / "kept").glob("state-0.*")
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ConfigError, match=r"this client's state after its round 1 \(.*state-0"):
+        site.take_up(0, 0)
+
+
+@pytest.mark.parametrize("run", ["../../../../../../elsewhere", "/elsewhere", "a\0b"])
+def test_a_server_cannot_say_where_a_client_writes(tmp_path: Path, run: str) -> None:
+    from runtime.network.client import _Client
+
+    config = join(f"save_dir={tmp_path}")
+    folder = _Client(config, [])._folder(config, run)
+    assert folder.resolve().is_relative_to(tmp_path)
+    assert folder.name not in ("", "client=3")
+    assert _Client(config, [])._folder(config, "2026-11-22_02-00-00-000000-1-abcd").name.startswith("2026-11-22_")

@@ -79,7 +79,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> dict[str, Way]:
             ways["up"].frames[received.head.kind] += received.frame_bytes
         return received
 
-    monkeypatch.setattr("runtime.network.hub.outgoing", sending)
+    monkeypatch.setattr("runtime.network.connection.outgoing", sending)
     monkeypatch.setattr(Incoming, "feed", receiving)
     return ways
 

@@ -152,10 +152,15 @@ ATTACKS: dict[str, tuple[Callable[[Hostile, int], None], str]] = {
     "a model of NaN": (uploads({WEIGHT: torch.full((128, 64), torch.nan), BIAS: torch.zeros(128)}), "not finite"),
     "more samples than it has": (uploads({}, samples=10**9), "1000000000 samples; the client came with 718"),
     "a million of samples as text": (uploads({}, samples=1e6), "samples"),
+    "samples as a table": (uploads({}, samples=torch.zeros(40, 2)), "metrics that are no numbers"),
     "metrics without end": (uploads({}, **{f"m{i}": 1.0 for i in range(100)}), "more than 64"),
     "a metric with a comma": (uploads({}, **{"a,b": 1.0}), "no word"),
     "a metric that is a NaN": (uploads({}, loss=float("nan")), "not finite"),
     "a failure": (lambda h, s: h.link.send(What.FAILED, {"error": "x" * 10_000}, s), "its program failed: xxx"),
+    "a failure that looks like lines of the log": (
+        lambda h, s: h.link.send(What.FAILED, {"error": "x\n2026-11-22 client 0 is gone\x1b[2J\u202e\x07"}, s),
+        "its program failed: x 2026-11-22 client 0 is gone?[2J??",
+    ),
     "a long text": (lambda h, s: h.link.send(What.FAILED, {"error": "x" * 2**21}, s), "accepted"),
     "the end": (lambda h, s: h.link.close(), "the link was lost"),
 }
@@ -165,10 +170,66 @@ ATTACKS: dict[str, tuple[Callable[[Hostile, int], None], str]] = {
 def test_what_it_sends_ends_its_session_alone(arena: Federation, name: str) -> None:
     act, reason = ATTACKS[name]
     before = weights(arena)
-    assert reason in attack(arena, act)
+    told = attack(arena, act)
+    assert reason in told
+    assert told.isprintable()
+    assert len(told) < 400
     after = weights(arena)
     assert not same(before, after)  # the honest client's round counts
     assert all(tensor.isfinite().all() for tensor in after.values())
+
+
+def one_after_another(*payloads: tuple[str, dict]) -> Callable[[Hostile, int], None]:
+    def act(hostile: Hostile, session: int) -> None:
+        for kind, fields in payloads:
+            hostile.link.send(What.ASK, fields, session, kind)
+
+    return act
+
+
+BODY_IN, BODY_OUT = torch.zeros(4, 64, 2, 2), torch.zeros(4, 192)
+OUT_OF_PLACE: dict[str, tuple[tuple[str, ...], Callable[[Hostile, int], None], str]] = {
+    "alignment before all": (("algorithm=fsl_sage",), asks("align"), "AssertionError"),
+    "a gradient before all": (("algorithm=fsmkd", "model=simple_conv"), asks("gradient", grad=BODY_OUT), "KeyError"),
+    "a gradient of another batch": (
+        ("algorithm=fsmkd", "model=simple_conv"),
+        one_after_another(("smashed", {"z": BODY_IN}), ("gradient", {"grad": BODY_OUT[:3]})),
+        "RuntimeError: Mismatch in shape",
+    ),
+    "what the server alone may call": (
+        ("algorithm=moco_sfl",),
+        asks("smashed_cohort", query=Z, key=Z),
+        "'smashed_cohort', which this method does not have",
+    ),
+    "one sample, which cannot be normalised": (
+        ("algorithm=sl_single_server", "model=vgg"),
+        asks("smashed", z=torch.zeros(1, 64, 4, 4), y=Y[:1]),
+        "ValueError: Expected more than 1 value",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_PLACE)
+def test_messages_of_the_right_shapes_that_the_server_cannot_use(tmp_path: Path, name: str) -> None:
+    overrides, act, reason = OUT_OF_PLACE[name]
+    with served(
+        tmp_path, *SETTING, *overrides, "transport.quorum=0.5", "transport.timeout=20", clients=1
+    ) as federation:
+        assert reason in attack(federation, act)
+
+
+def test_answers_that_it_does_not_read_do_not_pile_up(arena: Federation) -> None:
+    waiting: list[int] = []
+
+    def act(hostile: Hostile, session: int) -> None:
+        connection = arena.clients.hub.connections[HOSTILE]
+        for _ in range(100):
+            hostile.link.send(What.ASK, {"z": Z.repeat(500, 1), "y": Y.repeat(500)}, session, "smashed")
+            waiting.append(connection._outbox.qsize())
+        hostile.link.send(What.FAILED, {"error": "as many as it liked"}, session)
+
+    assert "before the answer to the one before was taken" in attack(arena, act)
+    assert max(waiting) < 10  # of 100 answers of a MB each
 
 
 def test_the_attacker_leaves_no_trace(arena: Federation, configure) -> None:
@@ -229,6 +290,23 @@ def test_who_greets_otherwise_is_refused(arena: Federation, name: str) -> None:
     assert reason in end["error"]
     assert end["later"] is False
     assert HONEST in arena.clients.hub.connections
+
+
+def test_who_is_silent_for_too_long_may_come_again(arena: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its link was bad, or it has to load much: with what it has loaded by then it is quick."""
+    from runtime.network import hub, link
+
+    here = arena.clients.hub
+    with here.changed:
+        assert here.changed.wait_for(lambda: HONEST in here.connections, 30)
+    monkeypatch.setattr(hub, "_GREETING_S", 0.2)
+    silent = link.Link(f"127.0.0.1:{here.port}", HOSTILE, arena.config.transport)
+    try:
+        end = silent.receive()
+    finally:
+        silent.close()
+    assert end.head.what is What.END
+    assert end.body == {"error": "the greeting took too long", "later": True}
 
 
 def test_it_comes_again_while_the_server_works_for_it(arena: Federation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,6 +245,15 @@ def test_mistakes_are_one_line(arguments: list[str], line: str, capsys: Any) -> 
     assert (captured.out, len(captured.err.splitlines())) == ("", 1)
 
 
+def test_a_folder_of_another_user_is_one_line(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    def refuse(path: Path) -> bool:  # as below a folder of mode 700; root, who may be who tests, is never refused
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert program.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"run={tmp_path}: expected a folder that this user may read\n"
+
+
 NAMES = st.sampled_from(["", "cut by hand", "a reason that is longer than any column is wide " * 3])
 CLIENTS = st.builds(
     Seen,

@@ -58,6 +58,13 @@ def test_record_scalars_leave_out_what_is_missing() -> None:
     assert scalars["comm_load"] == 90
 
 
+def test_what_a_client_calls_a_metric_does_not_replace_a_figure_of_the_run() -> None:
+    for accuracy in (0.5, None):
+        told = record(3, accuracy)
+        told.metrics.update(test_acc=1.0, comm_load=0.0)
+        assert told.scalars() == record(3, accuracy).scalars()
+
+
 @pytest.mark.parametrize("name", sorted(LOGGERS))
 def test_every_config_goes_round_through_plain_values(name: str) -> None:
     config = logger_config({"name": name})

@@ -134,6 +134,58 @@ def test_a_client_that_drops_out_leaves_no_trace(configure, schedule: str, after
     assert same(weights(lossy), weights(without))
 
 
+@pytest.mark.parametrize("schedule", ["sequential", "lockstep"])
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_client_that_has_left_before_its_turn_is_lost_alone(configure, schedule: str, place: int) -> None:
+    config = configure("algorithm=sl_multi_server", "rounds=1")
+    algorithm = variant(Federation(config).algorithm, schedule=schedule)
+    lossy, without = federation_of(config, algorithm), federation_of(config, algorithm)
+    cohort = lossy.cohort(0)
+    absent, begin = cohort[place], lossy.clients.open
+
+    def open(client: int):
+        if client == absent:
+            raise ClientDroppedError
+        return begin(client)
+
+    lossy.clients.open = open  # type: ignore[method-assign]
+    record, lines = lossy.step()
+    assert record.clients == 3
+    assert record.metrics["dropped"] == 1
+    without.cohort = lambda round: [client for client in cohort if client != absent]  # type: ignore[method-assign]
+    assert without.step()[1] == lines
+    assert same(weights(lossy), weights(without))
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "lockstep"])
+@pytest.mark.parametrize("what", ["serve", "absorb"])
+def test_a_client_whose_message_the_server_refuses_is_lost_alone(configure, schedule: str, what: str) -> None:
+    def client(ctx, down):
+        yield ask("other" if ctx.id == 2 else "draw", value=torch.ones(3))
+        return {}
+
+    algorithm = variant(Noisy, client=staticmethod(client), schedule=schedule)
+    federation = federation_of(configure("algorithm=fed_avg", "rounds=1"), algorithm)
+    federation.server.on_other = federation.server.on_draw
+    train = federation.clients.train
+
+    def refusing(cohort, drop, server, ledger):
+        method = getattr(server, what)
+
+        def refuse(first, *rest):
+            if first == ("other" if what == "serve" else 2):
+                raise ClientDroppedError
+            return method(first, *rest)
+
+        setattr(server, what, refuse)
+        return train(cohort, drop, server, ledger)
+
+    federation.clients.train = refusing  # type: ignore[method-assign]
+    record, _ = federation.step()
+    assert record.clients == 3
+    assert record.metrics["dropped"] == 1
+
+
 def test_a_cohort_that_does_not_fit_in_memory_is_refused(configure, monkeypatch) -> None:
     federation = federation_of(configure("algorithm=fed_avg"), variant(Noisy, schedule="lockstep"))
     monkeypatch.setattr("runtime.federation._available_memory", lambda device: 1000)

@@ -1,0 +1,92 @@
+"""How it ends: at the deadline of a round, with a rate that does not converge, and when the run is over."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import play
+from tests.network import test_hostile
+from tests.network.serving import served, start_client
+
+pytest.importorskip("grpc", reason="the extra grpc is not installed")
+
+from runtime.network.bounds import Limits
+from runtime.network.config import GrpcTransport
+from runtime.network.hub import Greeting, Hub
+from runtime.network.link import Link
+from runtime.network.wire import What
+
+SETTING = ("algorithm=fed_avg", "num_clients=2", "rounds=2", "optimizer=sgd")
+
+
+def test_one_that_is_silent_does_not_use_up_the_time_of_those_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_hostile, "HOSTILE", 0)
+    limits = ("transport.quorum=0.5", "transport.deadline=6")
+    with served(tmp_path, *SETTING, *limits, clients=0) as federation:
+        clients: Any = federation.clients
+        silent, quick = test_hostile.Hostile(federation), start_client(1, clients.hub.port, tmp_path)
+        try:
+            with clients.hub.changed:
+                assert clients.hub.changed.wait_for(lambda: len(clients.hub.connections) == 2, 60)
+            record, _ = federation.step()
+            assert (record.clients, record.metrics["dropped"], clients.repeats) == (1, 1, 0)
+            assert list(clients.hub.connections) == [1]
+            clients.hub.close("the test is over")
+            assert quick.error() == ""
+        finally:
+            silent.link.close()
+            quick.kill()
+
+
+def test_a_rate_that_does_not_converge_is_told_by_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class WaitedAgainError(Exception):
+        pass
+
+    with served(tmp_path, *SETTING, "num_clients=1", "lr=1e30", clients=0) as federation:
+        clients: Any = federation.clients
+        gather, client = clients.gather, start_client(0, clients.hub.port, tmp_path)
+        rounds: list[int] = []
+
+        def once(cohort: list[int]) -> None:
+            rounds.append(federation.round)
+            if len(rounds) > 1:
+                raise WaitedAgainError
+            gather(cohort)
+
+        monkeypatch.setattr(clients, "gather", once)
+        try:
+            with pytest.raises(WaitedAgainError):
+                federation.step()
+            assert client.error().startswith("ConfigError: lr=1e+30: expected a rate that converges")
+            assert "expected a rate that converges" in clients.hub.seen[0].error
+        finally:
+            client.kill()
+
+
+def test_a_client_that_was_just_lost_is_told_that_the_run_is_over(tmp_path: Path) -> None:
+    with served(tmp_path, *SETTING, "num_clients=1") as federation:
+        play(federation)
+        clients: Any = federation.clients
+        clients.hub.connections[0].cut("for a test")
+        with clients.hub.changed:
+            assert clients.hub.changed.wait_for(lambda: not clients.hub.connections, 30)
+        clients.see_off()
+        assert list(clients.hub.connections) == [0]
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_client_that_is_still_greeting_is_told(later: bool) -> None:
+    hub = Hub(GrpcTransport(port=0), 1, Greeting(lambda *_: {}, lambda *_: Limits(message_bytes=0)))
+    link = Link(f"127.0.0.1:{hub.port}", 0, GrpcTransport())
+    try:
+        link.send(What.HELLO, {"client": 0})
+        link.receive((What.WELCOME,))
+        hub.close("the run is over", later=later)  # while the client has its data to load
+        told = {"error": "the run is over", "later": True} if later else {"reason": "the run is over"}
+        assert link.receive((What.END,)).body == told
+    finally:
+        link.close()
+        hub.close("the test is over")

@@ -65,6 +65,7 @@ class RemoteClients(Clients):
         self.load_state_dict(federation.clients.taken_up)  # the run was resumed before its clients were elsewhere
         self._reports: dict[int, dict[str, Any]] = {}
         self._facts: dict[int, dict[str, Any]] = {}
+        self._names: dict[int, set[str]] = {}  # of each client's metrics: a column of the results for each
         self._new = True
         self._expected = rehearse(federation.config, federation.dataset)
         self.record: RoundRecord | None = None
@@ -179,9 +180,9 @@ class RemoteClients(Clients):
             if report is not None:
                 self._reports[client] = report
 
-        opening = self._order(client)
+        opening, names = self._order(client), self._names.setdefault(client, set())
         return RemoteSession(
-            connection, opening, self._check, timeout=self._config.timeout, until=until, on_close=close
+            connection, opening, self._check, timeout=self._config.timeout, until=until, on_close=close, names=names
         )
 
     def _order(self, client: int) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class RemoteSession:
     Args:
         opening: what the client is told of the round before its first message.
         check: raises WireError at a message that cannot be right: its kind and its fields.
+        names: of the metrics that the client has told of so far, to be added to.
         until: when the round has to be over, on the monotonic clock.
     """
 
@@ -60,10 +61,12 @@ class RemoteSession:
         timeout: float,
         until: float,
         on_close: Callable[[dict[str, Any] | None], None],
+        names: set[str] | None = None,
     ) -> None:
         self._connection, self._check = connection, check
         self._timeout, self._until = timeout, until
         self._on_close = on_close
+        self._names = set[str]() if names is None else names
         self._opening: Mapping[str, Any] | None = opening
         self._kind = MODEL
         self._report: dict[str, Any] | None = None
@@ -125,6 +128,9 @@ class RemoteSession:
                 raise WireError(f"{samples!r} samples; the client came with {self._connection.facts['samples']}")
             if not all(_NAME.fullmatch(name) for name in fields):
                 raise WireError("a metric whose name is no word")
+            if len(self._names | fields.keys()) > _METRICS:
+                raise WireError(f"more than {_METRICS} metrics in its rounds")
+            self._names.update(fields)
             check_values(fields, classes=None)
         return fields
 

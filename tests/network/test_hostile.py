@@ -179,6 +179,11 @@ def test_what_it_sends_ends_its_session_alone(arena: Federation, name: str) -> N
     assert all(tensor.isfinite().all() for tensor in after.values())
 
 
+def test_metrics_of_ever_new_names(arena: Federation) -> None:
+    for at, reason in enumerate(("missing", "more than 64 metrics in its rounds")):
+        assert reason in attack(arena, uploads({}, **{f"new_{at}_{number}": 1.0 for number in range(40)}))
+
+
 def one_after_another(*payloads: tuple[str, dict]) -> Callable[[Hostile, int], None]:
     def act(hostile: Hostile, session: int) -> None:
         for kind, fields in payloads:

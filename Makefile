@@ -1,11 +1,12 @@
 # What one does with this project. `make` lists it.
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 2
+WORKERS ?= 3
 ARGS ?=
 
 PY := $(VENV)/bin/python
-# One thread per test process: they run side by side, and small models gain nothing from more.
+# One thread per test process: they run side by side, and small models gain nothing from more. Three of them keep two
+# cores busy, as some tests wait for other processes.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help

@@ -29,6 +29,14 @@ SMALL = (
 )
 
 
+# What starts many processes and waits for them goes first, so that one test process is not left alone with it.
+WAITING = ("test_sweep.py", "test_hosts.py", "test_kill.py", "test_main.py", "test_readme.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in WAITING)
+
+
 @pytest.fixture(scope="session")
 def configure() -> Callable[..., RunConfig]:
     """``configure("algorithm=fed_avg", ...)``: what main.py would run, on a small setting."""

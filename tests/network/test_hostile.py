@@ -65,6 +65,9 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Generator[Federation]:
     """A server with one honest client; the other place is free."""
     quorum = ("transport.quorum=0.5", "transport.timeout=20", "transport.max_message_mb=8")
     with served(tmp_path_factory.mktemp("arena"), *SETTING, *quorum, clients=1) as federation:
+        hub = federation.clients.hub
+        with hub.changed:
+            assert hub.changed.wait_for(lambda: HONEST in hub.connections, 60)
         yield federation
 
 

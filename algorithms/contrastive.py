@@ -24,6 +24,11 @@ def info_nce(query: Tensor, key: Tensor, other: Tensor, temperature: float) -> T
     return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64, device=query.device))
 
 
+def unit(z: Tensor, like: Tensor) -> Tensor:
+    """The rows of z [b, d] divided by their lengths, in the precision of a weight whatever that of z."""
+    return F.normalize(z.to(like.dtype), dim=1)
+
+
 @torch.no_grad()
 def follow(average: nn.Module, module: nn.Module, momentum: float) -> None:
     """Move a copy's parameters towards the module's: average = momentum * average + (1 - momentum) * module."""
@@ -44,8 +49,12 @@ class Queue:
         self.next = torch.zeros(len(keys), dtype=torch.int64)
 
     def cosines(self, query: Tensor, lines: Tensor) -> Tensor:
-        """Cosines [b, K] of queries [b, d] with the keys in their lines (int64 [b])."""
-        found = query @ self.keys.flatten(0, 1).T
+        """Cosines [b, K] of queries [b, d] with the keys in their lines (int64 [b]).
+
+        Without autocast: what tells the images apart at first are cosines that differ by less than bf16 can say.
+        """
+        with torch.autocast(query.device.type, enabled=False):
+            found = query @ self.keys.flatten(0, 1).T
         if len(self.keys) == 1:
             return found
         return found.view(len(query), len(self.keys), -1)[torch.arange(len(query)), lines]

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from algorithms import register
 from algorithms.base import Algorithm, Flow
-from algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce
+from algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, unit
 from runtime.blueprint import Layout
 from runtime.boundary import Payload
 from runtime.config import ConfigError
@@ -77,9 +76,9 @@ class FLMoco(Algorithm):
         line = torch.zeros(1, dtype=torch.int64)
 
         def contrast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-            q = F.normalize(online[1](online[0](query)), dim=1)
+            q = unit(online[1](online[0](query)), queue.keys)
             with torch.no_grad():
-                k = F.normalize(average[1](average[0](key)), dim=1)
+                k = unit(average[1](average[0](key)), queue.keys)
             return info_nce(q, k, queue.cosines(q, line.expand(len(q))), config.temperature), k
 
         for one, two in ctx.views(ctx.steps):

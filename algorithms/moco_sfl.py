@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from algorithms import register
 from algorithms.base import Algorithm, Flow, Server, detached, floating, followed, gradients
-from algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, joined
+from algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, joined, unit
 from algorithms.saving import Saving
 from models import through
 from runtime.blueprint import Layout
@@ -131,9 +130,9 @@ class MocoServer(Server):
 
     def _contrast(self, query: Crossing, key: Crossing, lines: Tensor) -> tuple[Tensor, Tensor]:
         part = self.ctx.part
-        q = F.normalize(part("projector")(through(part("server"), query)), dim=1)
+        q = unit(part("projector")(through(part("server"), query)), self._queue.keys)
         with torch.no_grad():
-            k = F.normalize(part("projector_momentum")(through(part("server_momentum"), key)), dim=1)
+            k = unit(part("projector_momentum")(through(part("server_momentum"), key)), self._queue.keys)
         return info_nce(q, k, self._queue.cosines(q, lines), self.ctx.config.temperature), k
 
     def close_round(self) -> None:

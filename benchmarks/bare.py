@@ -40,7 +40,7 @@ class _Bare:
     Args:
         parts: by name; all clients take turns to train them.
         make_optimizer: a fresh optimizer of a part.
-        autocast: the precision of forward and backward passes, entered once per client.
+        autocast: the precision of forward passes, entered once for each.
     """
 
     def __init__(
@@ -62,11 +62,12 @@ class BareFedAvg(_Bare):
         for batches in cohort:
             model.load_state_dict(start["model"])
             optimizer = self._make_optimizer(model)
-            with self._autocast():
-                for x, y in batches:
-                    optimizer.zero_grad(set_to_none=True)
-                    F.cross_entropy(model(x), y).backward()
-                    optimizer.step()
+            for x, y in batches:
+                optimizer.zero_grad(set_to_none=True)
+                with self._autocast():
+                    loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
             average.add(model.state_dict(), _samples(batches))
         return {"model": average.state}
 
@@ -91,19 +92,20 @@ class BareSplit(_Bare):
         for batches in cohort:
             client.load_state_dict(start["client"])
             optimizer = self._make_optimizer(client)
-            with self._autocast():
-                for x, y in batches:
-                    self._batch(client, server, optimizer, x, y)
+            for x, y in batches:
+                self._batch(client, server, optimizer, x, y)
             average.add(client.state_dict(), _samples(batches))
         return {"client": average.state, "server": server.state_dict()}
 
     def _batch(
         self, client: nn.Module, server: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
     ) -> None:
-        z = client(x)
-        received = z.detach().requires_grad_()
+        with self._autocast():
+            z = client(x)
+            received = z.detach().requires_grad_()
+            loss = F.cross_entropy(server(received), y)
         self._server_optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(server(received), y).backward()
+        loss.backward()
         self._server_optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         z.backward(received.grad)

@@ -97,7 +97,10 @@ class Race:
         def optimizer(part: nn.Module) -> torch.optim.Optimizer:
             return make_optimizer(config.optimizer_for(modules[id(part)]), part.parameters())
 
-        self._bare = BARE[config.algorithm_name](parts, optimizer, blueprint.autocast)
+        def autocast() -> torch.autocast:
+            return torch.autocast(platform.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+        self._bare = BARE[config.algorithm_name](parts, optimizer, autocast)
 
     def round(self, *, platform_first: bool) -> tuple[Seconds, Seconds, float]:
         """Time of the platform, time of the bare loop, and how far their weights are apart (see `_difference`)."""

@@ -208,9 +208,13 @@ class Blueprint:
         return learning_options(self._optimizers[name], self._schedulers[name], round)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision that forward passes run in."""
+        """The precision that forward passes run in.
+
+        Weights are cast anew at each use. Autocast would keep its casts until the context ends, and a party's turn may
+        hold many steps: all but the first would compute with weights that are no longer there.
+        """
         if self._precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
         return nullcontext()
 
     def travelling(self, name: str, module: nn.Module) -> dict[str, Tensor]:

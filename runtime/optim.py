@@ -147,6 +147,7 @@ class PartOptimizer:
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = optimizers
+        self._device = optimizers[0].param_groups[0]["params"][0].device
 
     def update(
         self,
@@ -159,6 +160,7 @@ class PartOptimizer:
 
         The gradient has the output's shape; of several outputs there is one for each that has floating-point values.
         Outputs that need no gradient are left out. ``reset`` False adds to the gradients that the parameters hold.
+        Autocast is for forward passes: backward pass and step are computed without, each in the types it was given.
         """
         if not isinstance(output, Tensor):
             assert gradient is not None
@@ -170,8 +172,12 @@ class PartOptimizer:
             self.zero_grad()
         # Of a part that is frozen nothing follows the gradient.
         if gradient is None or (output.requires_grad if isinstance(output, Tensor) else output):
-            torch.autograd.backward(output, gradient)
+            with self._without_autocast():
+                torch.autograd.backward(output, gradient)
         self.step()
+
+    def _without_autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, enabled=False)
 
     def zero_grad(self) -> None:
         """Forget the gradients that the parameters hold."""
@@ -180,8 +186,9 @@ class PartOptimizer:
 
     def step(self) -> None:
         """One step along the gradients that the parameters hold."""
-        for optimizer in self._optimizers:
-            optimizer.step()
+        with self._without_autocast():
+            for optimizer in self._optimizers:
+                optimizer.step()
 
     def set(self, options: Iterable[Mapping[str, Any]]) -> None:
         """Set the options of each part's parameter group, such as the round's learning rate."""

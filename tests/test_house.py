@@ -80,6 +80,21 @@ def test_nothing_unpickles() -> None:
                 assert called != "torch.load" or safe, path.name
 
 
+def test_autocast_keeps_no_casts_of_weights() -> None:
+    """A party's turn holds many steps, and a cast kept over a step is of weights that are no longer there."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "torch.autocast",
+                "autocast",
+                "torch.amp.autocast",
+            ):
+                keys = {key.arg: ast.unparse(key.value) for key in node.keywords}
+                assert "False" in (keys.get("cache_enabled"), keys.get("enabled")) or "benchmarks" in path.parts, (
+                    path.name
+                )
+
+
 def test_no_large_file_is_tracked() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:

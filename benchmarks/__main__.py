@@ -10,6 +10,7 @@ BENCHMARKS = {
     "traffic": "bytes of a round in closed form, for the five methods of the FSL-SAGE paper",
     "evaluation": "share of a round's wall time that evaluation takes",
     "network": "a step's round trip over gRPC against a bare echo of its bytes, and the server's memory by clients",
+    "gpu": "every method on a GPU as on a processor, and the comparison of FSL-SAGE's paper for a given time",
     "plotting": "time to read, average and draw 2,000 saved runs of 200 rounds",
 }
 

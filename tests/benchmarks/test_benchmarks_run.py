@@ -1,16 +1,32 @@
 """Each benchmark runs on a tiny setting and prints its ratio; nothing here depends on how long anything takes."""
 
 import argparse
+import csv
 import importlib
+import itertools
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import __main__ as listing
-from benchmarks import allocator, bare, cohort, evaluation, measure, memory, plotting, round_time, together, traffic
+from benchmarks import (
+    allocator,
+    bare,
+    cohort,
+    evaluation,
+    gpu,
+    measure,
+    memory,
+    plotting,
+    round_time,
+    together,
+    traffic,
+)
 
 DECIMAL = r"\d+\.\d+"
 
@@ -191,3 +207,32 @@ def test_a_crowd_is_served_and_the_servers_memory_told() -> None:
     # each answer has the size of its question, so one of either is in memory; and the strays of both clients are read
     assert crowd.platform_mb(crowd.Crowd(clients=2, mb=20, steps=2, stray=True)) > 40
     assert crowd.echo_mb(crowd.Crowd(clients=2, mb=20, steps=1)) > 40
+
+
+def test_methods_on_a_device_are_compared_with_the_processor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "DIGITS", (*gpu.DIGITS, "model=mlp", "rounds=2"))
+    assert gpu.main(["methods", "--algorithm", "fed_avg"]) == 0
+    (*_, line) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        rf"fed_avg( +{DECIMAL}%){{2}} +{DECIMAL} s +same bits +{DECIMAL}% +{DECIMAL} s +same bits", line
+    )
+    monkeypatch.setattr(gpu, "learnt", lambda federation: {"weight": torch.rand(9)})
+    assert "OTHER BITS" in gpu.method("fed_avg", "cpu")
+
+
+def test_the_papers_setting_runs_on_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part, label, number in itertools.product(("train", "test"), ("bird", "cat"), range(10)):
+        folder = tmp_path / "images" / part / label
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (255 * (label == "cat"), 0, number)).save(folder / f"{number}.png")
+    small = ["--set", "model=mlp", "rounds=3", "batch_size=2", "scheduler=none", "threads=1"]
+    where = ["--data", str(tmp_path / "images"), "--saves", str(tmp_path / "saves"), "--seconds", "60", "--every", "2"]
+    assert gpu.main(["paper", *where, "--algorithm", "fed_avg", *small]) == 0
+    shown = capsys.readouterr().out
+    assert "fed_avg: 3 rounds" in shown
+    assert re.findall(r"round +(\d+) ", shown) == ["2", "3"]
+    with next((tmp_path / "saves").rglob("communication.csv")).open() as file:
+        sent = sum(int(row["payload_bytes"]) for row in csv.DictReader(file) if row["kind"] == "model")
+    assert gpu.curve(next((tmp_path / "saves").rglob("metrics.csv")))[-1][2] == pytest.approx(sent / 1e9)

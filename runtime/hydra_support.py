@@ -21,7 +21,7 @@ from runtime.slots import visible_gpus
 if TYPE_CHECKING:
     from runtime.settings import RunConfig
 
-_PARTS = r"model\.(?:client|server|auxiliary|body|head|tail|personal)"
+_PARTS = r"model\.(?:client|server|auxiliary|body|head|tail|personal|projector)"
 # Mappings that take any key: which ones are right depends on a name in them, and the typed configuration checks it.
 _BELOW_OPEN = re.compile(rf"(?:{_PARTS}\.)?(?:optimizer|scheduler)\.[^=]+=|(?:model|dataset)\.options(?:\.[^=]+)?=")
 _SHORTHANDS = {

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from algorithms.base import Flow
 from algorithms.fsmkd import FSMKD, FSMKDConfig, divergence, mutual_losses
-from runtime import rng
 from runtime.blueprint import Layout
 from runtime.boundary import Message
 from runtime.evaluation import mean
@@ -21,6 +20,7 @@ from runtime.personalize import personalize
 from runtime.session import Channel
 from runtime.settings import RunConfig
 from runtime.traffic import expected_bytes, expected_round_trips
+from tests.algorithms.drawing import Drawn
 from tests.conftest import play, same, weights
 
 TWO_BODIES = "model.personal.variants=[{},{hidden:[128,32,64]}]"
@@ -65,16 +65,35 @@ def test_the_teacher_is_constant() -> None:
 # ------------------------------------------------------------------ a bare loop
 
 
+# By what the rates fall from round to round, in the settings that say so: of the server's body, and of all others.
+FALL, SERVER_FALL = 0.5, 0.25
+FALLING = ("scheduler=exponential", f"scheduler.gamma={FALL}", f"model.server.scheduler.gamma={SERVER_FALL}")
+SOME = ("num_clients=5", "frac=0.5")
+
+
 class Bare:
-    """The equations in one graph for both parties, with torch's optimizers; shared with the platform is data alone."""
+    """The equations in one graph for both parties, with torch's optimizers; cohorts and batches are drawn here."""
 
     def __init__(self, federation: Federation) -> None:
         self.federation, self.config = federation, federation.config
+        self.drawn, self.falls = Drawn(federation), federation.config.scheduler is not None
         self.clients = range(federation.population)
         self.head, self.server, self.tail = self._parts(0, "client", "server", "tail")
         self.bodies = [self._parts(client, "personal")[0] for client in self.clients]
         self.optimizer = self._optimizer(self.server)
         self.own: dict[int, tuple[nn.Module, nn.Module]] = {}
+        self.periods: dict[int, int] = {}
+        self.losses: dict[int, dict[int, list[tuple[float, float]]]] = {}
+
+    def reported(self, round: int) -> tuple[float, float]:
+        """The round's losses of the global and the local path: clients' means, weighted by their samples."""
+        sizes, losses = self.federation.partition.sizes, self.losses[round]
+        total = sum(sizes[client] for client in losses)
+        means = {
+            client: [sum(each) / len(each) for each in zip(*found, strict=True)] for client, found in losses.items()
+        }
+        whole, local = (sum(sizes[c] / total * means[c][path] for c in means) for path in (0, 1))
+        return whole, local
 
     def _parts(self, client: int, *names: str) -> list[nn.Module]:
         return list(self.federation.blueprint.for_client(client).parts(names).values())
@@ -86,18 +105,25 @@ class Bare:
     def play(self) -> None:
         config: FSMKDConfig = self.config.algorithm
         for round in range(self.config.rounds):
-            for client in self.federation.cohort(round):
-                head, tail = self.own.get(client) or (copy.deepcopy(self.head), copy.deepcopy(self.tail))
-                self._train(client, round, head, tail, config)
-                self.own[client] = head, tail
+            if self.falls:
+                self.optimizer.param_groups[0]["lr"] = self.config.lr * SERVER_FALL**round
+            cohort = self.drawn.cohort(round)
+            for client in cohort:
+                period = round // config.aggregate_interval
+                if self.periods.get(client) != period:  # the averaged parts, in the first round after each averaging
+                    self.own[client] = copy.deepcopy(self.head), copy.deepcopy(self.tail)
+                    self.periods[client] = period
+                self._train(client, round, *self.own[client], config)
             if (round + 1) % config.aggregate_interval == 0:
-                self._average()
+                self._average(cohort)
 
     def _train(self, client: int, round: int, head: nn.Module, tail: nn.Module, config: FSMKDConfig) -> None:
         body, server = self.bodies[client], self.server
         optimizer = self._optimizer(head, body, tail)
-        stream = rng.torch_generator(self.config.seed, round=round, client=client, stream="batches")
-        for x, y in self.federation.clients.data(client).batches(stream):
+        if self.falls:
+            optimizer.param_groups[0]["lr"] = self.config.lr * FALL**round
+        losses = self.losses.setdefault(round, {}).setdefault(client, [])
+        for x, y in self.drawn.batches(round, client):
             h = head(x)
             local, shared = tail(body(h)), tail(server(h))
             tau, w = config.temperature, config.distillation_weight
@@ -107,6 +133,7 @@ class Bare:
                                  reduction="batchmean")  # fmt: skip
             local_loss = F.cross_entropy(local, y) + w * of_local
             global_loss = F.cross_entropy(shared, y) + w * of_shared
+            losses.append((float(global_loss.detach()), float(local_loss.detach())))
             followed = global_loss + local_loss if config.shared_gradient == "both" else global_loss
             steps = [(body, local_loss), (server, global_loss), (nn.ModuleList([head, tail]), followed)]
             for module, loss in steps:
@@ -116,15 +143,17 @@ class Bare:
             optimizer.step()
             self.optimizer.step()
 
-    def _average(self) -> None:
+    def _average(self, cohort: list[int]) -> None:
+        """Of those that take part in the round; others keep what they hold until they do again."""
         sizes = self.federation.partition.sizes
         for at, shared in enumerate((self.head, self.tail)):
-            states = {client: parts[at].state_dict() for client, parts in self.own.items()}
+            states = {client: parts[at].state_dict() for client, parts in ((c, self.own[c]) for c in cohort)}
             for key, value in shared.state_dict().items():
                 if value.is_floating_point():
                     share = sum(float(sizes[client]) for client in states)
                     value.copy_(sum(sizes[client] / share * state[key] for client, state in states.items()))
-        self.own.clear()
+        for client in cohort:
+            del self.own[client]
 
 
 def check(found: dict[str, torch.Tensor], module: nn.Module, initial: dict[str, torch.Tensor], what: str) -> None:
@@ -141,9 +170,10 @@ def check(found: dict[str, torch.Tensor], module: nn.Module, initial: dict[str, 
     [
         ("optimizer=adam", "rounds=2", TWO_BODIES),
         ("optimizer=sgd", "lr=0.05", "rounds=1", "model=vgg", "model.options.width=2"),
-        ("optimizer=sgd", "lr=0.05", "rounds=3", "algorithm.aggregate_interval=2", TWO_BODIES),
+        ("optimizer=sgd", "lr=0.05", "rounds=3", "algorithm.aggregate_interval=2", TWO_BODIES, *SOME, *FALLING),
+        (*SOME, *FALLING, "optimizer=adam", "rounds=3", TWO_BODIES),
     ],
-    ids=["adam, two bodies", "normalisation", "averaged every other round"],
+    ids=["adam, two bodies", "normalisation", "some clients, averaged every other round", "some clients, adam"],
 )
 def test_all_parts_against_one_graph(configure, setting: tuple[str, ...], weight: int, gradient: str) -> None:
     federation = Federation(configure("algorithm=fsmkd", "num_clients=2", "precision=fp64", "batch_size=150",
@@ -152,11 +182,15 @@ def test_all_parts_against_one_graph(configure, setting: tuple[str, ...], weight
                                       f"algorithm.shared_gradient={gradient}", *setting))  # fmt: skip
     bare = Bare(federation)
     bare.play()
-    play(federation)
+    records = [federation.step()[0] for _ in range(federation.config.rounds)]
+    for round, record in enumerate(records):
+        found = record.train_loss, record.metrics["local_loss"]
+        assert found == pytest.approx(bare.reported(round), rel=1e-9)
+    trained = {client for losses in bare.losses.values() for client in losses}
     for name, module in {"client": bare.head, "server": bare.server, "tail": bare.tail}.items():
         found = federation.server.ctx.part(name).state_dict()
         check(found, module, federation.blueprint.initial[name], name)
-    for client in bare.clients:
+    for client in sorted(trained):
         initial = federation.blueprint.for_client(client).initial
         states = federation.client_states(client, ("client", "personal", "tail"))
         check(states["personal"], bare.bodies[client], initial["personal"], f"{client}/personal")

@@ -17,6 +17,7 @@ from runtime.config import ConfigError
 from runtime.federation import Federation
 from runtime.ledger import CONTROL_KINDS, Traffic
 from runtime.traffic import expected_bytes, expected_round_trips
+from tests.algorithms.drawing import Drawn
 from tests.conftest import play, same, weights
 
 LR, TEMPERATURE, MOMENTUM, CLIENT_MOMENTUM, KEYS = 0.05, 0.2, 0.9, 0.8, 64
@@ -55,6 +56,8 @@ class Bare:
         self.parts = {name: federation.blueprint.parts([name])[name] for name in federation.algorithm.layout.server}
         self.keys = federation.server._queue.keys.clone()
         self.place = [0] * len(self.keys)
+        self.drawn, self.rates = Drawn(federation), {"client": LR, "server": LR}
+        self.losses: list[float] = []
 
     def features(self, suffix: str, z: torch.Tensor) -> torch.Tensor:
         h = self.parts["projector" + suffix](self.parts["server" + suffix](z))
@@ -77,13 +80,13 @@ class Bare:
             self.keys[line, self.place[line]] = key
             self.place[line] = (self.place[line] + 1) % self.keys.shape[1]
 
-    def descend(self, modules: list[nn.Module], loss_or_gradient, inputs=None) -> None:
+    def descend(self, part: str, modules: list[nn.Module], loss_or_gradient, inputs=None) -> None:
         parameters = [p for module in modules for p in module.parameters()]
         gradients = torch.autograd.grad(loss_or_gradient, parameters, inputs, retain_graph=True, allow_unused=True)
         with torch.no_grad():
             for p, g in zip(parameters, gradients, strict=True):
                 if g is not None:  # the classifier's
-                    p -= LR * g
+                    p -= self.rates[part] * g
 
     def follow(self, average: nn.Module, module: nn.Module, momentum: float) -> None:
         with torch.no_grad():
@@ -91,7 +94,8 @@ class Bare:
                 a.copy_(momentum * a + (1 - momentum) * p)
 
     def round(self, number: int) -> None:
-        cohort = self.federation.cohort(number)
+        self.losses.clear()
+        cohort = self.drawn.cohort(number)
         own = {c: [copy.deepcopy(self.parts[name]) for name in ("client", "client_momentum")] for c in cohort}
         steps = {c: list(self.views(c, number)) for c in cohort}
         for step in range(self.config.local_steps):
@@ -101,19 +105,26 @@ class Bare:
             zq = torch.cat([query[c] for c in cohort]).detach().requires_grad_()
             zk = torch.cat([key[c] for c in cohort])
             loss, keys = self.loss(zq, zk, owners)
-            down = dict(zip(cohort, torch.autograd.grad(loss, zq, retain_graph=True)[0].split(5), strict=True))
+            down = dict(
+                zip(
+                    cohort,
+                    torch.autograd.grad(loss, zq, retain_graph=True)[0].split(len(query[cohort[0]])),
+                    strict=True,
+                )
+            )
             both, keys, owners = loss, [keys], [owners]
             if self.config.symmetric:
                 other, more = self.loss(zk, zq.detach(), owners[0])
                 both, keys, owners = loss + other, [*keys, more], owners * 2
-            self.descend([self.parts["server"], self.parts["projector"]], both)
+            self.losses.append(float(both.detach()))
+            self.descend("server", [self.parts["server"], self.parts["projector"]], both)
             for name in ("server", "projector"):
                 self.follow(self.parts[f"{name}_momentum"], self.parts[name], MOMENTUM)
             for each, whose in zip(keys, owners, strict=True):
                 self.push(each, whose)
             for c in cohort:
                 # Of the mean over the cohort each has a share: its own mean's gradient is that many times as long.
-                self.descend([own[c][0]], query[c], down[c] * len(cohort))
+                self.descend("client", [own[c][0]], query[c], down[c] * len(cohort))
                 self.follow(own[c][1], own[c][0], CLIENT_MOMENTUM)
         with torch.no_grad():
             for key, value in self.parts["client"].named_parameters():
@@ -121,29 +132,54 @@ class Bare:
         self.follow(self.parts["client_momentum"], self.parts["client"], CLIENT_MOMENTUM**self.config.local_steps)
 
     def views(self, client: int, number: int):
-        context = self.federation.clients._context(client, self.federation.clients._seat())
-        assert context.round == number
-        return context.views(context.steps)
+        """Two views of each step's samples, on which the client goes on through its data by the clock of the rounds."""
+        source, indices = self.federation.dataset.train, self.drawn.partition.indices(client)
+        size, steps = self.drawn.config.batch_size, self.config.local_steps
+        draws, at = self.drawn.generator(number, client, "batches"), number * size * steps
+        orders: dict[int, torch.Tensor] = {}
+        for _ in range(steps):
+            samples = []
+            for place in range(at, at + size):
+                epoch, within = divmod(place, len(indices))
+                if epoch not in orders:
+                    own = self.drawn.generator(epoch, client, "order")
+                    orders[epoch] = torch.randperm(len(indices), generator=own)
+                samples.append(int(indices[orders[epoch][within]]))
+            yield source.take(torch.tensor(samples), [source.draw(size, draws) for _ in range(2)])
+            at += size
+
+
+FALL, SERVER_FALL = 0.5, 0.25
+SOME = ("num_clients=7", "frac=0.5", "scheduler=exponential", f"scheduler.gamma={FALL}",
+        *(f"model.{part}.scheduler.gamma={SERVER_FALL}" for part in ("server", "projector")))  # fmt: skip
 
 
 @pytest.mark.parametrize("sharing", ["true", "false"])
 @pytest.mark.parametrize("symmetric", ["true", "false"])
 @pytest.mark.parametrize(("together", "steps"), [("auto", 1), ("never", 1), ("never", 3)])
 def test_moco_sfl_is_its_equations(configure, sharing: str, symmetric: str, together: str, steps: int) -> None:
-    options = (f"algorithm.feature_sharing={sharing}", f"algorithm.symmetric={symmetric}")
+    """Of four of seven clients a round, at rates that fall, a client's samples being gone through more than once."""
+    options = (f"algorithm.feature_sharing={sharing}", f"algorithm.symmetric={symmetric}", *SOME, "batch_size=30")
     federation = Federation(
         configure(*SETTING, *options, f"algorithm.together={together}", f"algorithm.local_steps={steps}")
     )
     assert federation.clients.compute_together == (together == "auto")
     bare = Bare(federation)
     for number in range(3):
+        bare.rates = {"client": LR * FALL**number, "server": LR * SERVER_FALL**number}
         bare.round(number)
-        federation.step()
+        record, _ = federation.step()
+        assert record.train_loss == pytest.approx(sum(bare.losses) / len(bare.losses), rel=1e-9)
+        assert record.clients == 4
     for name, part in bare.parts.items():
         found = federation.server.ctx.parts[name].state_dict()
         for key, value in part.state_dict().items():
             torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-11, msg=f"{name}/{key}")
-    torch.testing.assert_close(federation.server._queue.keys, bare.keys, rtol=1e-8, atol=1e-11)
+    # As sets: in which place of its line a key lies says nothing.
+    found, expected = (
+        [line[line[:, 0].argsort()] for line in keys] for keys in (federation.server._queue.keys, bare.keys)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
     moved = {key for key, value in bare.parts["server"].state_dict().items()
              if not torch.equal(value, federation.blueprint.initial["server"][key])}  # fmt: skip
     assert moved == {key for key in bare.parts["server"].state_dict() if not key.startswith("fc3.")}, (

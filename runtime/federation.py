@@ -90,7 +90,8 @@ class Federation(Setup):
     def done(self) -> bool:
         """Whether the last round is over, or the communication budget is spent."""
         limit = self.config.comm_threshold_mb
-        spent = limit is not None and self.ledger.training().payload >= limit * 1e6
+        # Divided, as the number that was written is the nearest one to its quotient, but a product may be a byte off.
+        spent = limit is not None and self.ledger.training().payload / 1e6 >= limit
         return self.round >= self.config.rounds or spent
 
     def step(self) -> tuple[RoundRecord, list[Traffic]]:

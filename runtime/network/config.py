@@ -48,6 +48,11 @@ class GrpcTransport:
     ahead: int = 4
     max_message_mb: float = 1024.0
 
+    @property
+    def message_bytes(self) -> int:
+        """The same limit in bytes."""
+        return round(self.max_message_mb * 1e6)
+
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigError("port", self.port, "an integer from 0 to 65535")

@@ -52,7 +52,7 @@ class Link:
         self._over = self._done = False
         self._end: Exception | None = None
         self._inbox: deque[Received] = deque()
-        self._incoming = Incoming(Limits(message_bytes=round(config.max_message_mb * 1e6)), _ANSWERS)
+        self._incoming = Incoming(Limits(message_bytes=config.message_bytes), _ANSWERS)
         # Bytes go as they are: there is no protobuf.
         self._call: Any = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._pieces())
         self._reader = threading.Thread(target=self._read, name="network", daemon=True)

@@ -99,7 +99,7 @@ class RemoteClients(Clients):
         if self._divided and samples != int(federation.partition.sizes[client]):
             raise RefusedError(f"the client has {samples} samples; its share is {federation.partition.sizes[client]}")
         self._facts[client] = facts
-        return replace(self._expected.limits, message_bytes=round(self._config.max_message_mb * 1e6))
+        return replace(self._expected.limits, message_bytes=self._config.message_bytes)
 
     # ------------------------------------------------------------------ rounds
 

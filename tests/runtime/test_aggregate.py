@@ -68,3 +68,52 @@ def test_weight_rules() -> None:
     assert AggregateConfig(weights=(1.0, 2.0, 3.0)).weight(2, 30) == 3
     with pytest.raises(ConfigError, match="4 weights"):
         AggregateConfig(weights=(1.0, 2.0, 3.0)).check(4)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(-(2**62), 2**62), min_size=3, max_size=3)), min_size=1),
+    st.sampled_from([torch.int64, torch.int32, torch.bool]),
+)
+def test_an_integer_buffer_is_the_largest_in_any_order(uploads, dtype: torch.dtype) -> None:
+    """Neither the first client's nor the last one's, and never by weight."""
+    kept = [(weight, torch.tensor(values).clamp(-(2**31), 2**31 - 1).to(dtype)) for weight, values in uploads]
+    average = Average()
+    for weight, value in kept:
+        average.add({"n": value, "w": torch.ones(1)}, weight)
+    found = average.result()["n"]
+    assert found.dtype == dtype
+    assert found.tolist() == [max(values) for values in zip(*(value.tolist() for _, value in kept), strict=True)]
+
+
+@given(pairs, st.integers(0, 30), st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+def test_a_weight_of_zero_says_nothing_and_states_are_not_changed(items, place: int, dtype: torch.dtype) -> None:
+    average, other = Average(), Average()
+    assert len(average) == 0
+    states = [(weight, {"w": torch.tensor([value / 64], dtype=dtype)}) for weight, value in items]
+    before = [state["w"].clone() for _, state in states]
+    for weight, state in states:
+        average.add(state, weight)
+    states.insert(place, (0, {"w": torch.tensor([1e3], dtype=dtype)}))
+    for weight, state in states:
+        other.add(state, weight)
+    states.pop(min(place, len(states) - 1))
+    assert all(torch.equal(state["w"], kept) for (_, state), kept in zip(states, before, strict=True))
+    assert torch.equal(average.result()["w"], other.result()["w"])
+    assert average.result()["w"].dtype == dtype
+    assert len(average) == 1
+    exact = sum(weight * float(kept) for (weight, _), kept in zip(states, before, strict=True)) / sum(
+        weight for weight, _ in states
+    )
+    assert average.result()["w"].item() == pytest.approx(exact, rel=1e-2, abs=1e-3 + 2 * torch.finfo(dtype).eps * 16)
+
+
+def test_a_weight_for_each_client_none_negative_not_all_zero() -> None:
+    assert AggregateConfig(weights=(0.0, 0.25)).weight(1, 7) == 0.25
+    for weights in ((0.0,), (1.0, -0.5), (-1.0,)):
+        with pytest.raises(ConfigError, match="weights="):
+            AggregateConfig(weights=weights)
+    AggregateConfig(weights=(1.0, 2.0)).check(2)
+    AggregateConfig().check(2)
+    for count in (1, 3):
+        with pytest.raises(ConfigError, match=f"{count} weights, one per client"):
+            AggregateConfig(weights=(1.0, 2.0)).check(count)

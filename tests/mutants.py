@@ -1,0 +1,166 @@
+"""Small bugs put in one at a time, to see which of them no test catches: by hand, with mutmut (docs/testing.md).
+
+    python -m tests.mutants methods --sample 40
+
+works on a copy of the checkout, so that nothing in it changes. Of each module of the group a sample of mutants is
+drawn from the seed, and each is tried on those of the group's tests that reach it. The copy is kept: what survived is
+tried again, with the tests as they are then, by `--again`.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+REFERENCES = ("tests/algorithms/test_references.py", "tests/algorithms/test_personal_references.py")
+CONTRACT = ("tests/contract/test_contract.py", "tests/contract/test_reported.py", "tests/contract/test_streams.py")
+METHODS = "base fed_avg scaffold splitfed auxiliary personal ditto per_fed_avg mhmd reference"
+DATA = "distributions apportion partition normalize augment colour batching seeding source"
+LEARNING = "fsmkd moco_sfl fl_moco contrastive saving ressfl"
+
+# Modules, and the tests that are meant to catch what is wrong in them.
+GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "methods": (
+        tuple(f"algorithms/{name}.py" for name in METHODS.split()),
+        (*REFERENCES, "tests/algorithms/test_methods.py", "tests/algorithms/test_mhmd.py", CONTRACT[0]),
+    ),
+    "distillation": (
+        tuple(f"algorithms/{name}.py" for name in LEARNING.split()),
+        ("tests/algorithms/test_fsmkd.py", "tests/algorithms/test_moco.py", "tests/attacks/test_ressfl.py"),
+    ),
+    "rounds": (
+        tuple(f"runtime/{name}.py" for name in ("aggregate", "schedule", "evaluation", "evaluator")),
+        (
+            *("tests/runtime/test_aggregate.py", "tests/runtime/test_schedule.py", "tests/runtime/test_evaluation.py"),
+            *(CONTRACT[1], CONTRACT[2], "tests/algorithms/test_methods.py", "tests/algorithms/test_fsmkd.py"),
+        ),
+    ),
+    "data": (
+        tuple(
+            f"datasets/{name}.py"
+            for name in [
+                "distributions",
+                "apportion",
+                "partition",
+                "normalize",
+                "augment",
+                "colour",
+                "batching",
+                "seeding",
+                "source",
+            ]
+        ),
+        tuple(f"tests/datasets/test_datasets_{name}.py" for name in DATA.split()),
+    ),
+}
+# Tests of how long something takes or how it is drawn by the thousand: they catch nothing that the others do not.
+SLOW = ("hundred_thousand", "distributed_as_torchvision", "survive_an_interruption")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--sample", type=int, default=40, help="mutants of each module (40)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="only what survived the last time")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "cutlayer-mutants")
+    asked = parser.parse_args()
+    work = asked.folder.resolve() / asked.group / "checkout"
+    copied(work, asked.group)
+    os.chdir(work)
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    sys.path = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
+    chosen = sampled(asked.sample, asked.seed, again=asked.again)
+    from mutmut.__main__ import _run  # no other way in takes names and leaves results
+
+    _run(chosen, max_children=1)
+    report(chosen)
+
+
+def copied(work: Path, group: str) -> None:
+    """Bring the copy up to date: tracked and new files, and mutmut's settings."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    modules, tests = GROUPS[group]
+    settings = {
+        "source_paths": ["algorithms", "datasets", "runtime"],
+        "only_mutate": list(modules),
+        "also_copy": sorted({name.split("/")[0] for name in listed.stdout.split()} - {"tests"}),
+        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-p", "no:xdist"],
+        "pytest_add_cli_args_test_selection": [*tests, "-k", " and ".join(f"not {name}" for name in SLOW)],
+        "timeout_multiplier": 5.0,
+        "timeout_constant": 5.0,
+        "use_git_change_detection": False,
+    }
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    for name in filter(lambda name: (ROOT / name).is_file(), listed.stdout.split("\n")):
+        content, target = (ROOT / name).read_bytes(), work / name
+        if name == "pyproject.toml":
+            content += "\n".join(["\n[tool.mutmut]", *lines, ""]).encode()
+        if not target.is_file() or target.read_bytes() != content:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    for beside in (work.parent, work):  # mutmut runs the tests one folder further down
+        if not (beside / "shared").exists() and (ROOT.parent / "shared").exists():
+            (beside / "shared").symlink_to(ROOT.parent / "shared")
+
+
+def sampled(count: int, seed: int, *, again: bool) -> list[str]:
+    """The names of the mutants to try: as many of each module, or those that survived."""
+    from mutmut.__main__ import copy_also_copy_files, copy_src_dir, create_mutants, setup_source_paths
+
+    Path("mutants").mkdir(exist_ok=True)
+    copy_src_dir()
+    copy_also_copy_files()
+    setup_source_paths()
+    create_mutants(1)
+    chosen: list[str] = []
+    for module, found in results():
+        names = sorted(name for name, status in found.items() if not again or status == 0)
+        chosen += names if again else random.Random(f"{seed}/{module}").sample(names, min(count, len(names)))
+    return chosen
+
+
+def results() -> Iterator[tuple[str, dict[str, int | None]]]:
+    """By module the exit status of the tests for each mutant: 0 where it survived, None where it was not tried."""
+    for path in sorted(Path("mutants").rglob("*.py.meta")):
+        found = json.loads(path.read_text())["exit_code_by_key"]
+        if found:
+            yield path.relative_to("mutants").as_posix().removesuffix(".meta"), found
+
+
+def report(chosen: list[str]) -> None:
+    """A line for each module, and what survived."""
+    every: list[int] = []
+    survived: list[str] = []
+    for module, found in results():
+        tried = {name: status for name, status in found.items() if status is not None}
+        caught = [int(status not in (0, 33)) for status in tried.values()]  # 33: no test reaches it
+        every += caught
+        survived += [name for name, status in tried.items() if status in (0, 33)]
+        if caught:
+            print(f"{module:32} {len(found):5} mutants, {len(caught):4} tried, {sum(caught):4} caught")
+    low, high = interval(sum(every), len(every))
+    print(f"{sum(every)} of {len(every)} caught, {100 * sum(every) / len(every):.1f}% ({low:.1%} to {high:.1%})")
+    for name in survived:
+        print(subprocess.run([sys.executable, "-m", "mutmut", "show", name], capture_output=True, text=True).stdout)
+
+
+def interval(caught: int, tried: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    share, weight = caught / tried, z * z / tried
+    middle, half = share + weight / 2, z * math.sqrt(share * (1 - share) / tried + weight / 4 / tried)
+    return (middle - half) / (1 + weight), min(1.0, (middle + half) / (1 + weight))
+
+
+if __name__ == "__main__":
+    main()

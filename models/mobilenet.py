@@ -57,7 +57,7 @@ class MobileNetOptions:
     cut="block5",
     options=MobileNetOptions,
     thinning={"half": 0.33, "default": 0.53},
-    blocks=("block3", "block6", "block9"),
+    blocks=("block4", "block7", "block10"),
 )
 def mobilenet_cifar(info: DatasetInfo, options: MobileNetOptions) -> nn.Sequential:
     """Howard et al. 2017 with a stem of stride 1: images [b, channels, h, w] -> logits [b, classes].

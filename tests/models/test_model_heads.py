@@ -48,7 +48,7 @@ def _children(name: str) -> list[str]:
     [
         *[(name, ["layer1", "layer2", "layer3"]) for name in ("resnet18", "resnet50", "resnet152")],
         *[(name, ["layer1", "layer2"]) for name in ("resnet20", "resnet32", "resnet56", "resnet110", "resnet1202")],
-        ("mobilenet_cifar", ["block3", "block6", "block9"]),
+        ("mobilenet_cifar", ["block4", "block7", "block10"]),
         ("cnn4", ["block1", "block2", "block3"]),
         ("vit", ["block1", "block2", "block3"]),  # of four blocks
         ("vgg", ["block2", "block4", "block6"]),

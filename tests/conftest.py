@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -40,14 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def configure() -> Callable[..., RunConfig]:
     """``configure("algorithm=fed_avg", ...)``: what main.py would run, on a small setting."""
-    cache: dict[tuple[str, ...], RunConfig] = {}
+    return _configured
 
-    def make(*overrides: str) -> RunConfig:
-        if overrides not in cache:
-            cache[overrides] = load_config([*SMALL, *overrides])
-        return cache[overrides]
 
-    return make
+@cache
+def _configured(*overrides: str) -> RunConfig:
+    return load_config([*SMALL, *overrides])
 
 
 def play(federation: Federation, rounds: int | None = None) -> Federation:

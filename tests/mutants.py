@@ -20,7 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 REFERENCES = ("tests/algorithms/test_references.py", "tests/algorithms/test_personal_references.py")
-CONTRACT = ("tests/contract/test_contract.py", "tests/contract/test_reported.py", "tests/contract/test_streams.py")
 METHODS = "base fed_avg scaffold splitfed auxiliary personal ditto per_fed_avg mhmd reference"
 DATA = "distributions apportion partition normalize augment colour batching seeding source"
 LEARNING = "fsmkd moco_sfl fl_moco contrastive saving ressfl"
@@ -29,7 +28,7 @@ LEARNING = "fsmkd moco_sfl fl_moco contrastive saving ressfl"
 GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "methods": (
         tuple(f"algorithms/{name}.py" for name in METHODS.split()),
-        (*REFERENCES, "tests/algorithms/test_methods.py", "tests/algorithms/test_mhmd.py", CONTRACT[0]),
+        (*REFERENCES, "tests/algorithms/test_methods.py", "tests/algorithms/test_mhmd.py"),
     ),
     "distillation": (
         tuple(f"algorithms/{name}.py" for name in LEARNING.split()),
@@ -39,7 +38,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         tuple(f"runtime/{name}.py" for name in ("aggregate", "schedule", "evaluation", "evaluator")),
         (
             *("tests/runtime/test_aggregate.py", "tests/runtime/test_schedule.py", "tests/runtime/test_evaluation.py"),
-            *(CONTRACT[1], CONTRACT[2], "tests/algorithms/test_methods.py", "tests/algorithms/test_fsmkd.py"),
+            "tests/contract/test_reported.py",
         ),
     ),
     "data": (
@@ -61,7 +60,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 # Tests of how long something takes or how it is drawn by the thousand: they catch nothing that the others do not.
-SLOW = ("hundred_thousand", "distributed_as_torchvision", "survive_an_interruption")
+SLOW = (
+    *("hundred_thousand", "classes_go_in_blocks", "distributed_as_torchvision", "drawn_as_torchvision"),
+    *("survive_an_interruption", "too_little_data", "order_of_the_test_set", "finite_differences"),
+)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Datasets kept as folders of image files: anyone's own, ImageNet, Tiny ImageNet, HAM10000."""
 
 import io
-from collections.abc import Iterable
+import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from datasets.images import SUFFIXES, EncodedImages, FolderTree, Shape, Tree, open_tree
+from datasets.classes import Part, check_training, class_folders, is_picture, oddities, prefix_of
+from datasets.images import EncodedImages, Shape
 from datasets.normalize import IMAGENET_MEAN, IMAGENET_STD
+from datasets.notes import Notes
 from datasets.registry import RawDataset, RawSplit, ReadContext, register
-from runtime.config import ConfigError
+from datasets.trees import FolderTree, Tree, open_tree
+from runtime.config import ConfigError, printable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,10 @@ class ImageFolderOptions:
         channels: 3 for RGB, 1 for grey.
         classes: names of all classes, in order; null: the folders of the training set. To be given where each client
             has data of its own, which may lack a class.
+        upright: turn pictures as their EXIF data say.
+        background: grey level, 0 (black) to 255 (white), that shows where a picture is transparent.
+        white: the value that stands for white in grey images of more than 8 bits; null: 65535 for 16 bits, 1 for
+            floats, while 32-bit integers are refused.
     """
 
     train: str = "train"
@@ -36,6 +46,9 @@ class ImageFolderOptions:
     channels: int = 3
     test_fraction: float = 0.2
     classes: list[str] | None = None
+    upright: bool = True
+    background: int = 255
+    white: float | None = None
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -47,20 +60,26 @@ class ImageFolderOptions:
             raise ConfigError("test_fraction", self.test_fraction, "a number > 0 and < 1")
         if self.classes is not None and len({*self.classes}) < max(1, len(self.classes)):
             raise ConfigError("classes", self.classes, "null, or names that are each given once")
+        if not 0 <= self.background <= 255:
+            raise ConfigError("background", self.background, "an integer from 0 to 255")
+        if self.white is not None and not 0 < self.white < math.inf:
+            raise ConfigError("white", self.white, "null, or a number > 0")
 
     @property
     def shape(self) -> Shape:
         """How a file becomes a tensor."""
-        return Shape(self.channels, None if self.size is None else (self.size, self.size), self.resize or self.size)
+        size = None if self.size is None else (self.size, self.size)
+        return Shape(self.channels, size, self.resize or self.size, self.background, self.white, self.upright)
 
 
 @dataclass(frozen=True)
 class ImagenetOptions(ImageFolderOptions):
-    """As `ImageFolderOptions`, with ImageNet's folder names and sizes."""
+    """As `ImageFolderOptions`, with ImageNet's folder names and sizes, and as its pictures are commonly read."""
 
     test: str | None = "val"
     size: int | None = 224
     resize: int | None = 256
+    upright: bool = False
 
 
 def _check_size(size: int | None) -> None:
@@ -91,42 +110,58 @@ def own_folder(root: Path, name: str, marker: str) -> Path:
 
 
 def _by_class_folder(root: Path, options: ImageFolderOptions) -> RawDataset:
-    tree = open_tree(root)
-    files = [path for path in tree.paths() if path.lower().endswith(SUFFIXES)]
-    train = _class_files(files, options.train, root)
-    present = tuple(sorted({name for name, _ in train}))
+    tree = open_tree(root, top=_top(options))
+    if options.test is not None and prefix_of(options.train) == prefix_of(options.test):
+        raise ConfigError("dataset.options.test", options.test, "another folder than dataset.options.train, or null")
+    parts = {options.train: class_folders(tree, options.train, options.test)}
+    train = parts[options.train].files
+    check_training(parts[options.train], options.train, root, options.classes)
+    present = tuple(parts[options.train].classes)
     classes = present if options.classes is None else tuple(options.classes)
     if unknown := sorted({*present} - {*classes}):
         raise ConfigError("dataset.options.classes", options.classes, f"all classes of {root}; found {unknown[0]}")
+    notes = Notes()
     if options.test is None:
-        whole = _split(tree, train, classes, options.shape)
+        whole = _split(tree, train, classes, options.shape, notes)
         held = hold_out(whole.labels.numpy(), options.test_fraction)
         train_split, test_split = whole.subset(np.flatnonzero(~held)), whole.subset(np.flatnonzero(held))
     else:
-        test = _class_files(files, options.test, root)
-        unknown = sorted({name for name, _ in test} - set(classes))
+        parts[options.test] = class_folders(tree, options.test, options.train)
+        unknown = sorted({*parts[options.test].classes} - set(classes))
         if unknown:
             raise ConfigError(
                 "dataset.options.test", options.test, f"classes of {options.train} only; found {unknown[0]}"
             )
-        train_split = _split(tree, train, classes, options.shape)
-        test_split = _split(tree, test, classes, options.shape)
+        train_split = _split(tree, train, classes, options.shape, notes)
+        test_split = _split(tree, parts[options.test].files, classes, options.shape, notes)
+    _tell(tree, parts)
     return RawDataset(train_split, test_split, classes)
 
 
-def _class_files(files: Iterable[str], folder: str, root: Path) -> list[tuple[str, str]]:
-    """(class, path) of each image below `folder` of the tree."""
-    prefix = "" if folder in ("", ".") else folder.rstrip("/") + "/"
-    inside = [path for path in files if path.startswith(prefix) and "/" in path[len(prefix) :]]
-    if not inside:
-        raise ConfigError("dataset.root", root, f"images in {prefix}<class>/ of it")
-    return [(path[len(prefix) :].split("/", 1)[0], path) for path in inside]
+def _top(options: ImageFolderOptions) -> tuple[str, ...]:
+    """Names of which one is at the top of the data."""
+    folders = (prefix_of(folder).split("/")[0] for folder in (options.train, options.test) if folder)
+    named = tuple(name for name in folders if name)
+    return named if prefix_of(options.train) else (*named, *(options.classes or ()))
 
 
-def _split(tree: Tree, files: list[tuple[str, str]], classes: tuple[str, ...], shape: Shape) -> RawSplit:
+def _tell(tree: Tree, parts: dict[str, Part]) -> None:
+    left, odd = oddities(tree, parts)
+    if left:
+        log.info("dataset.root=%s: left out %s", printable(str(tree.root)), left)
+    if odd:
+        log.warning("dataset.root=%s: there are %s", printable(str(tree.root)), odd)
+
+
+def _split(
+    tree: Tree, files: list[tuple[str, str]], classes: tuple[str, ...], shape: Shape, notes: Notes | None = None
+) -> RawSplit:
     number = {name: i for i, name in enumerate(classes)}
+    for name, path in files:
+        if name not in number:
+            raise ConfigError("dataset.root", tree.root, f"classes that are listed; {path} is of {name}")
     labels = torch.tensor([number[name] for name, _ in files], dtype=torch.int64)
-    return RawSplit(EncodedImages(tree, [path for _, path in files], shape), labels)
+    return RawSplit(EncodedImages(tree, [path for _, path in files], shape, notes), labels)
 
 
 def hold_out(labels: np.ndarray, share: float, units: np.ndarray | None = None) -> np.ndarray:
@@ -172,15 +207,18 @@ def tinyimagenet(context: ReadContext) -> RawDataset:
     root = own_folder(context.root, "tiny-imagenet-200", "wnids.txt")
     if not root.exists():
         raise ConfigError("dataset.root", context.root, f"{root} to exist; unpack {TINY_URL} there")
-    tree = open_tree(root)
+    tree = open_tree(root, top=("wnids.txt",))
     wnids = tuple(_text(tree, "wnids.txt", root).split())
     words = dict(line.split("\t", 1) for line in _text(tree, "words.txt", root).splitlines() if "\t" in line)
     size = context.options.size
     shape = Shape(3, None if size is None else (size, size))
-    files = [path for path in tree.paths() if path.startswith("train/") and path.lower().endswith(SUFFIXES)]
-    train = _split(tree, [(path.split("/")[1], path) for path in files], wnids, shape)
+    train = _split(tree, class_folders(tree, "train").files, wnids, shape)
     lines = _text(tree, "val/val_annotations.txt", root).splitlines()
     rows = [line.split("\t") for line in lines if line.strip()]
+    if short := [row for row in rows if len(row) < 2]:
+        raise ConfigError(
+            "dataset.root", root, f"a name and a class in each line of val_annotations.txt, not {short[0]}"
+        )
     test = _split(tree, [(row[1], f"val/images/{row[0]}") for row in rows], wnids, shape)
     names = tuple(words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
     return RawDataset(train, test, names, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
@@ -189,7 +227,7 @@ def tinyimagenet(context: ReadContext) -> RawDataset:
 def _text(tree: Tree, path: str, root: Path) -> str:
     try:
         return tree.read(path).decode()
-    except (OSError, KeyError) as error:
+    except Exception as error:  # of the file system, an archive's or a codec's
         raise ConfigError("dataset.root", root, f"a folder that holds {path}") from error
 
 
@@ -225,7 +263,7 @@ def ham10000(context: ReadContext) -> RawDataset:
     tree = FolderTree(root)
     options: Ham10000Options = context.options
     table = pd.read_csv(io.BytesIO(tree.read("HAM10000_metadata.csv"))).sort_values("image_id")
-    where = {Path(path).stem: path for path in tree.paths() if path.lower().endswith(SUFFIXES)}
+    where = _by_stem(tree, {*table["image_id"]})
     missing = [name for name in table["image_id"] if name not in where]
     if missing:
         expected = f"all images of HAM10000_metadata.csv; {len(missing)} are missing, the first is {missing[0]}.jpg"
@@ -235,3 +273,25 @@ def ham10000(context: ReadContext) -> RawDataset:
     lesions = pd.factorize(table["lesion_id"])[0]
     held = hold_out(whole.labels.numpy(), options.test_fraction, lesions)
     return RawDataset(whole.subset(np.flatnonzero(~held)), whole.subset(np.flatnonzero(held)), HAM_CLASSES)
+
+
+def _by_stem(tree: Tree, wanted: set[str]) -> dict[str, str]:
+    """The path of each wanted picture by its name without suffix; of two that are the same size, the first.
+
+    Raises:
+        ConfigError: two pictures of one name differ in size, as a mask or a thumbnail does.
+    """
+    where: dict[str, str] = {}
+    again: list[str] = []
+    for path in filter(is_picture, tree.paths()):
+        stem = Path(path).stem
+        first = where.setdefault(stem, path)
+        if stem not in wanted or first == path:
+            continue
+        if tree.size(first) != tree.size(path):
+            raise ConfigError("dataset.root", tree.root, f"one picture of each name; {first} and {path} differ")
+        again.append(path)
+    if again:
+        log.warning("dataset.root=%s: %d pictures are there twice, the first: %s; one of each is read",
+                    printable(str(tree.root)), len(again), printable(again[0]))  # fmt: skip
+    return where

@@ -1,83 +1,24 @@
 """Encoded image files that decode, by several threads, to uint8 tensors of one shape."""
 
-import io
-import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from datasets.notes import Notes
+from datasets.pixels import deep_grey, eight_bits, has_frames, is_deep, open_image, upright
+from datasets.trees import Tree
 from runtime.config import ConfigError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
-class Tree(Protocol):
-    """Files below a folder, by their path in it with forward slashes."""
-
-    def paths(self) -> list[str]:
-        """All files, sorted."""
-        ...
-
-    def read(self, path: str) -> bytes:
-        """Content of one file; safe to call from several threads."""
-        ...
-
-
-class FolderTree:
-    """A folder on disk."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def paths(self) -> list[str]:
-        """All files below the folder, sorted; links to folders are followed."""
-        found = []
-        for folder, _, files in os.walk(self.root, followlinks=True):
-            inside = Path(folder).relative_to(self.root).as_posix()
-            prefix = "" if inside == "." else f"{inside}/"
-            found += [prefix + file for file in files]
-        return sorted(found)
-
-    def read(self, path: str) -> bytes:
-        """Content of one file."""
-        return (self.root / path).read_bytes()
-
-
-class ZipTree:
-    """A zip file, read in place; a single folder that holds everything in it is looked through."""
-
-    def __init__(self, file: Path) -> None:
-        self._zip = zipfile.ZipFile(file)
-        names = [name for name in self._zip.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
-        tops = {name.split("/", 1)[0] for name in names}
-        nested = len(tops) == 1 and all(name.count("/") >= 2 for name in names)
-        self._prefix = f"{tops.pop()}/" if nested else ""
-        self._names = sorted(name.removeprefix(self._prefix) for name in names)
-
-    def paths(self) -> list[str]:
-        """All files in the archive, sorted."""
-        return self._names
-
-    def read(self, path: str) -> bytes:
-        """Content of one file; `ZipFile` guards its file position with a lock."""
-        return self._zip.read(self._prefix + path)
-
-
-def open_tree(root: Path, key: str = "dataset.root") -> Tree:
-    """A folder or a zip file as a tree of files; ConfigError when there is neither."""
-    if root.is_dir():
-        return FolderTree(root)
-    if root.is_file() and zipfile.is_zipfile(root):
-        return ZipTree(root)
-    raise ConfigError(key, root, "an existing folder or zip file of images")
+# As many as Pillow decodes.
+_MOST_PIXELS = 178_956_970
+_SHOWN_PATH, _SHOWN_REASON = 110, 200
 
 
 @dataclass(frozen=True)
@@ -89,26 +30,53 @@ class Shape:
         size: height and width in pixels, or None to keep what the file has (all files must then agree).
         resize: with a size: scale the shorter side to this many pixels, then cut `size` from the centre, as
             torchvision's Resize and CenterCrop do; None squeezes the whole image into `size`.
+        background: the grey level, 0 to 255, that shows where an image is transparent.
+        white: the value that stands for white in grey images of more than 8 bits; None as `pixels.deep_grey` says.
+        upright: turn pictures as their EXIF data say.
     """
 
     channels: int = 3
     size: tuple[int, int] | None = None
     resize: int | None = None
+    background: int = 255
+    white: float | None = None
+    upright: bool = False
 
 
 def decode(content: bytes, shape: Shape) -> np.ndarray:
-    """Decode one file: uint8 [channels, height, width]."""
-    with Image.open(io.BytesIO(content)) as image:
+    """Decode one file, of several frames the first: uint8 [channels, height, width]."""
+    return _decoded(content, shape)[0]
+
+
+class _Seen(NamedTuple):
+    """What came to light when a file was decoded: several frames; what `pixels.deep_grey` says beside the image."""
+
+    frames: bool
+    depth: tuple[float, float] | None
+
+
+def _decoded(content: bytes, shape: Shape) -> tuple[np.ndarray, _Seen]:
+    depth = None
+    with open_image(content) as image:
+        frames = has_frames(image)
         if shape.size is not None:
             # A JPEG can be decoded at a fraction of its size, which is most of the time for large pictures. Twice the
             # size that is needed leaves the quality to the resampling filter.
             least = 2 * max(*shape.size, shape.resize or 0)
             image.draft(None, (least, least))
-        picture = image.convert("L" if shape.channels == 1 else "RGB")
+        image.load()
+        if is_deep(image):
+            picture, depth = deep_grey(image, white=shape.white, background=shape.background)
+        else:
+            picture = eight_bits(image, channels=shape.channels, background=shape.background)
+        if shape.upright:
+            picture = upright(picture, image)
     if shape.size is not None:
         picture = _fit(picture, shape.size, shape.resize)
     pixels = np.asarray(picture)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    if pixels.ndim == 2:
+        return np.broadcast_to(pixels, (shape.channels, *pixels.shape)), _Seen(frames, depth)
+    return pixels.transpose(2, 0, 1), _Seen(frames, depth)
 
 
 def _fit(picture: Image.Image, size: tuple[int, int], resize: int | None) -> Image.Image:
@@ -117,6 +85,8 @@ def _fit(picture: Image.Image, size: tuple[int, int], resize: int | None) -> Ima
         return picture.resize((width, height), Image.Resampling.BILINEAR)
     short = min(picture.size)
     scaled = (resize * picture.width // short, resize * picture.height // short)
+    if scaled[0] * scaled[1] > _MOST_PIXELS:
+        raise ValueError(f"{picture.width}x{picture.height} pixels, too long for its breadth to scale to {resize}")
     left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
     return picture.resize(scaled, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
 
@@ -128,10 +98,12 @@ class EncodedImages:
         tree: where the files are.
         paths: one path for each sample.
         shape: how to decode; where it has no size, the first file decides and all others must agree.
+        notes: those of another set of the same files, to go on with.
     """
 
-    def __init__(self, tree: Tree, paths: Sequence[str], shape: Shape) -> None:
+    def __init__(self, tree: Tree, paths: Sequence[str], shape: Shape, notes: Notes | None = None) -> None:
         self._tree, self._decode = tree, shape
+        self.notes = Notes() if notes is None else notes
         self._paths = list(paths)
         if shape.size is None and len(paths):
             first = self._read(paths[0])
@@ -146,7 +118,7 @@ class EncodedImages:
     def subset(self, indices: np.ndarray) -> "EncodedImages":
         """The same files, only those at `indices`."""
         size = (self.shape[1], self.shape[2])
-        made = EncodedImages(self._tree, [], Shape(self._decode.channels, size, self._decode.resize))
+        made = EncodedImages(self._tree, [], Shape(self._decode.channels, size, self._decode.resize), self.notes)
         made._paths, made._decode = [self._paths[i] for i in indices.tolist()], self._decode
         return made
 
@@ -168,9 +140,25 @@ class EncodedImages:
 
     def _read(self, path: str) -> np.ndarray:
         try:
-            return decode(self._tree.read(path), self._decode)
-        except (OSError, SyntaxError, zipfile.BadZipFile) as error:
-            raise ConfigError("dataset.root", path, f"a readable image ({error})") from error
+            pixels, seen = _decoded(self._tree.read(path), self._decode)
+        except Exception as error:  # decoders raise what they like on what is broken or hostile, MemoryError too
+            name = path if len(path) <= _SHOWN_PATH else f"...{path[-_SHOWN_PATH:]}"
+            reason = str(error)[:_SHOWN_REASON] or type(error).__name__
+            raise ConfigError("dataset.root", name, f"a readable image in {self._tree.root} ({reason})") from error
+        if seen.frames:
+            self.notes.once("frames", f"{path} has several frames; of such files only the first frame is read")
+        if seen.depth is not None:
+            self.notes.deep(*seen.depth)
+        return pixels
+
+    def tell_depth(self) -> None:
+        """Say where grey images of more than 8 bits, as far as they were decoded, use a small part of their range."""
+        if self.notes.brightest is None or self._decode.white is not None:
+            return
+        largest, white = self.notes.brightest
+        if largest < white / 4:
+            text = f"values in grey images of more than 8 bits reach {largest:g} only, where {white:g} stands for white"
+            self.notes.once("depth", f"{text}; dataset.options.white={largest:g} makes the most of them")
 
     def decode_all(self, workers: int) -> Tensor:
         """All images, uint8 [n, channels, height, width], decoded by `workers` threads."""

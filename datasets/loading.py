@@ -60,7 +60,10 @@ def load(config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch
         return Source(store, split.labels, normalizer, chosen, device, config.resize)
 
     validation = None if held is None else source(held, augmented=False)
-    return Dataset(info, source(train, augmented=True), source(raw.test, augmented=False), validation, train.groups)
+    sources = source(train, augmented=True), source(raw.test, augmented=False)
+    if isinstance(raw.train.images, EncodedImages):
+        raw.train.images.tell_depth()
+    return Dataset(info, *sources, validation, train.groups)
 
 
 def image_shape(split: RawSplit) -> tuple[int, int, int]:

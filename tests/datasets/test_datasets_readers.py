@@ -19,7 +19,8 @@ from sklearn.datasets import load_digits
 from torchvision.transforms.v2 import functional as reference
 
 from datasets import Dataset, DatasetConfig, load, names
-from datasets.images import EncodedImages, FolderTree, Shape, decode
+from datasets.images import EncodedImages, Shape, decode
+from datasets.trees import FolderTree
 from runtime.config import ConfigError
 
 CPU = torch.device("cpu")

@@ -86,8 +86,8 @@ def class_folders(tree: Tree, folder: str, other: str | None = None) -> Part:
 
 def _instead(part: Part) -> str:
     if part.unread:
-        return f"; found {len(part.unread):,} files of other kinds ({kinds(part.unread)})"
-    return f"; found {len(part.beside):,} in no class folder" if part.beside else ""
+        return f"; found files of other kinds ({kinds(part.unread)})"
+    return f"; found some in no class folder: {len(part.beside):,}" if part.beside else ""
 
 
 def check_training(part: Part, folder: str, root: Path, classes: Sequence[str] | None) -> None:
@@ -123,15 +123,16 @@ def oddities(tree: Tree, parts: dict[str, Part]) -> tuple[Findings, Findings]:
     left, odd = Findings(), Findings()
     left.update(tree.findings)
     prefixes = tuple(map(prefix_of, parts))
-    for part in parts.values():
+    for folder, part in parts.items():
         if part.unread:
-            left.add(f"files of other kinds: {kinds(part.unread)}", part.unread)
+            left.add(f"files of other kinds in {folder} ({kinds(part.unread)})", part.unread)
         left.add("pictures in no class folder", part.beside)
     outside = [path for path in tree.paths() if not path.startswith(prefixes) and is_picture(path)]
     left.add(f"pictures outside of {' and '.join(prefixes)}", outside)
+    names = sorted({name for part in parts.values() for name in part.classes})
+    odd.add("names of classes that differ only by case or Unicode form from another", _alike(names))
     for folder, part in parts.items():
         odd.add(f"class folders without a picture in {folder}", part.without)
-        odd.add("names of classes that differ only by case or Unicode form", _alike(part.classes))
         twins, derived = _relatives(part.files)
         odd.add("pictures of the same class and name as another", twins)
         odd.add("pictures that by their name are made from another", derived)

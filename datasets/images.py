@@ -17,7 +17,7 @@ from runtime.config import ConfigError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # As many as Pillow decodes.
-_MOST_PIXELS = 178_956_970
+MOST_PIXELS = 178_956_970
 _SHOWN_PATH, _SHOWN_REASON = 110, 200
 
 
@@ -85,7 +85,7 @@ def _fit(picture: Image.Image, size: tuple[int, int], resize: int | None) -> Ima
         return picture.resize((width, height), Image.Resampling.BILINEAR)
     short = min(picture.size)
     scaled = (resize * picture.width // short, resize * picture.height // short)
-    if scaled[0] * scaled[1] > _MOST_PIXELS:
+    if scaled[0] * scaled[1] > MOST_PIXELS:
         raise ValueError(f"{picture.width}x{picture.height} pixels, too long for its breadth to scale to {resize}")
     left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
     return picture.resize(scaled, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))

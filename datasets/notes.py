@@ -37,7 +37,7 @@ class Findings:
     def __str__(self) -> str:
         """Each kind with its count and the first in order of path, on one line."""
         return "; ".join(
-            f"{len(paths):,} {kind} ({'' if len(paths) == 1 else 'the first: '}{printable(min(paths))})"
+            f"{kind}: {len(paths):,} ({printable(min(paths))}{', ...' if len(paths) > 1 else ''})"
             for kind, paths in self.paths.items()
         )
 

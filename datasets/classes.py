@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from datasets.images import SUFFIXES
 from datasets.notes import Findings, kinds
-from datasets.trees import Tree
+from datasets.trees import UNREADABLE, Tree
 from runtime.config import ConfigError, printable
 
 # Folders of these names hold parts of a dataset and no class.
@@ -57,9 +57,13 @@ def class_folders(tree: Tree, folder: str, other: str | None = None) -> Part:
     """What the class folders in `folder` of the tree hold; `other` is a folder that does not belong to it.
 
     Raises:
-        ConfigError: there is no picture in any; two of them cannot be told apart once what is no UTF-8 is escaped.
+        ConfigError: there is no picture in any; one cannot be read; two cannot be told apart once what is no UTF-8 is
+            escaped.
     """
     prefix = prefix_of(folder)
+    for path in tree.findings.paths.get(UNREADABLE, ()):
+        if f"{path}/".startswith(prefix) or prefix.startswith(f"{path}/") or not path:
+            raise ConfigError("dataset.root", tree.root, f"folders that can be read; {path or 'it'} cannot")
     but = prefix_of(other) if other else ""
     but = but if but != prefix and but.startswith(prefix) else None
     inside = [path for path in tree.paths() if path.startswith(prefix) and not (but and path.startswith(but))]
@@ -158,7 +162,7 @@ def _relatives(files: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
     """Pictures that share class and name, but not folder or suffix, with one before; those named as its mask or so."""
     stems: defaultdict[str, set[str]] = defaultdict(set)
     twins: list[str] = []
-    named = [(name, PurePosixPath(path).stem, path) for name, path in files]
+    named = [(name, path.rpartition("/")[2].rpartition(".")[0], path) for name, path in files]
     for name, stem, path in named:
         twins += [path] if stem in stems[name] else []
         stems[name].add(stem)

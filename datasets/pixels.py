@@ -1,5 +1,7 @@
 """From the mode that an image file has to 8 bits of grey or RGB: depth, transparency, orientation."""
 
+import contextlib
+import importlib
 import io
 
 import numpy as np
@@ -7,7 +9,10 @@ from PIL import Image
 
 # What the suffixes stand for, and what is often found under a wrong one. Others start programs, as EPS does.
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
-Image.init()
+Image.preinit()
+for plugin in ("Tiff", "WebP", "Jpeg2K", "Avif"):
+    with contextlib.suppress(ImportError):  # a Pillow before 11.3 has no AVIF
+        importlib.import_module(f"PIL.{plugin}ImagePlugin")
 FORMATS = tuple(name for name in _FORMATS if name in Image.OPEN)
 
 # How to turn a picture upright, by EXIF's orientation.

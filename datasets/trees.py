@@ -23,6 +23,7 @@ MOST_BYTES = 1 << 30
 
 HIDDEN = "hidden or system files and folders"
 BROKEN = "links that lead nowhere"
+UNREADABLE = "folders that cannot be read"
 CYCLE = "links to a folder that they are in"
 SPECIAL = "things that are no file"
 TWICE = "names that are in the archive again, of which the last is read"
@@ -110,11 +111,7 @@ class FolderTree:
 
     @cached_property
     def _walked(self) -> tuple[list[str], list[str], Findings, dict[str, str]]:
-        """Files, folders, findings, and where those reached over links really are.
-
-        Raises:
-            ConfigError: a folder cannot be read.
-        """
+        """Files, folders, findings, and where those reached over links really are."""
         files: list[str] = []
         folders: list[str] = []
         findings = Findings()
@@ -124,34 +121,30 @@ class FolderTree:
         waiting: list[tuple[str, str, tuple[str, ...]]] = [("", top, ())]
         while waiting:
             folder, place, over = waiting.pop()
-            for entry in self._entries(folder):
+            try:
+                with os.scandir(self.root / folder) as entries:
+                    inside = list(entries)
+            except OSError:
+                findings.add(UNREADABLE, [folder])
+                continue
+            for entry in inside:
                 path = f"{folder}/{entry.name}" if folder else entry.name
-                kind = _kind(entry)
-                target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(place, entry.name)
-                if is_hidden(entry.name):
-                    findings.add(HIDDEN, [path])
-                elif kind != "folder":
-                    if kind == "file":
-                        files.append(path)
-                        if over or entry.is_symlink():
-                            real[path] = target
-                    else:
-                        findings.add(kind, [path])
-                elif entry.is_symlink() and any(_is_within(each, target) for each in (place, *over)):
-                    findings.add(CYCLE, [path])
-                else:
+                linked = entry.is_symlink()
+                kind = HIDDEN if is_hidden(entry.name) else _kind(entry)
+                if kind == "file":
+                    files.append(path)
+                    if linked or over:
+                        real[path] = os.path.realpath(entry.path) if linked else os.path.join(place, entry.name)
+                    continue
+                target = os.path.realpath(entry.path) if linked else os.path.join(place, entry.name)
+                if kind == "folder" and linked and any(_is_within(each, target) for each in (place, *over)):
+                    kind = CYCLE
+                if kind == "folder":
                     folders.append(path)
-                    waiting.append((path, target, (*over, place) if entry.is_symlink() else over))
+                    waiting.append((path, target, (*over, place) if linked else over))
+                else:
+                    findings.add(kind, [path])
         return sorted(files), sorted(folders), findings, real
-
-    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
-        try:
-            with os.scandir(self.root / folder) as entries:
-                return list(entries)
-        except OSError as error:
-            raise ConfigError(
-                "dataset.root", self.root, f"folders that can be read; {folder or '.'} cannot ({error.strerror})"
-            ) from error
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -190,18 +183,19 @@ class ZipTree:
         members: dict[str, zipfile.ZipInfo] = {}
         folders: set[str] = set()
         hidden: set[str] = set()
+        # For each folder, what of its path is hidden; the same for all that is in it.
+        known: dict[str, str] = {}
         for info in self._zip.infolist():
-            parts = _parts(info)
-            seen = next((i for i, name in enumerate(parts) if is_hidden(name)), None)
-            if seen is not None:
-                hidden.add("/".join(parts[: seen + 1]))
-                continue
-            if not parts:
-                continue
-            is_folder = info.is_dir()
-            folders.update("/".join(parts[:depth]) for depth in range(1, len(parts) + is_folder))
-            if not is_folder:
-                path = "/".join(parts)
+            path = _path(info)
+            folder, _, name = path.rpartition("/")
+            if folder not in known:
+                known[folder] = _hidden_part(folder)
+                folders.update(() if known[folder] else _with_above(folder))
+            if found := known[folder] or (path if is_hidden(name) else ""):
+                hidden.add(found)
+            elif info.is_dir():
+                folders.update(_with_above(path))
+            else:
                 self.findings.add(TWICE, [path] if path in members else [])
                 members[path] = info
         self.findings.add(HIDDEN, sorted(hidden))
@@ -237,16 +231,27 @@ class ZipTree:
         return []
 
 
-def _parts(info: zipfile.ZipInfo) -> list[str]:
-    """The names of the folders a member is in, and its own."""
+def _path(info: zipfile.ZipInfo) -> str:
+    """Where a member is, without what makes no difference."""
     name = info.filename
-    if not info.flag_bits & 0x800:
+    if not info.flag_bits & 0x800 and not name.isascii():
         # Without the mark for UTF-8 a name is taken for cp437, which macOS and others leave out and write UTF-8.
         with contextlib.suppress(UnicodeError):
             name = name.encode("cp437").decode("utf-8")
     if info.create_system == 0:
         name = name.replace("\\", "/")
-    return [part for part in name.split("/") if part not in ("", ".")]
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _with_above(folder: str) -> list[str]:
+    """The paths of a folder and of all those that it is in."""
+    parts = folder.split("/") if folder else []
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
+def _hidden_part(folder: str) -> str:
+    """The path of the outermost hidden folder that a folder is in or is; "" where there is none."""
+    return next((path for path in _with_above(folder) if is_hidden(path.rpartition("/")[2])), "")
 
 
 def _wrapper(paths: Collection[str], folders: Collection[str], top: Collection[str]) -> str:

@@ -242,7 +242,9 @@ def test_any_tangle_of_links_ends_with_each_file_once_by_its_own_path(tmp_path: 
     assert len(tree.paths()) - len(tree.repeated(tree.paths())) == len(once)
 
 
-def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_read_is_refused_where_it_matters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tmp_path, TWO)
     scan = os.scandir
 
@@ -252,8 +254,16 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: py
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", forbid)
-    with pytest.raises(ConfigError, match=r"folders that can be read; \w+/bee cannot \(Permission denied\)"):
+    with pytest.raises(ConfigError, match="folders that can be read; train/bee cannot"):
         loaded(tmp_path)
+    with pytest.raises(ConfigError, match="folders that can be read; it cannot"):
+        loaded(write(tmp_path / "bee", TWO))
+    write(tmp_path / "good", TWO)
+    write(tmp_path / "good/more/bee", ["1.png"])
+    with monkeypatch.context() as patched, caplog.at_level(logging.INFO):
+        patched.setattr(os, "scandir", lambda path: forbid(path) if "more" in os.fspath(path) else scan(path))
+        loaded(tmp_path / "good")
+    assert "folders that cannot be read: 1 (more/bee)" in caplog.text
 
 
 def test_a_name_that_is_in_an_archive_twice_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,18 +23,28 @@ def fetch(make: Callable[[bool], Any], root: Path, name: str, urls: Sequence[str
         urls: what the download tries; folder: where the files belong. Both are for the message.
 
     Raises:
-        ConfigError: the files are not there and cannot be downloaded.
+        ConfigError: the files are not there and cannot be downloaded, or are there and cannot be read.
     """
     try:
         return make(False)
-    except (RuntimeError, FileNotFoundError):
+    except FileNotFoundError:
         pass
+    except (
+        Exception
+    ) as error:  # of torchvision's readers and torch's, on files that are cut, or not what they should be
+        if not (isinstance(error, RuntimeError) and "not found" in str(error)):
+            raise _broken(root, name, folder, str(error) or type(error).__name__) from error
     try:
         return make(True)
     except (RuntimeError, OSError) as error:
         tried = " or ".join(urls)
         expected = f"the files of {name}; downloading {tried} failed ({error}); put them into {folder.absolute()}"
         raise ConfigError("dataset.root", root, expected) from error
+
+
+def _broken(root: Path, name: str, folder: Path, reason: str) -> ConfigError:
+    expected = f"files of {name} that can be read in {folder.absolute()} ({reason}); without them they are downloaded"
+    return ConfigError("dataset.root", root, expected)
 
 
 def _mnist_like(cls: type[MNIST], name: str, context: ReadContext) -> tuple[RawSplit, RawSplit]:
@@ -46,7 +56,14 @@ def _mnist_like(cls: type[MNIST], name: str, context: ReadContext) -> tuple[RawS
             lambda download, train=train: cls(str(root), train=train, download=download),
             root, name, urls, root / cls.__name__ / "raw",
         )  # fmt: skip
-        splits.append(RawSplit(found.data[:, None].contiguous(), found.targets.long()))
+        images, labels = found.data[:, None].contiguous(), found.targets.long()
+        # torchvision checks the sums of what it downloads only.
+        fit = images.shape[1:] == (1, 28, 28) and len(images) == len(labels) and bool((labels < len(cls.classes)).all())
+        if not fit:
+            sides = "x".join(map(str, images.shape[2:]))
+            reason = f"{len(images)} images of {sides}, {len(labels)} labels up to {max(labels.tolist(), default=0)}"
+            raise _broken(root, name, root / cls.__name__ / "raw", reason)
+        splits.append(RawSplit(images, labels))
     return splits[0], splits[1]
 
 

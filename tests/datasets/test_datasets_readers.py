@@ -80,6 +80,32 @@ def test_mnist_layout(tmp_path: Path, name: str, folder: str) -> None:
     assert data.test.labels.tolist() == [9, 0, 1]
 
 
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        (IMAGES, b""),
+        (IMAGES, b"<html>not found</html>"),
+        (IMAGES, np.array([2051, 9, 28, 28], dtype=">i4").tobytes() + bytes(100)),
+        (IMAGES, np.array([2051, 9, 14, 28], dtype=">i4").tobytes() + bytes(9 * 14 * 28)),
+        (IMAGES, np.array([2049, 9], dtype=">i4").tobytes() + bytes(9)),
+        (LABELS, np.array([2049, 5], dtype=">i4").tobytes() + bytes(5)),
+        (LABELS, np.array([2049, 9], dtype=">i4").tobytes() + bytes(8) + b"\x0a"),
+    ],
+    ids=["empty", "page", "cut", "size", "kind", "count", "class"],
+)
+def test_broken_mnist_files_are_one_line(tmp_path: Path, file: str, content: bytes) -> None:
+    folder = tmp_path / "MNIST" / "raw"
+    for split in ("train", "t10k"):
+        write_idx(folder, split, noise(9, 28, 28), np.arange(9))
+    (folder / file).write_bytes(content)
+    with pytest.raises(ConfigError, match="expected files of mnist that can be read in .*raw") as caught:
+        loaded("mnist", tmp_path)
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_layout(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The small files cannot have the checksums of the published ones.

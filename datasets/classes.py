@@ -80,7 +80,7 @@ def class_folders(tree: Tree, folder: str, other: str | None = None) -> Part:
             part.unread.append(path)
             held.setdefault(name, []).append(path)
     if not part.files:
-        raise ConfigError("dataset.root", tree.root, f"images in {prefix}<class>/ of it{_instead(part)}")
+        raise ConfigError("dataset.root", tree.root, f"images in {prefix}<class>/ of it{_instead(tree, part)}")
     if len({*map(printable, held)}) < len(held):
         raise ConfigError("dataset.root", tree.root, f"class folders in {prefix or '.'} whose names differ when shown")
     shown = {printable(name): files for name, files in sorted(held.items())}
@@ -88,10 +88,16 @@ def class_folders(tree: Tree, folder: str, other: str | None = None) -> Part:
     return part
 
 
-def _instead(part: Part) -> str:
+def _instead(tree: Tree, part: Part) -> str:
+    """What there is where no picture is in a class folder, for the end of an error."""
     if part.unread:
         return f"; found files of other kinds ({kinds(part.unread)})"
-    return f"; found some in no class folder: {len(part.beside):,}" if part.beside else ""
+    if part.beside:
+        return f"; found some in no class folder: {len(part.beside):,}"
+    elsewhere = sorted({path.rpartition("/")[0].partition("/")[0] for path in filter(is_picture, tree.paths())} - {""})
+    if elsewhere:
+        return f"; found some in {', '.join(elsewhere[:5])}{', ...' if len(elsewhere) > 5 else ''}"
+    return f"; found files of other kinds ({kinds(tree.paths())})" if tree.paths() else "; found no file"
 
 
 def check_training(part: Part, folder: str, root: Path, classes: Sequence[str] | None) -> None:

@@ -214,7 +214,9 @@ class ZipTree:
 
     def read(self, path: str) -> bytes:
         """Content of one file; `ZipFile` guards its file position with a lock."""
-        info = self._members[path]
+        info = self._members.get(path)
+        if info is None:
+            raise FileNotFoundError("there is no such file")
         _check_size(info.file_size)
         if stat.S_ISLNK(info.external_attr >> 16):
             raise OSError("a link, which is not followed in a zip file")

@@ -135,6 +135,7 @@ def test_what_is_hardly_meant_is_said(
         (["one/ant/1.png"], {"train": "one", "test": None}, "two classes or more in one/; found the folder ant only"),
         (["none/ant/1.gif"], {"train": "none"}, r"none/<class>/ of it; found files of other kinds \(\.gif 1\)"),
         (["none/1.png"], {"train": "none"}, "none/<class>/ of it; found some in no class folder: 1"),
+        ([], {"train": "Train"}, r"Train/<class>/ of it; found some in test, train"),
         ([], {"background": 256}, "background=256"),
         ([], {"white": 0.0}, "white=0"),
     ],
@@ -273,6 +274,13 @@ def test_a_name_that_is_in_an_archive_twice_counts_once(tmp_path: Path, caplog: 
     with caplog.at_level(logging.INFO):
         assert contents(loaded(file))[1] == [(99, 0), (7, 0), (7, 1)]
     assert "left out names that are in the archive again, of which the last is read: 1 (train/ant/1.png)" in caplog.text
+
+
+def test_a_root_without_a_picture_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="found no file"):
+        loaded(tmp_path)
+    with pytest.raises(ConfigError, match=r"found files of other kinds \(\.zip 2, no suffix 1\)"):
+        loaded(write(tmp_path, ["a.zip", "more/b.zip", "LICENSE"]))
 
 
 @pytest.mark.parametrize("content", [b"PK\x05\x06" + b"\xff" * 18, b"PK\x05\x06" + bytes(18) + b"x", b"no zip", b""])

@@ -33,7 +33,7 @@ def tiff(values: np.ndarray, *, bits: int, kind: int = 1, photometric: int = 1, 
             int(row.ljust(-(-len(row) // 8) * 8, "0"), 2).to_bytes(-(-len(row) // 8), "big") for row in text
         )
     else:
-        data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+        data = values.astype(values.dtype.newbyteorder("<" if order == "<" else ">")).tobytes()
     tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height),
             (279, len(data)), (339, kind)]  # fmt: skip
     head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(data))
@@ -60,7 +60,7 @@ SIXTEEN = whole_numbers("u2", 65535)
     "content",
     [
         encoded(Image.fromarray(SIXTEEN)),
-        encoded(Image.fromarray(SIXTEEN), "PPM"),
+        b"P5\n30 9\n65535\n" + SIXTEEN.astype(">u2").tobytes(),
         tiff(SIXTEEN, bits=16),
         tiff(SIXTEEN, bits=16, order=">"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.config import NO_VALUE, ConfigError, build, nearest, plain, show
+from runtime.config import NO_VALUE, ConfigError, build, nearest, plain, printable, show
 
 
 @dataclass(frozen=True)
@@ -154,3 +154,17 @@ def test_needs_no_torch() -> None:
     code = "import runtime.config, runtime.run_folder, runtime.launch, sys; sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+@given(st.text(st.characters(exclude_categories=())), st.binary())
+def test_a_message_can_be_written_anywhere_whatever_is_in_it(text: str, name: bytes) -> None:
+    for odd in (text, name.decode("utf-8", "surrogateescape")):
+        for line in (printable(odd), str(ConfigError("dataset.root", odd, f"a file, not {odd}", [odd, odd]))):
+            line.encode("utf-8")
+            assert not any(ord(each) < 32 or 127 <= ord(each) < 160 or each in "\u2028\u2029" for each in line)
+            assert len(line.splitlines()) <= 1
+
+
+def test_bytes_that_are_no_text_are_shown_as_such() -> None:
+    assert printable("caf\u00e9 \u732b") == "caf\u00e9 \u732b"
+    assert printable(b"a\xff\x1b\n".decode("utf-8", "surrogateescape")) == r"a\xff\x1b\n"

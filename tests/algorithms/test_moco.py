@@ -28,6 +28,10 @@ SETTING = (
     f"algorithm.client_momentum={CLIENT_MOMENTUM}", *SMALL,
 )  # fmt: skip
 
+FALL, SERVER_FALL = 0.5, 0.25
+SOME = ("num_clients=7", "frac=0.5", "scheduler=exponential", f"scheduler.gamma={FALL}",
+        *(f"model.{part}.scheduler.gamma={SERVER_FALL}" for part in ("server", "projector")))  # fmt: skip
+
 
 def ledger(federation: Federation) -> list[Traffic]:
     """Every line of the communication of all rounds."""
@@ -67,12 +71,10 @@ class Bare:
         q = self.features("", zq)
         with torch.no_grad():
             k = self.features("_momentum", zk)
-        losses = []
-        for i, owner in enumerate(owners):
-            line = self.keys[0 if self.config.feature_sharing else owner]
-            positive = torch.exp(q[i] @ k[i] / TEMPERATURE)
-            losses.append(-torch.log(positive / (positive + torch.exp(line @ q[i] / TEMPERATURE).sum())))
-        return torch.stack(losses).mean(), k
+        lines = self.keys[[0 if self.config.feature_sharing else owner for owner in owners]]
+        positive = torch.exp((q * k).sum(1) / TEMPERATURE)
+        others = torch.exp((lines @ q[:, :, None]).squeeze(2) / TEMPERATURE).sum(1)
+        return -torch.log(positive / (positive + others)).mean(), k
 
     def push(self, keys, owners) -> None:
         for key, owner in zip(keys, owners, strict=True):
@@ -97,7 +99,8 @@ class Bare:
         self.losses.clear()
         cohort = self.drawn.cohort(number)
         own = {c: [copy.deepcopy(self.parts[name]) for name in ("client", "client_momentum")] for c in cohort}
-        steps = {c: list(self.views(c, number)) for c in cohort}
+        sizes = [self.drawn.config.batch_size] * self.config.local_steps
+        steps = {c: list(views(self.federation, self.drawn, c, number, sizes)) for c in cohort}
         for step in range(self.config.local_steps):
             query = {c: own[c][0](steps[c][step][0]) for c in cohort}
             key = {c: own[c][1](steps[c][step][1]).detach() for c in cohort}
@@ -131,27 +134,21 @@ class Bare:
                 value.copy_(sum(dict(own[c][0].named_parameters())[key] for c in cohort) / len(cohort))
         self.follow(self.parts["client_momentum"], self.parts["client"], CLIENT_MOMENTUM**self.config.local_steps)
 
-    def views(self, client: int, number: int):
-        """Two views of each step's samples, on which the client goes on through its data by the clock of the rounds."""
-        source, indices = self.federation.dataset.train, self.drawn.partition.indices(client)
-        size, steps = self.drawn.config.batch_size, self.config.local_steps
-        draws, at = self.drawn.generator(number, client, "batches"), number * size * steps
-        orders: dict[int, torch.Tensor] = {}
-        for _ in range(steps):
-            samples = []
-            for place in range(at, at + size):
-                epoch, within = divmod(place, len(indices))
-                if epoch not in orders:
-                    own = self.drawn.generator(epoch, client, "order")
-                    orders[epoch] = torch.randperm(len(indices), generator=own)
-                samples.append(int(indices[orders[epoch][within]]))
-            yield source.take(torch.tensor(samples), [source.draw(size, draws) for _ in range(2)])
-            at += size
 
-
-FALL, SERVER_FALL = 0.5, 0.25
-SOME = ("num_clients=7", "frac=0.5", "scheduler=exponential", f"scheduler.gamma={FALL}",
-        *(f"model.{part}.scheduler.gamma={SERVER_FALL}" for part in ("server", "projector")))  # fmt: skip
+def views(federation: Federation, drawn: Drawn, client: int, number: int, sizes: list[int]):
+    """Two views of each step's samples, on which the client goes on through its data by the clock of the rounds."""
+    source, indices = federation.dataset.train, drawn.partition.indices(client)
+    draws, at = drawn.generator(number, client, "batches"), number * sum(sizes)
+    orders: dict[int, torch.Tensor] = {}
+    for size in sizes:
+        samples = []
+        for place in range(at, at + size):
+            epoch, within = divmod(place, len(indices))
+            if epoch not in orders:
+                orders[epoch] = torch.randperm(len(indices), generator=drawn.generator(epoch, client, "order"))
+            samples.append(int(indices[orders[epoch][within]]))
+        yield source.take(torch.tensor(samples), [source.draw(size, draws) for _ in range(2)])
+        at += size
 
 
 @pytest.mark.parametrize("sharing", ["true", "false"])
@@ -187,44 +184,65 @@ def test_moco_sfl_is_its_equations(configure, sharing: str, symmetric: str, toge
     )
 
 
-def test_fl_moco_of_one_client_is_moco(configure) -> None:
-    """Two epochs at one client: the averages go on within a round, and begin each round as the online copies."""
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+def test_fl_moco_is_its_equations(configure, symmetric: str) -> None:
+    """Two of three clients a round, at rates that fall: the averages begin each round as the online copies."""
     federation = Federation(
-        configure("algorithm=fl_moco", "optimizer=sgd", f"lr={LR}", "precision=fp64", "rounds=2", "num_clients=1",
-                  f"algorithm.temperature={TEMPERATURE}", f"algorithm.momentum={MOMENTUM}", "batch_size=300", *SMALL)
+        configure("algorithm=fl_moco", "optimizer=sgd", f"lr={LR}", "precision=fp64", "rounds=3", "num_clients=3",
+                  f"algorithm.temperature={TEMPERATURE}", f"algorithm.momentum={MOMENTUM}", "batch_size=200", *SMALL,
+                  f"algorithm.symmetric={symmetric}", "frac=0.5", "scheduler=exponential", f"scheduler.gamma={FALL}",
+                  f"model.projector.scheduler.gamma={SERVER_FALL}", "dataset.distribution=dirichlet",
+                  "dataset.alpha=1.0", "dataset.min_samples=301")
     )  # fmt: skip
-    online = list(federation.blueprint.parts(["model", "projector"]).values())
-    keys = None
-    for _ in range(2):
-        average = copy.deepcopy(online)
-        context = federation.clients._context(0, federation.clients._seat())
-        if keys is None:
-            keys = F.normalize(torch.randn(1, KEYS, 8, generator=context.generator("queue")), dim=2)[0].double()
-        line: deque[torch.Tensor] = deque(keys, maxlen=KEYS)
-        for one, two in context.views(context.steps):
-            total = torch.zeros((), dtype=torch.float64)
-            new = []
-            for a, b in ((one, two), (two, one)):
-                q = F.normalize(online[1](online[0](a)), dim=1)
-                with torch.no_grad():
-                    k = F.normalize(average[1](average[0](b)), dim=1)
-                logits = torch.cat([(q * k).sum(1, keepdim=True), q @ torch.stack([*line]).T], 1) / TEMPERATURE
-                total = total - logits.log_softmax(1)[:, 0].mean()
-                new.append(k)
-            parameters = [p for module in online for p in module.parameters()]
-            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-            with torch.no_grad():
-                for p, g in zip(parameters, gradients, strict=True):
-                    if g is not None:
-                        p -= LR * g
-                for mean, module in zip(average, online, strict=True):
-                    for m, p in zip(mean.parameters(), module.parameters(), strict=True):
-                        m.copy_(MOMENTUM * m + (1 - MOMENTUM) * p)
+    drawn = Drawn(federation)
+    shared = list(federation.blueprint.parts(["model", "projector"]).values())
+    kept: dict[int, torch.Tensor] = {}
+    for number in range(3):
+        uploads, losses = {}, {}
+        for client in drawn.cohort(number):
+            online, average = copy.deepcopy(shared), copy.deepcopy(shared)
+            if client not in kept:
+                random = torch.randn(KEYS, 8, generator=drawn.generator(number, client, "queue"))
+                kept[client] = (random / random.norm(dim=1, keepdim=True)).double()
             # Places are overwritten in turn, so the line as a set is what a deque holds.
-            line.extend(torch.cat(new))
-        keys = torch.stack([*line])
-        federation.step()
-    for name, part in zip(("model", "projector"), online, strict=True):
+            line: deque[torch.Tensor] = deque(kept[client], maxlen=KEYS)
+            sizes = [len(x) for x, _ in drawn.batches(number, client)]
+            losses[client] = []
+            for one, two in views(federation, drawn, client, number, sizes):
+                total, new = torch.zeros((), dtype=torch.float64), []
+                for a, b in ((one, two), (two, one))[: 2 if symmetric == "true" else 1]:
+                    q = F.normalize(online[1](online[0](a)), dim=1)
+                    with torch.no_grad():
+                        k = F.normalize(average[1](average[0](b)), dim=1)
+                    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ torch.stack([*line]).T], 1) / TEMPERATURE
+                    total = total - logits.log_softmax(1)[:, 0].mean()
+                    new.append(k)
+                losses[client].append(float(total.detach()))
+                rates = (LR * FALL**number, LR * SERVER_FALL**number)
+                parameters = [
+                    (p, rate) for module, rate in zip(online, rates, strict=True) for p in module.parameters()
+                ]
+                gradients = torch.autograd.grad(total, [p for p, _ in parameters], allow_unused=True)
+                with torch.no_grad():
+                    for (p, rate), g in zip(parameters, gradients, strict=True):
+                        if g is not None:
+                            p -= rate * g
+                    for mean, module in zip(average, online, strict=True):
+                        for m, p in zip(mean.parameters(), module.parameters(), strict=True):
+                            m.copy_(MOMENTUM * m + (1 - MOMENTUM) * p)
+                line.extend(torch.cat(new))
+            kept[client] = torch.stack([*line])
+            uploads[client] = online
+        sizes = {client: len(drawn.partition.indices(client)) for client in uploads}
+        with torch.no_grad():
+            for at, part in enumerate(shared):
+                for key, value in part.named_parameters():
+                    states = {client: dict(modules[at].named_parameters())[key] for client, modules in uploads.items()}
+                    value.copy_(sum(sizes[c] / sum(sizes.values()) * state for c, state in states.items()))
+        record, _ = federation.step()
+        reported = sum(sizes[c] / sum(sizes.values()) * sum(each) / len(each) for c, each in losses.items())
+        assert record.train_loss == pytest.approx(reported, rel=1e-9)
+    for name, part in zip(("model", "projector"), shared, strict=True):
         found = federation.server.ctx.parts[name].state_dict()
         for key, value in part.state_dict().items():
             torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-11, msg=f"{name}/{key}")

@@ -38,7 +38,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         tuple(f"runtime/{name}.py" for name in ("aggregate", "schedule", "evaluation", "evaluator")),
         (
             *("tests/runtime/test_aggregate.py", "tests/runtime/test_schedule.py", "tests/runtime/test_evaluation.py"),
-            "tests/contract/test_reported.py",
+            *("tests/runtime/test_evaluator.py", "tests/contract/test_reported.py"),
         ),
     ),
     "data": (

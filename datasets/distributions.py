@@ -20,7 +20,7 @@ _PAIRS = 1 << 20
 
 @dataclass(frozen=True)
 class Request:
-    """What a distribution works from: labels int64 [n], natural groups int64 [n] or None."""
+    """What a distribution works from: labels int64 [n], groups int64 [n] or None."""
 
     labels: np.ndarray
     clients: int
@@ -144,7 +144,8 @@ def natural(request: Request) -> np.ndarray:
     those with at least `min_samples`, and leaves the others out.
     """
     if request.groups is None:
-        raise ConfigError("dataset.distribution", "natural", "a dataset with natural groups, such as femnist")
+        expected = "a dataset with natural groups, such as femnist, or image_folder with dataset.options.group"
+        raise ConfigError("dataset.distribution", "natural", expected)
     _, group = np.unique(request.groups, return_inverse=True)
     sizes = np.bincount(group)
     usable = np.arange(len(sizes))

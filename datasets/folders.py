@@ -1,21 +1,22 @@
-"""Datasets kept as folders of image files: anyone's own, ImageNet, Tiny ImageNet, HAM10000."""
+"""Datasets kept as folders of image files: anyone's own, ImageNet, Tiny ImageNet."""
 
-import io
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 
-from datasets.classes import Part, check_training, class_folders, is_picture, oddities, prefix_of
+from datasets.classes import Part, check_training, class_folders, oddities, prefix_of
+from datasets.grouping import check_group, group_names, numbered
 from datasets.images import EncodedImages, Shape
 from datasets.normalize import IMAGENET_MEAN, IMAGENET_STD
 from datasets.notes import Notes
 from datasets.registry import RawDataset, RawSplit, ReadContext, register
-from datasets.trees import FolderTree, Tree, open_tree
+from datasets.splitting import fixed_test
+from datasets.trees import Tree, open_tree
 from runtime.config import ConfigError, printable
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,10 @@ class ImageFolderOptions:
         size: height and width to bring all images to; null keeps theirs, which must then be equal.
         resize: shorter side before the centre of `size` is cut out; null: size, so that only the overhang is cut.
         channels: 3 for RGB, 1 for grey.
+        group: what belongs together (a patient's images, a site's) and is held out together: a folder level below the
+            class, from 1, `FILE.csv:COLUMN` of a table in root, or a regular expression with one group, searched for in
+            each path; null: nothing.
+        test_by: with `test: null` and groups, group holds out whole ones, sample a share of each group's images.
         classes: names of all classes, in order; null: the folders of the training set. To be given where each client
             has data of its own, which may lack a class.
         upright: turn pictures as their EXIF data say.
@@ -49,6 +54,8 @@ class ImageFolderOptions:
     upright: bool = True
     background: int = 255
     white: float | None = None
+    group: str | int | None = None
+    test_by: Literal["group", "sample"] = "group"
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -58,6 +65,7 @@ class ImageFolderOptions:
             raise ConfigError("channels", self.channels, "1 or 3")
         if not 0 < self.test_fraction < 1:
             raise ConfigError("test_fraction", self.test_fraction, "a number > 0 and < 1")
+        check_group(self.group)
         if self.classes is not None and len({*self.classes}) < max(1, len(self.classes)):
             raise ConfigError("classes", self.classes, "null, or names that are each given once")
         if not 0 <= self.background <= 255:
@@ -122,8 +130,9 @@ def _by_class_folder(root: Path, options: ImageFolderOptions) -> RawDataset:
         raise ConfigError("dataset.options.classes", options.classes, f"all classes of {root}; found {unknown[0]}")
     notes = Notes()
     if options.test is None:
-        whole = _split(tree, train, classes, options.shape, notes)
-        held = hold_out(whole.labels.numpy(), options.test_fraction)
+        (groups,) = _groups(tree, options, parts)
+        whole = replace(_split(tree, train, classes, options.shape, notes), groups=groups)
+        held = _held(whole, options)
         train_split, test_split = whole.subset(np.flatnonzero(~held)), whole.subset(np.flatnonzero(held))
     else:
         parts[options.test] = class_folders(tree, options.test, options.train)
@@ -132,8 +141,10 @@ def _by_class_folder(root: Path, options: ImageFolderOptions) -> RawDataset:
             raise ConfigError(
                 "dataset.options.test", options.test, f"classes of {options.train} only; found {unknown[0]}"
             )
-        train_split = _split(tree, train, classes, options.shape, notes)
-        test_split = _split(tree, parts[options.test].files, classes, options.shape, notes)
+        both = zip((train, parts[options.test].files), _groups(tree, options, parts), strict=True)
+        train_split, test_split = (
+            replace(_split(tree, files, classes, options.shape, notes), groups=groups) for files, groups in both
+        )
     _tell(tree, parts)
     return RawDataset(train_split, test_split, classes)
 
@@ -153,6 +164,28 @@ def _tell(tree: Tree, parts: dict[str, Part]) -> None:
         log.warning("dataset.root=%s: there are %s", printable(str(tree.root)), odd)
 
 
+def _groups(tree: Tree, options: ImageFolderOptions, parts: dict[str, Part]) -> list[np.ndarray | None]:
+    """The groups of the files of each part, int64, with the same number for the same group; or None for each."""
+    if options.group is None:
+        return [None] * len(parts)
+    groups = numbered(
+        *(
+            group_names([path for _, path in part.files], options.group, tree, prefix_of(folder))
+            for folder, part in parts.items()
+        )
+    )
+    if len(groups) > 1 and (shared := {*groups[0].tolist()} & {*groups[1].tolist()}):
+        log.warning("%d groups have pictures both in %s and in %s", len(shared), *parts)
+    return [*groups]
+
+
+def _held(whole: RawSplit, options: ImageFolderOptions) -> np.ndarray:
+    """Which pictures are the test set."""
+    if whole.groups is None or options.test_by == "group":
+        return fixed_test(whole.labels.numpy(), options.test_fraction, whole.groups)
+    return fixed_test(whole.groups, options.test_fraction)
+
+
 def _split(
     tree: Tree, files: list[tuple[str, str]], classes: tuple[str, ...], shape: Shape, notes: Notes | None = None
 ) -> RawSplit:
@@ -162,25 +195,6 @@ def _split(
             raise ConfigError("dataset.root", tree.root, f"classes that are listed; {path} is of {name}")
     labels = torch.tensor([number[name] for name, _ in files], dtype=torch.int64)
     return RawSplit(EncodedImages(tree, [path for _, path in files], shape, notes), labels)
-
-
-def hold_out(labels: np.ndarray, share: float, units: np.ndarray | None = None) -> np.ndarray:
-    """A fixed test set, whatever the run's seed: bool [n], about `share` of each class.
-
-    Args:
-        units: int64 [n]; samples of one unit (pictures of one lesion) stay together. A unit is of one class.
-    """
-    units = np.arange(len(labels)) if units is None else units
-    rng = np.random.default_rng(0)
-    held = np.zeros(len(labels), dtype=bool)
-    for c in np.unique(labels):
-        members = np.flatnonzero(labels == c)
-        own, inverse = np.unique(units[members], return_inverse=True)
-        # Units in a random order, taken while what they hold stays within the share.
-        order = rng.permutation(len(own))
-        taken = np.cumsum(np.bincount(inverse)[order]) <= round(share * len(members))
-        held[members] = np.isin(inverse, order[taken])
-    return held
 
 
 @dataclass(frozen=True)
@@ -229,69 +243,3 @@ def _text(tree: Tree, path: str, root: Path) -> str:
         return tree.read(path).decode()
     except Exception as error:  # of the file system, an archive's or a codec's
         raise ConfigError("dataset.root", root, f"a folder that holds {path}") from error
-
-
-@dataclass(frozen=True)
-class Ham10000Options:
-    """`size`: height and width in pixels to scale to; `test_fraction`: share of each class that is the test set."""
-
-    size: int = 64
-    test_fraction: float = 0.2
-
-    def __post_init__(self) -> None:
-        _check_size(self.size)
-        if not 0 < self.test_fraction < 1:
-            raise ConfigError("test_fraction", self.test_fraction, "a number > 0 and < 1")
-
-
-HAM_CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
-HAM_URL = "https://doi.org/10.7910/DVN/DBW86T"
-
-
-@register("ham10000", Ham10000Options)
-def ham10000(context: ReadContext) -> RawDataset:
-    """HAM10000 skin lesions: `HAM10000_metadata.csv` and the folders of images beside it, in root/ham10000 or root.
-
-    Images (`HAM10000_images_part_1/ISIC_*.jpg`, part_2, or any folder below) are squeezed to size x size. The data has
-    no test set of its own: a fixed share of each class is held out, all pictures of one lesion on one side.
-    """
-    root = own_folder(context.root, "ham10000", "HAM10000_metadata.csv")
-    if not (root / "HAM10000_metadata.csv").exists():
-        raise ConfigError(
-            "dataset.root", context.root, f"HAM10000_metadata.csv and images in {root}; get it at {HAM_URL}"
-        )
-    tree = FolderTree(root)
-    options: Ham10000Options = context.options
-    table = pd.read_csv(io.BytesIO(tree.read("HAM10000_metadata.csv"))).sort_values("image_id")
-    where = _by_stem(tree, {*table["image_id"]})
-    missing = [name for name in table["image_id"] if name not in where]
-    if missing:
-        expected = f"all images of HAM10000_metadata.csv; {len(missing)} are missing, the first is {missing[0]}.jpg"
-        raise ConfigError("dataset.root", root, expected)
-    files = [(str(dx), where[name]) for dx, name in zip(table["dx"], table["image_id"], strict=True)]
-    whole = _split(tree, files, HAM_CLASSES, Shape(3, (options.size, options.size)))
-    lesions = pd.factorize(table["lesion_id"])[0]
-    held = hold_out(whole.labels.numpy(), options.test_fraction, lesions)
-    return RawDataset(whole.subset(np.flatnonzero(~held)), whole.subset(np.flatnonzero(held)), HAM_CLASSES)
-
-
-def _by_stem(tree: Tree, wanted: set[str]) -> dict[str, str]:
-    """The path of each wanted picture by its name without suffix; of two that are the same size, the first.
-
-    Raises:
-        ConfigError: two pictures of one name differ in size, as a mask or a thumbnail does.
-    """
-    where: dict[str, str] = {}
-    again: list[str] = []
-    for path in filter(is_picture, tree.paths()):
-        stem = Path(path).stem
-        first = where.setdefault(stem, path)
-        if stem not in wanted or first == path:
-            continue
-        if tree.size(first) != tree.size(path):
-            raise ConfigError("dataset.root", tree.root, f"one picture of each name; {first} and {path} differ")
-        again.append(path)
-    if again:
-        log.warning("dataset.root=%s: %d pictures are there twice, the first: %s; one of each is read",
-                    printable(str(tree.root)), len(again), printable(again[0]))  # fmt: skip
-    return where

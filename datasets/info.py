@@ -32,14 +32,17 @@ class Dataset:
         info: its name, shape and classes.
         train, test: the two sets.
         validation: what `dataset.validation` holds out of the training set, or None.
-        groups: int64 [len(train)], the natural group (writer) of each training sample, or None.
     """
 
     info: DatasetInfo
     train: Source
     test: Source
     validation: Source | None = None
-    groups: np.ndarray | None = None
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """int64 [len(train)], the group (writer, site) of each training sample, or None."""
+        return self.train.groups
 
     def repeated(self, channels: int) -> "Dataset":
         """The same dataset with its one channel given `channels` times; as it is where it has as many."""
@@ -48,4 +51,4 @@ class Dataset:
         assert self.info.channels == 1, "only grey images can be repeated"
         validation = None if self.validation is None else self.validation.repeated(channels)
         info, train, test = replace(self.info, channels=channels), self.train, self.test
-        return Dataset(info, train.repeated(channels), test.repeated(channels), validation, self.groups)
+        return Dataset(info, train.repeated(channels), test.repeated(channels), validation)

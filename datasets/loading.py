@@ -12,6 +12,7 @@ from datasets.normalize import Normalizer, moments
 from datasets.registry import RawDataset, RawSplit, read
 from datasets.seeding import derived
 from datasets.source import ResidentStore, Source, StreamStore
+from datasets.splitting import hold_out
 from runtime.config import ConfigError
 
 # storage=auto keeps all images on the device up to this many bytes.
@@ -57,13 +58,13 @@ def load(config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch
         else:
             store = StreamStore(split.images, device, config.workers)
         chosen = augmentation(config.augment) if augmented else None
-        return Source(store, split.labels, normalizer, chosen, device, config.resize)
+        return Source(store, split.labels, normalizer, chosen, device, config.resize, split.groups)
 
     validation = None if held is None else source(held, augmented=False)
     sources = source(train, augmented=True), source(raw.test, augmented=False)
     if isinstance(raw.train.images, EncodedImages):
         raw.train.images.tell_depth()
-    return Dataset(info, *sources, validation, train.groups)
+    return Dataset(info, *sources, validation)
 
 
 def image_shape(split: RawSplit) -> tuple[int, int, int]:
@@ -87,24 +88,13 @@ def _decoded(images: Tensor | EncodedImages, workers: int) -> Tensor:
 
 
 def _hold_out(split: RawSplit, share: float, seed: int) -> tuple[RawSplit, RawSplit | None]:
-    """Divide a split into the part to train on and the part held out, with equal shares of each class."""
+    """Divide a split into the part to train on and the part held out: equal shares of each class, groups whole."""
     if share == 0:
         return split, None
-    held = stratified(split.labels.numpy(), share, derived(seed, "validation"))
+    held = hold_out(split.labels.numpy(), share, derived(seed, "validation"), split.groups)
     if held.all() or not held.any():
+        groups = "" if split.groups is None else f" in {len(np.unique(split.groups))} groups that stay whole"
         raise ConfigError(
-            "dataset.validation", share, f"a share that leaves both parts of {len(held)} samples non-empty"
+            "dataset.validation", share, f"a share that leaves both parts of {len(held)} samples{groups} non-empty"
         )
     return split.subset(np.flatnonzero(~held)), split.subset(np.flatnonzero(held))
-
-
-def stratified(labels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Choose round(share * n) samples, of each class in proportion (to within one): bool [n]."""
-    n = len(labels)
-    count = round(share * n)
-    shuffled = rng.permutation(n)
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    chosen = np.zeros(n, dtype=bool)
-    # Evenly spaced places in a list sorted by class fall on each class in proportion.
-    chosen[by_class[((np.arange(count) + 0.5) * n / max(count, 1)).astype(np.int64)]] = True
-    return chosen

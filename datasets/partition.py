@@ -156,3 +156,16 @@ def apply_partition(
             places = ((np.arange(len(wanted)) + 0.5) * len(holders) / len(wanted)).astype(np.int64)
             owner[wanted] = holders[places]
     return Partition.from_owner(owner, len(parts))
+
+
+def partition_by_group(parts: Partition, groups: np.ndarray, test_groups: np.ndarray) -> Partition:
+    """Give each client the test samples of its own groups; those of a group that no client has go to none.
+
+    Args:
+        parts: of the training set, each group of which is one client's; groups: int64 [n], its groups.
+        test_groups: int64 [m], those of the test samples.
+    """
+    own, first = np.unique(groups[parts.order], return_index=True)
+    client = np.repeat(np.arange(len(parts)), parts.sizes)[first]
+    place = np.minimum(np.searchsorted(own, test_groups), len(own) - 1)
+    return Partition.from_owner(np.where(own[place] == test_groups, client[place], -1), len(parts))

@@ -25,7 +25,8 @@ class RawSplit:
     Attributes:
         images: uint8 [n, channels, height, width] in memory, or encoded files that decode to that.
         labels: int64 [n].
-        groups: int64 [n], which natural group (a writer) each sample is of; None where there is none.
+        groups: int64 [n], which group each sample is of: those that belong together, such as a writer's, a lesion's, a
+            site's. One number is the same group in the training and in the test set. None where there are none.
     """
 
     images: Tensor | EncodedImages

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -110,6 +111,7 @@ class Source:
 
     Attributes:
         labels: int64 [n] on the CPU.
+        groups: int64 [n], the group of each image; one number is the same group in all parts of a dataset. None: none.
         shape: (channels, height, width) of an image in a batch.
         mean, std: what images are normalised by, per channel in 0..1.
 
@@ -125,9 +127,10 @@ class Source:
         augmentation: Augmentation | None,
         device: torch.device,
         resize: int | None = None,
+        groups: np.ndarray | None = None,
     ) -> None:
         channels, height, width = store.shape
-        self.labels = labels
+        self.labels, self.groups = labels, groups
         self._size = (
             None if resize in (None, height) and resize in (None, width) else [resize or height, resize or width]
         )

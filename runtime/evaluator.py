@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from datasets import Partition, Source, apply_partition, own_partition
+from datasets import Partition, Source, apply_partition, own_partition, partition_by_group
 from runtime.blueprint import Blueprint
+from runtime.config import ConfigError
 from runtime.evaluation import ClientScores, Evaluation, Score, evaluate, mean, spread_over_clients
 from runtime.features import KnnMonitor
 from runtime.results import ClientRow
@@ -37,7 +38,10 @@ class Evaluator:
         self._scores = scores
         self._dataset, config = federation.dataset, federation.config
         self._own_only = config.dataset.local_test == "only"
-        self.local_test = self.shares(self._dataset.test.labels) if config.dataset.local_test else None
+        self.local_test = self.shares(self._dataset.test) if config.dataset.local_test else None
+        validation = self._dataset.validation if self._own_only else None
+        asked = "dataset.validation with dataset.local_test=only"
+        self._local_validation = None if validation is None else self.shares(validation, asked)
         self._whole = federation.algorithm.layout.whole
         self.batch_statistics = self._batch_statistics(self._whole)
         self._test = self._monitor().score if federation.algorithm.evaluates_features else evaluate
@@ -52,13 +56,29 @@ class Evaluator:
         travelling = self._federation.config.aggregate.buffers != "average"
         return [travelling and name in self._federation.algorithm.shared for name in path]
 
-    def shares(self, labels: Tensor) -> Partition:
-        """Test samples (their labels: int64 [m]) divided among the clients in the proportions of their own classes."""
-        federation = self._federation
-        if federation.config.dataset.distribution == "own":
-            return own_partition(len(labels), federation.population, federation.config.client_id)
-        trained = self._dataset.train.labels.numpy()
-        return apply_partition(federation.partition, trained, labels.numpy(), seed=federation.config.seed)
+    def shares(self, source: Source, asked: str = "tests of clients") -> Partition:
+        """The samples of a source that each client is tested on.
+
+        Where clients are groups of the data, those of its own groups; else as many of each class as is proportional to
+        what the client has in training.
+
+        Args:
+            asked: what they are for, for the message.
+
+        Raises:
+            ConfigError: clients are groups, and the source has samples of none of theirs.
+        """
+        federation, config, train = self._federation, self._federation.config, self._dataset.train
+        distribution = config.dataset.distribution
+        if distribution == "own":
+            return own_partition(len(source), federation.population, config.client_id)
+        if distribution != "natural" or federation.algorithm.pooled or train.groups is None or source.groups is None:
+            return apply_partition(federation.partition, train.labels, source.labels, seed=config.seed)
+        shares = partition_by_group(federation.partition, train.groups, source.groups)
+        if not len(shares.order):
+            reason = f"another for {asked}, as whole groups are held out of training and no client has any of them"
+            raise ConfigError("dataset.distribution", distribution, reason + " (test_by in docs/datasets.md)")
+        return shares
 
     def evaluate(self) -> Evaluation:
         """The test of a round."""
@@ -104,8 +124,8 @@ class Evaluator:
             elif share is not None:
                 found[f"{name}local_acc"] = self._of_client(client, test, path, share).measured
         validation = self._dataset.validation
-        if validation is not None and self._own_only:
-            share = self.shares(validation.labels).indices(client)
+        if validation is not None and self._local_validation is not None:
+            share = self._local_validation.indices(client)
             if len(share):
                 found[VALIDATION] = self._of_client(client, validation, self._whole, share).measured
         elif validation is not None and federation.personal:

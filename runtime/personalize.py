@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from datasets import Partition
 from models import Chain, body_and_head
 from runtime import rng
 from runtime.blueprint import Parts
@@ -190,12 +191,22 @@ def _nothing_left_by_failure(path: Path) -> Generator[None]:
         raise
 
 
+def own_tests(federation: Federation) -> Partition:
+    """The test samples of each client.
+
+    Raises:
+        ConfigError: no client has any.
+    """
+    evaluator = federation.evaluator
+    return evaluator.local_test or evaluator.shares(federation.dataset.test)
+
+
 class _Tuner:
     """One client after another in one set of parts."""
 
     def __init__(self, federation: Federation, config: PersonalizeConfig) -> None:
         self._federation, self._config = federation, config
-        self.shares = federation.evaluator.local_test or federation.evaluator.shares(federation.dataset.test.labels)
+        self.shares = own_tests(federation)
         self._parts, self._body, self._head = tunable(federation, config.part)
 
     def scores(self, client: int) -> Iterator[Score]:

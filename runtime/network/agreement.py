@@ -130,6 +130,8 @@ def data_facts(dataset: Dataset, *, divided: bool) -> dict[str, Any]:
             labels = source.labels.numpy().tobytes()
             facts[f"{split} samples"] = len(source.labels)
             facts[f"{split} labels"] = hashlib.sha256(labels).hexdigest()[:16]
+            if source.groups is not None:
+                facts[f"{split} groups"] = hashlib.sha256(source.groups.astype("<i8").tobytes()).hexdigest()[:16]
     return facts
 
 

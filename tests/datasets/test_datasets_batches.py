@@ -258,12 +258,10 @@ def test_storage_does_not_change_values(storage: Literal["auto", "device", "stre
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.97])
 def test_validation_is_held_out_of_each_class(share: float) -> None:
-    whole, data = synthetic(options={"groups": 7}), synthetic(validation=share, normalize="none", options={"groups": 7})
+    whole, data = synthetic(), synthetic(validation=share, normalize="none")
     assert data.validation is not None
-    assert data.groups is not None
     assert len(data.validation) == round(share * 103)
     assert len(data.train) + len(data.validation) == 103
-    assert len(data.groups) == len(data.train)
     counts = torch.bincount(data.validation.labels, minlength=4)
     assert (counts - share * torch.bincount(whole.train.labels)).abs().max() <= 1
     both = torch.cat([all_of(data.train), all_of(data.validation)]).flatten(1)

@@ -350,7 +350,7 @@ def test_ham10000_pictures_that_are_there_twice(tmp_path: Path, caplog: pytest.L
     config = DatasetConfig("ham10000", root=tmp_path, options={"size": 4})
     data = load(config, seed=0, device=torch.device("cpu"), dtype=torch.float32)
     assert len(data.train) + len(data.test) == 5
-    assert "5 pictures are there twice, the first: part_1/I0.png; one of each is read" in caplog.text
+    assert "left out pictures that are there twice: 5 (part_1/I0.png, ...)" in caplog.text
     Image.fromarray(np.zeros((50, 50), np.uint8)).save(tmp_path / "part_1/I3.png")
     with pytest.raises(ConfigError, match=r"one picture of each name; PART_1/I3\.png and part_1/I3\.png differ"):
         load(config, seed=0, device=torch.device("cpu"), dtype=torch.float32)

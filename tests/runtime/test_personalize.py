@@ -53,7 +53,7 @@ def test_every_algorithm_can_be_personalised_and_is_left_as_it_was(configure, tm
 def test_against_a_bare_loop(configure, tmp_path: Path) -> None:
     federation = play(Federation(configure("algorithm=fed_avg", "precision=fp64", *SETTING)))
     found = personalize(federation, PersonalizeConfig("full", (1, 2), 0.05), tmp_path)
-    shares = federation.evaluator.shares(federation.dataset.test.labels)
+    shares = federation.evaluator.shares(federation.dataset.test)
     accuracies: dict[int, list[float]] = {1: [], 2: []}
     from runtime import rng
 
@@ -224,7 +224,7 @@ def test_a_client_without_data_is_tested_and_one_without_test_data_is_counted(co
     federation = play(Federation(replace(config)))
     found = personalize(federation, PersonalizeConfig("full", 1, 0.01), tmp_path)
     assert found.clients + found.skipped == 300
-    assert found.skipped == int((federation.evaluator.shares(federation.dataset.test.labels).sizes == 0).sum()) > 0
+    assert found.skipped == int((federation.evaluator.shares(federation.dataset.test).sizes == 0).sum()) > 0
 
 
 def test_a_bad_config_object_names_its_key() -> None:

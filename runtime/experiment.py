@@ -21,7 +21,7 @@ from runtime.federation import Federation
 from runtime.files import MODEL_FILE
 from runtime.loggers import build_loggers
 from runtime.network.config import LocalTransport
-from runtime.personalize import Personalized, personalize, tunable
+from runtime.personalize import Personalized, own_tests, personalize, tunable
 from runtime.results import Results, RunSummary
 from runtime.run_folder import RunFolder
 from runtime.serial import save_tensors
@@ -47,6 +47,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     set_threads(config, federation)
     if config.personalize.part is not None:  # a model that cannot be divided is a mistake before training, not after
         tunable(federation, config.personalize.part)
+        own_tests(federation)
     if config.probe.after:
         feature_parts(federation)
     if config.role == "server":
@@ -59,6 +60,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
         log.info("resumed after round %d", federation.round)
     results.start(config.to_mapping())
     _save_partition(federation, folder.path)
+    federation.tell_idle()
     log.info("%s on %s, %d threads, in %s", config.title, federation.device, torch.get_num_threads(), folder.path)
     try:
         with (

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,10 +55,9 @@ class Setup:
         self.partition = self._partition()
         self.blueprint = self.make_blueprint(config)
         self.parameters = sum(self.blueprint.parameters(name) for name in self.algorithm.layout.whole)
-        self._smallest = 2 if self._needs_two() else 1
+        self._able = self._with_batches(2 if self._needs_two() else 1)
         self.round = 0
         self.seconds = {"wall": 0.0, "client": 0.0, "server": 0.0, "eval": 0.0}
-        self._skipped: set[int] = set()
 
     @property
     def held(self) -> Parts:
@@ -86,10 +86,15 @@ class Setup:
         return partition(labels, self.population, config, seed=self.config.seed, groups=self.dataset.groups)
 
     def cohort(self, round: int) -> list[int]:
-        """The clients of a round, in the order in which they are served; a function of the seed alone."""
-        size = max(1, math.ceil(self.config.frac * self.population - 1e-9))
+        """The clients of a round, in the order in which they are served, drawn among those that have a batch.
+
+        A function of the configuration alone. Where each client has data of its own, all are drawn from, as who has no
+        batch is known only once they are there; those are left out then.
+        """
+        able = np.arange(self.population) if self._apart else self._able.nonzero()[0]
+        size = min(len(able), max(1, math.ceil(self.config.frac * self.population - 1e-9)))
         generator = rng.numpy_generator(self.config.seed, round=round, stream="cohort")
-        chosen = generator.choice(self.population, size, replace=False)
+        chosen = able[generator.choice(len(able), size, replace=False)]
         return [int(client) for client in chosen if self.can_train(int(client))]
 
     def can_train(self, client: int) -> bool:
@@ -97,13 +102,43 @@ class Setup:
         return self.has_batches(client)
 
     def has_batches(self, client: int) -> bool:
-        """A client without a batch that can be trained on is skipped and reported."""
-        samples = len(self.partition.indices(client))
-        sizes = batch_sizes(samples, self.config.batch_size, self.config.dataset.drop_last)
-        able = bool(sizes) and max(sizes) >= self._smallest
-        if not able and client not in self._skipped:
-            self._skipped.add(client)
-            log.warning("client %d is skipped: its %d training samples make no batch to train on", client, samples)
+        """Whether a client has a batch that can be trained on."""
+        return bool(self._able[client])
+
+    def tell_idle(self) -> None:
+        """Log how many clients have no batch to train on, if any."""
+        idle = self.partition.sizes[~self._able]
+        if len(idle) and not self._apart:
+            counts = (len(idle), self.population, idle.min(), idle.max())
+            log.warning(
+                "%d of %d clients, of %d to %d samples, have no batch to train on and are in no cohort", *counts
+            )
+
+    @property
+    def _apart(self) -> bool:
+        """Whether each client has data of its own, of which the others, and the server, know nothing."""
+        return self.config.dataset.distribution == "own" and not self.algorithm.pooled
+
+    def _with_batches(self, least: int) -> np.ndarray:
+        """Which clients have a batch of at least ``least`` samples: bool [clients].
+
+        Raises:
+            ConfigError: none has.
+        """
+        config, samples = self.config, self.partition.sizes
+        different, which = np.unique(samples, return_inverse=True)
+        sizes = [batch_sizes(int(n), config.batch_size, config.dataset.drop_last) for n in different]
+        able = np.array([max(each, default=0) >= least for each in sizes])[which]
+        if self._apart or able.all():
+            return able
+        most = int(samples.max())
+        if not able.any() and config.dataset.drop_last == "always" and most < config.batch_size:
+            reason = f"at most {most} with dataset.drop_last=always, the samples of the largest client"
+            others = "dataset.drop_last=auto, or fewer of num_clients"
+            raise ConfigError("batch_size", config.batch_size, f"{reason}; or {others}")
+        if not able.any():
+            reason = f"fewer: no client has the {least} samples that a batch of {config.model.name} has to have"
+            raise ConfigError("num_clients", config.num_clients, reason)
         return able
 
     def _needs_two(self) -> bool:

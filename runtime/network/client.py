@@ -106,7 +106,8 @@ class _Client:
         }
         link.send(What.HELLO, facts)
         samples, title = site.samples, site.config.title
-        log.info("client %d at %s: %s, %d training samples here", self._id, self._server, title, samples)
+        idle = "" if facts["trains"] else ", no batch to train on"
+        log.info("client %d at %s: %s, %d training samples here%s", self._id, self._server, title, samples, idle)
 
     def _settle(self, welcome: dict[str, Any]) -> Site:
         """Ready what the run needs; what an earlier link of the same run readied is used again."""

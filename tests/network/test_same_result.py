@@ -13,15 +13,24 @@ from tests.network.serving import kept_rows, served
 pytest.importorskip("grpc", reason="the extra grpc is not installed")
 
 SETTING = ("rounds=2", "eval_interval=1", "num_clients=3", "batch_size=160")
+DATALESS = ("dataset.distribution=quantity_skew", "dataset.alpha=0.001", "dataset.min_samples=0", "frac=0.4")
+BY_GROUP = (
+    "dataset=synthetic", "dataset.distribution=natural", "dataset.local_test=true", "batch_size=20",
+    "dataset.options={n_train:120,n_test:60,groups:7,height:8,width:8}", "dataset.validation=0.2",
+)  # fmt: skip
 
 
 def totals(federation: Federation) -> list[list]:
     return sorted(federation.ledger.state_dict()["totals"])
 
 
-@pytest.mark.parametrize("name", algorithms.names())
-def test_weights_ledger_and_accuracy(configure, name: str, tmp_path: Path) -> None:
-    setting = (*SETTING, f"algorithm={name}", *quick(name))
+CASES = {name: (name, ()) for name in algorithms.names()}
+CASES |= {"clients without data": ("fed_avg", DATALESS), "clients by group": ("fed_avg", BY_GROUP)}
+
+
+@pytest.mark.parametrize(("name", "more"), CASES.values(), ids=CASES)
+def test_weights_ledger_and_accuracy(configure, name: str, more: tuple[str, ...], tmp_path: Path) -> None:
+    setting = (*SETTING, f"algorithm={name}", *quick(name), *more)
     local = Federation(configure(*setting))
     expected = [local.step() for _ in range(2)]
     with served(tmp_path, *setting) as remote:

@@ -14,19 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from datasets.boxes import BOX_NUMBERS, RATIO, random_boxes
 from datasets.colour import greyscale, jitter_
 from datasets.config import Augment
 
 PADDING = 4
 _AREA = (0.08, 1.0)
-_RATIO = (3 / 4, 4 / 3)
 
 # MoCo v2's: share of the area, and the chances and strengths of what is done to the colours.
 _MOCO_AREA = (0.2, 1.0)
 _MOCO_JITTERED = 0.8
 _MOCO_GREY = 0.2
 _MOCO_STRENGTHS = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
-_TRIES = 10
 _ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 
 Params = Mapping[str, Tensor]
@@ -112,7 +111,7 @@ def _draw_resized(extent: Extent, generator: torch.Generator) -> dict[str, Tenso
     n, height, width = extent
     u = torch.rand(4, n, generator=generator)
     area = height * width * (_AREA[0] + u[0] * (_AREA[1] - _AREA[0]))
-    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
     ratio = torch.exp(low + u[1] * (high - low))
     box_height = (area / ratio).sqrt().round().clamp(1, height)
     box_width = (area * ratio).sqrt().round().clamp(1, width)
@@ -123,62 +122,62 @@ def _draw_resized(extent: Extent, generator: torch.Generator) -> dict[str, Tenso
 
 def _draw_moco(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
     """Bare uniform numbers: drawing for a single sample is cheap, and `apply` reads those of a whole batch at once."""
-    return {"uniform": torch.rand(extent[0], 2 * _TRIES + 10, generator=generator)}
+    return {"uniform": torch.rand(extent[0], BOX_NUMBERS + 8, generator=generator)}
 
 
 def moco_parameters(uniform: Tensor, height: int, width: int) -> dict[str, Tensor]:
     """What MoCo v2 does to each image, from uniform numbers [n, 30].
 
     Returns:
-        box: float32 [n, 4] as `resized_crop` takes it, drawn as torchvision does: the first of ten of 20% to 100% of
-            the area and a ratio of 3:4 to 4:3 that fits into the image, else one from the middle.
+        box: float32 [n, 4] as `resized_crop` takes it: `random_boxes` of 20% to 100% of the area.
         order, factors: int64 and float32 [n, 4] for `colour.jitter_`.
         mirrored, jittered, grey: bool [n].
     """
-    u = uniform.double()  # so that no rounding, which may differ with the batch's size, can move a box by a pixel
-    tries, rest = u[:, : 2 * _TRIES].unflatten(1, (2, _TRIES)), u[:, 2 * _TRIES :]
-    area = height * width * (_MOCO_AREA[0] + tries[:, 0] * (_MOCO_AREA[1] - _MOCO_AREA[0]))
-    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
-    ratio = torch.exp(low + tries[:, 1] * (high - low))
-    sizes = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], -1).round()
-    image = torch.tensor([height, width], device=u.device, dtype=u.dtype)
-    fits = ((sizes >= 1) & (sizes <= image)).all(-1)
-    first = sizes[torch.arange(len(u), device=u.device), fits.int().argmax(1)]
-    middle = torch.tensor(_middle(height, width), device=u.device, dtype=u.dtype)
-    fitting = fits.any(1, keepdim=True)
-    size = torch.where(fitting, first, middle[2:])
-    corner = torch.where(fitting, (rest[:, :2] * (image - size + 1)).floor(), middle[:2])
+    u = uniform.double()
+    rest = u[:, BOX_NUMBERS:]
     strengths = torch.tensor(_MOCO_STRENGTHS, device=u.device, dtype=u.dtype)
     centres = torch.tensor([1.0, 1.0, 1.0, 0.0], device=u.device, dtype=u.dtype)
     return {
-        "box": torch.cat([corner, size], 1).float(),
-        "mirrored": rest[:, 2] < 0.5,
-        "jittered": rest[:, 3] < _MOCO_JITTERED,
-        "grey": rest[:, 4] < _MOCO_GREY,
-        "order": _ORDERS.to(u.device)[(rest[:, 5] * len(_ORDERS)).long()],
-        "factors": (centres + strengths * (2 * rest[:, 6:] - 1)).float(),
+        "box": random_boxes(uniform, height, width, _MOCO_AREA),
+        "mirrored": rest[:, 0] < 0.5,
+        "jittered": rest[:, 1] < _MOCO_JITTERED,
+        "grey": rest[:, 2] < _MOCO_GREY,
+        "order": _ORDERS.to(u.device)[(rest[:, 3] * len(_ORDERS)).long()],
+        "factors": (centres + strengths * (2 * rest[:, 4:] - 1)).float(),
     }
-
-
-def _middle(height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the largest box of an allowed ratio in the middle of an image."""
-    box_height = min(height, round(width / _RATIO[0]))
-    box_width = min(width, round(height * _RATIO[1]))
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
 def _moco(x: Tensor, params: Params) -> Tensor:
     p = moco_parameters(params["uniform"], x.shape[2], x.shape[3])
-    x = jitter_(resized_crop(x, p["box"], p["mirrored"]), p["order"], p["factors"], p["jittered"])
+    return _coloured(resized_crop(x, p["box"], p["mirrored"]), p)
+
+
+def _moco_but_crop(x: Tensor, params: Params) -> Tensor:
+    p = moco_parameters(params["uniform"], x.shape[2], x.shape[3])
+    return _coloured(flip(x, p["mirrored"]).float(), p)
+
+
+def _coloured(x: Tensor, p: Params) -> Tensor:
+    x = jitter_(x, p["order"], p["factors"], p["jittered"])
     return x if x.shape[1] == 1 else greyscale(x, p["grey"])
+
+
+def _draw_whole(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"uniform": torch.rand(extent[0], BOX_NUMBERS, generator=generator)} | _draw_flip(extent, generator)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One named augmentation: `draw` its parameters (CPU, [n, ...] each) and `apply` them to a batch on the device."""
+    """One named augmentation: `draw` its parameters (CPU, [n, ...] each) and `apply` them to a batch on the device.
+
+    Attributes:
+        area: None, or of one that wants its images cut out of the whole pictures when they are read: what
+            `random_boxes` is to take, with the parameter `uniform`. Then `apply` does the rest.
+    """
 
     draw: Callable[[Extent, torch.Generator], Mapping[str, Tensor]]
     apply: Callable[[Tensor, Params], Tensor]
+    area: tuple[float, float] | None = None
 
 
 _AUGMENTATIONS: dict[str, Augmentation | None] = {
@@ -192,6 +191,17 @@ _AUGMENTATIONS: dict[str, Augmentation | None] = {
 assert set(_AUGMENTATIONS) == set(get_args(Augment)), "the configuration lists exactly these"
 
 
+_OF_WHOLE: dict[str, Augmentation] = {
+    "resized_crop_flip": Augmentation(_draw_whole, lambda x, p: flip(x, p["mirrored"]), _AREA),
+    "moco": Augmentation(_draw_moco, _moco_but_crop, _MOCO_AREA),
+}
+
+
 def augmentation(name: Augment) -> Augmentation | None:
     """The augmentation `name`; None for "none"."""
     return _AUGMENTATIONS[name]
+
+
+def of_whole_pictures(name: Augment) -> Augmentation | None:
+    """The augmentation `name` with its crops cut out of whole pictures as they are read; None if it cuts no boxes."""
+    return _OF_WHOLE.get(name)

@@ -1,6 +1,6 @@
 """Encoded image files that decode, by several threads, to uint8 tensors of one shape."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from datasets.boxes import random_boxes
 from datasets.notes import Notes
 from datasets.pixels import deep_grey, eight_bits, has_frames, is_deep, open_image, upright
 from datasets.trees import Tree
@@ -55,11 +56,15 @@ class _Seen(NamedTuple):
     depth: tuple[float, float] | None
 
 
-def _decoded(content: bytes, shape: Shape) -> tuple[np.ndarray, _Seen]:
+Cut = Callable[[Image.Image], Image.Image]
+"""What makes an image of the wanted size of a whole picture."""
+
+
+def _decoded(content: bytes, shape: Shape, cut: Cut | None = None) -> tuple[np.ndarray, _Seen]:
     depth = None
     with open_image(content) as image:
         frames = has_frames(image)
-        if shape.size is not None:
+        if shape.size is not None and cut is None:
             # A JPEG can be decoded at a fraction of its size, which is most of the time for large pictures. Twice the
             # size that is needed leaves the quality to the resampling filter.
             least = 2 * max(*shape.size, shape.resize or 0)
@@ -71,7 +76,9 @@ def _decoded(content: bytes, shape: Shape) -> tuple[np.ndarray, _Seen]:
             picture = eight_bits(image, channels=shape.channels, background=shape.background)
         if shape.upright:
             picture = upright(picture, image)
-    if shape.size is not None:
+    if cut is not None:
+        picture = cut(picture)
+    elif shape.size is not None:
         picture = _fit(picture, shape.size, shape.resize)
     pixels = np.asarray(picture)
     if pixels.ndim == 2:
@@ -138,9 +145,36 @@ class EncodedImages:
                                   f"(height x width), the first image {expected}")  # fmt: skip
             row[...] = pixels
 
-    def _read(self, path: str) -> np.ndarray:
+    @property
+    def is_cut(self) -> bool:
+        """Whether an image is only the centre of its picture."""
+        return self._decode.size is not None and self._decode.resize is not None
+
+    def crop_into(self, out: np.ndarray, indices: np.ndarray, uniform: Tensor, area: tuple[float, float]) -> None:
+        """Cut a box out of each whole picture at `indices` and scale it to the size of an image, into `out`.
+
+        The same as torchvision's `resized_crop` of a PIL image: bilinear with antialiasing.
+
+        Args:
+            out: uint8 [k, channels, height, width]; indices: int64 [k].
+            uniform, area: as of `boxes.random_boxes`, float32 [k, 22 or more].
+
+        Raises:
+            ConfigError: a file cannot be decoded.
+        """
+        size = (self.shape[2], self.shape[1])
+        for row, index, numbers in zip(out, indices.tolist(), uniform.split(1), strict=True):
+
+            def cut(picture: Image.Image, numbers: Tensor = numbers) -> Image.Image:
+                top, left, height, width = random_boxes(numbers, picture.height, picture.width, area)[0].tolist()
+                box = picture.crop((int(left), int(top), int(left + width), int(top + height)))
+                return box.resize(size, Image.Resampling.BILINEAR)
+
+            row[...] = self._read(self._paths[index], cut)
+
+    def _read(self, path: str, cut: Cut | None = None) -> np.ndarray:
         try:
-            pixels, seen = _decoded(self._tree.read(path), self._decode)
+            pixels, seen = _decoded(self._tree.read(path), self._decode, cut)
         except Exception as error:  # decoders raise what they like on what is broken or hostile, MemoryError too
             name = path if len(path) <= _SHOWN_PATH else f"...{path[-_SHOWN_PATH:]}"
             reason = str(error)[:_SHOWN_REASON] or type(error).__name__

@@ -1,10 +1,12 @@
 """Loading: read the raw data, hold out a validation set, decide where images are kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.augment import augmentation
+from datasets.augment import Augmentation, augmentation, of_whole_pictures
 from datasets.config import DatasetConfig
 from datasets.images import EncodedImages
 from datasets.info import Dataset, DatasetInfo
@@ -46,18 +48,20 @@ def load(config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch
     sides = (height, width) if config.resize is None else (config.resize, config.resize)
     info = DatasetInfo(config.name, channels, *sides, len(raw.class_names), raw.class_names)
     resident = _resident(raw, config, device)
-    if resident:
+    whole = _whole(train.images, config)
+    if resident and whole is None:
         # Decode before measuring, which then reads memory and not files again.
-        train = RawSplit(_decoded(train.images, config.workers), train.labels, train.groups)
+        train = replace(train, images=_decoded(train.images, config.workers))
     mean, std = moments(config.normalize, train.images, channels, (raw.mean, raw.std))
     normalizer = Normalizer(mean, std, device, dtype)
 
     def source(split: RawSplit, augmented: bool) -> Source:
-        if resident:
+        chosen = whole or augmentation(config.augment) if augmented else None
+        area = None if chosen is None else chosen.area
+        if resident and area is None:
             store = ResidentStore(_decoded(split.images, config.workers), device)
         else:
-            store = StreamStore(split.images, device, config.workers)
-        chosen = augmentation(config.augment) if augmented else None
+            store = StreamStore(split.images, device, config.workers, area)
         return Source(store, split.labels, normalizer, chosen, device, config.resize, split.groups)
 
     validation = None if held is None else source(held, augmented=False)
@@ -71,6 +75,17 @@ def image_shape(split: RawSplit) -> tuple[int, int, int]:
     """(channels, height, width) of the images of a split."""
     channels, height, width = split.images.shape[-3:]
     return channels, height, width
+
+
+def _whole(images: Tensor | EncodedImages, config: DatasetConfig) -> Augmentation | None:
+    """What augments training images by crops of whole pictures, where what is stored would be only their centres."""
+    if not isinstance(images, EncodedImages) or not images.is_cut:
+        return None
+    found = of_whole_pictures(config.augment)
+    if found is not None and config.storage == "device":
+        expected = f"auto or stream with dataset.augment={config.augment}, which cuts boxes out of whole pictures"
+        raise ConfigError("dataset.storage", "device", expected)
+    return found
 
 
 def _resident(raw: RawDataset, config: DatasetConfig, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
 from typing import Protocol
 
 import numpy as np
@@ -29,8 +30,12 @@ class Store(Protocol):
 
     shape: tuple[int, int, int]
 
-    def chunks(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
-        """For each piece (int64 [k] of indices, CPU): uint8 [k, channels, height, width] on the device."""
+    def chunks(self, pieces: Sequence[Tensor], boxes: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
+        """For each piece (int64 [k] of indices, CPU): uint8 [k, channels, height, width] on the device.
+
+        Args:
+            boxes: where images are cut out of whole pictures, what `random_boxes` takes for each piece.
+        """
         ...
 
 
@@ -41,8 +46,9 @@ class ResidentStore:
         self._images = images.to(device)
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
 
-    def chunks(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+    def chunks(self, pieces: Sequence[Tensor], boxes: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
         """Gather each piece on the device."""
+        assert boxes is None, "whole pictures are of different sizes"
         for piece in pieces:
             yield self._images.index_select(0, piece.to(self._images.device, non_blocking=True))
 
@@ -55,20 +61,27 @@ class StreamStore:
     Args:
         images: encoded files, or uint8 [n, channels, height, width] on the CPU.
         workers: threads; 0 reads in the caller's thread.
+        area: of the boxes that are cut out of whole pictures, as of `random_boxes`; None where none are.
     """
 
-    def __init__(self, images: EncodedImages | Tensor, device: torch.device, workers: int) -> None:
-        self._images, self._device, self._workers = images, device, workers
+    def __init__(
+        self,
+        images: EncodedImages | Tensor,
+        device: torch.device,
+        workers: int,
+        area: tuple[float, float] | None = None,
+    ) -> None:
+        self._images, self._device, self._workers, self._area = images, device, workers, area
         channels, height, width = images.shape[-3:]
         self.shape: tuple[int, int, int] = (channels, height, width)
         self._pool: ThreadPoolExecutor | None = None
 
-    def chunks(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+    def chunks(self, pieces: Sequence[Tensor], boxes: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
         """Read the pieces in order; what was asked for ahead is cancelled when the caller stops early."""
         pending: deque[tuple[Tensor, list[Future[None]]]] = deque()
         try:
-            for piece in pieces:
-                pending.append(self._start(piece))
+            for piece, cut in zip(pieces, boxes or repeat(None), strict=boxes is not None):
+                pending.append(self._start(piece, cut))
                 if len(pending) > _PREFETCH:
                     yield self._finish(*pending.popleft())
             while pending:
@@ -78,24 +91,29 @@ class StreamStore:
                 for job in jobs:
                     job.cancel()
 
-    def _start(self, piece: Tensor) -> tuple[Tensor, list["Future[None]"]]:
+    def _start(self, piece: Tensor, boxes: Tensor | None) -> tuple[Tensor, list["Future[None]"]]:
         out = torch.empty((len(piece), *self.shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         if self._workers == 0:
-            self._read(out, piece)
+            self._read(out, piece, boxes)
             return out, []
         pool = self._threads()
         parts = max(1, min(self._workers, len(piece)))
-        shares = zip(out.tensor_split(parts), piece.tensor_split(parts), strict=True)
-        return out, [pool.submit(self._read, rows, wanted) for rows, wanted in shares]
+        cuts = repeat(None, parts) if boxes is None else boxes.tensor_split(parts)
+        shares = zip(out.tensor_split(parts), piece.tensor_split(parts), cuts, strict=True)
+        return out, [pool.submit(self._read, *share) for share in shares]
 
     def _finish(self, out: Tensor, jobs: list["Future[None]"]) -> Tensor:
         for job in jobs:
             job.result()
         return out.to(self._device, non_blocking=True)
 
-    def _read(self, out: Tensor, piece: Tensor) -> None:
+    def _read(self, out: Tensor, piece: Tensor, boxes: Tensor | None) -> None:
         if isinstance(self._images, EncodedImages):
-            self._images.decode_into(out.numpy(), piece.numpy())
+            if boxes is None:
+                self._images.decode_into(out.numpy(), piece.numpy())
+            else:
+                assert self._area is not None
+                self._images.crop_into(out.numpy(), piece.numpy(), boxes, self._area)
         else:
             torch.index_select(self._images, 0, piece, out=out)
 
@@ -194,7 +212,7 @@ class Source:
             order = order[:used]
             params: dict[str, Tensor] = {}
             if augmentation is not None and generator is not None:
-                params = self._moved(augmentation.draw((used, *self._store.shape[1:]), generator))
+                params = dict(augmentation.draw((used, *self._store.shape[1:]), generator))
             yield from self._epoch(order, sizes, params)
 
     def draw(self, samples: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -209,6 +227,8 @@ class Source:
 
     def take(self, order: Tensor, params: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, ...]:
         """The images at `order`, read once and made a finished batch in several ways.
+
+        Those that are cut out of whole pictures are read for each way.
 
         On a processor an image comes out the same to the bit whichever others are taken with it.
 
@@ -225,8 +245,17 @@ class Source:
         """
         if self._augmentation is None and any(params):
             raise ValueError("parameters of an augmentation, but this source has none")
-        (x,) = self._store.chunks([order])
-        return tuple(self._finished(x, self._moved(one)) for one in params)
+        if self._augmentation is not None and self._augmentation.area is not None:
+            read = [next(self._chunks([order], one)) for one in params]
+        else:
+            read = [*self._store.chunks([order])] * len(params)
+        return tuple(self._finished(x, self._moved(one)) for x, one in zip(read, params, strict=True))
+
+    def _chunks(self, pieces: Sequence[Tensor], params: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """The pieces as they are stored or, as the parameters say, cut out of the whole pictures."""
+        if not params or self._augmentation is None or self._augmentation.area is None:
+            return self._store.chunks(pieces)
+        return self._store.chunks(pieces, params["uniform"].split([len(piece) for piece in pieces]))
 
     def _moved(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self._device, non_blocking=True) for name, value in params.items()}
@@ -237,9 +266,10 @@ class Source:
         groups = [sizes[i : i + batches_per_chunk] for i in range(0, len(sizes), batches_per_chunk)]
         lengths = [sum(group) for group in groups]
         start = 0
-        for x, group, length in zip(self._store.chunks(order.split(lengths)), groups, lengths, strict=True):
+        pieces, on_device = order.split(lengths), self._moved(params)
+        for x, group, length in zip(self._chunks(pieces, params), groups, lengths, strict=True):
             stop = start + length
-            own = {name: value[start:stop] for name, value in params.items()}
+            own = {name: value[start:stop] for name, value in on_device.items()}
             yield from zip(self._finished(x, own).split(group), labels[start:stop].split(group), strict=True)
             start = stop
 

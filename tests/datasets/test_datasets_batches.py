@@ -181,7 +181,7 @@ def test_streaming_reads_ahead_and_stops_when_the_caller_does() -> None:
     read: list[int] = []
 
     class Slow(StreamStore):
-        def _read(self, out: Tensor, piece: Tensor) -> None:
+        def _read(self, out: Tensor, piece: Tensor, boxes: Tensor | None) -> None:
             time.sleep(0.005)
             read.extend(piece.tolist())
 
@@ -203,7 +203,7 @@ def test_streaming_reads_ahead_and_stops_when_the_caller_does() -> None:
 
 def test_an_error_in_a_worker_reaches_the_caller() -> None:
     class Broken(StreamStore):
-        def _read(self, out: Tensor, piece: Tensor) -> None:
+        def _read(self, out: Tensor, piece: Tensor, boxes: Tensor | None) -> None:
             raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):

@@ -281,9 +281,9 @@ def test_images_are_read_once(workers: int) -> None:
     read: list[int] = []
 
     class Counting(StreamStore):
-        def _read(self, out: Tensor, piece: Tensor) -> None:
+        def _read(self, out: Tensor, piece: Tensor, boxes: Tensor | None) -> None:
             read.extend(piece.tolist())
-            super()._read(out, piece)
+            super()._read(out, piece, boxes)
 
     images = photographs(50)
     order = torch.tensor([3, 44, 17])

@@ -123,10 +123,11 @@ def attack_run(run: Path, changes: Mapping[str, Any], told: Told = lambda *_: No
     """
     own = {key.removeprefix("attack."): value for key, value in changes.items() if key.startswith("attack.")}
     attack = build(InversionConfig, own, "attack")
-    config = read_config(run, {key: value for key, value in changes.items() if not key.startswith("attack.")})
+    saved = read_config(run, {key: value for key, value in changes.items() if not key.startswith("attack.")})
+    config = saved.config
     with owned(run):
         prepare_process(config.torch_device())
-        federation = restore(run, config)
+        federation = restore(run, saved)
         set_threads(config, federation)
         return invert(federation, attack, run, told)
 

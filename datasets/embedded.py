@@ -49,6 +49,12 @@ class SyntheticOptions:
         if self.groups < 0:
             raise ConfigError("groups", self.groups, "an integer >= 0")
 
+    @property
+    def bytes(self) -> int:
+        """What the images take in memory, with a picture for each class and the labels."""
+        images = self.n_train + self.n_test + self.classes
+        return images * (self.channels * self.height * self.width + 8)
+
 
 @register("synthetic", SyntheticOptions)
 def synthetic(context: ReadContext) -> RawDataset:

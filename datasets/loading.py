@@ -21,18 +21,21 @@ from runtime.config import ConfigError
 RESIDENT_BYTES = 2 << 30
 
 
-def load(config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch.dtype) -> Dataset:
+def load(
+    config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch.dtype, download: bool = True
+) -> Dataset:
     """Load a dataset as the configuration says.
 
     Args:
         seed: decides the validation split, and the images of `synthetic`; fixed test splits do not depend on it.
         device: where batches (and, if they are kept there, images) are.
         dtype: of the images in a batch.
+        download: fetch published files that are not there; else they are missing.
 
     Raises:
         ConfigError: files are missing, unreadable or not of one size; the validation share leaves nothing to train on.
     """
-    raw = read(config.name, config.root, config.options, seed)
+    raw = read(config.name, config.root, config.options, seed, download=download)
     if len(raw.train.labels) == 0 or len(raw.test.labels) == 0:
         empty = "training" if len(raw.train.labels) == 0 else "test"
         raise ConfigError("dataset.root", config.root, f"data with at least one {empty} sample")

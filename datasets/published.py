@@ -1,5 +1,6 @@
 """The datasets that torchvision reads and downloads: MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100, SVHN."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,17 @@ from runtime.config import ConfigError
 DIGIT_NAMES = tuple("0123456789")
 
 
-def fetch(make: Callable[[bool], Any], root: Path, name: str, urls: Sequence[str], folder: Path) -> Any:
-    """Open a torchvision dataset, downloading it only if its files are not there.
+def fetch(make: Callable[[bool], Any], context: ReadContext, name: str, urls: Sequence[str], folder: Path) -> Any:
+    """Open a torchvision dataset, downloading it only if its files are not there and the context allows it.
 
     Args:
         make: opens it; its argument says whether to download.
         urls: what the download tries; folder: where the files belong. Both are for the message.
 
     Raises:
-        ConfigError: the files are not there and cannot be downloaded, or are there and cannot be read.
+        ConfigError: the files are not there and cannot be, or may not be, downloaded, or are there and cannot be read.
     """
+    root = context.root
     try:
         return make(False)
     except FileNotFoundError:
@@ -34,6 +36,10 @@ def fetch(make: Callable[[bool], Any], root: Path, name: str, urls: Sequence[str
     ) as error:  # of torchvision's readers and torch's, on files that are cut, or not what they should be
         if not (isinstance(error, RuntimeError) and "not found" in str(error)):
             raise _broken(root, name, folder, str(error) or type(error).__name__) from error
+    if not context.download:
+        named = shlex.quote(f"dataset.root={root}")
+        expected = f"the files of {name} in {folder.absolute()}; to download them there, add: {named}"
+        raise ConfigError("dataset.root", root, expected)
     try:
         return make(True)
     except (RuntimeError, OSError) as error:
@@ -54,7 +60,7 @@ def _mnist_like(cls: type[MNIST], name: str, context: ReadContext) -> tuple[RawS
     for train in (True, False):
         found = fetch(
             lambda download, train=train: cls(str(root), train=train, download=download),
-            root, name, urls, root / cls.__name__ / "raw",
+            context, name, urls, root / cls.__name__ / "raw",
         )  # fmt: skip
         images, labels = found.data[:, None].contiguous(), found.targets.long()
         # torchvision checks the sums of what it downloads only.
@@ -87,7 +93,7 @@ def _cifar(cls: type[CIFAR10], name: str, context: ReadContext) -> tuple[RawSpli
     for train in (True, False):
         found = fetch(
             lambda download, train=train: cls(str(root), train=train, download=download),
-            root, name, [cls.url], root / cls.base_folder,
+            context, name, [cls.url], root / cls.base_folder,
         )  # fmt: skip
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         splits.append(RawSplit(images, _labels(found.targets)))
@@ -118,7 +124,7 @@ def svhn(context: ReadContext) -> RawDataset:
     for split in ("train", "test"):
         found = fetch(
             lambda download, split=split: SVHN(str(folder), split=split, download=download),
-            root, "svhn", [SVHN.split_list[split][0]], folder,
+            context, "svhn", [SVHN.split_list[split][0]], folder,
         )  # fmt: skip
         splits.append(RawSplit(torch.from_numpy(np.ascontiguousarray(found.data)), _labels(found.labels)))
     mean, std = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)

@@ -57,11 +57,12 @@ class RawDataset:
 
 @dataclass(frozen=True)
 class ReadContext:
-    """What a reader may use: the folder, its own options (validated), the run's seed, decoding threads."""
+    """What a reader may use: the folder, its own options (validated), the run's seed, and whether it may download."""
 
     root: Path
     options: Any = field(default_factory=NoOptions)
     seed: int = 0
+    download: bool = True
 
 
 Reader = Callable[[ReadContext], RawDataset]
@@ -91,7 +92,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> Any:
     return build(_READERS[name][1], options, "options")
 
 
-def read(name: str, root: Path, options: Mapping[str, Any], seed: int) -> RawDataset:
+def read(name: str, root: Path, options: Mapping[str, Any], seed: int, *, download: bool = True) -> RawDataset:
     """Read dataset `name`; may download into `root`. ConfigError where files are missing or not what they should be."""
     checked = check_options(name, options)
-    return _READERS[name][0](ReadContext(root.expanduser(), checked, seed))
+    return _READERS[name][0](ReadContext(root.expanduser(), checked, seed, download))

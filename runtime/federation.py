@@ -29,6 +29,7 @@ from runtime.session import ServerParty, Workplace
 from runtime.settings import RunConfig
 from runtime.setup import Setup
 from runtime.store import Store
+from runtime.trust import Limit
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +43,20 @@ class Federation(Setup):
         config: the whole configuration.
         folder: where checkpoints and evicted client state go; None keeps everything in memory.
         dataset: the configured one, where it is loaded already.
+        limit: how large the model may be; None for any size.
 
     Raises:
         ConfigError: what cannot be built as configured.
     """
 
-    def __init__(self, config: RunConfig, folder: Path | None = None, dataset: Dataset | None = None) -> None:
-        super().__init__(config, dataset)
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path | None = None,
+        dataset: Dataset | None = None,
+        limit: Limit | None = None,
+    ) -> None:
+        super().__init__(config, dataset, limit)
         self._checkpoint = None if folder is None else Checkpoint(folder / CHECKPOINT_FOLDER)
         self.stores = {
             name: Store(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import yaml
-
-from runtime.config import ConfigError
+from datasets import load
+from runtime.blueprint import DTYPES
+from runtime.config import ConfigError, plain, show
 from runtime.console import Progress, personal_rows, probe_rows, show_rows
 from runtime.experiment import prepare_process, set_threads
 from runtime.federation import CHECKPOINT_FOLDER, Federation
@@ -21,8 +23,10 @@ from runtime.personalize import folder_of as personalized_in
 from runtime.probe import Probed, probe
 from runtime.probe import folder_of as probed_in
 from runtime.probes import ProbeConfig
+from runtime.reading import MissingError, check_links, inside, read_text, read_yaml
 from runtime.run_folder import IDENTITY, LOCK
 from runtime.settings import RunConfig
+from runtime.trust import MACHINE_RULES, MODEL_BYTES, RULES, Limit, Named, check, check_made, covered, to_take
 
 # What may differ from the run: where its data and this machine's device are, and what is measured.
 MACHINE = (
@@ -33,6 +37,9 @@ CHANGEABLE = ("personalize.part", "personalize.epochs", "personalize.lr", *MACHI
 PROBE_KEYS = tuple(f"probe.{field.name}" for field in fields(ProbeConfig) if field.name != "after")
 # Sections of the configuration that runs of earlier versions lack.
 _SECTIONS = ("personalize", "monitor", "probe")
+# What the folder of a run says in vain: where it was kept and shown, and who was where.
+_NOT_TAKEN = ("transport", "role", "server", "client_id", "logger", "save_dir", "resume", "jobs_per_gpu")
+_PATH = 4096
 
 
 def find_runs(above: Path) -> list[Path]:
@@ -49,35 +56,124 @@ def find_runs(above: Path) -> list[Path]:
     return found
 
 
-def read_config(run: Path, changes: Mapping[str, Any], changeable: Sequence[str] = CHANGEABLE) -> RunConfig:
+class Saved(NamedTuple):
+    """What a run's folder says of itself, checked, and what may be done for it beyond its folder.
+
+    Attributes:
+        config: of the run. over_network: whether its clients were elsewhere.
+        download: whether published data that are missing may be downloaded. limit: how large its model may be.
+    """
+
+    config: RunConfig
+    over_network: bool
+    download: bool
+    limit: Limit | None
+
+
+def read_config(
+    run: Path, changes: Mapping[str, Any], changeable: Sequence[str] = CHANGEABLE, own: RunConfig | None = None
+) -> Saved:
     """The run's configuration, with some keys changed.
 
+    The folder may be anyone's, so what it says is checked like what a server says to its client, see `runtime.trust`.
+    Keys that are not ``changeable`` name values of the run that would not be taken otherwise, and have to equal them.
+
     Args:
-        changes: dotted keys, all of them ``changeable``, to their values.
+        changes: dotted keys to their values, as on the command line.
+        own: a configuration of this process's own, whose values count as named.
 
     Raises:
-        ConfigError: a key that cannot change, a bad value, or a folder without a readable ``config.yaml``.
+        ConfigError: a key that cannot change, a bad value, one that the command line has to name, or a folder without
+            a readable ``config.yaml``.
     """
-    for key in changes:
-        if key not in changeable:
-            raise ConfigError("key", key, "one that may be set for a run that is over", changeable)
-    path = run / "config.yaml"
-    try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError("run", str(run), f"a folder with a readable config.yaml ({error})") from error
-    if not isinstance(mapping, dict):
-        raise ConfigError("run", str(run), "a folder with a readable config.yaml")
-    values = cast(dict[str, Any], mapping)
+    values = read_yaml(run, "config.yaml")
+    transport = values.get("transport")
+    over_network = isinstance(transport, dict) and cast(dict[str, Any], transport).get("name") == "grpc"
+    named = _naming({key: value for key, value in changes.items() if key not in changeable}, values, changeable, own)
+    # What concerns neither the result nor this machine is not taken at all.
+    for key in _NOT_TAKEN:
+        values.pop(key, None)
     for section in _SECTIONS:
         values.setdefault(section, {})
+    source = "the run's folder"
+    root, is_named = _root(values), "dataset.root" in changes
+    check(values, named, source, {**RULES, **MACHINE_RULES})
+    if not (is_named or named("dataset.root", root)):
+        _check_root(root, source)
+    values["dataset"]["root"] = root
     for key, value in changes.items():
-        *above, last = key.split(".")
-        section = values
-        for name in above:
-            section = section.setdefault(name, {})
-        section[last] = value
-    return RunConfig.from_mapping(values)
+        if key in changeable:
+            *above, last = key.split(".")
+            section = values
+            for name in above:
+                section = section.setdefault(name, {})
+            section[last] = value
+    values |= {"save_dir": str(run), "resume": "never", "jobs_per_gpu": 1, "logger": {}}
+    values |= {"transport": "grpc", "role": "server"} if over_network else {"transport": "local"}
+    config = RunConfig.from_mapping(values)
+    check_made(config, named, source)
+    name = config.model.name
+    limit = None if named("model.name", name) else Limit(MODEL_BYTES, f"if you trust it, add: model={name}")
+    return Saved(config, over_network, is_named, limit)
+
+
+def _naming(
+    given: Mapping[str, Any], values: Mapping[str, Any], changeable: Sequence[str], own: RunConfig | None
+) -> Named:
+    """What the command line names, each of it as the run has it.
+
+    Raises:
+        ConfigError: the run has another value.
+    """
+    names: dict[str, Any] = {}
+    for key, value in given.items():
+        full = f"{key}.name" if key in ("model", "dataset") else key
+        found = _value(values, full)
+        # Of several runs each may have another model.
+        allowed = cast(list[Any], value) if full == "model.name" and isinstance(value, list) else [value]
+        if found is None or not any(_same(each, found) for each in allowed):
+            if found is None or not key.startswith(("model", "dataset")):
+                raise ConfigError("key", key, "one that may be set for a run that is over", changeable)
+            raise ConfigError(key, cast(object, value), f"{show(found)}, as in the run")
+        names[full] = found
+    mine = {} if own is None else own.to_mapping()
+
+    def named(key: str, value: object) -> bool:
+        if covered(names, key):
+            return True
+        at = _value(mine, key)
+        return at is not None and _same(at, value)
+
+    return named
+
+
+def _value(values: Mapping[str, Any], key: str) -> Any:
+    """What a dotted key comes to; None where there is nothing."""
+    found: Any = values
+    for name in key.split("."):
+        found = cast(Mapping[str, Any], found).get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _same(here: object, there: object) -> bool:
+    return plain(here) == plain(there)
+
+
+def _root(values: dict[str, Any]) -> str:
+    """Take the folder of the data out of a run's configuration."""
+    dataset = values.get("dataset")
+    root = cast(dict[str, Any], dataset).pop("root", "data") if isinstance(dataset, dict) else "data"
+    if not isinstance(root, str) or not root.strip() or "\0" in root or len(root) > _PATH:
+        raise ConfigError("dataset.root", root, "a folder")
+    return root
+
+
+def _check_root(root: str, source: str) -> None:
+    """Refuse what is no folder. A folder's files are read as images and labels and as nothing else."""
+    with contextlib.suppress(OSError):  # what is not there is told when it is read
+        if not stat.S_ISDIR(os.stat(os.path.expanduser(root)).st_mode):
+            expected = f"a folder, as only {source} says so; {to_take([('dataset.root', root)])}"
+            raise ConfigError("dataset.root", root, expected)
 
 
 @contextlib.contextmanager
@@ -85,8 +181,9 @@ def owned(run: Path) -> Generator[None]:
     """Own a run's folder for the length of the block.
 
     Raises:
-        ConfigError: another process has it.
+        ConfigError: another process has it, or something in it leads out of it.
     """
+    check_links(run)
     lock = FileLock.take(run / LOCK)
     if lock is None:
         raise ConfigError("run", str(run), "a run that no other process is using")
@@ -96,67 +193,88 @@ def owned(run: Path) -> Generator[None]:
         lock.release()
 
 
-def restore(run: Path, config: RunConfig) -> Federation:
+def restore(run: Path, saved: Saved) -> Federation:
     """The run's federation as its last checkpoint left it.
 
     A run whose checkpoint was removed is taken up from its model, if one model is all that the method learns.
 
     Raises:
-        ConfigError: nothing is left of what was learnt.
+        ConfigError: nothing is left of what was learnt, or what is left is not of such a run.
     """
-    federation = Federation(config, run)
-    if config.role == "server" and (federation.personal or config.dataset.distribution == "own"):
+    config = saved.config
+    device, dtype = config.torch_device(), DTYPES[config.precision]
+    data = load(config.dataset, seed=config.seed, device=device, dtype=dtype, download=saved.download)
+    federation = Federation(config, run, data, saved.limit)
+    if saved.over_network and (federation.personal or config.dataset.distribution == "own"):
         raise ConfigError(
             "run", str(run), "a run in one process: this one's clients have their data or parts elsewhere"
         )
-    recorded = (run / IDENTITY).read_text(encoding="utf-8").strip() if (run / IDENTITY).is_file() else None
-    if federation.resume(recorded=recorded) is not None:
+    try:
+        recorded: str | None = read_text(run, IDENTITY).strip()
+    except MissingError:
+        recorded = None
+    try:
+        resumed = federation.resume(recorded=recorded) is not None
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a file that was not written here leads to
+        expected = f"a {CHECKPOINT_FOLDER} of this run ({type(error).__name__}: {error})"
+        raise ConfigError("run", str(run), expected) from error
+    if resumed:
         return federation
     if not (run / MODEL_FILE).is_file() or (federation.personal and federation.population > 1):
         raise ConfigError("run", str(run), f"a run with its {CHECKPOINT_FOLDER} folder, which this one lacks")
-    values = config.to_mapping()
-    values["model"]["init"] = str(run)
-    return Federation(RunConfig.from_mapping(values))
+    init = inside(run, MODEL_FILE)
+    return Federation(replace(config, model=replace(config.model, init=init)), dataset=data, limit=saved.limit)
 
 
 @contextlib.contextmanager
-def taken_up(run: Path, config: RunConfig) -> Generator[tuple[Federation, Progress]]:
+def taken_up(run: Path, saved: Saved) -> Generator[tuple[Federation, Progress]]:
     """Own a run's folder for the length of the block, with the run's federation and a display of progress.
 
     Raises:
         ConfigError: as `owned` and `restore`.
     """
+    config = saved.config
     with owned(run):
         prepare_process(config.torch_device())
-        federation = restore(run, config)
+        federation = restore(run, saved)
         set_threads(config, federation)
         with Progress(federation.round, config.title, config.progress, done=federation.round) as progress:
             yield federation, progress
 
 
-def personalize_run(run: Path, changes: Mapping[str, Any]) -> Personalized:
+def personalize_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None = None) -> Personalized:
     """Personalise a run by its own ``personalize`` settings with ``changes``; shows its table.
+
+    Args:
+        changes, own: as of `read_config`.
 
     Raises:
         ConfigError: as `read_config`, `owned` and `restore`; or no part is named.
     """
-    config = read_config(run, changes)
+    saved = read_config(run, changes, own=own)
+    config = saved.config
     if config.personalize.part is None:
         raise ConfigError("personalize.part", None, "what is fine-tuned", ("body", "head", "full"))
-    with taken_up(run, config) as (federation, progress):
+    with taken_up(run, saved) as (federation, progress):
         found = personalize(federation, config.personalize, run, progress.clients)
     show_rows(personal_rows(found), personalized_in(run, config.personalize), config.title, config.progress)
     return found
 
 
-def probe_run(run: Path, changes: Mapping[str, Any]) -> Probed:
+def probe_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None = None) -> Probed:
     """Probe a run's features by its own ``probe`` settings with ``changes``; shows its table.
+
+    Args:
+        changes, own: as of `read_config`.
 
     Raises:
         ConfigError: as `read_config`, `owned`, `restore` and `probe`.
     """
-    config = read_config(run, changes, (*PROBE_KEYS, *MACHINE))
-    with taken_up(run, config) as (federation, progress):
+    saved = read_config(run, changes, (*PROBE_KEYS, *MACHINE), own)
+    config = saved.config
+    with taken_up(run, saved) as (federation, progress):
         found = probe(federation, config.probe, run, progress.doing)
     show_rows(probe_rows(found), probed_in(run, config.probe), config.title, config.progress)
     return found

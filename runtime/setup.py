@@ -21,6 +21,7 @@ from runtime.boundary import Crossing
 from runtime.config import ConfigError
 from runtime.settings import RunConfig
 from runtime.store import Store
+from runtime.trust import Limit, check_size
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Setup:
     Args:
         config: the whole configuration.
         dataset: the configured one, where it is loaded already.
+        limit: how large the model may be; None for any size.
 
     Raises:
         ConfigError: what cannot be built as configured.
@@ -38,7 +40,7 @@ class Setup:
 
     stores: Mapping[str, Store]
 
-    def __init__(self, config: RunConfig, dataset: Dataset | None = None) -> None:
+    def __init__(self, config: RunConfig, dataset: Dataset | None = None, limit: Limit | None = None) -> None:
         from runtime.cuts import within_budget  # it compares federations
 
         self.algorithm = algorithms.get(config.algorithm_name)
@@ -47,6 +49,8 @@ class Setup:
         self.device = config.torch_device()
         if dataset is None:
             dataset = load(config.dataset, seed=config.seed, device=self.device, dtype=DTYPES[config.precision])
+        if limit is not None:
+            check_size(config.model, dataset.info, limit)
         self.config = config = within_budget(config, dataset)
         self.dataset: Dataset = dataset.repeated(input_channels(config.model, dataset.info))
         check_model(config.model, self.dataset.info, self.algorithm.layout.parts)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -30,7 +30,6 @@ from runtime.experiment import run
 from runtime.hydra_errors import explain
 from runtime.job import check, claim, runs_like
 from runtime.locks import FileLock, is_locked
-from runtime.over_runs import Measure
 from runtime.run_folder import LOCK, find_finished, find_running
 from runtime.saved import personalize_run, probe_run
 from runtime.settings import RunConfig
@@ -38,6 +37,9 @@ from runtime.slots import gpu_slot
 from runtime.sweep import OUTPUT, JobFolder
 
 log = logging.getLogger(__name__)
+
+Again = Callable[[Path, Mapping[str, Any], RunConfig], object]
+"""Measures an earlier run: its folder, keys to change, and this job's configuration, which the run's should be."""
 
 _POLL_S = 1.0
 # A job that is told to end and sits in one long operation ends without having its say.
@@ -84,7 +86,7 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
                 with gpu_slot(config.device, config.jobs_per_gpu, waiting):
                     job.update(state="running", began=time.time())
                     for measure, section in missing:
-                        measure(Path(job.read().folder), _measured(config, section))
+                        measure(Path(job.read().folder), _measured(config, section), config)
                 job.update(state="finished")
             return
         with gpu_slot(config.device, config.jobs_per_gpu, waiting) as gpu:
@@ -99,12 +101,12 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
     job.update(state="finished")
 
 
-def _unmeasured(job: JobFolder, config: RunConfig) -> list[tuple[Measure, str]]:
+def _unmeasured(job: JobFolder, config: RunConfig) -> list[tuple[Again, str]]:
     """What the job's configuration asks to be measured and an earlier run of it lacks, and the section that asks."""
     state = job.read()
     if state.state != "skipped":
         return []
-    folder, missing = Path(state.folder), list[tuple[Measure, str]]()
+    folder, missing = Path(state.folder), list[tuple[Again, str]]()
     if config.personalize.part is not None and personalize.read(folder, config.personalize) is None:
         missing.append((personalize_run, "personalize"))
     if config.probe.after and probe.read(folder, config.probe) is None:

@@ -13,20 +13,14 @@ from datasets import Dataset
 from runtime.config import ConfigError, show
 from runtime.network.bounds import shown
 from runtime.settings import RunConfig
+from runtime.trust import OWN_KEYS, OWN_SECTIONS, check, check_made, covered
 
 PROTOCOL = 1
 _PROJECT = Path(__file__).resolve().parent.parent.parent
 _PACKAGES = ("algorithms", "datasets", "models", "runtime")
 
-# What each machine says for itself: where things are and how they are kept. All else has to be equal.
-_OWN_SECTIONS = ("transport", "role", "server", "client_id", "logger")
-_OWN_KEYS = (
-    *("device", "threads", "save_dir", "state_memory_mb", "progress", "resume", "jobs_per_gpu"),
-    *("dataset.root", "dataset.storage", "dataset.workers"),
-)
 # Sections whose choice sets many keys; on a client's command line only the name is compared.
 _GROUPS = ("algorithm", "model", "dataset", "optimizer", "scheduler")
-_PLAIN = ("true", "false", "null")
 
 
 @cache
@@ -43,7 +37,7 @@ def version() -> str:
 def shared(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that is the same at the server and at every client."""
     mapping = config.to_mapping()
-    for key in (*_OWN_SECTIONS, *_OWN_KEYS):
+    for key in (*OWN_SECTIONS, *OWN_KEYS):
         *above, last = key.split(".")
         section = mapping
         for name in above:
@@ -65,28 +59,35 @@ def joined(own: RunConfig, theirs: Mapping[str, Any], overrides: Iterable[str]) 
         overrides: the client's command line, e.g. "dataset=mnist"; what it names has to be as at the server.
 
     Raises:
-        ConfigError: a value of the command line differs from the server's, or the server names code to import that
-            the command line does not name.
+        ConfigError: a value of the command line differs from the server's, or the server sets what it may not and the
+            command line does not name. Nothing has been imported, opened or made then.
     """
-    given = [override.lstrip("+").partition("=")[::2] for override in overrides]
+    given = [override.lstrip("+").partition("=")[0] for override in overrides]
     mine = own.to_mapping()
-    for key, _ in given:
-        if key in _OWN_KEYS or key.partition(".")[0] in _OWN_SECTIONS:
+    for key in given:
+        if key in OWN_KEYS or key.partition(".")[0] in OWN_SECTIONS:
             continue
         here, there = (_named(values, key) for values in (mine, theirs))
         if here != there:
-            raise ConfigError(key, here, f"{show(there)}, as at the server")
-    for name in _imports(theirs.get("model")):
-        if not any(key.startswith("model") and name in value for key, value in given):
-            raise ConfigError("model", name, "a model that this command line names too, as code is imported for it")
+            raise ConfigError(key, here, f"{_shown(there)}, as at the server")
+    names = {f"{key}.name" if key in _GROUPS else key for key in given}
+
+    def named(key: str, _: object) -> bool:
+        return covered(names, key)  # and by now it is as at the server
+
+    check(theirs, named, "the server")
     mapping = cast(dict[str, Any], json.loads(json.dumps(theirs)))
-    for key in (*_OWN_SECTIONS, *_OWN_KEYS):
+    for key in (*OWN_SECTIONS, *OWN_KEYS):
         *above, last = key.split(".")
         section, source = mapping, mine
         for part in above:
-            section, source = section.setdefault(part, {}), source[part]
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section, source = section[part], source[part]
         section[last] = source[last]
-    return RunConfig.from_mapping(mapping)
+    config = RunConfig.from_mapping(mapping)
+    check_made(config, named, "the server")
+    return config
 
 
 def _named(values: Mapping[str, Any], key: str) -> Any:
@@ -99,16 +100,12 @@ def _named(values: Mapping[str, Any], key: str) -> Any:
     return found
 
 
-def _imports(value: object) -> Iterable[str]:
-    """The names in a section that stand for code to import."""
-    if isinstance(value, str) and value.startswith("import/"):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in cast(Mapping[str, object], value).values():
-            yield from _imports(each)
-    elif isinstance(value, list | tuple):
-        for each in cast(Iterable[object], value):
-            yield from _imports(each)
+def _shown(value: object) -> str:
+    """A server's value in an error's line."""
+    try:
+        return show(value)
+    except RecursionError:
+        return shown(value)
 
 
 def data_facts(dataset: Dataset, *, divided: bool) -> dict[str, Any]:

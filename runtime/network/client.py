@@ -122,7 +122,9 @@ class _Client:
         folder = self._folder(config, run)
         if self._site is None or run != self._run:
             self._claim(folder)
-        self._site, self._run = Site(config, folder), run
+        named = {override.lstrip("+").partition("=")[0] for override in self._overrides}
+        download = not named.isdisjoint(("dataset", "dataset.name", "dataset.root"))
+        self._site, self._run = Site(config, folder, download=download), run
         set_threads(config, self._site)
         return self._site
 

@@ -6,17 +6,23 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from runtime.blueprint import Parts
+from datasets import load
+from runtime.blueprint import DTYPES, Parts
 from runtime.boundary import Payload, unflatten
 from runtime.clients import Seats
 from runtime.config import ConfigError
 from runtime.evaluation import ClientScores
 from runtime.evaluator import Evaluator
+from runtime.network.config import GrpcTransport
 from runtime.network.kept import KeptState
 from runtime.session import LocalSession
 from runtime.settings import RunConfig
 from runtime.setup import Setup
 from runtime.store import Row, Store
+from runtime.trust import Limit
+
+# A server's model is bounded by what is taken as a message, which is where it comes in.
+_HOW = "if you trust it, add: transport.max_message_mb={mb}"
 
 
 class Site(Setup):
@@ -25,11 +31,16 @@ class Site(Setup):
     Args:
         config: the server's, with what this machine says for itself.
         folder: where the client's state is kept.
+        download: whether published data that are not here may be downloaded.
     """
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
+    def __init__(self, config: RunConfig, folder: Path, *, download: bool = True) -> None:
         assert config.client_id is not None
-        super().__init__(config)
+        assert isinstance(config.transport, GrpcTransport)
+        dtype = DTYPES[config.precision]
+        data = load(config.dataset, seed=config.seed, device=config.torch_device(), dtype=dtype, download=download)
+        limit = Limit(config.transport.max_message_mb * 1e6, _HOW)
+        super().__init__(config, data, limit)
         if not config.client_id < self.population:
             raise ConfigError("client_id", config.client_id, f"a client of the run, 0 to {self.population - 1}")
         self.client = config.client_id

@@ -59,15 +59,53 @@ def test_a_client_that_wants_something_else_is_told(said: str, line: str) -> Non
 
 def test_a_client_imports_no_code_that_its_own_command_line_does_not_name() -> None:
     theirs = shared(SERVER)
-    theirs["model"] = {**theirs["model"], "name": "import/os.system"}
-    with pytest.raises(ConfigError, match=r"model=import/os.system: expected a model that this command line names too"):
+    theirs["model"] = {**theirs["model"], "name": "import/os.system", "options": {"depth": 3}}
+    with pytest.raises(ConfigError) as caught:
         join(theirs=theirs)
+    assert str(caught.value) == (
+        "model.name=import/os.system: expected a model of this project, as only the server says so; "
+        "if you trust it, add: model=import/os.system model.options.depth=3"
+    )
+    with pytest.raises(ConfigError, match=r"^model.options.depth=3: expected no option of import/os.system, as only"):
+        join("model=import/os.system", theirs=theirs)
+    with pytest.raises(ConfigError, match=r"^model=import/os.systems: expected import/os.system, as at the server$"):
+        join("model=import/os.systems", theirs=theirs)
+    named = join("model=import/os.system", "model.options.depth=3", theirs=theirs)
+    assert (named.model.name, named.model.options) == ("import/os.system", {"depth": 3})
     variants = {
         **theirs,
         "model": {**theirs["model"], "name": "mlp", "personal": {"variants": [{"name": "import/a.b"}]}},
     }
-    with pytest.raises(ConfigError, match=r"model=import/a.b"):
+    with pytest.raises(ConfigError, match=r"model.personal.variants.0.name=import/a.b: expected a module of the model"):
         join(theirs=variants)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"num_clients": 10**9}, "num_clients=1000000000: expected a number up to 100,000, as only the server says so"),
+        ({"model": {"init": "/etc/passwd"}}, "model.init=/etc/passwd: expected null, as only the server says so"),
+        ({"dataset": {"root": "/etc"}}, "dataset.root: no key that the server may set"),
+        ({"logger": {"mlflow": {"tracking_uri": "http://x"}}}, "logger.mlflow.tracking_uri: no key that the server"),
+        ({"hydra": {"run": {"dir": "/tmp"}}}, "hydra.run.dir: no key that the server may set"),
+        ({"threads": 10**6}, "threads: no key that the server may set"),
+        ({"model": {"name": "huggingface/timm_wrapper"}}, "model.name=huggingface/timm_wrapper: expected a model of"),
+        ({"dataset": {"name": "image_folder", "options": {"train": "../../etc"}}}, "dataset.options.train=../../etc: "),
+        ({"model": {"options": {"hidden": [10**6]}}}, "model.options.hidden=[1000000]: expected a number up to 4,096"),
+        ({"a": {"b": {"c": {"d": {"e": {"f": {"g": 1}}}}}}}, "a.b: more keys below it than the server may set"),
+        ({"batch_size": [1] * 9}, "batch_size=[1,1,1,1,1,1,1,1,1]: expected another kind of value"),
+        ({"x\x1b[2J": 1}, ": no key that the server may set"),
+    ],
+    ids=range(12),
+)
+def test_a_server_sets_what_it_may_and_nothing_else(change: dict[str, Any], line: str) -> None:
+    theirs = shared(SERVER)
+    for key, value in change.items():
+        theirs[key] = {**theirs.get(key, {}), **value} if isinstance(value, dict) else value
+    with pytest.raises(ConfigError) as caught:
+        join(theirs=theirs)
+    assert line in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("change", [{"rounds": "many"}, {"surprise": 1}, {"algorithm": {"name": "nobody"}}, {"lr": -1}])

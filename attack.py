@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.config import ConfigError
+from runtime.config import ConfigError, printable
 from runtime.over_runs import Measure, over_runs
 
 ATTACKS = ("model_inversion",)
@@ -39,7 +39,7 @@ def _measure() -> Measure:
         kind = changes.get("attack", ATTACKS[0])
         if kind not in ATTACKS:
             raise ConfigError("attack", kind, "an attack", ATTACKS)
-        print(f"attacking {run}", flush=True)
+        print(printable(f"attacking {run}"), flush=True)
         given = {key: value for key, value in changes.items() if key != "attack"}
         found, folder = attack_run(run, given, _Lines())
         print(found.table(), f"results  {folder}", sep="\n")

@@ -11,8 +11,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torchvision
@@ -29,6 +30,7 @@ Builder = Callable[["DatasetInfo"], nn.Module]
 
 # Options by which these libraries take trained weights, which they would download.
 _WEIGHTS = ("weights", "weights_backbone", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
+_SCHEME = re.compile(r"[\w-]+:")
 _SHOWN = 8
 
 # What the builders in a module of torchvision's take besides the number of classes. Auxiliary classifiers, of GoogLeNet
@@ -72,7 +74,6 @@ def torchvision_model(name: str, options: Mapping[str, Any]) -> Builder:
 def timm_model(name: str, options: Mapping[str, Any]) -> Builder:
     """Any model of timm; the first convolution is made for the dataset's channels, as timm does."""
     timm = _package("timm", "timm", f"timm/{name}")
-    # Names with a scheme, such as hf-hub:, are none of these: they would be looked up on the network.
     _check_name("timm", name.partition(".")[0], timm.list_models())
     if "." in name:
         _check_name("timm", name, timm.list_pretrained(f"{name.partition('.')[0]}.*"))
@@ -107,6 +108,7 @@ def huggingface_model(name: str, options: Mapping[str, Any]) -> Builder:
         if name in images
         else transformers.AutoModelForSequenceClassification
     )
+    _check_fresh(options)
     known = transformers.AutoConfig.for_model(name).to_dict()
     for key in options:
         if key not in known:  # a configuration of transformers takes any key, and keeps what it does not know
@@ -192,10 +194,22 @@ def _check_name(source: str, name: str, known: Iterable[str]) -> None:
         raise ConfigError("model.name", f"{source}/{name}", expected, [f"{source}/{other}" for other in close])
 
 
-def _check_fresh(options: Mapping[str, Any]) -> None:
-    for key in options:
+def _check_fresh(options: object, where: str = "model.options") -> None:
+    """Refuse trained weights in options, or in mappings and lists in them: libraries download them, or unpickle files.
+
+    Names with a scheme, such as hf-hub:, would be looked up on the network.
+    """
+    if isinstance(options, str) and _SCHEME.match(options):
+        raise ConfigError(where, options, "a name without a scheme, as nothing is downloaded")
+    if isinstance(options, list | tuple):
+        for entry in cast(Sequence[object], options):
+            _check_fresh(entry, where)
+    if not isinstance(options, Mapping):
+        return
+    for key, value in cast(Mapping[str, object], options).items():
         if key in _WEIGHTS:
-            raise ConfigError(f"model.options.{key}", options[key], "no trained weights; model.init starts from a file")
+            raise ConfigError(f"{where}.{key}", value, "no trained weights; model.init starts from a file")
+        _check_fresh(value, f"{where}.{key}")
 
 
 def _package(package: str, extra: str, model: str) -> Any:

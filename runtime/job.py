@@ -12,6 +12,7 @@ from pathlib import Path
 from runtime.config import ConfigError
 from runtime.loggers import check_loggers
 from runtime.network.config import GrpcTransport
+from runtime.reading import check_links
 from runtime.run_folder import RunFolder, find_unfinished, run_path, unique_name, what_differs
 from runtime.settings import RunConfig
 
@@ -43,10 +44,14 @@ def claim(config: RunConfig, overrides: Iterable[str]) -> Generator[RunFolder]:
     """Own the run's folder, and log to `run.log` in it, for the length of the block."""
     identity = config.identity()
     save_dir = config.save_dir.absolute()
-    if config.resume in ("auto", "never"):
-        folder = RunFolder.claim(choose_folder(config, overrides), identity, save_dir=save_dir)
+    claimed = config.resume in ("auto", "never")
+    path = choose_folder(config, overrides) if claimed else Path(config.resume).absolute()
+    if path.is_dir():  # what is to be continued may be from anyone, and is written to
+        check_links(path)
+    if claimed:
+        folder = RunFolder.claim(path, identity, save_dir=save_dir)
     else:
-        folder = RunFolder.continue_at(Path(config.resume).absolute(), identity, save_dir=save_dir)
+        folder = RunFolder.continue_at(path, identity, save_dir=save_dir)
     with folder, _log_to(folder.path / "run.log"):
         yield folder
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import yaml
 from omegaconf import OmegaConf
 
-from runtime.config import NO_VALUE, ConfigError
+from runtime.config import NO_VALUE, ConfigError, printable
 
 Measure = Callable[[Path, Mapping[str, Any]], object]
 """Measures a run in its folder, with these keys changed in its configuration, and shows what it found."""
@@ -45,7 +45,7 @@ def over_runs(
             try:
                 function(run, changes)
             except ConfigError as error:
-                print(f"{run}: {error}", file=sys.stderr)
+                print(printable(f"{run}: {error}"), file=sys.stderr)
                 failed += 1
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -30,6 +30,7 @@ from runtime.evaluation import Score, spread
 from runtime.federation import Federation
 from runtime.files import PERSONALIZED, replace_file, sync_file, temporary_name
 from runtime.fine_tuning import PersonalizeConfig, fine_tune
+from runtime.reading import read_json
 from runtime.session import Workplace
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def folder_of(run: Path, config: PersonalizeConfig) -> Path:
 def read(run: Path, config: PersonalizeConfig) -> Personalized | None:
     """What an earlier personalisation of the run by this setting found; None where there was none that finished."""
     try:
-        content = json.loads((folder_of(run, config) / SUMMARY).read_text(encoding="utf-8"))
+        content = read_json(run, str(folder_of(run, config).relative_to(run) / SUMMARY))
         return Personalized.from_json(content) if content["finished"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -14,6 +14,7 @@ from runtime.features import OUTPUT, feature_parts, features
 from runtime.federation import Federation
 from runtime.files import PROBED, replace_file
 from runtime.probes import ProbeConfig, balanced, drawn, knn_accuracy, linear_accuracy
+from runtime.reading import read_json
 
 SUMMARY = "summary.json"
 
@@ -64,7 +65,7 @@ def folder_of(run: Path, config: ProbeConfig) -> Path:
 def read(run: Path, config: ProbeConfig) -> Probed | None:
     """What an earlier probe of the run by this setting found; None where there was none that finished."""
     try:
-        content = json.loads((folder_of(run, config) / SUMMARY).read_text(encoding="utf-8"))
+        content = read_json(run, str(folder_of(run, config).relative_to(run) / SUMMARY))
         return Probed.from_json(content) if content["finished"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

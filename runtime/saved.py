@@ -89,44 +89,49 @@ def read_config(
     values = read_yaml(run, "config.yaml")
     transport = values.get("transport")
     over_network = isinstance(transport, dict) and cast(dict[str, Any], transport).get("name") == "grpc"
-    named = _naming({key: value for key, value in changes.items() if key not in changeable}, values, changeable, own)
+    named = _naming(changes, values, changeable, own)
     # What concerns neither the result nor this machine is not taken at all.
     for key in _NOT_TAKEN:
         values.pop(key, None)
     for section in _SECTIONS:
         values.setdefault(section, {})
     source = "the run's folder"
-    root, is_named = _root(values), "dataset.root" in changes
-    check(values, named, source, {**RULES, **MACHINE_RULES})
-    if not (is_named or named("dataset.root", root)):
-        _check_root(root, source)
-    values["dataset"]["root"] = root
     for key, value in changes.items():
         if key in changeable:
             *above, last = key.split(".")
             section = values
             for name in above:
-                section = section.setdefault(name, {})
+                if not isinstance(section.get(name), dict):
+                    section[name] = {}
+                section = section[name]
             section[last] = value
+    root = _root(values)
+    check(values, named, source, {**RULES, **MACHINE_RULES})
+    if not named("dataset.root", root):
+        _check_root(root, source)
+    values["dataset"]["root"] = root
     values |= {"save_dir": str(run), "resume": "never", "jobs_per_gpu": 1, "logger": {}}
     values |= {"transport": "grpc", "role": "server"} if over_network else {"transport": "local"}
     config = RunConfig.from_mapping(values)
     check_made(config, named, source)
     name = config.model.name
     limit = None if named("model.name", name) else Limit(MODEL_BYTES, f"if you trust it, add: model={name}")
-    return Saved(config, over_network, is_named, limit)
+    return Saved(config, over_network, "dataset.root" in changes, limit)
 
 
 def _naming(
     given: Mapping[str, Any], values: Mapping[str, Any], changeable: Sequence[str], own: RunConfig | None
 ) -> Named:
-    """What the command line names, each of it as the run has it.
+    """What the command line names, each of it as the run has it if that cannot be changed.
 
     Raises:
         ConfigError: the run has another value.
     """
     names: dict[str, Any] = {}
     for key, value in given.items():
+        if key in changeable:
+            names[key] = value
+            continue
         full = f"{key}.name" if key in ("model", "dataset") else key
         found = _value(values, full)
         # Of several runs each may have another model.

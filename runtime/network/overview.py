@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from runtime.config import printable
 from runtime.console import format_seconds
 from runtime.network.status import Seen, Status, read_status_of
 from runtime.run_folder import is_locked, read_status
@@ -65,7 +66,9 @@ def look(folder: Path) -> View:
     owned = is_locked(folder)  # before the file is read: a server that ends meanwhile has written its last word
     status = read_status_of(folder)
     alive = owned and not (status.host == socket.gethostname() and _is_dead(status.pid))
-    return View(folder, status, alive, str(read_status(folder).get("error") or ""), time.time(), owned and not alive)
+    return View(
+        folder, status, alive, printable(str(read_status(folder).get("error") or "")), time.time(), owned and not alive
+    )
 
 
 def _is_dead(pid: int) -> bool:
@@ -255,4 +258,5 @@ def _clock(then: float, now: float) -> str:
 def _nearby(path: Path) -> str:
     """The path from the current folder where it lies below it."""
     here = Path.cwd()
-    return str(path.resolve().relative_to(here)) if path.resolve().is_relative_to(here) else str(path)
+    near = path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path
+    return printable(str(near))

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from runtime.config import ConfigError
 from runtime.files import replace_file
+from runtime.network.bounds import one_line
+from runtime.reading import read_json
 
 if TYPE_CHECKING:
     from runtime.federation import Federation
@@ -118,7 +120,7 @@ def read_status_of(folder: Path) -> Status:
         ConfigError: it has told nothing that can be read.
     """
     try:
-        known = json.loads((folder / NETWORK).read_text(encoding="utf-8"))
+        known = read_json(folder, NETWORK)
         status = _build(Status, known)
         status.clients = [_build(Seen, each) for each in cast("list[Any]", status.clients)]
     except (OSError, ValueError, TypeError) as error:
@@ -139,6 +141,8 @@ def _build(kind: type[T], known: Any) -> T:
         wanted = (int, float) if number else (cast("type[object]", type(default)),)
         if not isinstance(value, wanted) and not (value is None and default is None):
             raise ValueError(f"{name} {value!r}")
+        if isinstance(value, str):
+            values[name] = one_line(value)
     return kind(**values)
 
 

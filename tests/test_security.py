@@ -1,0 +1,31 @@
+"""SECURITY.md says what the code allows."""
+
+import re
+from pathlib import Path
+
+from runtime import trust
+
+TEXT = (Path(__file__).parents[1] / "SECURITY.md").read_text(encoding="utf-8")
+
+
+def described(rule: trust.Rule) -> str:
+    """A rule in the words of the table."""
+    kinds = [f"numbers up to {rule.most:,.15g}"] if rule.most else []
+    kinds += [trust._TEXTS[rule.text]] if rule.text is not None else []
+    text = " or ".join(kinds) or "true or false"
+    return f"{text}, also in a list of up to {rule.length:,}" if rule.length else text
+
+
+def test_the_table_has_each_key_that_a_server_may_set_once_and_its_bound() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", TEXT.partition("beside true, false and null")[2], re.MULTILINE)
+    parts = re.compile(r"^model\.\w+\.(optimizer|scheduler)\.\*$")
+    wanted = {parts.sub(r"model.<part>.\1.*", key): described(rule) for key, rule in trust.RULES.items()}
+    assert dict(rows) == wanted
+    assert len(rows) == len(wanted)
+
+
+def test_what_a_folder_may_set_beside_is_named() -> None:
+    paragraph = TEXT.partition("The folder of a run may set the same, and")[2].partition("| key |")[0]
+    assert set(re.findall(r"`([a-z_.]+)`", paragraph)) == set(trust.MACHINE_RULES)
+    for most in (f"{trust.MODEL_BYTES / 1e6:,.0f} MB", f"{trust.DATA_BYTES / 1e6:,.0f} MB"):
+        assert most in TEXT

@@ -8,6 +8,7 @@ import io
 import struct
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from PIL import Image
 
 import algorithms
 from attacks.model_inversion import InversionConfig
-from datasets import DatasetConfig, DatasetInfo, augment, load
-from datasets import folders as image_folders
+from datasets import DatasetConfig, DatasetInfo, augment, boxes, load
 from datasets.normalize import IMAGENET_MEAN, IMAGENET_STD
 from datasets.registry import RawSplit, read
 from models import ModelConfig, build_model
@@ -232,6 +232,9 @@ CHANNELS: dict[str, tuple[tuple[float, ...], tuple[float, ...], str]] = {
 # ---------------------------------------------------------------------- the configuration
 
 
+composed = cache(lambda *overrides: load_config(overrides))
+
+
 def value_of(config: RunConfig, key: str) -> Any:
     value: Any = config.to_mapping()
     for name in key.split("."):
@@ -242,7 +245,7 @@ def value_of(config: RunConfig, key: str) -> Any:
 @pytest.mark.parametrize(("name", "values", "source"), DEFAULTS, ids=[row[0] for row in DEFAULTS])
 def test_defaults_of_a_method(name: str, values: dict[str, Any], source: str) -> None:
     """In its yaml, and in its own configuration."""
-    config = load_config([f"algorithm={name}"])
+    config = composed(f"algorithm={name}")
     bare = algorithms.get(name).Config()
     for key, value in values.items():
         assert value_of(config, f"algorithm.{key}") == value, f"{key}: {source}"
@@ -251,7 +254,7 @@ def test_defaults_of_a_method(name: str, values: dict[str, Any], source: str) ->
 
 @pytest.mark.parametrize(("name", "values", "source"), EXPERIMENTS, ids=[row[0] for row in EXPERIMENTS])
 def test_values_of_an_experiment(name: str, values: dict[str, Any], source: str) -> None:
-    config = load_config([f"experiment={name}"])
+    config = composed(f"experiment={name}")
     found = {key: value_of(config, key) for key in values}
     found["personalize.epochs"] = np.atleast_1d(found.get("personalize.epochs", 0)).tolist()
     assert found == {"personalize.epochs": found["personalize.epochs"], **values}, source
@@ -272,7 +275,7 @@ def test_what_an_experiment_sweeps_over(name: str, values: dict[str, str]) -> No
 
 @pytest.mark.parametrize("tau", [1, 4, 10])
 def test_rates_of_fedbabu_are_divided_by_ten_at_one_half_and_three_quarters(tau: int) -> None:
-    config = load_config([f"experiment=mhmd/s10_f01_tau{tau}"])
+    config = composed(f"experiment=mhmd/s10_f01_tau{tau}")
     rates = [learning_options(config.optimizer_for("body"), config.scheduler_for("body"), round)["lr"]
              for round in range(config.rounds)]  # fmt: skip
     half, quarter = config.rounds // 2, config.rounds // 4
@@ -280,19 +283,19 @@ def test_rates_of_fedbabu_are_divided_by_ten_at_one_half_and_three_quarters(tau:
 
 
 def test_rates_of_mocosfl_follow_half_a_cosine_to_zero() -> None:
-    config = load_config(["experiment=mocosfl/fl_moco"])
+    config = composed("experiment=mocosfl/fl_moco")
     for round in (0, 1, 50, 100, 199):
         options = learning_options(config.optimizer_for("model"), config.scheduler_for("model"), round)
         assert options["lr"] == pytest.approx(0.03 * (1 + np.cos(np.pi * round / 200)), rel=1e-6)
     for clients in (100, 200, 1000):
-        config = load_config([f"experiment=mocosfl/clients_{clients}"])
+        config = composed(f"experiment=mocosfl/clients_{clients}")
         assert config.scheduler is not None
         assert config.scheduler.options["T_max"] == config.rounds
 
 
 @pytest.mark.parametrize("algorithm", ["fsl_sage", "cse_fsl"])
 def test_the_auxiliary_model_of_fsl_sage_has_an_adam_without_weight_decay(algorithm: str) -> None:
-    config = load_config(["experiment=fsl_sage/cifar10_iid", f"algorithm={algorithm}"])
+    config = composed("experiment=fsl_sage/cifar10_iid", f"algorithm={algorithm}")
     for part, decay in (("client", 0.0001), ("server", 0.0001), ("auxiliary", 0)):
         optimizer = config.optimizer_for(part)
         assert optimizer.name == "adam"
@@ -302,7 +305,7 @@ def test_the_auxiliary_model_of_fsl_sage_has_an_adam_without_weight_decay(algori
 def test_synchronisations_of_mocosfl_follow_the_paper_s_rule() -> None:
     """1000 / (batch * clients) an epoch, at least one; a hundred images a step."""
     for clients in (100, 200, 1000):
-        config = load_config([f"experiment=mocosfl/clients_{clients}"])
+        config = composed(f"experiment=mocosfl/clients_{clients}")
         assert config.algorithm.local_steps == max(1, 1000 // (config.batch_size * clients))
         assert config.frac * clients * config.batch_size == 100
 
@@ -337,7 +340,7 @@ def test_where_mhmd_attaches_its_heads() -> None:
 
 def test_views_of_moco() -> None:
     assert augment._MOCO_AREA == (0.2, 1.0), VIEWS
-    assert augment._RATIO == (3 / 4, 4 / 3), VIEWS
+    assert boxes.RATIO == (3 / 4, 4 / 3), VIEWS
     assert augment._MOCO_STRENGTHS == (0.4, 0.4, 0.4, 0.1), VIEWS
     assert (augment._MOCO_JITTERED, augment._MOCO_GREY) == (0.8, 0.2), VIEWS
     assert augment.PADDING == 4, SAGE
@@ -352,7 +355,7 @@ def test_the_attacks_of_mocosfl() -> None:
 
 
 @pytest.fixture
-def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Published sets whose files are a few black pictures."""
     import datasets.published as published
 
@@ -365,10 +368,11 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published, "_mnist_like", lambda *_: (split(1), split(1)))
     monkeypatch.setattr(published, "_cifar", lambda *_: (split(3), split(3), ("a", "b")))
     monkeypatch.setattr(published, "fetch", lambda *_: Svhn)
-    monkeypatch.setattr(image_folders, "own_folder", lambda root, *_: root)
-    monkeypatch.setattr(image_folders, "open_tree", lambda *_: type("Tree", (), {"paths": lambda self: []})())
-    monkeypatch.setattr(image_folders, "_text", lambda *_: "")
-    monkeypatch.setattr(image_folders, "_split", lambda *_: split(3))
+    for path in ("train/n1/images/a.png", "val/images/b.png"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / path)
+    for path, text in (("wnids.txt", "n1\n"), ("words.txt", "n1\ta\n"), ("val/val_annotations.txt", "b.png\tn1\n")):
+        (tmp_path / path).write_text(text)
 
 
 @pytest.mark.parametrize("name", [name for name in CHANNELS if name != "imagenet"])

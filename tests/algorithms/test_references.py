@@ -40,6 +40,7 @@ class Bare:
         self.parts = {name: part.train() for name, part in federation.blueprint.parts(names).items()}
         self.initial = copy.deepcopy(self.parts)
         self.sizes = {client: len(federation.partition.indices(client)) for client in range(N)}
+        self.weights: dict[int, float] = dict(self.sizes)
         self.cohorts = [self.drawn.cohort(round) for round in range(ROUNDS)]
         assert {len(cohort) for cohort in self.cohorts} == {3}, "two and a half clients are three"
         assert any(cohort != sorted(cohort) for cohort in self.cohorts), "an order that says something"
@@ -52,10 +53,10 @@ class Bare:
         return [copy.deepcopy(self.parts[name]) for name in names]
 
     def average(self, name: str, models: dict[int, nn.Module]) -> None:
-        total = sum(self.sizes[client] for client in models)
+        total = sum(self.weights[client] for client in models)
         with torch.no_grad():
             for key, value in self.parts[name].named_parameters():
-                value.copy_(sum(self.sizes[c] / total * dict(m.named_parameters())[key] for c, m in models.items()))
+                value.copy_(sum(self.weights[c] / total * dict(m.named_parameters())[key] for c, m in models.items()))
 
     def note(self, round: int, client: int, loss: torch.Tensor) -> torch.Tensor:
         """Remember a batch's loss."""
@@ -106,9 +107,14 @@ def learn(loss: torch.Tensor, *parts: tuple[nn.Module, float]) -> None:
         descend(model, along, lr)
 
 
-@pytest.mark.parametrize("mu", [0.0, 0.7])
-def test_fed_avg_and_fed_prox(configure, mu: float) -> None:
-    bare = Bare(Federation(configure(*SETTING, "algorithm=fed_prox", f"algorithm.mu={mu}")))
+@pytest.mark.parametrize(
+    ("mu", "weights"), [(0.0, "samples"), (0.7, "samples"), (0.0, "uniform"), (0.0, "[1,4,0,2,3]")]
+)
+def test_fed_avg_and_fed_prox(configure, mu: float, weights: str) -> None:
+    setting = (f"algorithm.mu={mu}", f"aggregate.weights={weights}")
+    bare = Bare(Federation(configure(*SETTING, "algorithm=fed_prox", *setting)))
+    if weights != "samples":
+        bare.weights = dict(enumerate([1] * N if weights == "uniform" else [1, 4, 0, 2, 3]))
     for round, cohort in enumerate(bare.cohorts):
         models = {}
         for client in cohort:

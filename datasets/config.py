@@ -39,12 +39,13 @@ class DatasetConfig:
         normalize: mean and deviation to normalise by: the dataset's own, ImageNet's, or none (values in 0..1).
         shuffle: draw a new order in each epoch.
         drop_last: what happens to a last batch that is not full; see `datasets.batching.batch_sizes`.
-        validation: share of the training set, equal in every class, that is held out.
-        local_test: give each client a share of the test set with its own class proportions. With `only`, what is tested
+        validation: share of the training set, equal in every class, that is held out; groups stay whole.
+        local_test: give each client a share of the test set with its own class proportions, or of its own groups where
+            clients are groups (natural). With `only`, what is tested
             is each client's model (of most methods the global one) on its own share alone, and the accuracy is the
             mean over clients.
         storage: `device` holds all images as uint8 on the device, `stream` reads them when needed, `auto` chooses
-            `device` up to 2 GiB of decoded images.
+            `device` up to 2 GiB of decoded images. Training pictures that random boxes are cut out of are always read.
         workers: threads that read and decode images; 0 reads them in the caller's thread.
         options: the dataset's own options.
     """

@@ -105,8 +105,8 @@ def image_folder(context: ReadContext) -> RawDataset:
 def imagenet(context: ReadContext) -> RawDataset:
     """ImageNet as class folders, `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`, in root/imagenet or in root itself.
 
-    Images are brought to 256 pixels on the shorter side and their central 224x224 is kept. To train on, with the default
-    `augment=resized_crop_flip`, a random box is cut out of the whole picture each time it is read, as torchvision's
+    Images are brought to 256 pixels on the shorter side, and their central 224x224 is kept. In training a random box is
+    cut out of the whole picture each time it is read, with the default `augment=resized_crop_flip`, as torchvision's
     reference recipes do.
     """
     found = _by_class_folder(own_folder(context.root, "imagenet", "train"), context.options)

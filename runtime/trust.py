@@ -129,6 +129,7 @@ RULES: Mapping[str, Rule] = {
     "dataset.options.test": Rule(text=FOLDER),
     "dataset.options.classes": Rule(65_536, NAME, 65_536),
     **{f"dataset.options.{key}": Rule(1024) for key in ("size", "resize", "height", "width", "channels")},
+    "dataset.options.group": Rule(64),  # a level of folders; a table or an expression is to be named
     "dataset.options.n_train": _MANY,
     "dataset.options.n_test": _MANY,
     "dataset.options.*": Rule(65_536, WORD),

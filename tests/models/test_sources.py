@@ -17,6 +17,7 @@ from models.registry import sources
 from runtime.config import ConfigError
 from runtime.hydra_support import load_config
 from runtime.model_names import SOURCES, chosen_model
+from tests.audited import watched
 
 OWN = '''
 import torch
@@ -413,3 +414,28 @@ def test_a_module_of_ones_own_keeps_its_kind() -> None:
     model = build_model(ModelConfig("import/own_models.net.Net"), info())
     assert type(model) is net.Net
     assert isinstance(model, nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        ("timm_wrapper", {"model_args": {"checkpoint_path": "/x.pth"}}, "model.options.model_args.checkpoint_path=/x"),
+        (
+            "timm_wrapper",
+            {"model_args": {"a": [{"pretrained_cfg": {"file": "/x"}}]}},
+            "model.options.model_args.a.pre",
+        ),
+        (
+            "timm_wrapper",
+            {"architecture": "hf-hub:somebody/net"},
+            "model.options.architecture=hf-hub:somebody/net: ",
+        ),
+        ("vit", {"label2id": {"pretrained": True}}, "model.options.label2id.pretrained=true: expected no trained"),
+    ],
+)
+def test_no_option_of_transformers_leads_to_trained_weights(name: str, options: dict[str, Any], line: str) -> None:
+    """Whose files timm would unpickle, or download."""
+    pytest.importorskip("transformers", reason="the extra huggingface is not installed")
+    with watched(), pytest.raises(ConfigError) as caught:
+        build_model(ModelConfig(f"huggingface/{name}", options=options), DatasetInfo("x", 3, 32, 32, 10, ()))
+    assert str(caught.value).startswith(line)

@@ -5,6 +5,7 @@ A row is: what is composed, a key of the configuration, the published value. Wha
 
 import dataclasses
 import io
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -165,25 +166,12 @@ EXPERIMENTS: list[tuple[str, dict[str, Any], str]] = [
     ),
     *((f"fsl_sage/{name}", {**SAGE_PAPER, "dataset.name": "cifar10"}, SAGE)
       for name in ("algorithms", "align_interval", "auxiliary_size")),
-    *(
-        (
-            f"{group}/s{shards}_f{frac}_tau{tau}",
-            {
-                **BABU_PAPER,
-                "algorithm.name": algorithm,
-                "dataset.classes_per_client": shards,
-                "frac": share,
-                "local_epochs": tau,
-                "rounds": 320 // tau,
-                "personalize.epochs": [5],
-            },
-            source,
-        )
-        for group, algorithm, source in (("fedbabu", "fed_babu", BABU), ("mhmd", "mhmd", MHMD))
-        for shards in (100, 50, 10)
-        for frac, share in (("1", 1.0), ("01", 0.1))
-        for tau in (1, 4, 10)
-    ),
+    # A cell of each value; that all are as their names say is another test.
+    *((f"{group}/s{shards}_f{frac}_tau{tau}",
+       {**BABU_PAPER, "algorithm.name": algorithm, "dataset.classes_per_client": shards, "frac": share,
+        "local_epochs": tau, "rounds": 320 // tau, "personalize.epochs": [5]}, source)
+      for group, algorithm, source in (("fedbabu", "fed_babu", BABU), ("mhmd", "mhmd", MHMD))
+      for shards, frac, share, tau in ((100, "1", 1.0, 1), (50, "01", 0.1, 4), (10, "01", 0.1, 10))),
     ("mhmd/table", {**BABU_PAPER, "algorithm.name": "mhmd"}, MHMD),
     *((f"{group}/fine_tuning", {**BABU_PAPER, "dataset.classes_per_client": 10, "frac": 0.1, "local_epochs": 10,
                                 "rounds": 32, "personalize.epochs": EPOCHS}, source)
@@ -260,11 +248,36 @@ def test_values_of_an_experiment(name: str, values: dict[str, Any], source: str)
     assert found == {"personalize.epochs": found["personalize.epochs"], **values}, source
 
 
-def test_every_experiment_of_a_paper_is_in_the_table() -> None:
+def files() -> Iterator[tuple[str, Path]]:
     folder = ROOT / "hydra_config" / "experiment"
-    files = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
-    published = {name for name in files if not name.startswith("small/") and "/_" not in name}
-    assert published == {name for name, _, _ in EXPERIMENTS}
+    for path in folder.rglob("*.yaml"):
+        yield path.relative_to(folder).with_suffix("").as_posix(), path
+
+
+CELL = re.compile(r"(fedbabu|mhmd)/s(100|50|10)_f(1|01)_tau(1|4|10)")
+
+
+def test_every_experiment_of_a_paper_is_in_the_table() -> None:
+    published = {name for name, _ in files() if not name.startswith("small/") and "/_" not in name}
+    in_table = {name for name, _, _ in EXPERIMENTS}
+    assert in_table <= published
+    assert all(CELL.fullmatch(name) for name in published - in_table)
+
+
+def test_cells_are_what_their_names_say() -> None:
+    """And nothing beside."""
+    found = 0
+    for name, path in files():
+        if cell := CELL.fullmatch(name):
+            group, shards, frac, tau = cell.groups()
+            assert yaml.safe_load(path.read_text()) == {
+                "defaults": [f"/experiment/{group}/_paper"],
+                "frac": {"1": 1.0, "01": 0.1}[frac],
+                "local_epochs": int(tau),
+                "dataset": {"classes_per_client": int(shards)},
+            }, name
+            found += 1
+    assert found == 2 * 3 * 2 * 3
 
 
 @pytest.mark.parametrize(("name", "values"), SWEEPS, ids=[row[0] for row in SWEEPS])

@@ -33,10 +33,11 @@ class Drawn:
         return torch.Generator().manual_seed(seed_of(self.config.seed, round, client, stream))
 
     def cohort(self, round: int) -> list[int]:
-        """Of N clients frac * N, rounded up, in the order in which they are served."""
+        """Of N clients frac * N, rounded up, of those that have samples, in the order in which they are served."""
         share = Fraction(str(self.config.frac)) * self.config.num_clients
+        able = [client for client in range(self.config.num_clients) if len(self.partition.indices(client))]
         rng = np.random.default_rng(seed_of(self.config.seed, round, SERVER, "cohort"))
-        return rng.choice(self.config.num_clients, -(-share // 1), replace=False).tolist()
+        return rng.choice(able, min(len(able), -(-share // 1)), replace=False).tolist()
 
     def batches(self, round: int, client: int, stream: str = "batches", epochs: int | None = None) -> list[Batch]:
         """Each epoch in a new order; a last batch of one sample is left out where there are others."""

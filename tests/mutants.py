@@ -34,10 +34,8 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         tuple(f"algorithms/{name}.py" for name in LEARNING.split()),
         ("tests/algorithms/test_fsmkd.py", "tests/algorithms/test_moco.py", "tests/attacks/test_ressfl.py"),
     ),
-    "rounds": (
-        ("runtime/aggregate.py", "runtime/schedule.py"),
-        ("tests/runtime/test_aggregate.py", "tests/runtime/test_schedule.py"),
-    ),
+    "averages": (("runtime/aggregate.py",), ("tests/runtime/test_aggregate.py",)),
+    "rounds": (("runtime/schedule.py",), ("tests/runtime/test_schedule.py", "tests/contract/test_reported.py")),
     "evaluation": (
         ("runtime/evaluation.py", "runtime/evaluator.py"),
         ("tests/runtime/test_evaluation.py", "tests/runtime/test_evaluator.py", "tests/contract/test_reported.py"),

@@ -43,7 +43,7 @@ def on_all(federation: Federation, part: str) -> Scores:
 
 def on_shares(federation: Federation, part: str) -> Scores:
     x, y = pixels(federation, part)
-    parts = federation.evaluator.shares(torch.from_numpy(y))
+    parts = federation.evaluator.shares(getattr(federation.dataset, part))
     lists = [parts.indices(client).numpy() for client in range(5)]
     return [(len(own), model.scores(x[own], y[own])) for own, model in zip(lists, models(federation), strict=True)]
 

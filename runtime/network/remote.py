@@ -13,6 +13,7 @@ import torch
 
 from runtime.boundary import MODEL, ClientDroppedError, Payload, Upload, flatten
 from runtime.clients import Clients
+from runtime.config import ConfigError
 from runtime.evaluation import ClientScores, Measured
 from runtime.evaluator import VALIDATION
 from runtime.ledger import Ledger
@@ -114,6 +115,10 @@ class RemoteClients(Clients):
         if self._new:
             self._new = False
             self._wait(cohort, len(cohort), "beyond the quorum", seconds=self._config.gather)
+        known = self._federation.population if self._divided else len(self._facts)
+        if known == self._federation.population and not any(map(self.can_train, range(known))):
+            reason = "fewer, or dataset.drop_last=auto: every client has told that it has no batch to train on"
+            raise ConfigError("batch_size", self._federation.config.batch_size, reason)
 
     def _needed(self, cohort: list[int]) -> int:
         return math.ceil(self._config.quorum * len(cohort) - 1e-9)

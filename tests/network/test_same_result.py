@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import algorithms
+from runtime.config import ConfigError
 from runtime.federation import Federation
 from tests.conftest import same, weights
 from tests.contract.test_contract import quick
@@ -51,3 +52,12 @@ def test_weights_ledger_and_accuracy(configure, name: str, more: tuple[str, ...]
     assert remote.ledger.state_dict() == local.ledger.state_dict() or sorted(remote.ledger.totals()) == sorted(
         local.ledger.totals()
     )
+
+
+def test_clients_of_their_own_data_of_whom_none_can_train(configure, tmp_path: Path) -> None:
+    """Only they know their data: the server refuses the run once all have told, instead of rounds in which none is."""
+    own = ("dataset.distribution=own", "dataset.normalize=none", "dataset.drop_last=always", "batch_size=2000")
+    with served(tmp_path, *SETTING, "algorithm=fed_avg", *own) as remote:
+        with pytest.raises(ConfigError) as caught:
+            remote.step()
+        assert str(caught.value).startswith("batch_size=2000: expected fewer, or dataset.drop_last=auto")

@@ -70,6 +70,11 @@ class Rule:
 WORD = re.compile(r"\w[\w+-]{0,63}")
 MODULE = re.compile(r"[\w.]{1,200}|auto:\w+<=[\d.e]{1,20}")
 FOLDER = re.compile(r"(?!/)(?!(.*/)?\.\.(/|$))[\w .+/-]{0,200}")
+# A column of a table within the data, or a pattern that no name makes slow: two repetitions at most, none of a group.
+GROUP = re.compile(
+    r"(?!/)(?!(.*/)?\.\.(/|$))[\w .+/-]{1,200}:[\w .+-]{1,64}|"
+    r"(?=[^+*]*([+*][^+*]*){0,2}$)(?!.*\)[+*?{])[\w\[\]()./\\+*-]{1,64}"
+)
 NAME = re.compile(r"[^\x00-\x1f\x7f/\\]{1,256}")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 REGISTERED = re.compile(r"\w{1,64}")
@@ -78,6 +83,7 @@ _TEXTS = {
     WORD: "a word",
     MODULE: "a module of the model",
     FOLDER: "a folder within the data",
+    GROUP: "a table within the data, or a short pattern",
     NAME: "a name",
     DEVICE: "auto, cpu, cuda or cuda:<index>",
     REGISTERED: "a model of this project",
@@ -127,6 +133,7 @@ RULES: Mapping[str, Rule] = {
     "dataset.local_test": _CHOICE,
     "dataset.options.train": Rule(text=FOLDER),
     "dataset.options.test": Rule(text=FOLDER),
+    "dataset.options.group": Rule(1024, GROUP),
     "dataset.options.classes": Rule(65_536, NAME, 65_536),
     **{f"dataset.options.{key}": Rule(1024) for key in ("size", "resize", "height", "width", "channels")},
     "dataset.options.group": Rule(64),  # a level of folders; a table or an expression is to be named

@@ -91,12 +91,20 @@ def test_a_client_imports_no_code_that_its_own_command_line_does_not_name() -> N
         ({"threads": 10**6}, "threads: no key that the server may set"),
         ({"model": {"name": "huggingface/timm_wrapper"}}, "model.name=huggingface/timm_wrapper: expected a model of"),
         ({"dataset": {"name": "image_folder", "options": {"train": "../../etc"}}}, "dataset.options.train=../../etc: "),
+        (
+            {"dataset": {"name": "image_folder", "options": {"group": "../../etc/fstab.txt:a"}}},
+            "dataset.options.group=../../etc/fstab.txt:a: expected a table within the data, or a short pattern",
+        ),
+        (
+            {"dataset": {"name": "image_folder", "options": {"group": "(a+)+$"}}},
+            "dataset.options.group=(a+)+$: expected a",
+        ),
         ({"model": {"options": {"hidden": [10**6]}}}, "model.options.hidden=[1000000]: expected a number up to 4,096"),
         ({"a": {"b": {"c": {"d": {"e": {"f": {"g": 1}}}}}}}, "a.b: more keys below it than the server may set"),
         ({"batch_size": [1] * 9}, "batch_size=[1,1,1,1,1,1,1,1,1]: expected another kind of value"),
         ({"x\x1b[2J": 1}, ": no key that the server may set"),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_a_server_sets_what_it_may_and_nothing_else(change: dict[str, Any], line: str) -> None:
     theirs = shared(SERVER)
@@ -106,6 +114,13 @@ def test_a_server_sets_what_it_may_and_nothing_else(change: dict[str, Any], line
         join(theirs=theirs)
     assert line in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("group", [2, "(p[0-9]+)_", "tables/of.csv:patient"])
+def test_a_server_may_say_what_a_group_is(group: str | int) -> None:
+    theirs = shared(SERVER)
+    theirs["dataset"] = {**theirs["dataset"], "name": "image_folder", "options": {"group": group}}
+    assert join(theirs=theirs).dataset.options["group"] == group
 
 
 @pytest.mark.parametrize("change", [{"rounds": "many"}, {"surprise": 1}, {"algorithm": {"name": "nobody"}}, {"lr": -1}])

@@ -49,11 +49,12 @@ def test_integer_buffers_stay_integers_and_halves_are_averaged_wide() -> None:
     assert result["h"].item() == 1.0078125
 
 
-def test_states_of_different_shape_of_names_are_refused() -> None:
+def test_states_of_other_names_are_refused() -> None:
+    """The first three by which they differ are named."""
     average = Average()
-    average.add({"a": torch.zeros(1)}, 1)
-    with pytest.raises(ValueError, match="differ in their tensors"):
-        average.add({"b": torch.zeros(1)}, 1)
+    average.add({name: torch.zeros(1) for name in "abc"}, 1)
+    with pytest.raises(ValueError, match=r"^uploads differ in their tensors: \['a', 'b', 'd'\]$"):
+        average.add({name: torch.zeros(1) for name in "cdef"}, 1)
 
 
 @pytest.mark.parametrize("weights", [(), (0.0, 0.0), (-1.0, 2.0)])
@@ -109,11 +110,14 @@ def test_a_weight_of_zero_says_nothing_and_states_are_not_changed(items, place: 
 
 def test_a_weight_for_each_client_none_negative_not_all_zero() -> None:
     assert AggregateConfig(weights=(0.0, 0.25)).weight(1, 7) == 0.25
-    for weights in ((0.0,), (1.0, -0.5), (-1.0,)):
-        with pytest.raises(ConfigError, match="weights="):
+    for weights, shown in (((0.0,), "[0.0]"), ((1.0, -0.5), "[1.0,-0.5]"), ((-1.0,), "[-1.0]")):
+        with pytest.raises(ConfigError) as caught:
             AggregateConfig(weights=weights)
+        expected = "samples, uniform or one weight >= 0 per client, not all zero"
+        assert str(caught.value) == f"weights={shown}: expected {expected}"
     AggregateConfig(weights=(1.0, 2.0)).check(2)
     AggregateConfig().check(2)
     for count in (1, 3):
-        with pytest.raises(ConfigError, match=f"{count} weights, one per client"):
+        with pytest.raises(ConfigError) as caught:
             AggregateConfig(weights=(1.0, 2.0)).check(count)
+        assert str(caught.value) == f"aggregate.weights=[1.0,2.0]: expected {count} weights, one per client"

@@ -35,7 +35,13 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("tests/algorithms/test_fsmkd.py", "tests/algorithms/test_moco.py", "tests/attacks/test_ressfl.py"),
     ),
     "averages": (("runtime/aggregate.py",), ("tests/runtime/test_aggregate.py",)),
-    "rounds": (("runtime/schedule.py",), ("tests/runtime/test_schedule.py", "tests/contract/test_reported.py")),
+    "rounds": (
+        ("runtime/schedule.py",),
+        (
+            *("tests/runtime/test_schedule_order.py", "tests/runtime/test_schedule.py"),
+            "tests/algorithms/test_moco.py::test_a_cohort_computed_as_one_is_its_clients",
+        ),
+    ),
     "evaluation": (
         ("runtime/evaluation.py", "runtime/evaluator.py"),
         ("tests/runtime/test_evaluation.py", "tests/runtime/test_evaluator.py", "tests/contract/test_reported.py"),

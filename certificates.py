@@ -1,7 +1,8 @@
 """Make certificates for a server and its clients: `python certificates.py certs server=cutlayer.example clients=3`.
 
 The folder gets an authority of its own, a certificate for the server under the names given, and one for each client.
-Given again with more clients, it adds what is missing; with renew=true it also makes anew what the command names.
+Given again with more clients, it adds what is missing; with renew=true it also makes anew what the command names;
+with revoke=3 the server takes none of client 3's certificates any more but those that are made later.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from runtime.config import NO_VALUE, ConfigError
 if TYPE_CHECKING:
     from runtime.network.authority import Done, Order
 
-KEYS = ("server", "clients", "client_id", "days", "renew")
+KEYS = ("server", "clients", "client_id", "days", "renew", "revoke")
 MOST = 100_000
 
 
@@ -28,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         description="Make the certificates by which a server and its clients know each other.",
         epilog="Keys: server=NAME,ADDRESS under which clients reach the server; clients=3 for clients 0 to 2; "
         "client_id=3,7 for single ones; days=825 that certificates are valid; "
-        "renew=true to make anew what is named and there already.",
+        "renew=true to make anew what is named and there already; "
+        "revoke=3,7 to list what clients 3 and 7 have as not to be taken any more.",
     )
     parser.add_argument("argument", nargs="+", help="the folder of the certificates, and key=value")
     try:
@@ -63,7 +65,7 @@ def _read(texts: Sequence[str]) -> tuple[Path, dict[str, str]]:
         given[key] = value
     if len(folders) != 1:
         raise ConfigError("folder", ",".join(folders), "one folder for the certificates, such as certs")
-    if not {"server", "clients", "client_id"} & given.keys():
+    if not {"server", "clients", "client_id", "revoke"} & given.keys():
         raise ConfigError("", NO_VALUE, "name what to make: server=cutlayer.example,10.0.0.1 clients=3")
     return Path(folders[0]), given
 
@@ -77,7 +79,9 @@ def _order(given: Mapping[str, str]) -> Order:
     if renew not in ("true", "false"):
         raise ConfigError("renew", renew, "true or false")
     days = _number("days", given["days"]) if "days" in given else Order.days
-    return Order(tuple(_several(given, "server")), tuple(sorted(set(clients))), days, renew == "true")
+    revoked = {_number("revoke", text) for text in _several(given, "revoke")}
+    named = (tuple(_several(given, "server")), tuple(sorted(set(clients))))
+    return Order(*named, days, renew == "true", tuple(sorted(revoked)))
 
 
 def _several(given: Mapping[str, str], key: str) -> list[str]:
@@ -88,17 +92,21 @@ def _several(given: Mapping[str, str], key: str) -> list[str]:
 
 
 def _number(key: str, text: str) -> int:
-    least = 0 if key == "client_id" else 1
+    of_client = key in ("client_id", "revoke")
+    least = 0 if of_client else 1
     if not (text.isascii() and text.isdigit() and least <= int(text) <= MOST):
-        expected = "numbers of clients, such as 3,7" if key == "client_id" else f"a whole number from 1 to {MOST}"
+        expected = "numbers of clients, such as 3,7" if of_client else f"a whole number from 1 to {MOST}"
         raise ConfigError(key, text, expected)
     return int(text)
 
 
 def _show(folder: Path, done: Done, order: Order) -> None:
     """What was made, and which file belongs on which machine."""
+    from runtime.network.revoked import REVOKED
+    from runtime.network.tls import number_of
+
     for verb, ends in (("made", done.made), ("kept", done.kept)):
-        clients = sorted(int(stem.removeprefix("client-")) for stem in ends if stem.startswith("client-"))
+        clients = sorted(number_of(stem) for stem in ends if stem.startswith("client-"))
         if "ca" in ends:
             print(f"{verb}  the authority, valid until {ends['ca']:%Y-%m-%d}")
         if "server" in ends:
@@ -106,6 +114,14 @@ def _show(folder: Path, done: Done, order: Order) -> None:
         if clients:
             last = min(ends[f"client-{client}"] for client in clients)
             print(f"{verb}  {'clients' if len(clients) > 1 else 'client'} {_ranges(clients)}, until {last:%Y-%m-%d}")
+    if order.revoke:
+        print(
+            f"revoked  all that {'clients' if len(order.revoke) > 1 else 'client'} {_ranges(order.revoke)} had so far"
+        )
+    if done.listed:
+        print(f"\nThe server gets {folder / REVOKED} beside its files, and reads it anew while it runs.")
+    if not order.server and not order.clients:
+        return
     print(f"\nEach machine gets three files of {folder}, in a folder that transport.certificates names there:")
     if "server" in done.made | done.kept:
         print("  the server    ca.pem server.pem server.key")

@@ -133,7 +133,7 @@ def _connected(federation: Federation, folder: RunFolder, accuracy: float | None
     from runtime.network.remote import RemoteClients  # late: it needs an extra
     from runtime.network.status import StatusFile
 
-    clients = RemoteClients(federation, transport, folder.path.name)
+    clients = RemoteClients(federation, transport, folder.path.name, folder.path)
     federation.clients = clients
     log.info("listening on %s port %d for %d clients", transport.host, clients.hub.port, federation.population)
     with StatusFile(folder.path, federation, clients, accuracy):

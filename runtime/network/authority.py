@@ -27,7 +27,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from runtime.config import ConfigError
 from runtime.files import sync_folder
 from runtime.locks import FileLock
-from runtime.network.tls import CA, CA_KEY, SERVER, client_name, issued_by
+from runtime.network.revoked import REVOKED, read_revoked, serial_text
+from runtime.network.tls import CA, CA_KEY, SERVER, client_name, issued_by, number_of
 
 T = TypeVar("T")
 
@@ -40,18 +41,23 @@ _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Order:
-    """What to make: certificates of a server with these names, and of these clients, valid for so many days."""
+    """What to make: certificates of a server with these names, and of these clients, valid for so many days.
+
+    Attributes:
+        revoke: clients none of whose certificates made so far is taken any more.
+    """
 
     server: tuple[str, ...] = ()
     clients: tuple[int, ...] = ()
     days: int = 825
     renew: bool = False
+    revoke: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "server", tuple(host_name(name) for name in self.server))
-        for client in self.clients:
-            if client < 0:
-                raise ConfigError("client_id", client, "numbers of clients, from 0 on")
+        for key, clients in (("client_id", self.clients), ("revoke", self.revoke)):
+            if clients and min(clients) < 0:
+                raise ConfigError(key, min(clients), "numbers of clients, from 0 on")
         if not 1 <= self.days <= _MOST_DAYS:
             raise ConfigError("days", self.days, f"a number of days from 1 to {_MOST_DAYS}")
 
@@ -64,6 +70,8 @@ class Done:
     kept: dict[str, datetime.datetime]
     names: tuple[str, ...]
     """What the server's certificate names; () without one."""
+    listed: bool = False
+    """Whether the list of revoked certificates has changed, which the server then needs."""
 
 
 def make_certificates(folder: Path, order: Order, now: datetime.datetime | None = None) -> Done:
@@ -87,12 +95,18 @@ class _Workshop:
     def __init__(self, folder: Path, staging: Path, order: Order, now: datetime.datetime) -> None:
         self.folder, self.staging, self.order, self.now = folder, staging, order, now
         self.names = tuple(dict.fromkeys((*order.server, *LOCAL))) if order.server else ()
+        self.revoked = read_revoked(folder)
 
     def fill(self) -> Done:
         """Write everything that is needed to `staging`."""
         made: dict[str, datetime.datetime] = {}
         kept: dict[str, datetime.datetime] = {}
+        listed = self.revoked.text()
         has_authority = (self.folder / CA).exists()
+        if self.order.revoke and not has_authority:
+            raise self._wrong(f"the folder where the authority was made; there is no {CA}")
+        for client in self.order.revoke:  # what is made below is valid
+            self.revoked.clients[client] = set()
         self.authority, self.authority_key = self._old_authority() if has_authority else self._new_authority()
         (kept if has_authority else made)["ca"] = self.authority.not_valid_after_utc
         stems = [SERVER] if self.order.server or (self.folder / f"{SERVER}.pem").exists() else []
@@ -105,7 +119,10 @@ class _Workshop:
             (made if old is None else kept)[stem] = certificate.not_valid_after_utc
             if stem == SERVER:
                 self.names = _hosts(certificate)
-        return Done(made, kept, self.names)
+        changed = self.revoked.text() != listed
+        if changed:
+            self._write(REVOKED, self.revoked.text().encode(), 0o644)
+        return Done(made, kept, self.names, changed)
 
     def deliver(self) -> None:
         """Move the new files to their places: each key before its certificate, as a certificate alone is worthless."""
@@ -178,7 +195,10 @@ class _Workshop:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(signer, critical=False)
         )
-        return self._write_certificate(f"{stem}.pem", builder.sign(self.authority_key, hashes.SHA256()))
+        certificate = builder.sign(self.authority_key, hashes.SHA256())
+        if not is_server and (valid := self.revoked.clients.get(number_of(stem))) is not None:
+            valid.add(serial_text(certificate.serial_number))
+        return self._write_certificate(f"{stem}.pem", certificate)
 
     def _builder(
         self, subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, end: datetime.datetime

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 from grpc import aio
 
 from runtime.network.bounds import Limits, WireError
+from runtime.network.guard import Stream
 from runtime.network.status import Doing
+from runtime.network.trust import Passport
 from runtime.network.wire import Head, Incoming, Received, What, outgoing
 
 if TYPE_CHECKING:
     from runtime.network.hub import Hub
 
+GrpcError: type[Exception] = getattr(aio, "BaseError")  # noqa: B009  (as below)
 EOF: Any = getattr(aio, "EOF")  # noqa: B009  (what a stream's end reads as; the types do not know it)
 FAREWELL_S = 5.0
 """Seconds that a client has to take what it is told at the end."""
@@ -29,8 +32,18 @@ class LinkLostError(Exception):
 class Connection:
     """The stream of one client, used by the main thread; what it does happens on the hub's loop."""
 
-    def __init__(self, hub: Hub, client: int, facts: dict[str, Any], context: Any, limits: Limits) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        client: int,
+        facts: dict[str, Any],
+        context: Any,
+        limits: Limits,
+        stream: Stream,
+        passport: Passport,
+    ) -> None:
         self.client, self.facts = client, facts
+        self.passport, self.stream = passport, stream
         self.peer = str(context.peer())
         self.session = 0
         self.seen = hub.seen[client]
@@ -155,7 +168,13 @@ class Connection:
                 self._next.cancel()
 
     async def _write(self) -> None:
+        patience = self._hub.config.timeout
         while (piece := await self._outbox.get()) is not None:
-            await self._context.write(piece)
+            self.stream.wait(patience)
+            try:
+                await self._context.write(piece)
+            except GrpcError:  # the link is lost, or the hub has closed
+                return
+            self.stream.rest()
             del piece  # else each client's last piece stays while there is nothing to send
             self.seen.last = time.time()

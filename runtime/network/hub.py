@@ -21,12 +21,15 @@ import grpc
 from grpc import aio
 
 from runtime.config import ConfigError
+from runtime.network import guard
+from runtime.network.audit import Audit
 from runtime.network.bounds import Limits, WireError, shown
 from runtime.network.config import GrpcTransport
-from runtime.network.connection import EOF, FAREWELL_S, Connection
+from runtime.network.connection import EOF, FAREWELL_S, Connection, GrpcError
 from runtime.network.status import Seen
-from runtime.network.tls import is_loopback, peer_client, server_credentials
-from runtime.network.wire import CHUNK, PIECE_BYTES, Head, Incoming, What, outgoing
+from runtime.network.tls import is_loopback, server_credentials
+from runtime.network.trust import Passport, Trust, passport
+from runtime.network.wire import PIECE_BYTES, Head, Incoming, What, outgoing
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +37,9 @@ SERVICE, METHOD = "cutlayer.Federation", "Join"
 T = TypeVar("T")
 # What a client may say before it is known, and how long it may take: nothing large, nothing slow.
 _GREETING = Limits(message_bytes=0, text_bytes=1 << 16)
-_GREETING_S = 20.0
+_GREETING_S = guard.GREETING_S
 _TURN_S = 1e-4
+_CARE_S = 1.0  # from one look at what has been there for too long to the next
 
 
 class RefusedError(Exception):
@@ -89,6 +93,8 @@ class Greeting:
     admit: Callable[[int, dict[str, Any]], Limits]
     changed: Callable[[], None] = field(default=lambda: None)
     """Told of anything new in what is known of clients, from any thread."""
+    audit: Audit = field(default_factory=lambda: Audit(None))
+    """Told of who joins, is refused and leaves."""
 
 
 class Hub:
@@ -100,6 +106,7 @@ class Hub:
         seen: what is known of each client.
         secure: whether links have TLS. note: to be called when something of this changes.
         refused: how many streams were refused, and why the last one was.
+        quiet: writes lines of the log that clients cause.
 
     Raises:
         ConfigError: the address cannot be listened on, or needs certificates.
@@ -115,12 +122,17 @@ class Hub:
         self.port = 0
         self.refused = (0, "")
         self.note = greeting.changed
-        self._greeting = greeting
+        self.quiet = guard.Quiet(log)
+        self._greeting, self._audit = greeting, greeting.audit
+        self._streams = guard.Streams()
         self.secure = config.certificates is not None
         if not self.secure and not is_loopback(config.host) and not config.insecure:
             expected = "a folder of certificates, which `python certificates.py` makes, or transport.insecure=true"
             raise ConfigError("transport.certificates", None, f"{expected}: {config.host} is open to other machines")
         self._credentials = server_credentials(config.certificates) if config.certificates is not None else None
+        self._trust = Trust(config.certificates) if config.certificates is not None else None
+        guard.hush_grpc()
+        guard.raise_file_limit(population)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="network", daemon=True)
         self._thread.start()
@@ -129,6 +141,7 @@ class Hub:
         except BaseException:
             self._stop_loop()
             raise
+        self._audit.write("listening", address=self.address, clients=population, tls=self.secure)
 
     @property
     def address(self) -> str:
@@ -159,6 +172,8 @@ class Hub:
         with contextlib.suppress(Exception):
             self.submit(self._close(reason, later=later)).result(30)
         self._stop_loop()
+        self._tell_rest(now=True)
+        self._audit.write("closed", why=reason)
 
     # ------------------------------------------------------------------ on the loop
 
@@ -173,9 +188,9 @@ class Hub:
             self.loop.close()
 
     async def _listen(self) -> None:
-        # A window that grows with the link would let each client, unasked, fill many MB of the server's memory.
-        windows = [("grpc.http2.lookahead_bytes", CHUNK), ("grpc.http2.bdp_probe", 0)]
-        self._server = aio.server(options=[*channel_options(self.config), *windows])
+        options = [*channel_options(self.config), *guard.server_options(self.config, self.population)]
+        most = guard.most_streams(self.population)
+        self._server = aio.server(options=list(dict(options).items()), maximum_concurrent_rpcs=most)
         method: Any = cast(Any, grpc).stream_stream_rpc_method_handler(self._join)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: method}),))
         address = self._address(self.config.port)
@@ -188,8 +203,28 @@ class Hub:
             raise ConfigError("transport.port", address, f"an address of this machine that is free ({error})") from None
         self._farewell: asyncio.Future[dict[str, Any]] = self.loop.create_future()
         await self._server.start()
+        self._care = asyncio.ensure_future(self._take_care())
+
+    async def _take_care(self) -> None:
+        """End what has been there for too long: streams whose time is over, sessions whose certificate is not taken."""
+        while True:
+            await asyncio.sleep(_CARE_S)
+            for stream in self._streams.end_late():
+                self.quiet("late", "cut %s: it does not take what it is sent", stream.peer)
+            if self._trust is not None:
+                self._trust.refresh()
+                for connection in list(self.connections.values()):
+                    why, later = self._trust.objection(connection.passport)
+                    if why and not connection.why:
+                        connection.dismiss({"error": why, "later": later})
+            self._tell_rest()
+
+    def _tell_rest(self, *, now: bool = False) -> None:
+        for kind, count in self.quiet.tell_rest(now=now):
+            self._audit.write("left out", kind=kind, count=count)
 
     async def _close(self, reason: str, *, later: bool) -> None:
+        self._care.cancel()
         self._farewell.set_result({"error": reason, "later": True} if later else {"reason": reason})
         for connection in self.connections.values():
             connection.dismiss(self._farewell.result())
@@ -197,9 +232,10 @@ class Hub:
 
     async def _join(self, _: Any, context: Any) -> None:
         """One stream from its beginning to its end."""
-        connection = None
+        connection, shown = None, passport(context.auth_context()) if self.secure else Passport(None)
+        stream = self._streams.open(context, shown.client)
         try:
-            connection = await self._greeted(context)
+            connection = await self._greeted(context, stream, shown)
             if connection is None:
                 await _tell(context, self._farewell.result())
                 return
@@ -207,43 +243,77 @@ class Hub:
             if self._farewell.done():
                 connection.dismiss(self._farewell.result())
             await connection.run()
+        except GrpcError:  # what was to be sent finds nobody
+            self._refuse(stream, shown, "the client has left")
         except (RefusedError, WireError, TimeoutError) as error:
             late = isinstance(error, TimeoutError)
             reason = "the greeting took too long" if late else str(error)
             later = late or (isinstance(error, RefusedError) and error.later)
-            log.warning("refused %s: %s", context.peer(), reason)
-            self.refused = (self.refused[0] + 1, f"{context.peer()}: {reason}")
-            self.note()
-            await _tell(context, {"error": reason, "later": later})
+            await self._turn_away(context, stream, shown, reason, later=later)
+        except Exception as error:  # a fault of this program is that client's trouble alone
+            self.quiet("fault", "the greeting of %s cannot be served", stream.peer, trace=True)
+            reason = f"the server cannot serve the greeting: {type(error).__name__}"
+            await self._turn_away(context, stream, shown, reason, later=False)
         finally:
+            stream.wait(FAREWELL_S)
             if connection is not None:
                 self._leave(connection)
 
-    async def _greeted(self, context: Any) -> Connection | None:
+    async def _turn_away(self, context: Any, stream: guard.Stream, shown: Passport, why: str, *, later: bool) -> None:
+        self._refuse(stream, shown, why)
+        stream.wait(FAREWELL_S)
+        await _tell(context, {"error": why, "later": later})
+
+    def _refuse(self, stream: guard.Stream, shown: Passport, reason: str) -> None:
+        self.refused = (self.refused[0] + 1, f"{stream.peer}: {reason}")
+        if self.quiet("refused", "refused %s: %s", stream.peer, reason):
+            self._audit.write("refused", client=shown.client, peer=stream.peer, serial=shown.serial, why=reason)
+        self.note()
+
+    async def _greeted(self, context: Any, stream: guard.Stream, shown: Passport) -> Connection | None:
         """The connection, or None where the hub closes meanwhile."""
-        greeting = asyncio.ensure_future(self._greet(context))
+        greeting = asyncio.ensure_future(_outcome(self._greet(context, stream, shown)))
         try:
             await asyncio.wait([greeting, self._farewell], return_when=asyncio.FIRST_COMPLETED)
-            return greeting.result() if greeting.done() else None
+            came = greeting.result() if greeting.done() else None
         finally:
             greeting.cancel()
+        if isinstance(came, Exception):
+            raise came
+        return came
 
-    async def _greet(self, context: Any) -> Connection:
+    async def _greet(self, context: Any, stream: guard.Stream, shown: Passport) -> Connection:
         incoming = Incoming(_GREETING, (What.HELLO,))
+        stream.wait(_GREETING_S + FAREWELL_S)
+        if shown.client is not None and self._streams.of_client(shown.client) > guard.STREAMS_EACH:
+            raise RefusedError(f"more than {guard.STREAMS_EACH} streams of client {shown.client} at a time", later=True)
         hello = await asyncio.wait_for(_text(context, incoming), _GREETING_S)
-        client = hello.get("client")
-        if not isinstance(client, int) or isinstance(client, bool) or not 0 <= client < self.population:
-            raise RefusedError(f"there is no client {shown(client)}; clients are 0 to {self.population - 1}")
-        if self.secure and (known := peer_client(context.auth_context())) != client:
-            whose = "no client" if known is None else f"client {known}"
-            raise RefusedError(f"client {client} came with the certificate of {whose}")
+        client = self._identify(hello, shown)
         welcome = self._greeting.welcome(client, hello)
+        stream.wait(_GREETING_S + FAREWELL_S)
         for piece in outgoing(Head(What.WELCOME), welcome):
             await context.write(piece)
         # It may have data to load now; a link that breaks meanwhile ends this.
-        facts = await asyncio.wait_for(_text(context, incoming), max(_GREETING_S, self.config.timeout))
+        patience = max(_GREETING_S, self.config.timeout)
+        stream.wait(patience + FAREWELL_S)
+        facts = await asyncio.wait_for(_text(context, incoming), patience)
         limits = self._greeting.admit(client, facts)
-        return Connection(self, client, facts, context, limits)
+        stream.rest()
+        return Connection(self, client, facts, context, limits, stream, shown)
+
+    def _identify(self, hello: dict[str, Any], passport: Passport) -> int:
+        """The client that says hello, if it is the one that it says."""
+        client = hello.get("client")
+        if not isinstance(client, int) or isinstance(client, bool) or not 0 <= client < self.population:
+            raise RefusedError(f"there is no client {shown(client)}; clients are 0 to {self.population - 1}")
+        if self._trust is not None:
+            if passport.client != client:
+                whose = "no client" if passport.client is None else f"client {passport.client}"
+                raise RefusedError(f"client {client} came with the certificate of {whose}")
+            why, later = self._trust.objection(passport)
+            if why:
+                raise RefusedError(why, later=later)
+        return client
 
     def _enter(self, connection: Connection) -> None:
         client = connection.client
@@ -256,13 +326,16 @@ class Hub:
             seen.peer, seen.last, seen.joined = connection.peer, time.time(), seen.joined + 1
             self.connections[client] = connection
             self.changed.notify_all()
-        log.info("client %d is here, from %s", client, seen.peer)
+        if self.quiet(f"client {client}", "client %d is here, from %s", client, seen.peer, level=logging.INFO):
+            self._audit.write("joined", client=client, peer=seen.peer, serial=connection.passport.serial)
         self.note()
 
     def _leave(self, connection: Connection) -> None:
         client = connection.client
         connection.end()  # pyright: ignore[reportPrivateUsage]
-        connection.why = connection.why or "the link was lost"
+        silent = connection.stream.late
+        connection.why = connection.why or ("it did not take what it was sent" if silent else "the link was lost")
+        told = True
         with self.changed:
             if self.connections.get(client) is connection:
                 del self.connections[client]
@@ -270,9 +343,19 @@ class Hub:
                 seen.become("absent")
                 if not self.closing:
                     seen.fail(connection.why)
-                    log.warning("client %d is gone: %s", client, connection.why)
+                    told = self.quiet(f"client {client}", "client %d is gone: %s", client, connection.why)
             self.changed.notify_all()
+        if told:
+            self._audit.write("left", client=client, peer=connection.peer, why=connection.why)
         self.note()
+
+
+async def _outcome(work: Coroutine[Any, Any, T]) -> T | Exception:
+    """What came of work; an error is given, as one that a task keeps is logged where nobody asks for it."""
+    try:
+        return await work
+    except Exception as error:
+        return error
 
 
 async def _tell(context: Any, why: dict[str, Any]) -> None:

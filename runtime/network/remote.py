@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -18,6 +19,7 @@ from runtime.evaluation import ClientScores, Measured
 from runtime.evaluator import VALIDATION
 from runtime.ledger import Ledger
 from runtime.network.agreement import PROTOCOL, compare_data, data_facts, fingerprint, shared, told, version
+from runtime.network.audit import Audit
 from runtime.network.bounds import Limits, WireError, one_line, shown
 from runtime.network.check import check_values
 from runtime.network.config import GrpcTransport
@@ -55,7 +57,7 @@ class RemoteClients(Clients):
     may_repeat = True
     here = False
 
-    def __init__(self, federation: Federation, config: GrpcTransport, run: str) -> None:
+    def __init__(self, federation: Federation, config: GrpcTransport, run: str, folder: Path | None = None) -> None:
         super().__init__(federation)
         self._config, self._run = config, run
         self._shared = shared(federation.config)
@@ -74,7 +76,7 @@ class RemoteClients(Clients):
         self.attempt = self.repeats = 0
         self.waiting = ("", 0.0)
         self.watch: Callable[[], None] = lambda: None
-        greeting = Greeting(self._welcome, self._admit, lambda: self.watch())
+        greeting = Greeting(self._welcome, self._admit, lambda: self.watch(), Audit(folder))
         self.hub = Hub(config, federation.population, greeting)
 
     # ------------------------------------------------------------------ letting clients in (on the hub's thread)
@@ -231,7 +233,7 @@ class RemoteClients(Clients):
             raise
         except (AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = f"the server cannot use what it was sent: {type(error).__name__}: {one_line(error)}"
-            log.warning("client %d is lost: %s", client, reason, exc_info=True)
+            self.hub.quiet(f"fault of client {client}", "client %d is lost: %s", client, reason, trace=True)
             connection = self.hub.connections.get(client)
             if connection is not None:
                 connection.dismiss({"error": reason, "later": False})

@@ -10,6 +10,7 @@ import datetime
 import importlib
 import importlib.util
 import ipaddress
+import logging
 import re
 import ssl
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import grpc
     from cryptography import x509
 
+log = logging.getLogger(__name__)
+
 KEY = "transport.certificates"
 CA = "ca.pem"
 CA_KEY = "ca.key"
@@ -33,6 +36,11 @@ _CLIENT = re.compile(rb"client-(0|[1-9][0-9]{0,8})")
 def client_name(client: int) -> str:
     """What the certificate of a client says, as common name and as alternative name; also the stem of its files."""
     return f"client-{client}"
+
+
+def number_of(stem: str) -> int:
+    """The client of such a name."""
+    return int(stem.removeprefix("client-"))
 
 
 def named_client(common_names: Iterable[bytes], alternative_names: Iterable[bytes]) -> int | None:
@@ -70,13 +78,34 @@ def is_loopback(host: str) -> bool:
 def server_credentials(folder: Path) -> grpc.ServerCredentials:
     """Credentials of a server that takes only clients with a certificate of the folder's authority.
 
+    Each handshake takes the files of its moment: those that have been renewed are read anew, and as long as new ones
+    cannot be used, those before them count.
+
     Raises:
         ConfigError: a file is missing, cannot be read, has ended or does not go with the others; or gRPC is missing.
     """
     library = _grpc()
     files = _Files(folder, SERVER, f"python certificates.py {folder} server=HOST")
-    key, chain, authority = files.checked()
-    return library.ssl_server_credentials([(key, chain)], root_certificates=authority, require_client_auth=True)
+    known = [files.state()]
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        key, chain, authority = files.checked()
+        return library.ssl_server_certificate_configuration([(key, chain)], root_certificates=authority)
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:  # in a thread of gRPC's
+        state = files.state()
+        if state == known[0]:
+            return None
+        known[0] = state
+        try:
+            made = read()
+        except ConfigError as error:
+            log.warning("the certificates before these still count: %s", error)
+            return None
+        log.info("the certificates in %s have been read anew", folder)
+        return made
+
+    return library.dynamic_ssl_server_credentials(read(), renewed, require_client_authentication=True)
 
 
 def client_credentials(folder: Path, client: int) -> grpc.ChannelCredentials:
@@ -99,6 +128,10 @@ class _Files:
     stem: str
     command: str
     """What makes them."""
+
+    def state(self) -> list[object]:
+        """What differs when one of the files has been written anew."""
+        return [file_state(self.folder / name) for name in (CA, f"{self.stem}.pem", f"{self.stem}.key")]
 
     def checked(self) -> tuple[bytes, bytes, bytes]:
         """Private key, certificate chain and authority, in PEM form, once they have been found to go together."""
@@ -153,7 +186,7 @@ class _Files:
             usage = own[0].extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
             if wanted not in usage:
                 raise self._wrong(f"{self.stem}.pem to be for a {'server' if self.stem == SERVER else 'client'}")
-        if self.stem != SERVER and client_of(own[0]) != int(self.stem.removeprefix("client-")):
+        if self.stem != SERVER and client_of(own[0]) != number_of(self.stem):
             raise self._wrong(f"{self.stem}.pem to name {self.stem} as common name and as alternative name")
 
     def _check_dates(self, name: str, certificate: x509.Certificate) -> None:
@@ -163,6 +196,15 @@ class _Files:
             span = f"from {start:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC"
             made = "" if now < start or name == CA else " (with renew=true)"
             raise self._wrong(f"{name} valid now; it is {span}, and here it is {now:%Y-%m-%d %H:%M}{made}")
+
+
+def file_state(path: Path) -> object:
+    """What differs when a file has been written anew; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:

@@ -139,6 +139,11 @@ class Program:
         return self._process.poll()
 
     @property
+    def pid(self) -> int:
+        """Its own, not that of what started it."""
+        return self._pids[0]
+
+    @property
     def text(self) -> str:
         """What this program has printed so far."""
         with self.log.open("rb") as file:

@@ -310,6 +310,7 @@ class Hub:
             if passport.client != client:
                 whose = "no client" if passport.client is None else f"client {passport.client}"
                 raise RefusedError(f"client {client} came with the certificate of {whose}")
+            self._trust.refresh()
             why, later = self._trust.objection(passport)
             if why:
                 raise RefusedError(why, later=later)

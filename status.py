@@ -92,7 +92,8 @@ def _newest(key: str, above: Path) -> Path:
     """The folder itself, or the one below it whose run wrote last, one that runs before all others."""
     found = [path.parent for path in above.rglob(NETWORK)] if above.is_dir() else []
     if not found:
-        raise ConfigError(key, str(above), f"a folder with a run over the network in it ({NETWORK})")
+        expected = f"a folder with a run over the network in it ({NETWORK}, some seconds after its server was started)"
+        raise ConfigError(key, str(above), expected)
     return max(found, key=lambda folder: (is_locked(folder), (folder / NETWORK).stat().st_mtime))
 
 

@@ -53,8 +53,10 @@ def prefix_of(folder: str) -> str:
     return "" if path == "." else f"{path}/"
 
 
-def class_folders(tree: Tree, folder: str, other: str | None = None) -> Part:
+def class_folders(tree: Tree, folder: str, other: str | None = None, otherwise: str = "") -> Part:
     """What the class folders in `folder` of the tree hold; `other` is a folder that does not belong to it.
+
+    `otherwise` is what else can be done where there is no picture, for the error's line.
 
     Raises:
         ConfigError: there is no picture in any; one cannot be read; two cannot be told apart once what is no UTF-8 is
@@ -80,7 +82,7 @@ def class_folders(tree: Tree, folder: str, other: str | None = None) -> Part:
             part.unread.append(path)
             held.setdefault(name, []).append(path)
     if not part.files:
-        raise ConfigError("dataset.root", tree.root, f"images in {prefix}<class>/ of it{_instead(tree, part)}")
+        raise ConfigError("dataset.root", tree.root, f"images in {prefix}<class>/ of it{_instead(tree, part)}{otherwise}")
     if len({*map(printable, held)}) < len(held):
         raise ConfigError("dataset.root", tree.root, f"class folders in {prefix or '.'} whose names differ when shown")
     shown = {printable(name): files for name, files in sorted(held.items())}

@@ -136,7 +136,9 @@ def _by_class_folder(root: Path, options: ImageFolderOptions) -> RawDataset:
         held = _held(whole, options)
         train_split, test_split = whole.subset(np.flatnonzero(~held)), whole.subset(np.flatnonzero(held))
     else:
-        parts[options.test] = class_folders(tree, options.test, options.train)
+        share = f"{options.test_fraction:.0%} of each class"
+        otherwise = f", or dataset.options.test=null, which holds out {share} (of a run over the network at the server)"
+        parts[options.test] = class_folders(tree, options.test, options.train, otherwise)
         unknown = sorted({*parts[options.test].classes} - set(classes))
         if unknown:
             raise ConfigError(

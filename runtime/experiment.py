@@ -21,6 +21,7 @@ from runtime.federation import Federation
 from runtime.files import MODEL_FILE
 from runtime.loggers import build_loggers
 from runtime.network.config import LocalTransport
+from runtime.network.status import StatusFile, announce, is_told
 from runtime.personalize import Personalized, own_tests, personalize, tunable
 from runtime.results import Results, RunSummary
 from runtime.run_folder import RunFolder
@@ -42,6 +43,8 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     Raises:
         ConfigError: what cannot be built as configured.
     """
+    if config.role == "server":
+        announce(folder.path, config)
     prepare_process(config.torch_device())
     federation = Federation(config, folder.path)
     set_threads(config, federation)
@@ -131,8 +134,8 @@ def _connected(federation: Federation, folder: RunFolder, accuracy: float | None
         yield
         return
     from runtime.network.remote import RemoteClients  # late: it needs an extra
-    from runtime.network.status import StatusFile
 
+    told, over = is_told(folder.path), federation.done
     clients = RemoteClients(federation, transport, folder.path.name, folder.path)
     federation.clients = clients
     log.info("listening on %s port %d for %d clients", transport.host, clients.hub.port, federation.population)
@@ -143,7 +146,8 @@ def _connected(federation: Federation, folder: RunFolder, accuracy: float | None
             clients.hub.close("the server has stopped", later=True)
             raise
         try:
-            clients.see_off()
+            if not (over and told):
+                clients.see_off(everyone=over)
         finally:
             clients.hub.close("the run is over")
 

@@ -117,6 +117,8 @@ def _head(view: View, width: int) -> RenderableType:
     top.add_row(Text(status.title, style="bold"), bar, f"round {status.round}/{status.rounds}, {accuracy}")
     sent = f"sent {format_bytes(status.payload)}: up {format_bytes(status.up)}, down {format_bytes(status.down)}"
     wire = f"wire: up {format_bytes(status.wire_up)}, down {format_bytes(status.wire_down)}"
+    if status.state == "starting":
+        return Group(top, _server(view), Text(_nearby(view.folder), style="dim", overflow="fold"))
     spent = f"{format_seconds(status.seconds)} of training"
     if 0 < status.round < status.rounds and not view.is_over:
         left = status.seconds / status.round * (status.rounds - status.round)
@@ -139,6 +141,9 @@ def _server(view: View) -> Text:
     where = f"{status.address}, {'TLS' if status.tls else 'no TLS'}, process {status.pid} on {status.host}"
     if view.is_over:
         return Text(f"the run is over (server {where})", style="green")
+    if view.alive and status.state == "starting":
+        since = _age(view.now - status.began)
+        return Text(f"the server is starting, since {since} (process {status.pid} on {status.host})", style="yellow")
     if view.alive:
         return Text(f"server {where}")
     if view.starting:

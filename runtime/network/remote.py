@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 _NAMED = 20  # clients in a line of the log
 _WORST = 1e39  # of a loss: more than any float32
-_RECENT_S = 40.0  # a client that was lost longer ago is not waited for at the end
+_LONGEST_PAUSE_S = 37.0  # of a client that tries again, and a little more
 
 
 class RemoteClients(Clients):
@@ -143,15 +143,23 @@ class RemoteClients(Clients):
         self.waiting = ("", 0.0)
         self.watch()
 
-    def see_off(self) -> None:
-        """Wait a little for clients that were lost just now: they come again, and have to be told that the run is over.
+    def see_off(self, *, everyone: bool = False) -> None:
+        """Wait a little for clients that are away: they come again, and have to be told that the run is over.
 
-        One that was lost some seconds ago comes again within fewer seconds, by the way in which its pauses grow.
+        One that was lost some seconds ago comes again within fewer, by the way in which its pauses grow, and any other
+        within the longest of them, if it can.
+
+        Args:
+            everyone: also for those that have not joined this process: the run was over before it began.
         """
-        lost = {client: time.time() - seen.failed for client, seen in enumerate(self.hub.seen) if seen.joined}
-        recent = {client: s for client, s in lost.items() if client not in self.hub.connections and s < _RECENT_S}
-        if recent:
-            self._wait(sorted(recent), len(recent), "to say that the run is over", seconds=1 + max(recent.values()))
+        away = {
+            client: time.time() - seen.failed
+            for client, seen in enumerate(self.hub.seen)
+            if client not in self.hub.connections and (seen.joined or everyone)
+        }
+        if away:
+            seconds = min(_LONGEST_PAUSE_S, 1 + max(away.values()))
+            self._wait(sorted(away), len(away), "to say that the run is over", seconds=seconds)
 
     def train(self, cohort: list[int], drop: Callable[[int], None], server: ServerParty, ledger: Ledger) -> RoundReport:
         algorithm = self._federation.algorithm

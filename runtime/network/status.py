@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -25,6 +25,7 @@ from runtime.reading import read_json
 if TYPE_CHECKING:
     from runtime.federation import Federation
     from runtime.network.remote import RemoteClients
+    from runtime.settings import RunConfig
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,7 +35,7 @@ NETWORK = "network.json"
 _PAUSE_S, _SHARE = 0.5, 0.02
 
 Doing = Literal["absent", "idle", "working", "testing"]
-State = Literal["running", "finished", "stopped"]
+State = Literal["starting", "running", "finished", "stopped"]
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Status:
     """A run over the network at one moment.
 
     Attributes:
-        state: stopped: by Ctrl-C or an error. title: algorithm, model and data set.
+        state: starting: no client can join yet. stopped: by Ctrl-C or an error. title: algorithm, model and data set.
         round: rounds that are over. attempt: of the round that comes, from 1; 0 before it begins. repeats: rounds that
             were begun again, by this process.
         accuracy: of the last test, a fraction. payload, framed, up, down: bytes of training traffic up to the last
@@ -146,6 +147,36 @@ def _build(kind: type[T], known: Any) -> T:
     return kind(**values)
 
 
+def announce(folder: Path, config: RunConfig) -> None:
+    """Tell that a server has begun to load what it needs, unless the server before it has told of the run."""
+    if (folder / NETWORK).exists():
+        return
+    now = time.time()
+    status = replace(_about(config), state="starting", began=now, time=now)
+    replace_file(folder / NETWORK, json.dumps(asdict(status), indent=1) + "\n", durable=False)
+
+
+def is_told(folder: Path) -> bool:
+    """Whether the server before this one has told its clients that the run is over."""
+    try:
+        return read_status_of(folder).state == "finished"
+    except ConfigError:
+        return False
+
+
+def _about(config: RunConfig) -> Status:
+    """What is known of a run before it begins."""
+    return Status(
+        title=config.title,
+        algorithm=config.algorithm_name,
+        model=config.model.name,
+        dataset=f"{config.dataset.name}-{config.dataset.distribution}",
+        rounds=config.rounds,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+    )
+
+
 class StatusFile:
     """Keeps `network.json` up to date, from a thread of its own that sleeps until something has changed.
 
@@ -159,24 +190,17 @@ class StatusFile:
         self, folder: Path, federation: Federation, clients: RemoteClients, accuracy: float | None = None
     ) -> None:
         self._path, self._federation, self._clients = folder / NETWORK, federation, clients
-        config, sent = federation.config, federation.ledger.training
-        secure = clients.hub.secure
-        self._status = Status(
-            title=config.title,
-            algorithm=config.algorithm_name,
-            model=config.model.name,
-            dataset=f"{config.dataset.name}-{config.dataset.distribution}",
+        sent = federation.ledger.training
+        self._status = replace(
+            _about(federation.config),
             round=federation.round,
-            rounds=config.rounds,
             accuracy=accuracy,
             payload=sent().payload,
             framed=sent().framed,
             up=sent("up").payload,
             down=sent("down").payload,
             address=clients.hub.address,
-            tls=secure,
-            host=socket.gethostname(),
-            pid=os.getpid(),
+            tls=clients.hub.secure,
             began=time.time(),
         )
         self._changed, self._over = threading.Event(), threading.Event()

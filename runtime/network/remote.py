@@ -26,7 +26,7 @@ from runtime.network.config import GrpcTransport
 from runtime.network.connection import Connection, LinkLostError
 from runtime.network.hub import Greeting, Hub, RefusedError, missing
 from runtime.network.rehearsal import rehearse
-from runtime.network.sessions import RemoteChannel, RemoteSession
+from runtime.network.sessions import A_STEP, MOST_MESSAGES, RemoteChannel, RemoteSession
 from runtime.network.wire import Head, What, outgoing
 from runtime.schedule import SCHEDULES, RoundLostError, RoundReport
 from runtime.session import ServerParty
@@ -40,6 +40,7 @@ T = TypeVar("T")
 
 _NAMED = 20  # clients in a line of the log
 _WORST = 1e39  # of a loss: more than any float32
+_UNUSABLE = (AssertionError, LookupError, TypeError, ValueError, RuntimeError)  # what a handler raises at a bad message
 _LONGEST_PAUSE_S = 37.0  # of a client that tries again, and a little more
 
 
@@ -195,10 +196,23 @@ class RemoteClients(Clients):
             if report is not None:
                 self._reports[client] = report
 
-        opening, names = self._order(client), self._names.setdefault(client, set())
         return RemoteSession(
-            connection, opening, self._check, timeout=self._config.timeout, until=until, on_close=close, names=names
+            connection,
+            self._order(client),
+            self._check,
+            timeout=self._config.timeout,
+            until=until,
+            on_close=close,
+            names=self._names.setdefault(client, set()),
+            most=MOST_MESSAGES + A_STEP * self._steps(client),
         )
+
+    def _steps(self, client: int) -> int:
+        """Of a client in a round; where only the client knows its data, by what it has told of them."""
+        if self._divided:
+            return len(self.steps(client))
+        config = self._federation.config
+        return config.local_epochs * math.ceil(self._facts[client]["samples"] / config.batch_size)
 
     def _order(self, client: int) -> dict[str, Any]:
         """What a client has to know before a round: which state of its own to take up."""
@@ -223,8 +237,8 @@ class RemoteClients(Clients):
         serve, absorb = server.serve, server.absorb
 
         def guarded_serve(kind: str, inbox: Mapping[int, Payload]) -> dict[int, Payload | None]:
-            if len(inbox) > 1:  # whose it was cannot be told
-                return serve(kind, inbox)
+            if len(inbox) > 1:
+                return self._find_out(inbox, lambda some: serve(kind, some))
             (client,) = inbox
             return self._blame(client, lambda: serve(kind, inbox))
 
@@ -234,12 +248,32 @@ class RemoteClients(Clients):
         server.serve, server.absorb = guarded_serve, guarded_absorb
         return server
 
+    def _find_out(self, inbox: Mapping[int, Payload], work: Callable[[Mapping[int, Payload]], T]) -> T:
+        """Work on the messages of several clients; if that fails, those whose message alone fails too are lost.
+
+        The round is lost with them, as what they have done to the server cannot be undone otherwise.
+        """
+        try:
+            return work(inbox)
+        except torch.OutOfMemoryError:
+            raise
+        except _UNUSABLE:
+            lost: list[int] = []
+            for client, message in inbox.items():
+                try:
+                    self._blame(client, lambda client=client, message=message: work({client: message}))
+                except ClientDroppedError:
+                    lost.append(client)
+            if not lost:  # a fault of this program
+                raise
+        raise RoundLostError(f"the server cannot use what it was sent by client {', '.join(map(str, lost))}")
+
     def _blame(self, client: int, work: Callable[[], T]) -> T:
         try:
             return work()
         except torch.OutOfMemoryError:
             raise
-        except (AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        except _UNUSABLE as error:
             reason = f"the server cannot use what it was sent: {type(error).__name__}: {one_line(error)}"
             self.hub.quiet(f"fault of client {client}", "client %d is lost: %s", client, reason, trace=True)
             connection = self.hub.connections.get(client)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # The messages with which a client ends its round, and seconds for the rest of them where the first is there in time.
 _LAST, _GRACE_S = (What.METRICS, What.REPORT, What.UPLOAD), 5.0
+MOST_MESSAGES, A_STEP = 64, 32
+"""Messages of a client in a round, at most: so many, and so many more for each of its steps."""
 _METRICS, _NAME = 64, re.compile(r"[\w./-]{1,64}", re.ASCII)
 
 
@@ -49,6 +52,7 @@ class RemoteSession:
         opening: what the client is told of the round before its first message.
         check: raises WireError at a message that cannot be right: its kind and its fields.
         names: of the metrics that the client has told of so far, to be added to.
+        most: messages that the client may send before its upload.
         until: when the round has to be over, on the monotonic clock.
     """
 
@@ -62,6 +66,7 @@ class RemoteSession:
         until: float,
         on_close: Callable[[dict[str, Any] | None], None],
         names: set[str] | None = None,
+        most: int = sys.maxsize,
     ) -> None:
         self._connection, self._check = connection, check
         self._timeout, self._until = timeout, until
@@ -73,6 +78,7 @@ class RemoteSession:
         self._replied = self._finished = self._late = False
         connection.session += 1
         self._number = connection.session
+        self._left = self._most = most
 
     def send(self, message: Reply) -> None:
         if self._opening is not None:
@@ -102,6 +108,9 @@ class RemoteSession:
     def _receive(self) -> Message | Upload:
         what, kind, fields = self._next()
         if what in (What.TELL, What.ASK):
+            if not self._left:
+                raise WireError(f"more than {self._most} messages in a round")
+            self._left -= 1
             self._check(kind, fields)
             self._kind = kind
             if what is What.TELL:

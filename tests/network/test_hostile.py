@@ -19,6 +19,7 @@ from runtime.federation import Federation
 from runtime.network.agreement import PROTOCOL, data_facts, fingerprint, shared, version
 from runtime.network.bounds import WireError
 from runtime.network.wire import What
+from runtime.session import ServerParty, Workplace
 from tests.conftest import same, weights
 from tests.network.serving import served
 
@@ -224,6 +225,56 @@ def test_messages_of_the_right_shapes_that_the_server_cannot_use(tmp_path: Path,
         tmp_path, *SETTING, *overrides, "transport.quorum=0.5", "transport.timeout=20", clients=1
     ) as federation:
         assert reason in attack(federation, act)
+
+
+def test_of_several_messages_at_once_the_one_that_cannot_be_used_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In lockstep the server answers all clients together; the round is repeated without the one that sent it."""
+    setting = ("algorithm=moco_sfl", "algorithm.together=never", "transport.quorum=0.5", "transport.timeout=20")
+    with served(tmp_path, *SETTING, *setting, clients=1) as federation:
+        kind = type(federation.server)
+        together, seen = kind.on_smashed_cohort, list[set[int]]()
+
+        def on_smashed_cohort(self, inbox: dict) -> dict:
+            seen.append({*inbox})
+            if any(not message["query"].any() for message in inbox.values()):
+                raise ValueError("nothing but zeros")
+            return together(self, inbox)
+
+        monkeypatch.setattr(kind, "on_smashed_cohort", on_smashed_cohort)
+        clients = federation.clients
+        assert "ValueError: nothing but zeros" in attack(federation, asks("smashed", query=Z, key=Z))
+        assert {HONEST, HOSTILE} in seen
+        assert {HONEST} in seen[seen.index({HOSTILE}) :]
+        assert clients.repeats == 1
+
+        def faulty(self, inbox: dict) -> dict:
+            if len(inbox) > 1:
+                raise ValueError("a fault of this program")
+            return together(self, inbox)
+
+        monkeypatch.setattr(kind, "on_smashed_cohort", faulty)
+        guarded = clients._guarded(ServerParty(federation.server, Workplace(federation.blueprint, 0)))
+        connected = {*clients.hub.connections}
+        with pytest.raises(ValueError, match="a fault of this program"):
+            guarded.serve("smashed", {client: {"query": Z + 1, "key": Z + 1} for client in range(2)})
+        assert {*clients.hub.connections} == connected
+
+
+def test_a_round_has_so_many_messages(arena: Federation) -> None:
+    """One that goes on and on would hold the round, and with it all others, for ever."""
+    most = 64 + 32 * len(arena.clients.steps(HOSTILE))
+    answered: list[What] = []
+
+    def act(hostile: Hostile, session: int) -> None:
+        for _ in range(most + 1):
+            hostile.link.send(What.ASK, {"z": Z, "y": Y}, session, "smashed")
+            if len(answered) < most:
+                answered.append(hostile.link.receive((What.REPLY,)).head.what)
+
+    assert attack(arena, act) == f"the server does not accept what it was sent: more than {most} messages in a round"
+    assert len(answered) == most
 
 
 def test_answers_that_it_does_not_read_do_not_pile_up(arena: Federation) -> None:

@@ -82,7 +82,8 @@ def class_folders(tree: Tree, folder: str, other: str | None = None, otherwise: 
             part.unread.append(path)
             held.setdefault(name, []).append(path)
     if not part.files:
-        raise ConfigError("dataset.root", tree.root, f"images in {prefix}<class>/ of it{_instead(tree, part)}{otherwise}")
+        instead = f"{_instead(tree, part)}{otherwise}"
+        raise ConfigError("dataset.root", tree.root, f"images in {prefix}<class>/ of it{instead}")
     if len({*map(printable, held)}) < len(held):
         raise ConfigError("dataset.root", tree.root, f"class folders in {prefix or '.'} whose names differ when shown")
     shown = {printable(name): files for name, files in sorted(held.items())}

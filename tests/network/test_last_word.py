@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import pytest
 
 import status
 from runtime import experiment
+from runtime.config import ConfigError
+from runtime.federation import Federation
 from runtime.hydra_support import load_config
 from runtime.job import claim
 from runtime.network.status import NETWORK, Status, announce, read_status_of
 from runtime.run_folder import RunFolder
 from tests.conftest import SMALL
+from tests.network import scenarios
 from tests.network.serving import served, start_client
 from tests.network.test_tls_run import free_port
 
@@ -175,3 +179,12 @@ def test_nothing_found_says_that_a_server_takes_some_seconds(
 ) -> None:
     assert status.main([f"save_dir={tmp_path}"]) == 1
     assert "some seconds after its server was started" in capsys.readouterr().err
+
+
+def test_a_client_without_a_test_folder_is_told_which_key_helps(tmp_path: Path) -> None:
+    scenarios.images(tmp_path / "mine", 0, 4)
+    shutil.rmtree(tmp_path / "mine" / "test")
+    config = load_config(["dataset=image_folder", f"dataset.root={tmp_path / 'mine'}", "dataset.options.channels=1"])
+    with pytest.raises(ConfigError, match="or dataset.options.test=null, which holds out 20% of each class") as raised:
+        Federation(config)
+    assert "of a run over the network at the server" in str(raised.value)

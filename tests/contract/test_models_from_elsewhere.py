@@ -195,7 +195,7 @@ def test_parts_that_are_no_sequences_are_personalised_whole(configure: Configure
     assert not (tmp_path / "head").exists(), "it is refused before training"
     finished(configure(*given, "personalize.part=full"), tmp_path / "full")
     with pytest.raises(ConfigError, match=r"personalize\.part=body: expected full"):
-        personalize_run(tmp_path / "full", {"personalize.part": "body"})
+        personalize_run(tmp_path / "full", {"personalize.part": "body", "model": OWN.partition("=")[2]})
 
 
 def test_hydra_learns_the_names_without_importing_a_library_of_models() -> None:

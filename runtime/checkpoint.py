@@ -1,20 +1,36 @@
-"""Checkpoints at round boundaries: one manifest that names everything a run needs to go on.
+"""Checkpoints at round boundaries: one manifest that names everything a run needs to go on, and sums of all of it.
 
 The manifest is written to a temporary name, synced and renamed, after the files that it names are on the disk. What
 was written after it (a half-done round, rows of a store, lines of a table) is discarded when the run is taken up again.
+The checkpoint before it stays, whole, until the next one: where the last is damaged the run goes on from that one, and
+as it repeats the rounds since, it ends in the same bits.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from runtime.files import replace_file, sync_folder
+from runtime.config import NO_VALUE, ConfigError, build
+from runtime.files import DamagedError, Mark, digest_of, refuse_link, replace_file, sync_folder
+from runtime.first_format import NAMES as FIRST_NAMES
+from runtime.first_format import Rows, is_first, rows_of, values_of
 from runtime.serial import load_state, save_state
 
-MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
+MANIFEST, PREVIOUS = "manifest.json", "previous.json"
+FORMAT = 2
+_NAMES = re.compile(r"(server-\d+\.safetensors|(clients|server)-\d+\.rows)")
+_ANEW = "resume=never begins a new run"
 
 
 @dataclass(frozen=True)
@@ -23,54 +39,174 @@ class Manifest:
 
     identity: hash of the configuration that the run was started with.
     round: number of completed rounds.
-    server: file name of the server's state.
-    rows: rows of the clients' and the server's stores, (client, name, file) each.
-    version: number of checkpoints taken before this one.
-    ledger, results: totals and histories so far.
+    generation: number of checkpoints taken before this one.
+    rows: segments of the clients' and the server's stores, oldest first.
+    ledger, results: totals so far, and what is to be known of the run's own files.
     seconds: compute time so far by party.
     clients: what is known of clients that keep their state on machines of their own.
+    server: the file of the server's state.
+    obsolete: files that this checkpoint and the one before it no longer need.
     """
 
     identity: str
     round: int
-    server: str
-    rows: dict[str, list[list[str | int]]]
-    version: int
+    generation: int
+    rows: dict[str, tuple[Mark, ...]]
     ledger: dict[str, Any]
     results: dict[str, Any]
     seconds: dict[str, float]
     clients: dict[str, Any] = field(default_factory=dict[str, Any])
+    server: Mark = field(default_factory=lambda: Mark("", 0, ""))
+    obsolete: tuple[str, ...] = ()
+
+    @property
+    def marks(self) -> list[Mark]:
+        """The files in the checkpoint's folder that it needs."""
+        return [self.server, *(mark for marks in self.rows.values() for mark in marks)]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint as it was read: its manifest, and where its rows are if it is of the first format."""
+
+    manifest: Manifest
+    first: Rows | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """The files in the checkpoint's folder that it needs."""
+        old = (place.file for places in (self.first or {}).values() for place in places.values())
+        return {*(mark.name for mark in self.manifest.marks), *old}
+
+
+TakeUp = Callable[[Found, Any], None]
+"""Takes up a checkpoint and the server's state; raises DamagedError where the run's other files are not as they were.
+
+May be called again then, with the checkpoint before.
+"""
 
 
 class Checkpoint:
-    """The checkpoint of one run's folder."""
+    """The checkpoints of one run's folder: the last one, and the one before it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._last: set[str] | None = None  # the files of the one that the run is at
+        self._is_last = True  # it is the one in MANIFEST, not in PREVIOUS
+        self._unneeded: set[str] = set()  # named once by this run's manifests
 
     def exists(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
-        return (self._folder / MANIFEST).is_file()
-
-    def server_file(self, round: int) -> str:
-        """The name of the file that holds the server's state after ``round`` rounds."""
-        return f"server-{round}.safetensors"
+        """Whether there is a checkpoint to go on from, be it a damaged one."""
+        refuse_link(self._folder)
+        return any(os.path.lexists(self._folder / name) for name in (MANIFEST, PREVIOUS))
 
     def write(self, manifest: Manifest, server_state: Any) -> None:
-        """Put a new checkpoint in place of the old one."""
+        """Put a new checkpoint in place of the last, and the last in place of the one before.
+
+        Args:
+            manifest: its ``server`` and ``obsolete`` are set here. server_state: nested, see ``save_state``.
+        """
+        refuse_link(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        save_state(self._folder / manifest.server, server_state)
+        server = save_state(self._folder / f"server-{manifest.generation}.safetensors", server_state)
         sync_folder(self._folder)
-        replace_file(self._folder / MANIFEST, json.dumps(asdict(manifest)))
-        self._clean(manifest)
+        manifest = replace(manifest, server=server)
+        kept, names = self._last or set[str](), Found(manifest).names
+        manifest = replace(manifest, obsolete=tuple(sorted(self._unneeded - kept - names)))
+        if self._last is not None and self._is_last:
+            with contextlib.suppress(FileNotFoundError):
+                (self._folder / MANIFEST).replace(self._folder / PREVIOUS)
+        replace_file(self._folder / MANIFEST, _to_text(manifest))
+        self._remove(manifest.obsolete)
+        self._unneeded, self._last, self._is_last = kept, names, True
 
-    def _clean(self, manifest: Manifest) -> None:
-        for path in self._folder.glob("server-*.safetensors"):
-            if path.name != manifest.server:
+    def _remove(self, names: Iterable[str]) -> None:
+        """Remove files that a manifest once named; a link goes, never what is behind it."""
+        for name in names:
+            path = self._folder / name
+            if path.parent.is_symlink():
+                continue
+            with contextlib.suppress(OSError):
                 path.unlink()
+                if path.parent != self._folder:
+                    path.parent.rmdir()  # of the first format; once it is empty
 
-    def read(self) -> tuple[Manifest, Any]:
-        """The manifest and the server's state; what a killed process left half written is removed."""
-        manifest = Manifest(**json.loads((self._folder / MANIFEST).read_text(encoding="utf-8")))
-        self._clean(manifest)
-        return manifest, load_state(self._folder / manifest.server)
+    def read(self, identity: str, take_up: TakeUp, *, fall_back: bool) -> None:
+        """Take up the last checkpoint that is whole.
+
+        Args:
+            identity: that it has to be of.
+            fall_back: go on from the checkpoint before, where the last is damaged.
+
+        Raises:
+            ConfigError: there is none, or it is not this configuration's.
+        """
+        damage: list[str] = []
+        for name in (MANIFEST, PREVIOUS) if fall_back else (MANIFEST,):
+            try:
+                found = self._read(name, identity)
+                self._unneeded |= found.names | {*found.manifest.obsolete}
+                take_up(found, self._checked(found))
+            except DamagedError as error:
+                damage.append(str(error))
+                continue
+            if damage:
+                log.warning("%s: goes on from the checkpoint before, of round %d", damage[0], found.manifest.round)
+            self._last, self._is_last = found.names, name == MANIFEST
+            with contextlib.suppress(ConfigError):
+                self._unneeded |= self._read(PREVIOUS, identity).names
+            return
+        advice = _ANEW if fall_back else "a run is measured as its last checkpoint has it"
+        raise ConfigError("resume", NO_VALUE, f"{'; '.join(dict.fromkeys(damage))}; {advice}")
+
+    def _read(self, name: str, identity: str) -> Found:
+        path = self._folder / name
+        try:
+            if path.is_symlink():
+                raise DamagedError.of(path, "is a link")
+            found = self._found(path, json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise DamagedError.of(Path(error.filename), "is missing") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, ConfigError) and (isinstance(error, DamagedError) or error.key == "resume"):
+                raise
+            raise DamagedError.unreadable(path, error) from None
+        if found.manifest.identity != identity:
+            raise DamagedError.of(path, f"is of another configuration ({found.manifest.identity!r:.40})")
+        return found
+
+    def _found(self, path: Path, content: Any) -> Found:
+        if is_first(content):
+            found = Found(build(Manifest, values_of(content)), rows_of(self._folder, content))
+        else:
+            version, body = content["format"], content["body"]
+            if type(version) is int and version > FORMAT:
+                reason = f"a newer version of the platform wrote it (format {version}; this one reads up to {FORMAT})"
+                raise ConfigError("resume", NO_VALUE, f"{path}: {reason}; go on with that version, or {_ANEW}")
+            if version != FORMAT or content["sha256"] != _sum_of(body):
+                raise DamagedError.of(path, "has other content than was written")
+            found = Found(build(Manifest, body))
+        allowed = _NAMES if found.first is None else FIRST_NAMES
+        for name in (*found.names, *found.manifest.obsolete):
+            if not allowed.fullmatch(name) and not (name in found.manifest.obsolete and FIRST_NAMES.fullmatch(name)):
+                raise DamagedError.of(path, f"names {name!r:.80}, which is no file of a checkpoint")
+        return found
+
+    def _checked(self, found: Found) -> Any:
+        """The server's state; every file that a manifest names is as it was."""
+        server = found.manifest.server
+        if found.first is None:
+            for mark in found.manifest.marks:
+                digest_of(self._folder, mark)
+        elif (self._folder / server.name).is_symlink():
+            raise DamagedError.of(self._folder / server.name, "is a link")
+        return load_state(self._folder / server.name)
+
+
+def _to_text(manifest: Manifest) -> str:
+    body = json.loads(json.dumps(asdict(manifest)))  # as it will be read: tuples are lists
+    return json.dumps({"format": FORMAT, "sha256": _sum_of(body), "body": body})
+
+
+def _sum_of(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -57,9 +57,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
         _check_after(federation)
     loggers = build_loggers(config.logger, folder.path, folder.resumed)
     results = Results(folder.path, loggers, by_client=config.communication_by == "client")
-    state = federation.resume()
-    if state is not None:
-        results.restore(state)
+    if federation.resume(results.restore) is not None:
         log.info("resumed after round %d", federation.round)
     results.start(config.to_mapping())
     _save_partition(federation, folder.path)

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import Tensor
 from datasets import Dataset
 from runtime import rng
 from runtime.blueprint import Parts
-from runtime.checkpoint import Checkpoint, Manifest
+from runtime.checkpoint import Checkpoint, Found, Manifest
 from runtime.clients import Clients
 from runtime.config import ConfigError
 from runtime.contexts import ServerContext
 from runtime.evaluation import Evaluation
 from runtime.evaluator import Evaluator
+from runtime.files import DamagedError
 from runtime.ledger import Ledger, Traffic
 from runtime.results import RoundRecord
 from runtime.schedule import RoundLostError, RoundReport
@@ -57,10 +58,12 @@ class Federation(Setup):
         limit: Limit | None = None,
     ) -> None:
         super().__init__(config, dataset, limit)
+        self._folder = folder or Path()
         self._checkpoint = None if folder is None else Checkpoint(folder / CHECKPOINT_FOLDER)
         self.stores = {
             name: Store(
-                None if folder is None else folder / CHECKPOINT_FOLDER / name,
+                None if folder is None else folder / CHECKPOINT_FOLDER,
+                name,
                 device=self.device,
                 memory_limit=self.config.state_memory_mb * 1e6,
             )
@@ -207,15 +210,14 @@ class Federation(Setup):
     # ------------------------------------------------------------------ checkpoints
 
     def checkpoint(self, results: dict[str, Any]) -> None:
-        """Write a checkpoint that holds ``results`` too, and drop what the previous one needed."""
+        """Write a checkpoint that holds ``results`` too; the one before it stays, in case that this one is damaged."""
         assert self._checkpoint is not None, "a federation without a folder has no checkpoints"
-        version = self.stores["clients"].version
+        generation = self.stores["clients"].version
         manifest = Manifest(
             identity=self.config.identity(),
             round=self.round,
-            server=self._checkpoint.server_file(self.round),
-            rows={name: store.checkpoint() for name, store in self.stores.items()},
-            version=version,
+            generation=generation,
+            rows={name: tuple(store.checkpoint()) for name, store in self.stores.items()},
             ledger=self.ledger.state_dict(),
             results=results,
             seconds=self.seconds,
@@ -223,32 +225,51 @@ class Federation(Setup):
         )
         self._checkpoint.write(manifest, self.server.state_dict())
         self.clients.checkpointed()
-        for store in self.stores.values():
-            store.clean()
 
-    def resume(self, *, recorded: str | None = None) -> dict[str, Any] | None:
+    def resume(
+        self, restore: Callable[[Mapping[str, Any]], None] | None = None, *, recorded: str | None = None
+    ) -> dict[str, Any] | None:
         """Take up the folder's checkpoint; returns its results, or None where there is no checkpoint.
 
         Args:
+            restore: takes up the results; raises DamagedError where the run's files are not as they were then. Given by
+                a run that goes on: where its last checkpoint is damaged, it goes on from the one before.
             recorded: the identity that the run was recorded with, if it is not that of this federation's configuration.
 
         Raises:
-            ConfigError: the checkpoint belongs to another configuration.
+            ConfigError: the checkpoint belongs to another configuration, or is damaged.
         """
+        results: dict[str, Any] | None = None
         if self._checkpoint is None or not self._checkpoint.exists():
             for store in self.stores.values():
-                store.restore([], 0)
+                store.clear()
             return None
-        manifest, server_state = self._checkpoint.read()
-        if manifest.identity != (recorded or self.config.identity()):
-            raise ConfigError("resume", manifest.identity, "a checkpoint of the same configuration")
+
+        def take_up(found: Found, server_state: Any) -> None:
+            nonlocal results
+            try:
+                self._restore(found, server_state)
+                if restore is not None:
+                    restore(found.manifest.results)
+            except (LookupError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+                raise DamagedError.unreadable(self._folder / CHECKPOINT_FOLDER, error) from error
+            results = found.manifest.results
+
+        self._checkpoint.read(recorded or self.config.identity(), take_up, fall_back=restore is not None)
+        return results
+
+    def _restore(self, found: Found, server_state: Any) -> None:
+        manifest = found.manifest
+        for name, store in self.stores.items():
+            if found.first is None:
+                store.restore(manifest.rows[name], manifest.generation + 1)
+            else:
+                store.take_up(found.first[name], manifest.generation + 1)
+        self.server = self._build_server()  # as new: a damaged checkpoint may have been taken up in part
         self.round = manifest.round
         self._take_up(server_state, manifest.ledger)
         self.clients.load_state_dict(manifest.clients)
-        for name, store in self.stores.items():
-            store.restore(manifest.rows[name], manifest.version + 1)
         self.seconds = dict(manifest.seconds)
-        return manifest.results
 
     def _take_up(self, server: Any, ledger: Mapping[str, Any]) -> None:
         """The server and the ledger as they were before the round that comes."""

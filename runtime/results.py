@@ -1,8 +1,8 @@
 """What a run writes down: `results.json`, `config.yaml`, `env.json` and csv files.
 
-The csv files only ever grow by whole rounds; a checkpoint keeps their lengths and the history, and a resumed run cuts
-them back to these lengths. So a run that was killed at any instant and resumed leaves the same bytes as one that was
-not, but for the time columns. Everything else is replaced atomically.
+The csv files and `history.jsonl`, of which `results.json` is made, only ever grow by whole rounds; a checkpoint keeps
+their lengths and sums, and a resumed run cuts them back to these lengths. So a run that was killed at any instant and
+resumed leaves the same bytes as one that was not, but for the time columns. Everything else is replaced atomically.
 """
 
 from __future__ import annotations
@@ -13,150 +13,37 @@ import io
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
-from runtime.config import NO_VALUE, ConfigError
+from runtime.config import build
 from runtime.environment import describe_environment
-from runtime.files import CLIENT_ACCURACY, RESULTS, replace_file, sync_file
+from runtime.files import CLIENT_ACCURACY, RESULTS, DamagedError, Mark, replace_file
+from runtime.growing import GrowingFile
+from runtime.history import (
+    COLUMNS,
+    JOURNAL,
+    SERIES,
+    ClientRow,
+    History,
+    RoundRecord,
+    RunSummary,
+    TrafficRow,
+    plain_number,
+)
 from runtime.loggers import Logger
+
+__all__ = ["ClientRow", "Results", "RoundRecord", "RunSummary", "TrafficRow"]
 
 log = logging.getLogger(__name__)
 
-TrafficRow = tuple[int, str, str, str, int, int, int]
-"""round, direction ("up" or "down"), kind, field, client, payload bytes, framed bytes"""
-
-ClientRow = tuple[str, int, int, float]
-"""metric, client, samples that it was measured on, accuracy as a fraction"""
-
-_COLUMNS = {
-    "metrics.csv": (
-        *("round", "test_acc", "test_loss", "train_loss", "comm_load", "comm_up", "comm_down", "comm_framed"),
-        *("clients", "round_trips", "time_wall", "time_client", "time_server", "time_eval"),
-    ),
-    "extras.csv": ("round", "name", "value"),
-    "communication.csv": ("round", "direction", "kind", "field", "client", "payload_bytes", "framed_bytes"),
-}
-_SERIES = (
-    *("test_acc", "test_loss", "train_loss", "comm_load", "comm_up", "comm_down", "comm_framed"),
-    *("round_trips", "client_rounds", "time_wall", "time_client", "time_server", "time_eval"),
-)
 # Rewriting the whole history at each evaluated round is quadratic in their number; it may take this share of the time.
 _WRITE_SHARE = 0.05
-
-
-@dataclass
-class RoundRecord:
-    """One completed round.
-
-    `round` counts completed rounds from 1. Accuracies are fractions; `test_*` are None in a round that was not
-    evaluated. `comm_*` are cumulative payload bytes of training traffic (`comm_framed`: bytes on the wire), `time_*`
-    cumulative seconds. `clients` survived the round. `round_trips` counts so far how often a client waited for the
-    server, see `runtime.ledger.Ledger`; `in_turn` tells that a round's clients work one after the other. `metrics` are
-    the algorithm's own, e.g. "align/error_before", `client_rows` what was measured client by client.
-    """
-
-    round: int
-    test_acc: float | None
-    test_loss: float | None
-    train_loss: float | None
-    comm_load: int
-    comm_up: int
-    comm_down: int
-    comm_framed: int
-    time_wall: float
-    time_client: float
-    time_server: float
-    time_eval: float
-    clients: int
-    round_trips: int = 0
-    in_turn: bool = False
-    metrics: dict[str, float] = field(default_factory=dict[str, float])
-    client_rows: list[ClientRow] = field(default_factory=list[ClientRow])
-
-    @property
-    def evaluated(self) -> bool:
-        """Whether the global test set was measured in this round."""
-        return self.test_acc is not None
-
-    def scalars(self) -> dict[str, float]:
-        """Every figure of the round but its number, by name, the algorithm's own included; missing ones left out."""
-        own = {name: getattr(self, name) for name in _COLUMNS["metrics.csv"][1:]}
-        return {name: value for name, value in (self.metrics | own).items() if value is not None}
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """A run in a few figures. Accuracies are fractions, None when nothing was evaluated; times are seconds.
-
-    `traffic` maps direction ("up", "down") to kind to (payload bytes, framed bytes), messages that are no training
-    traffic included; `comm_*` as in `RoundRecord`.
-    """
-
-    rounds: int
-    final_acc: float | None
-    final_loss: float | None
-    best_acc: float | None
-    best_round: int | None
-    comm_load: int
-    comm_up: int
-    comm_down: int
-    comm_framed: int
-    time_wall: float
-    time_client: float
-    time_server: float
-    time_eval: float
-    traffic: dict[str, dict[str, tuple[int, int]]]
-
-
-@dataclass
-class _History:
-    """Everything that `results.json` and the summary need; plain containers, so that it is a checkpoint's state too.
-
-    `totals` holds cumulative [payload, framed] bytes by "direction/kind/field"; `traffic` the payload part of it at
-    each evaluated round. `pending` holds metrics of rounds since the last evaluation, `client_rows` what that measured
-    client by client.
-    """
-
-    rounds: list[int] = field(default_factory=list[int])
-    series: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _SERIES})
-    metrics: dict[str, list[float | None]] = field(default_factory=dict[str, list[float | None]])
-    traffic: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
-    totals: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
-    pending: dict[str, float | None] = field(default_factory=dict[str, float | None])
-    last: dict[str, Any] = field(default_factory=dict[str, Any])
-    client_rows: list[list[Any]] = field(default_factory=list[list[Any]])
-
-    def add(self, record: RoundRecord, traffic: Iterable[TrafficRow]) -> None:
-        assert record.round > self.last.get("round", 0), f"round {record.round} after round {self.last['round']}"
-        for _, direction, kind, name, _, payload, framed in traffic:
-            total = self.totals.setdefault(f"{direction}/{kind}/{name}", [0, 0])
-            total[0] += int(payload)
-            total[1] += int(framed)
-        self.pending.update({name: _finite(value) for name, value in record.metrics.items()})
-        own = {name: _finite(value) for name, value in vars(record).items() if name in _SERIES}
-        clients = self.last.get("client_rounds", 0) + record.clients
-        self.last = {"round": record.round, "in_turn": record.in_turn, "client_rounds": clients, **own}
-        if record.evaluated:
-            self.client_rows = [[*names, _plain(accuracy)] for *names, accuracy in record.client_rows]
-            self._evaluated()
-
-    def _evaluated(self) -> None:
-        before = len(self.rounds)
-        self.rounds.append(self.last["round"])
-        for name in _SERIES:
-            self.series[name].append(self.last[name])
-        for name in self.pending.keys() | self.metrics.keys():
-            self.metrics.setdefault(name, [None] * before).append(self.pending.get(name))
-        for name, total in self.totals.items():
-            self.traffic.setdefault(name, [0] * before).append(total[0])
-        self.pending.clear()
 
 
 class Results:
@@ -172,8 +59,9 @@ class Results:
         self.folder = folder
         self._by_client = by_client
         self._loggers = list(loggers)
-        self._history = _History()
+        self._history = History()
         self._begun = False
+        self._files = {name: GrowingFile(folder / name) for name in (*COLUMNS, JOURNAL)}
         self._finished = False
         self._summary: dict[str, Any] | None = None
         self._stale = False
@@ -190,11 +78,7 @@ class Results:
         replace_file(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         path = self.folder / "env.json"
         environment = describe_environment()
-        if path.exists():
-            first = json.loads(path.read_text(encoding="utf-8"))
-            first.setdefault("resumed", []).append(environment)
-            environment = first
-        replace_file(path, json.dumps(environment, indent=2) + "\n")
+        replace_file(path, json.dumps(_after(path, environment), indent=2) + "\n")
         for logger in self._loggers:
             logger.start(config)
 
@@ -207,49 +91,65 @@ class Results:
         """
         traffic = list(traffic)
         self._begin()
-        self._history.add(record, traffic)
-        self._append("metrics.csv", [[_plain(getattr(record, name)) for name in _COLUMNS["metrics.csv"]]])
-        self._append("extras.csv", [[record.round, name, float(value)] for name, value in record.metrics.items()])
-        self._append("communication.csv", traffic if self._by_client else _over_clients(traffic))
+        entry = self._history.add(record, traffic)
+        metrics = [[plain_number(getattr(record, name)) for name in COLUMNS["metrics.csv"]]]
+        extras = [[record.round, name, float(value)] for name, value in record.metrics.items()]
+        self._files["metrics.csv"].append(_csv_text(metrics))
+        self._files["extras.csv"].append(_csv_text(extras))
+        self._files["communication.csv"].append(_csv_text(traffic if self._by_client else _over_clients(traffic)))
+        if entry is not None:
+            self._files[JOURNAL].append(_json_line(entry))
         self._stale |= record.evaluated
-        if self._stale and time.monotonic() - self._written_at >= self._write_cost / _WRITE_SHARE:
-            self._write_results()
+        self._write_in_time()
         self._tell(record)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must keep: the history and the lengths in bytes of the csv files, which are synced first.
+        """What a checkpoint must keep: length and sum of each file that grows, which are synced first, and totals.
 
         The result is made of plain JSON types and shares nothing with this object.
         """
-        offsets: dict[str, int] = {}
         self._begin()
-        for name in _COLUMNS:
-            sync_file(self.folder / name)
-            offsets[name] = (self.folder / name).stat().st_size
-        if self._stale:
-            self._write_results()
-        history = {each.name: getattr(self._history, each.name) for each in fields(_History)}
-        return {"offsets": offsets, "history": copy.deepcopy(history)}
+        marks = {name: asdict(file.mark()) for name, file in self._files.items()}
+        self._write_in_time()
+        return {"files": marks, "history": self._history.current()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Return to a `state()`: cut the csv files back to it and take up its history.
+        """Return to a `state()`: cut the files that grow back to it and take up its history.
 
         Raises:
-            ConfigError: a csv file is missing or shorter than it was at the checkpoint.
+            DamagedError: one of them is missing, shorter than it was, or was changed; all are left as they are.
         """
-        for name, offset in state["offsets"].items():
-            path = self.folder / name
-            size = path.stat().st_size if path.exists() else -1
-            if size < offset:
-                found = "is missing" if size < 0 else f"has {size} bytes"
-                reason = f"cannot resume: {path} {found}, the checkpoint was made when it had {offset}"
-                raise ConfigError("resume", NO_VALUE, reason)
-        for name, offset in state["offsets"].items():
-            os.truncate(self.folder / name, offset)
-            sync_file(self.folder / name)
-        self._begun = True
-        self._history = _History(**copy.deepcopy(dict(state["history"])))
+        if "offsets" in state:
+            self._restore_first(state)
+            return
+        for name, file in self._files.items():
+            file.take_up(build(Mark, state["files"][name]))
+        history = History(**copy.deepcopy(dict(state["history"])))
+        journal = self._files[JOURNAL]
+        try:
+            for line in journal.read().decode().splitlines():
+                history.enter(json.loads(line))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise DamagedError.unreadable(journal.path, error) from None
+        self._restored(history, self._files)
+
+    def _restore_first(self, state: Mapping[str, Any]) -> None:
+        """The same of a checkpoint of the first format, which has the whole history, and no sums."""
+        for name, length in state["offsets"].items():
+            self._files[name].take_up(Mark(name, length, ""))
+        history = History(**copy.deepcopy(dict(state["history"])))
+        self._restored(history, state["offsets"])
+        self._files[JOURNAL].begin("".join(map(_json_line, history.entries())))
+
+    def _restored(self, history: History, names: Iterable[str]) -> None:
+        for name in names:
+            self._files[name].cut()
+        self._begun, self._history = True, history
         self._write_results()
+
+    def _write_in_time(self) -> None:
+        if self._stale and time.monotonic() - self._written_at >= self._write_cost / _WRITE_SHARE:
+            self._write_results()
 
     def finish(self, summary: Mapping[str, Any] | None = None) -> RunSummary:
         """Mark the run as finished in `results.json`, sync the files, close the loggers.
@@ -282,7 +182,7 @@ class Results:
             kinds = traffic.setdefault(direction, {})
             earlier = kinds.get(kind, (0, 0))
             kinds[kind] = (earlier[0] + payload, earlier[1] + framed)
-        sums = {name: last.get(name, 0) for name in _SERIES if name.startswith(("comm_", "time_"))}
+        sums = {name: last.get(name, 0) for name in SERIES if name.startswith(("comm_", "time_"))}
         return RunSummary(
             rounds=last.get("round", 0),
             final_acc=accuracies[-1] if accuracies else None,
@@ -313,19 +213,11 @@ class Results:
         return {**content, "finished": self._finished}
 
     def _begin(self) -> None:
-        """Begin the csv files anew, unless `restore` took them up or this object wrote them."""
+        """Begin the files that grow anew, unless `restore` took them up or this object wrote them."""
         if not self._begun:
             self._begun = True
-            for name, columns in _COLUMNS.items():
-                (self.folder / name).write_bytes(b"")
-                self._append(name, [columns])
-
-    def _append(self, name: str, rows: Iterable[Sequence[Any]]) -> None:
-        text = _csv_text(rows)
-        if text:
-            # Opened each time: three files a round cost little, and an interrupted run leaves none open.
-            with (self.folder / name).open("ab") as file:
-                file.write(text.encode())
+            for name, file in self._files.items():
+                file.begin(_csv_text([COLUMNS[name]]) if name in COLUMNS else "")
 
     def _write_results(self) -> None:
         began = time.monotonic()
@@ -355,6 +247,23 @@ class Results:
                 self._loggers.remove(logger)
 
 
+def _after(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
+    """An environment behind those that a run's `env.json` tells of; alone where there is none that can be read."""
+    try:
+        first: Any = json.loads(path.read_text(encoding="utf-8"))
+        first.setdefault("resumed", []).append(environment)
+    except FileNotFoundError:
+        return environment
+    except (OSError, ValueError, AttributeError, RecursionError):
+        log.warning("%s cannot be read and is written anew", path)
+        return environment
+    return first
+
+
+def _json_line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, allow_nan=False, separators=(",", ":")) + "\n"
+
+
 def _over_clients(traffic: Iterable[TrafficRow]) -> list[tuple[Any, ...]]:
     """The lines summed over clients, whose column stays empty."""
     sums: dict[tuple[int, str, str, str], list[int]] = {}
@@ -369,17 +278,6 @@ def _csv_text(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-def _finite(value: Any) -> Any:
-    """A plain number; None for none and for what JSON cannot hold (NaN, infinity)."""
-    value = _plain(value)
-    return None if value is None or not math.isfinite(value) else value
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of numpy or torch as Python's own, so that they are written alike."""
-    return value if value is None or type(value) in (int, float) else value.item() if hasattr(value, "item") else value
 
 
 def _one_line_a_list(content: Mapping[str, Any], indent: str = "") -> str:

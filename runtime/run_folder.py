@@ -67,7 +67,7 @@ def read_status(path: Path) -> dict[str, Any]:
     """What `status.json` of a run folder says; an empty dict when there is none, or none that can be read."""
     try:
         status = json.loads((path / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return cast(dict[str, Any], status) if isinstance(status, dict) else {}
 
@@ -110,7 +110,9 @@ def _can_continue(folder: Path) -> bool:
 
 
 def _is_open(folder: Path) -> bool:
-    return read_status(folder).get("state") in ("running", "failed")
+    """Whether a run is unfinished. One whose status cannot be read may be: where it is not, going on does no harm."""
+    state = read_status(folder).get("state")
+    return state in ("running", "failed") or (state != "finished" and folder.is_dir() and not _is_fresh(folder))
 
 
 def remove_empty(path: Path, root: Path) -> None:
@@ -209,7 +211,7 @@ class RunFolder:
         if any(self.path.glob("**/*.safetensors")) or (self.path / "results.json").exists():
             return True
         metrics = self.path / "metrics.csv"
-        return metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) > 1
+        return metrics.is_file() and len(metrics.read_bytes().splitlines()) > 1
 
     def discard(self) -> bool:
         """Remove the folder and the empty parents below `save_dir`, unless it holds work; whether it was removed."""
@@ -230,14 +232,22 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.mark("finished")
-        elif isinstance(error, ConfigError):
+        try:
+            if error is None:
+                self.mark("finished")
+            else:
+                # On a full disk there is no room for this either: the run is then unfinished, as it is marked.
+                with contextlib.suppress(OSError):
+                    self._end(error)
+        finally:
+            self.release()
+
+    def _end(self, error: BaseException) -> None:
+        if isinstance(error, ConfigError):
             if not self.discard():
                 self.mark("failed", str(error))
         elif isinstance(error, Exception):
             self.mark("failed", " ".join(f"{type(error).__name__}: {error}".split()))
-        self.release()
 
 
 def _is_fresh(path: Path) -> bool:
@@ -249,7 +259,7 @@ def _is_fresh(path: Path) -> bool:
 def _read_identity(path: Path) -> str | None:
     try:
         return (path / IDENTITY).read_text(encoding="utf-8").strip()
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

@@ -1,19 +1,23 @@
 """Nested state (dicts, lists, tensors, numbers, text) in one safetensors file, without pickle.
 
-Tensors are stored under their path; the rest, with the shape of the nesting, goes as JSON into the file's metadata.
+Tensors are stored under their path; the rest, with the shape of the nesting, goes as JSON into the file's metadata, and
+so does a sum over all of it, by which a flipped bit is found.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import safetensors.torch
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from runtime.files import sync_file
+from runtime.files import DamagedError, Mark, replace_file
 
 _TENSOR = "__tensor__"
 _TUPLE = "__tuple__"
@@ -52,17 +56,37 @@ def _restore(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: _restore(item, tensors) for key, item in value.items()}
 
 
-def save_state(path: Path, state: Any) -> None:
-    """Write nested state to ``path``, durably: the bytes are on the disk when this returns."""
+def save_state(path: Path, state: Any) -> Mark:
+    """Write nested state to ``path``, durably and whole: the bytes are on the disk when this returns."""
     tensors: dict[str, Tensor] = {}
-    skeleton = _strip(state, "", tensors)
-    save_tensors(path, tensors, {"state": json.dumps(skeleton)})
+    skeleton = json.dumps(_strip(state, "", tensors))
+    return save_tensors(path, tensors, {"state": skeleton, "sha256": _sum_of(tensors, skeleton)})
 
 
 def load_state(path: Path) -> Any:
-    """What ``save_state`` wrote, tensors on the CPU."""
-    tensors, metadata = open_tensors(path)
-    return _restore(json.loads(metadata["state"]), tensors)
+    """What ``save_state`` wrote, tensors on the CPU.
+
+    Raises:
+        DamagedError: it cannot be read, or is not what was written; files of earlier versions have no sum to tell.
+    """
+    try:
+        tensors, metadata = open_tensors(path)
+        skeleton = metadata["state"]
+        if metadata.get("sha256") not in (None, _sum_of(tensors, skeleton)):
+            raise DamagedError.of(path, "has other bytes than were written")
+        return _restore(json.loads(skeleton), tensors)
+    except DamagedError:
+        raise
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DamagedError.unreadable(path, error) from None
+
+
+def _sum_of(tensors: Mapping[str, Tensor], skeleton: str) -> str:
+    digest = hashlib.sha256(skeleton.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(cast(Any, tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def open_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -72,12 +96,24 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         return {str(name): file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; its bytes are on the disk when this returns.
+def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Tensors as the bytes of a safetensors file.
 
-    Each tensor is copied, as the format refuses tensors that share memory (tied weights, views of one buffer).
+    Each is copied, as the format refuses tensors that share memory (tied weights, views of one buffer).
     """
-    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     module: Any = safetensors.torch  # partly untyped
-    module.save_file(copies, path, dict(metadata) if metadata else None)
-    sync_file(path)
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    return module.save(copies, dict(metadata) if metadata else None)
+
+
+def decode(content: bytes) -> dict[str, Tensor]:
+    """What ``encode`` made bytes of, on the CPU."""
+    module: Any = safetensors.torch
+    return module.load(content)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Mark:
+    """Write a safetensors file, whole or not at all; its bytes are on the disk when this returns."""
+    content = encode(tensors, metadata)
+    replace_file(path, content)
+    return Mark(path.name, len(content), hashlib.sha256(content).hexdigest())

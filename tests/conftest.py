@@ -65,7 +65,7 @@ def weights(federation: Federation) -> dict[str, torch.Tensor]:
         for key, tensor in part.state_dict().items()
     }
     for kind, store in federation.stores.items():
-        for client, row in sorted({*store._memory, *store._files}):
+        for client, row in store.all():
             for key, tensor in (store.get(client, row) or {}).items():
                 state[f"{kind}/{client}/{row}/{key}"] = tensor
     return state

@@ -81,7 +81,10 @@ def left(folder: Path) -> dict[str, object]:
         "communication": (folder / "communication.csv").read_text(),
         "partition": (folder / "partition.csv").read_text(),
         "model": (folder / "model.safetensors").read_bytes() if (folder / "model.safetensors").exists() else b"",
-        "checkpoint": sorted(path.name.rsplit("-", 1)[0] for path in (folder / "checkpoint").rglob("*.safetensors")),
+        "journal": [
+            {**json.loads(line), "series": None} for line in (folder / "history.jsonl").read_text().splitlines()
+        ],
+        "checkpoint": sorted(path.name for path in (folder / "checkpoint").iterdir()),
         "state": json.loads((folder / "status.json").read_text())["state"],
     }
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from runtime.files import sync_folder, temporary_name
+from runtime.files import DamagedError, refuse_link
 from runtime.serial import load_state, save_state
 from runtime.store import Row
 
@@ -26,6 +24,7 @@ class KeptState:
 
     def rounds(self) -> list[int]:
         """The rounds after which a state was kept."""
+        refuse_link(self._folder)
         if not self._folder.is_dir():
             return []
         found = (_NAME.fullmatch(path.name) for path in self._folder.iterdir())
@@ -35,21 +34,18 @@ class KeptState:
         """The rows as they were after a round.
 
         Raises:
-            FileNotFoundError: none were kept then.
-            ValueError: the file is damaged.
+            DamagedError: none were kept then, or the file is damaged.
         """
         try:
             return load_state(self._path(round))["rows"]
-        except SafetensorError as error:
-            raise ValueError(f"{self._path(round)}: {error}") from None
+        except (LookupError, TypeError) as error:
+            raise DamagedError.unreadable(self._path(round), error) from None
 
     def write(self, round: int, rows: dict[str, Row]) -> None:
         """Keep the rows as they are after a round; they are on the disk when this returns."""
+        refuse_link(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(round)
-        save_state(temporary_name(path), {"rows": rows})
-        temporary_name(path).replace(path)
-        sync_folder(self._folder)
+        save_state(self._path(round), {"rows": rows})
 
     def forget(self, *, before: int | None, after: int | None) -> None:
         """Remove the states of rounds before one and of rounds after another; None is before all rounds.

@@ -13,6 +13,7 @@ from runtime.clients import Seats
 from runtime.config import ConfigError
 from runtime.evaluation import ClientScores
 from runtime.evaluator import Evaluator
+from runtime.files import DamagedError
 from runtime.network.config import GrpcTransport
 from runtime.network.kept import KeptState
 from runtime.session import LocalSession
@@ -70,7 +71,7 @@ class Site(Setup):
             if last is not None:
                 try:
                     rows = self.kept.read(last)
-                except (OSError, ValueError, KeyError) as error:
+                except DamagedError as error:
                     expected = f"the folder with this client's state after its round {last + 1} ({error})"
                     raise ConfigError("save_dir", str(self.config.save_dir), expected) from None
             store.replace(self.client, rows)

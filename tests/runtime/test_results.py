@@ -106,7 +106,7 @@ def test_the_last_measurement_of_each_client_is_a_table(tmp_path: Path) -> None:
     results.state()
     assert not path.exists()
     run(results, 2, 4, every=2)
-    results.state()
+    results.close()
     table = pd.read_csv(path)
     expected = {"metric": ["local_acc"] * 2, "client": [0, 1], "samples": [7, 7], "accuracy": [1 / 4, 1 / 5]}
     assert table.to_dict("list") == expected
@@ -117,7 +117,7 @@ def test_going_back_takes_later_measurements_of_clients_away(tmp_path: Path) -> 
     run(results, 1, 1, every=2)
     state = results.state()
     run(results, 2, 2, every=2)
-    results.state()
+    results.close()
     assert (tmp_path / "client_accuracy.csv").exists()
     Results(tmp_path).restore(state)
     assert not (tmp_path / "client_accuracy.csv").exists()
@@ -149,7 +149,7 @@ def test_bytes_may_be_summed_over_clients(tmp_path: Path) -> None:
     lines = [(1, "up", "smashed", "z", client, 10 + client, 20) for client in range(3)]
     results.record(make_record(1), [*lines, (1, "down", "model", "w", 2, 7, 8)])
     results.record(make_record(2), [(2, "up", "smashed", "z", 1, 5, 6)])
-    results.state()
+    results.close()
     traffic = pd.read_csv(tmp_path / "communication.csv")
     assert traffic["client"].isna().all()
     found = traffic[["round", "direction", "payload_bytes", "framed_bytes"]].to_numpy().tolist()
@@ -226,7 +226,7 @@ def test_killed_and_resumed_equals_undisturbed(
 def test_every_instant_of_a_run_shows_whole_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = Results(tmp_path)
     run(results, 1, 2)
-    results.state()
+    results.close()
     before = (tmp_path / "results.json").read_bytes()
 
     def killed(*_: object) -> None:

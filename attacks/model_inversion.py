@@ -29,7 +29,7 @@ from runtime.config import ConfigError, build
 from runtime.evaluation import evaluating
 from runtime.experiment import prepare_process, set_threads
 from runtime.federation import Federation
-from runtime.files import replace_file, temporary_name
+from runtime.files import make_folder, replace_file, written_whole
 from runtime.run_folder import safe_component
 from runtime.saved import owned, read_config, restore
 from runtime.session import Workplace
@@ -155,13 +155,9 @@ def invert(
     with _removed_if_empty(folder, run):
         attacker = _Attacker(federation, config, told)
         found, shown = attacker.attack(target)
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = temporary_name(folder / PICTURE)
-        try:
+        make_folder(run, folder)
+        with written_whole(folder / PICTURE) as picture:
             _picture(*shown).save(picture, "PNG")
-            picture.replace(folder / PICTURE)
-        finally:
-            picture.unlink(missing_ok=True)
         replace_file(folder / SUMMARY, json.dumps(found.to_json(config), allow_nan=False, indent=1) + "\n")
     return found, folder
 

@@ -14,6 +14,7 @@ from datasets.distributions import DISTRIBUTIONS, Request
 from datasets.picture import draw
 from datasets.seeding import derived
 from runtime.config import ConfigError
+from runtime.files import written_whole
 
 _CELLS = 1 << 22
 
@@ -72,13 +73,16 @@ class Partition:
         """Write partition.csv (client, size, a column for each class) and partition.png into `folder`."""
         labels = np.asarray(labels)
         step = max(1, _CELLS // classes)
-        for first in range(0, len(self), step):
-            last = min(first + step, len(self))
-            frame = pd.DataFrame(self.table(labels, classes, first, last), columns=[str(name) for name in class_names])
-            frame.insert(0, "samples", self.sizes[first:last], allow_duplicates=True)
-            frame.insert(0, "client", np.arange(first, last), allow_duplicates=True)
-            frame.to_csv(folder / "partition.csv", mode="a" if first else "w", header=first == 0, index=False)
-        draw(folder / "partition.png", self, labels, class_names)
+        columns = [str(name) for name in class_names]
+        with written_whole(folder / "partition.csv") as path:
+            for first in range(0, len(self), step):
+                last = min(first + step, len(self))
+                frame = pd.DataFrame(self.table(labels, classes, first, last), columns=columns)
+                frame.insert(0, "samples", self.sizes[first:last], allow_duplicates=True)
+                frame.insert(0, "client", np.arange(first, last), allow_duplicates=True)
+                frame.to_csv(path, mode="a" if first else "w", header=first == 0, index=False)
+        with written_whole(folder / "partition.png") as path:
+            draw(path, self, labels, class_names)
 
 
 def own_partition(samples: int, num_clients: int, client: int | None) -> Partition:

@@ -57,7 +57,7 @@ def draw(file: Path, parts: "Partition", labels: np.ndarray, class_names: Sequen
         if shares.size <= _WRITTEN_CELLS:
             _write_counts(lower, shares, sizes)
     figure.colorbar(image, ax=lower, label="share of the client's samples", pad=0.01)
-    figure.savefig(file)
+    figure.savefig(file, format="png")
 
 
 def columns(parts: "Partition", labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager
 
+from runtime.files import written_whole
+
 FORMATS = ("svg", "pdf", "png")
 _FAMILY = "Cutlayer Figures"
 # Latin, Greek, punctuation, arrows and mathematical signs.
@@ -37,7 +39,8 @@ def save_figure(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS) ->
     try:
         for ending in formats:
             paths.append(stem.with_name(f"{stem.name}.{ending}"))
-            _SAVERS[ending](figure, paths[-1])
+            with written_whole(paths[-1]) as path:
+                _SAVERS[ending](figure, path)
     finally:
         figure.dpi = dpi
         figure.set_layout_engine(engine)

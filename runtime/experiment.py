@@ -18,7 +18,7 @@ from runtime.config import ConfigError
 from runtime.console import Progress, RunFiles, show_summary
 from runtime.features import feature_parts
 from runtime.federation import Federation
-from runtime.files import MODEL_FILE
+from runtime.files import MODEL_FILE, make_folder
 from runtime.loggers import build_loggers
 from runtime.network.config import LocalTransport
 from runtime.network.status import StatusFile, announce, is_told
@@ -156,7 +156,7 @@ def _save_partition(federation: Federation, folder: Path) -> None:
     info, labels = federation.dataset.info, federation.dataset.train.labels
     federation.partition.save(folder, labels, info.classes, info.class_names)
     if federation.evaluator.local_test is not None:
-        (folder / "local_test").mkdir(exist_ok=True)
+        make_folder(folder, folder / "local_test")
         test = federation.dataset.test.labels
         federation.evaluator.local_test.save(folder / "local_test", test, info.classes, info.class_names)
 

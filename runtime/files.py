@@ -115,6 +115,32 @@ def replacing(path: Path, *, durable: bool = True) -> Generator[BinaryIO]:
         sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def written_whole(path: Path) -> Generator[Path]:
+    """A path to write to by name, whose file takes the place of ``path`` at the end of the block; not durable."""
+    temporary = temporary_name(path)
+    try:
+        with named(path):
+            temporary.unlink(missing_ok=True)
+            yield temporary
+        temporary.replace(path)
+    except Exception:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def make_folder(within: Path, folder: Path) -> None:
+    """Make a folder, and those between it and a run's folder that it is in.
+
+    Raises:
+        ConfigError: one of them is a link.
+    """
+    for each in (*reversed(folder.relative_to(within).parents[:-1]), folder.relative_to(within)):
+        refuse_link(within / each)
+        (within / each).mkdir(exist_ok=True)
+
+
 def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Write a file so that a reader, or a crash, sees either the old content or the new one; ``durable`` as above."""
     with replacing(path, durable=durable) as file:

@@ -16,7 +16,11 @@ from runtime.model_names import spellings
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "hydra_config"
 CONFIG_NAME = "config"
-_FOLDER_ERRORS = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ENOSPC)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FOLDER_ERRORS = (
+    *(errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTEMPTY),
+    *(errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE),
+)
 
 # Hydra's and OmegaConf's words about a key -> ours; "" for a key that does not exist.
 _REASONS = {
@@ -55,11 +59,20 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str | None:
         if isinstance(link, ConfigError):
             return str(link)
         link = link.__cause__
-    if isinstance(error, OSError) and error.errno in _FOLDER_ERRORS and (error.filename or error.errno == errno.ENOSPC):
-        return str(ConfigError(str(error.filename or "a file"), NO_VALUE, f"cannot be written: {error.strerror}"))
+    if isinstance(error, OSError) and (reason := _reason(error)):
+        return str(ConfigError(str(error.filename or "a file"), NO_VALUE, reason))
     if isinstance(error, HydraException | OmegaConfBaseException):
         return str(_translate(error, overrides))
     return None
+
+
+def _reason(error: OSError) -> str | None:
+    """Why a file of a run could not be written, and what can be done; None for an error of another kind."""
+    if error.errno in _FULL:
+        return f"cannot be written: {error.strerror}; once there is room, the same command goes on"
+    if error.errno == errno.ENOENT and error.filename and not Path(str(error.filename)).parent.exists():
+        return "cannot be written: its folder was removed; the same command begins anew"
+    return f"cannot be written: {error.strerror}" if error.errno in _FOLDER_ERRORS and error.filename else None
 
 
 def _translate(error: Exception, overrides: Sequence[str]) -> ConfigError:

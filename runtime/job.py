@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import logging
+import sys
 import traceback
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
 from runtime.config import ConfigError
+from runtime.files import open_to_append
 from runtime.loggers import check_loggers
 from runtime.network.config import GrpcTransport
 from runtime.reading import check_links
@@ -58,8 +61,8 @@ def claim(config: RunConfig, overrides: Iterable[str]) -> Generator[RunFolder]:
 
 @contextlib.contextmanager
 def _log_to(path: Path) -> Generator[None]:
-    stream = open(path, "a", encoding="utf-8")  # noqa: SIM115
-    handler = logging.StreamHandler(stream)
+    stream = io.TextIOWrapper(open_to_append(path), encoding="utf-8", write_through=True)
+    handler = _Handler(stream)
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -67,9 +70,19 @@ def _log_to(path: Path) -> Generator[None]:
         yield
     except Exception as error:
         if not isinstance(error, ConfigError):
-            stream.write(traceback.format_exc())
+            with contextlib.suppress(OSError):
+                stream.write(traceback.format_exc())
         raise
     finally:
         root.removeHandler(handler)
         handler.close()
-        stream.close()
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+class _Handler(logging.StreamHandler[io.TextIOWrapper]):
+    """A full disk ends the run by what it cannot write there, and not by a line of the log."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)

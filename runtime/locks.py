@@ -34,11 +34,11 @@ class FileLock:
             if attempt:
                 time.sleep(_PAUSE_S)
             try:
-                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             except FileNotFoundError:
                 return None  # its folder was removed by the owner just now
             except PermissionError:
-                handle = os.open(path, os.O_RDONLY)  # another user's file: enough to lock it
+                handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # another user's file: enough to lock it
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The owner before us may have removed the file between our opening and locking it.

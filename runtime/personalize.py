@@ -28,7 +28,7 @@ from runtime.blueprint import Parts
 from runtime.config import ConfigError
 from runtime.evaluation import Score, spread
 from runtime.federation import Federation
-from runtime.files import PERSONALIZED, replace_file, sync_file, temporary_name
+from runtime.files import PERSONALIZED, make_folder, named, replace_file, sync_file, temporary_name
 from runtime.fine_tuning import PersonalizeConfig, fine_tune
 from runtime.reading import read_json
 from runtime.session import Workplace
@@ -104,13 +104,14 @@ def personalize(
     """
     assert config.part is not None
     tuner, folder = _Tuner(federation, config), folder_of(run, config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(run, folder)
     path = temporary_name(folder / CLIENTS)
+    path.unlink(missing_ok=True)
     epochs = config.tested_after
     accuracies: list[list[float]] = [[] for _ in epochs]
     losses: list[list[float]] = [[] for _ in epochs]
     clients = tuner.shares.sizes.nonzero()[0].tolist()
-    with _nothing_left_by_failure(path), path.open("w", encoding="utf-8", newline="") as file:
+    with named(path), _nothing_left_by_failure(path), path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(_COLUMNS)
         for done, client in enumerate(clients):

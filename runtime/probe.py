@@ -12,7 +12,7 @@ from runtime import rng
 from runtime.config import NO_VALUE, ConfigError
 from runtime.features import OUTPUT, feature_parts, features
 from runtime.federation import Federation
-from runtime.files import PROBED, replace_file
+from runtime.files import PROBED, make_folder, replace_file
 from runtime.probes import ProbeConfig, balanced, drawn, knn_accuracy, linear_accuracy
 from runtime.reading import read_json
 
@@ -132,6 +132,6 @@ def probe(federation: Federation, config: ProbeConfig, run: Path, shown: Shown |
         labels=labels,
     )
     folder = folder_of(run, config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(run, folder)
     replace_file(folder / SUMMARY, json.dumps(probed.to_json(), allow_nan=False) + "\n")
     return probed

@@ -1,6 +1,7 @@
 """What is known of a dataset, and the loaded dataset itself."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -32,12 +33,14 @@ class Dataset:
         info: its name, shape and classes.
         train, test: the two sets.
         validation: what `dataset.validation` holds out of the training set, or None.
+        facts: what tells it from others, see ``datasets.facts``.
     """
 
     info: DatasetInfo
     train: Source
     test: Source
     validation: Source | None = None
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def groups(self) -> np.ndarray | None:
@@ -51,4 +54,6 @@ class Dataset:
         assert self.info.channels == 1, "only grey images can be repeated"
         validation = None if self.validation is None else self.validation.repeated(channels)
         info, train, test = replace(self.info, channels=channels), self.train, self.test
-        return Dataset(info, train.repeated(channels), test.repeated(channels), validation)
+        return replace(
+            self, info=info, train=train.repeated(channels), test=test.repeated(channels), validation=validation
+        )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from datasets.augment import Augmentation, augmentation, of_whole_pictures
 from datasets.config import DatasetConfig
+from datasets.facts import facts
 from datasets.images import EncodedImages
 from datasets.info import Dataset, DatasetInfo
 from datasets.normalize import Normalizer, moments
@@ -39,6 +40,7 @@ def load(
     if len(raw.train.labels) == 0 or len(raw.test.labels) == 0:
         empty = "training" if len(raw.train.labels) == 0 else "test"
         raise ConfigError("dataset.root", config.root, f"data with at least one {empty} sample")
+    known = facts(config, raw)
     train, held = _hold_out(raw.train, config.validation, seed)
     channels, height, width = image_shape(raw.train)
     if image_shape(raw.test) != image_shape(raw.train):
@@ -71,7 +73,7 @@ def load(
     sources = source(train, augmented=True), source(raw.test, augmented=False)
     if isinstance(raw.train.images, EncodedImages):
         raw.train.images.tell_depth()
-    return Dataset(info, *sources, validation)
+    return Dataset(info, *sources, validation, known)
 
 
 def image_shape(split: RawSplit) -> tuple[int, int, int]:

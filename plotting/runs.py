@@ -45,7 +45,7 @@ _DISTRIBUTIONS = {
 # Keys that do not decide a run's result, or repeat for averaging. What was measured after training, and how, is told
 # by the evaluations themselves.
 _IRRELEVANT = (
-    *("seed", "save_dir", "resume", "logger", "checkpoint_interval", "progress", "device", "transport"),
+    *("seed", "save_dir", "resume", "data_changed", "logger", "checkpoint_interval", "progress", "device", "transport"),
     *("role", "server", "client_id"),
     *("threads", "state_memory_mb", "personalize", "probe"),
 )

@@ -45,7 +45,8 @@ class Manifest:
     seconds: compute time so far by party.
     clients: what is known of clients that keep their state on machines of their own.
     server: the file of the server's state.
-    obsolete: files that this checkpoint and the one before it no longer need.
+    before: the files of the checkpoint before this one.
+    obsolete: files that neither of them needs.
     """
 
     identity: str
@@ -57,6 +58,7 @@ class Manifest:
     seconds: dict[str, float]
     clients: dict[str, Any] = field(default_factory=dict[str, Any])
     server: Mark = field(default_factory=lambda: Mark("", 0, ""))
+    before: tuple[str, ...] = ()
     obsolete: tuple[str, ...] = ()
 
     @property
@@ -104,7 +106,8 @@ class Checkpoint:
         """Put a new checkpoint in place of the last, and the last in place of the one before.
 
         Args:
-            manifest: its ``server`` and ``obsolete`` are set here. server_state: nested, see ``save_state``.
+            manifest: its ``server``, ``before`` and ``obsolete`` are set here.
+            server_state: nested, see ``save_state``.
         """
         refuse_link(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +115,8 @@ class Checkpoint:
         sync_folder(self._folder)
         manifest = replace(manifest, server=server)
         kept, names = self._last or set[str](), Found(manifest).names
-        manifest = replace(manifest, obsolete=tuple(sorted(self._unneeded - kept - names)))
+        obsolete = tuple(sorted(self._unneeded - kept - names))
+        manifest = replace(manifest, before=tuple(sorted(kept)), obsolete=obsolete)
         if self._last is not None and self._is_last:
             with contextlib.suppress(FileNotFoundError):
                 (self._folder / MANIFEST).replace(self._folder / PREVIOUS)
@@ -145,7 +149,7 @@ class Checkpoint:
         for name in (MANIFEST, PREVIOUS) if fall_back else (MANIFEST,):
             try:
                 found = self._read(name, identity)
-                self._unneeded |= found.names | {*found.manifest.obsolete}
+                self._unneeded |= found.names | {*found.manifest.before, *found.manifest.obsolete}
                 take_up(found, self._checked(found))
             except DamagedError as error:
                 damage.append(str(error))
@@ -153,8 +157,6 @@ class Checkpoint:
             if damage:
                 log.warning("%s: goes on from the checkpoint before, of round %d", damage[0], found.manifest.round)
             self._last, self._is_last = found.names, name == MANIFEST
-            with contextlib.suppress(ConfigError):
-                self._unneeded |= self._read(PREVIOUS, identity).names
             return
         advice = _ANEW if fall_back else "a run is measured as its last checkpoint has it"
         raise ConfigError("resume", NO_VALUE, f"{'; '.join(dict.fromkeys(damage))}; {advice}")
@@ -187,8 +189,11 @@ class Checkpoint:
                 raise DamagedError.of(path, "has other content than was written")
             found = Found(build(Manifest, body))
         allowed = _NAMES if found.first is None else FIRST_NAMES
-        for name in (*found.names, *found.manifest.obsolete):
-            if not allowed.fullmatch(name) and not (name in found.manifest.obsolete and FIRST_NAMES.fullmatch(name)):
+        for name in found.names:
+            if not allowed.fullmatch(name):
+                raise DamagedError.of(path, f"names {name!r:.80}, which is no file of a checkpoint")
+        for name in (*found.manifest.before, *found.manifest.obsolete):
+            if not _NAMES.fullmatch(name) and not FIRST_NAMES.fullmatch(name):
                 raise DamagedError.of(path, f"names {name!r:.80}, which is no file of a checkpoint")
         return found
 

@@ -16,6 +16,7 @@ from runtime import probe
 from runtime.allocator import keep_freed_memory
 from runtime.config import ConfigError
 from runtime.console import Progress, RunFiles, show_summary
+from runtime.data_record import record_data
 from runtime.features import feature_parts
 from runtime.federation import Federation
 from runtime.files import MODEL_FILE, make_folder
@@ -60,6 +61,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     if federation.resume(results.restore) is not None:
         log.info("resumed after round %d", federation.round)
     results.start(config.to_mapping())
+    record_data(folder.path, federation.dataset.facts)
     _save_partition(federation, folder.path)
     federation.tell_idle()
     log.info("%s on %s, %d threads, in %s", config.title, federation.device, torch.get_num_threads(), folder.path)

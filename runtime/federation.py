@@ -20,6 +20,7 @@ from runtime.checkpoint import Checkpoint, Found, Manifest
 from runtime.clients import Clients
 from runtime.config import ConfigError
 from runtime.contexts import ServerContext
+from runtime.data_record import check_data
 from runtime.evaluation import Evaluation
 from runtime.evaluator import Evaluator
 from runtime.files import DamagedError
@@ -237,10 +238,15 @@ class Federation(Setup):
             recorded: the identity that the run was recorded with, if it is not that of this federation's configuration.
 
         Raises:
-            ConfigError: the checkpoint belongs to another configuration, or is damaged.
+            ConfigError: the checkpoint belongs to another configuration or other data, or is damaged.
         """
         results: dict[str, Any] | None = None
-        if self._checkpoint is None or not self._checkpoint.exists():
+        found = self._checkpoint is not None and self._checkpoint.exists()
+        if self._checkpoint is not None and (
+            found or restore is None
+        ):  # else the run begins, with the data that there are
+            check_data(self._folder, lambda: self.dataset.facts, self.config.data_changed)
+        if self._checkpoint is None or not found:
             for store in self.stores.values():
                 store.clear()
             return None

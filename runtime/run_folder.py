@@ -27,7 +27,17 @@ State = Literal["running", "finished", "failed"]
 LOCK, IDENTITY, STATUS = ".lock", "identity", "status.json"
 # Left out of a folder's name: told by the folders above it, or without influence on the result.
 _UNNAMED = ("algorithm", "model", "dataset", "dataset.distribution", "lr", "seed")
-_UNNAMED_BELOW = ("save_dir", "resume", "logger", "checkpoint_interval", "progress", "personalize", "probe", "hydra")
+_UNNAMED_BELOW = (
+    "save_dir",
+    "resume",
+    "data_changed",
+    "logger",
+    "checkpoint_interval",
+    "progress",
+    "personalize",
+    "probe",
+    "hydra",
+)
 _NETWORK = ("transport", "role", "server", "client_id")
 _NAME_BYTES = 150
 

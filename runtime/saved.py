@@ -30,7 +30,7 @@ from runtime.trust import MACHINE_RULES, MODEL_BYTES, RULES, Limit, Named, check
 
 # What may differ from the run: where its data and this machine's device are, and what is measured.
 MACHINE = (
-    *("device", "threads", "eval_batch_size", "state_memory_mb", "progress"),
+    *("device", "threads", "eval_batch_size", "state_memory_mb", "progress", "data_changed"),
     *("dataset.root", "dataset.storage", "dataset.workers"),
 )
 CHANGEABLE = ("personalize.part", "personalize.epochs", "personalize.lr", *MACHINE)

@@ -15,6 +15,7 @@ from datasets import DatasetConfig
 from models import ModelConfig
 from runtime.aggregate import AggregateConfig
 from runtime.config import NO_VALUE, ConfigError, build, plain
+from runtime.data_record import Changed
 from runtime.fine_tuning import PersonalizeConfig
 from runtime.loggers import LoggerConfig, logger_config
 from runtime.network.config import GrpcTransport, TransportConfig, transport_config
@@ -31,6 +32,7 @@ PARTS: tuple[Part, ...] = ("model", *REFINED)
 _NOT_DECIDING = (
     "save_dir",
     "resume",
+    "data_changed",
     "logger",
     "checkpoint_interval",
     "communication_by",
@@ -68,6 +70,7 @@ class RunConfig:
         communication_by: whose bytes are a line of communication.csv, each client's or the whole round's.
         state_memory_mb: MB of per-client state held in memory, at each of the two parties; the rest is on disk.
         save_dir: folder above all runs. resume: auto, never, or the folder of an unfinished run.
+        data_changed: whether to go on with a run whose data are no longer those that it was begun with.
         progress: how progress is shown.
         role: which party of a run over the network this process is; None where all are in it.
         server: a client's: the server's HOST:PORT. client_id: its number.
@@ -108,6 +111,7 @@ class RunConfig:
     role: Literal["server", "client"] | None = None
     server: str | None = None
     client_id: int | None = None
+    data_changed: Changed = "refuse"
 
     def __post_init__(self) -> None:
         counts = "num_clients rounds local_epochs batch_size eval_interval eval_batch_size checkpoint_interval"

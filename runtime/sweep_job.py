@@ -24,8 +24,10 @@ from typing import Any, NoReturn, cast
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
+from datasets.facts import read_facts
 from runtime import personalize, probe
-from runtime.config import plain
+from runtime.config import ConfigError, plain
+from runtime.data_record import DATA, check_data
 from runtime.experiment import run
 from runtime.hydra_errors import explain
 from runtime.job import check, claim, runs_like
@@ -128,10 +130,24 @@ def _taken(job: JobFolder, config: RunConfig) -> bool:
     above, identity = runs_like(config), config.identity()
     finished, running = find_finished(above, identity), find_running(above, identity)
     if finished is not None:
+        _check_data(finished, config)
         job.update(state="skipped", folder=str(finished))
     elif running is not None:
         job.update(state="elsewhere", folder=str(running))
     return finished is not None or running is not None
+
+
+def _check_data(finished: Path, config: RunConfig) -> None:
+    """Raise ConfigError where an earlier run had other data than there are now; a machine without data cannot tell."""
+
+    if not (finished / DATA).is_file():
+        return
+    try:
+        now = read_facts(config.dataset, config.seed)
+    except ConfigError as error:
+        log.warning("whether the data have changed cannot be told: %s", error)
+        return
+    check_data(finished, lambda: now, config.data_changed)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # What each machine says for itself: where things are, how they are kept, whom it speaks with.
 OWN_SECTIONS = ("transport", "role", "server", "client_id", "logger")
 OWN_KEYS = (
-    *("device", "threads", "save_dir", "state_memory_mb", "progress", "resume", "jobs_per_gpu"),
+    *("device", "threads", "save_dir", "state_memory_mb", "progress", "resume", "data_changed", "jobs_per_gpu"),
     *("dataset.root", "dataset.storage", "dataset.workers"),
 )
 
@@ -136,7 +136,6 @@ RULES: Mapping[str, Rule] = {
     "dataset.options.group": Rule(1024, GROUP),
     "dataset.options.classes": Rule(65_536, NAME, 65_536),
     **{f"dataset.options.{key}": Rule(1024) for key in ("size", "resize", "height", "width", "channels")},
-    "dataset.options.group": Rule(64),  # a level of folders; a table or an expression is to be named
     "dataset.options.n_train": _MANY,
     "dataset.options.n_test": _MANY,
     "dataset.options.*": Rule(65_536, WORD),

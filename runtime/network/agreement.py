@@ -21,6 +21,8 @@ _PACKAGES = ("algorithms", "datasets", "models", "runtime")
 
 # Sections whose choice sets many keys; on a client's command line only the name is compared.
 _GROUPS = ("algorithm", "model", "dataset", "optimizer", "scheduler")
+# Of the facts of a data set those that hold for one that each client has its own of.
+_OF_ALL = ("name", "shape", "classes", "class_names")
 
 
 @cache
@@ -115,21 +117,9 @@ def data_facts(dataset: Dataset, *, divided: bool) -> dict[str, Any]:
         divided: all have the whole set, so that its labels have to be equal; else each has its own, and only what an
             image is and what the classes are.
     """
-    info = dataset.info
-    facts: dict[str, Any] = {
-        "name": info.name,
-        "shape": list(info.shape),
-        "classes": info.classes,
-        "class_names": [str(name) for name in info.class_names],
-    }
-    if divided:
-        for split, source in (("training", dataset.train), ("test", dataset.test)):
-            labels = source.labels.numpy().tobytes()
-            facts[f"{split} samples"] = len(source.labels)
-            facts[f"{split} labels"] = hashlib.sha256(labels).hexdigest()[:16]
-            if source.groups is not None:
-                facts[f"{split} groups"] = hashlib.sha256(source.groups.astype("<i8").tobytes()).hexdigest()[:16]
-    return facts
+    known = {**dataset.facts, "shape": list(dataset.info.shape)}
+    split = ("training", "test") if divided else ()
+    return {key: known[key] for key in known if key in _OF_ALL or key.startswith(split)}
 
 
 def compare_data(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,6 @@
 """Damages every file of a checkpointed, unfinished run in six ways, resumes it, and compares what is left at the end.
 
-    python -m tests.damage [positions]
+    python -m tests.damage [positions [damages [method]]]
 
 A resumed run ends as the undisturbed one did, to the bit but for times, or it is refused in one line; everything else
 is a finding. Small files are changed at every byte, large ones at a seeded sample of so many positions (default 100).
@@ -8,6 +8,7 @@ is a finding. Small files are changed at every byte, large ones at a seeded samp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import random
@@ -15,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from runtime import experiment
 from runtime.hydra_errors import explain
 from runtime.hydra_support import load_config
 from runtime.job import claim
-from runtime.results import Results
+from runtime.results import Results, RoundRecord, TrafficRow
 from runtime.settings import RunConfig
 from tests.killing import left, write_pictures_without_drawing
 
@@ -43,17 +44,22 @@ SMALL_BYTES = 4096
 Change = Callable[[Path], None]
 
 
-def stop(after: int) -> Callable[[], None]:
-    """Have runs interrupted after a round is recorded, until the function that is given is called."""
+@contextlib.contextmanager
+def interrupted(after: int) -> Generator[None]:
+    """Interrupt the run in the block once a round is recorded."""
     original = Results.record
 
-    def record(self: Results, *arguments: Any) -> None:
-        original(self, *arguments)
-        if arguments[0].round == after:
+    def record(self: Results, record: RoundRecord, traffic: Iterable[TrafficRow] = ()) -> None:
+        original(self, record, traffic)
+        if record.round == after:
             raise KeyboardInterrupt
 
     Results.record = record
-    return lambda: setattr(Results, "record", original)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        Results.record = original
 
 
 def play(config: RunConfig, save_dir: Path) -> Path:
@@ -105,52 +111,44 @@ def prepare(home: Path, method: str) -> tuple[RunConfig, Path, Path, Path, dict[
     """The configuration, an unfinished run's folder with its `saves`, another run's folder, and what is to come out."""
     config = load_config([f"algorithm={method}", *SETTING, *METHODS[method]])
     whole = play(config, home / "whole")
-    found: list[Path] = []
     for name, seed in (("unfinished", 0), ("other", 1)):
-        back = stop(after=5)
-        try:
+        with interrupted(after=5):
             play(dataclasses.replace(config, seed=seed), home / name)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            back()
-        found.append(next((home / name).rglob("checkpoint")).parent)
-    return config, home / "unfinished", *found, left(whole)
+    unfinished, other = (next((home / name).rglob("checkpoint")).parent for name in ("unfinished", "other"))
+    return config, home / "unfinished", unfinished, other, left(whole)
 
 
-def try_all(
-    home: Path, method: str, positions: int, only: Callable[[str], bool] = lambda name: True
-) -> tuple[Counter[str], list[str]]:
-    """Damage every file of a run of a method; counts of the outcomes, and the findings."""
+def try_all(home: Path, method: str, positions: int, limit: int | None = None) -> Counter[str]:
+    """Damage every file of a run of a method, or a sample of the damages; counts of the outcomes."""
     config, saves, unfinished, other, expected = prepare(home, method)
     counts: Counter[str] = Counter()
-    findings: list[str] = []
     draw = random.Random(0)
-    for file in sorted(path for path in unfinished.rglob("*") if path.is_file()):
-        name = file.relative_to(unfinished)
-        if not only(name.as_posix()):
-            continue
-        for what, change in damages(file, other / name, positions, draw):
-            copy = home / "damaged"
-            shutil.copytree(saves, copy)
-            change(copy / file.relative_to(saves))
-            result = outcome(config, copy, expected)
-            if result not in ("same", "refused"):
-                findings.append(f"{method}: {name}: {what}: {result}")
-                print(findings[-1], flush=True)
-            counts[result if result in ("same", "refused") else "wrong"] += 1
-            shutil.rmtree(copy)
-    return counts, findings
+    files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+    each = [
+        (file, *damage)
+        for file in files
+        for damage in damages(file, other / file.relative_to(unfinished), positions, draw)
+    ]
+    for file, what, change in each if limit is None else draw.sample(each, limit):
+        copy = home / "damaged"
+        shutil.copytree(saves, copy)
+        change(copy / file.relative_to(saves))
+        result = outcome(config, copy, expected)
+        if result not in ("same", "refused"):
+            print(f"{method}: {file.relative_to(unfinished)}: {what}: {result}", flush=True)
+        counts[result if result in ("same", "refused") else "wrong"] += 1
+        shutil.rmtree(copy)
+    return counts
 
 
-def main(positions: int) -> int:
+def main(positions: int, limit: int | None, methods: Sequence[str]) -> int:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     write_pictures_without_drawing()
     total: Counter[str] = Counter()
-    for method in METHODS:
+    for method in methods:
         with tempfile.TemporaryDirectory() as home:
-            counts, _ = try_all(Path(home), method, positions)
+            counts = try_all(Path(home), method, positions, limit)
         total += counts
         print(f"{method}: {counts['same']} the same, {counts['refused']} refused, {counts['wrong']} wrong", flush=True)
     print(f"{total.total()} damages: {total['wrong']} wrong")
@@ -158,4 +156,5 @@ def main(positions: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 100))
+    given = [int(text) for text in sys.argv[1:3]]
+    sys.exit(main(given[0] if given else 100, given[1] if len(given) > 1 else None, sys.argv[3:] or [*METHODS]))

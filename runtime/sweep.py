@@ -169,7 +169,7 @@ def read_progress(folder: Path) -> Progress:
             )  # what follows the last newline is being written
     except OSError:
         return Progress()
-    names = header.decode().strip().split(",")
+    names = header.decode(errors="replace").strip().split(",")
     rows = [dict(zip(names, line.split(","), strict=True)) for line in lines if line.count(",") == len(names) - 1]
     try:
         accuracy = next((float(row["test_acc"]) for row in reversed(rows) if row["test_acc"]), None)

@@ -8,6 +8,7 @@ BENCHMARKS = {
     "cohort": "time of a round of 100 clients of whom 10 take part against a round of 10 clients",
     "allocator": "time of a round with freed memory kept in the process against the C library's own setting",
     "traffic": "bytes of a round in closed form, for the five methods of the FSL-SAGE paper",
+    "checkpoint": "seconds of a checkpoint with 10,000 clients' rows against a file for each row",
     "evaluation": "share of a round's wall time that evaluation takes",
     "network": "a step's round trip over gRPC against a bare echo of its bytes, and the server's memory by clients",
     "gpu": "every method on a GPU as on a processor, and the comparison of FSL-SAGE's paper for a given time",

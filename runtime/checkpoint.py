@@ -157,6 +157,8 @@ class Checkpoint:
             if damage:
                 log.warning("%s: goes on from the checkpoint before, of round %d", damage[0], found.manifest.round)
             self._last, self._is_last = found.names, name == MANIFEST
+            if fall_back and self._is_last:
+                self._remove(found.manifest.obsolete)  # a killed process may not have come to it
             return
         advice = _ANEW if fall_back else "a run is measured as its last checkpoint has it"
         raise ConfigError("resume", NO_VALUE, f"{'; '.join(dict.fromkeys(damage))}; {advice}")

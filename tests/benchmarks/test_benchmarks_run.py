@@ -17,6 +17,7 @@ from benchmarks import __main__ as listing
 from benchmarks import (
     allocator,
     bare,
+    checkpoint,
     cohort,
     evaluation,
     gpu,
@@ -236,3 +237,10 @@ def test_the_papers_setting_runs_on_a_folder_of_images(tmp_path: Path, capsys: p
     with next((tmp_path / "saves").rglob("communication.csv")).open() as file:
         sent = sum(int(row["payload_bytes"]) for row in csv.DictReader(file) if row["kind"] == "model")
     assert gpu.curve(next((tmp_path / "saves").rglob("metrics.csv")))[-1][2] == pytest.approx(sent / 1e9)
+
+
+def test_checkpoints_of_rows_in_one_file_and_in_many(capsys: pytest.CaptureFixture[str]) -> None:
+    assert checkpoint.main(["--clients", "20", "--values", "3", "--cohort", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"all rows: {DECIMAL} s in one file, {DECIMAL} s in a file each, \d+ times as long", shown)
+    assert re.search(rf"2 rows more: {DECIMAL} s, 2 files in all", shown)

@@ -194,6 +194,7 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
         "comm_threshold_mb": 3.0,
         "save_dir": "elsewhere",
         "resume": "never",
+        "data_changed": "accept",
         "progress": "none",
         "communication_by": "round",
         "dataset__validation": 0.25,
@@ -204,7 +205,15 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
         if key.startswith(("transport", "logger")) or key in ("role", "server", "client_id"):
             continue  # they depend on each other, and are tried below
         new = other[key] if key in other else not value if isinstance(value, bool) else value + 1
-        same = key in ("save_dir", "resume", "progress", "checkpoint_interval", "state_memory_mb", "jobs_per_gpu")
+        same = key in (
+            "save_dir",
+            "resume",
+            "data_changed",
+            "progress",
+            "checkpoint_interval",
+            "state_memory_mb",
+            "jobs_per_gpu",
+        )
         same = same or key.startswith(("personalize", "probe", "communication_by"))
         assert (RunConfig.from_mapping(changed(**{key: new})).identity() == base) == same, key
     assert RunConfig.from_mapping(changed(logger={"tensorboard": {}})).identity() == base

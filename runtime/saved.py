@@ -38,7 +38,10 @@ PROBE_KEYS = tuple(f"probe.{field.name}" for field in fields(ProbeConfig) if fie
 # Sections of the configuration that runs of earlier versions lack.
 _SECTIONS = ("personalize", "monitor", "probe")
 # What the folder of a run says in vain: where it was kept and shown, and who was where.
-_NOT_TAKEN = ("transport", "role", "server", "client_id", "logger", "save_dir", "resume", "jobs_per_gpu")
+_NOT_TAKEN = (
+    *("transport", "role", "server", "client_id", "logger"),
+    *("save_dir", "resume", "data_changed", "jobs_per_gpu"),
+)
 _PATH = 4096
 
 
@@ -97,7 +100,7 @@ def read_config(
         values.setdefault(section, {})
     source = "the run's folder"
     for key, value in changes.items():
-        if key in changeable:
+        if key in changeable and key not in _NOT_TAKEN:
             *above, last = key.split(".")
             section = values
             for name in above:
@@ -111,6 +114,7 @@ def read_config(
         _check_root(root, source)
     values["dataset"]["root"] = root
     values |= {"save_dir": str(run), "resume": "never", "jobs_per_gpu": 1, "logger": {}}
+    values["data_changed"] = changes.get("data_changed", "refuse")
     values |= {"transport": "grpc", "role": "server"} if over_network else {"transport": "local"}
     config = RunConfig.from_mapping(values)
     check_made(config, named, source)

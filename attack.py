@@ -6,14 +6,15 @@ attacked. The results go to `attacks/` in the run's folder.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.config import ConfigError, printable
+from runtime.config import ConfigError
 from runtime.over_runs import Measure, over_runs
+from runtime.streams import run_program
+from runtime.text import tell
 
 ATTACKS = ("model_inversion",)
 LINE_INTERVAL = 5.0
@@ -39,10 +40,10 @@ def _measure() -> Measure:
         kind = changes.get("attack", ATTACKS[0])
         if kind not in ATTACKS:
             raise ConfigError("attack", kind, "an attack", ATTACKS)
-        print(printable(f"attacking {run}"), flush=True)
+        tell(f"attacking {run}")
         given = {key: value for key, value in changes.items() if key != "attack"}
         found, folder = attack_run(run, given, _Lines())
-        print(found.table(), f"results  {folder}", sep="\n")
+        tell(*found.table().split("\n"), f"results  {folder}")
 
     return attack
 
@@ -56,8 +57,8 @@ class _Lines:
     def __call__(self, done: int, of: int, loss: float) -> None:
         if time.monotonic() - self._last >= LINE_INTERVAL:
             self._last = time.monotonic()
-            print(f"epoch {done}/{of}, mean squared error {loss:.5f}", flush=True)
+            tell(f"epoch {done}/{of}, mean squared error {loss:.5f}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.config import NO_VALUE, ConfigError
+from runtime.streams import run_program
+from runtime.text import complain, tell
 
 if TYPE_CHECKING:
     from runtime.network.authority import Done, Order
@@ -42,10 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         order = _order(given)
         _show(folder, make_certificates(folder, order), order)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was made", file=sys.stderr)
+        complain("interrupted; nothing was made")
         return 130
     return 0
 
@@ -108,30 +109,28 @@ def _show(folder: Path, done: Done, order: Order) -> None:
     for verb, ends in (("made", done.made), ("kept", done.kept)):
         clients = sorted(number_of(stem) for stem in ends if stem.startswith("client-"))
         if "ca" in ends:
-            print(f"{verb}  the authority, valid until {ends['ca']:%Y-%m-%d}")
+            tell(f"{verb}  the authority, valid until {ends['ca']:%Y-%m-%d}")
         if "server" in ends:
-            print(f"{verb}  the server's certificate, until {ends['server']:%Y-%m-%d}, for {', '.join(done.names)}")
+            tell(f"{verb}  the server's certificate, until {ends['server']:%Y-%m-%d}, for {', '.join(done.names)}")
         if clients:
             last = min(ends[f"client-{client}"] for client in clients)
-            print(f"{verb}  {'clients' if len(clients) > 1 else 'client'} {_ranges(clients)}, until {last:%Y-%m-%d}")
+            tell(f"{verb}  {'clients' if len(clients) > 1 else 'client'} {_ranges(clients)}, until {last:%Y-%m-%d}")
     if order.revoke:
-        print(
-            f"revoked  all that {'clients' if len(order.revoke) > 1 else 'client'} {_ranges(order.revoke)} had so far"
-        )
+        tell(f"revoked  all that {'clients' if len(order.revoke) > 1 else 'client'} {_ranges(order.revoke)} had so far")
     if done.listed:
-        print(f"\nThe server gets {folder / REVOKED} beside its files, and reads it anew while it runs.")
+        tell("", f"The server gets {folder / REVOKED} beside its files, and reads it anew while it runs.")
     if not order.server and not order.clients:
         return
-    print(f"\nEach machine gets three files of {folder}, in a folder that transport.certificates names there:")
+    tell("", f"Each machine gets three files of {folder}, in a folder that transport.certificates names there:")
     if "server" in done.made | done.kept:
-        print("  the server    ca.pem server.pem server.key")
+        tell("  the server    ca.pem server.pem server.key")
     for client in order.clients[:3]:
-        print(f"  {f'client {client}':<13} ca.pem client-{client}.pem client-{client}.key")
+        tell(f"  {f'client {client}':<13} ca.pem client-{client}.pem client-{client}.key")
     if len(order.clients) > 3:
-        print("  ...")
-    print("ca.key stays here: whoever has it can make certificates for anyone.")
+        tell("  ...")
+    tell("ca.key stays here: whoever has it can make certificates for anyone.")
     if "server" not in done.made | done.kept:
-        print("There is none for the server yet: server=NAME,ADDRESS under which clients reach it.")
+        tell("There is none for the server yet: server=NAME,ADDRESS under which clients reach it.")
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -146,4 +145,4 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -6,9 +6,8 @@ is tested on its own share of the test set; the results go to `personalized/` in
 
 from __future__ import annotations
 
-import sys
-
 from runtime.over_runs import Measure, over_runs
+from runtime.streams import run_program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,4 +29,4 @@ def _measure() -> Measure:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from plotting.compose import Composed, compose
 from plotting.experiments import read_config
 from runtime.config import ConfigError
+from runtime.streams import run_program
+from runtime.text import complain, tell
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,10 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         made = compose(options.saves, options.out, config, options.only, processes=cores)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 1
     except OSError as error:
-        print(f"--out: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
+        complain(f"--out: {error.filename} cannot be written: {error.strerror}")
         return 1
     report(made)
     return 0 if made.files and not made.empty else 1
@@ -41,19 +42,19 @@ def main(arguments: list[str] | None = None) -> int:
 def report(made: Composed) -> None:
     """Tell what was drawn, and what was left out and why."""
     for path in made.files:
-        print(path)
+        tell(path)
     for title, folders in (("damaged", made.found.damaged), ("not finished", made.found.unfinished)):
         for folder, reason in folders.items():
-            print(f"left out, {title}: {folder}: {reason}", file=sys.stderr)
+            complain(f"left out, {title}: {folder}: {reason}")
     for run in made.found.older:
-        print(f"left out, older than a run of the same setting and seed: {run.folder}", file=sys.stderr)
+        complain(f"left out, older than a run of the same setting and seed: {run.folder}")
     for line in made.left_out:
-        print(line, file=sys.stderr)
+        complain(line)
     for name, reason in made.empty.items():
-        print(f"comparison {name}: {reason}", file=sys.stderr)
+        complain(f"comparison {name}: {reason}")
     if not made.files and not made.empty:
-        print("nothing to draw: no finished run was found", file=sys.stderr)
+        complain("nothing to draw: no finished run was found")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

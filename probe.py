@@ -6,9 +6,8 @@ what its own classifier takes tell what its features are worth. The results go t
 
 from __future__ import annotations
 
-import sys
-
 from runtime.over_runs import Measure, over_runs
+from runtime.streams import run_program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,4 +30,4 @@ def _measure() -> Measure:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,9 @@ from runtime.config import ConfigError
 from runtime.network.overview import look, picture
 from runtime.network.status import NETWORK
 from runtime.run_folder import is_locked
+from runtime.screen import Screen
+from runtime.streams import run_program
+from runtime.text import complain
 
 KEYS = ("run", "once", "save_dir")
 REFRESH_S = 1.0
@@ -35,18 +37,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("argument", nargs="*", help="the folder of a run, or one above several; and key=value")
     try:
         folder, once = _read(parser.parse_args(arguments).argument)
-        console = Console()
+        console = Screen()
         if once or not console.is_terminal or console.is_dumb_terminal:
             width = None if console.is_terminal else _PLAIN_WIDTH
-            console = Console(width=width)
+            console = Screen(width=width)
             console.print(picture(look(folder), console, fit=False))
         else:
             _watch(folder, console)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 1
     except PermissionError as error:
-        print(ConfigError("run", str(error.filename), "a folder that this user may read"), file=sys.stderr)
+        complain(ConfigError("run", str(error.filename), "a folder that this user may read"))
         return 1
     except KeyboardInterrupt:
         pass
@@ -98,4 +100,4 @@ def _newest(key: str, above: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 from datasets.images import SUFFIXES
 from datasets.notes import Findings, kinds
 from datasets.trees import UNREADABLE, Tree
-from runtime.config import ConfigError, printable
+from runtime.config import ConfigError
+from runtime.text import printable
 
 # Folders of these names hold parts of a dataset and no class.
 PARTS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})

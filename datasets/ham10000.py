@@ -17,7 +17,8 @@ from datasets.registry import RawDataset, RawSplit, ReadContext, register
 from datasets.splitting import fixed_test
 from datasets.tables import read_table
 from datasets.trees import Tree, open_tree
-from runtime.config import ConfigError, printable
+from runtime.config import ConfigError
+from runtime.text import printable
 
 log = logging.getLogger(__name__)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from runtime import text as plain
 
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -22,11 +22,7 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 
 def csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as csv, unrounded; empty where a figure does not apply."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return plain.csv_text([columns, *([row[column] for column in columns] for row in rows)])
 
 
 def markdown(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
@@ -37,10 +33,10 @@ def markdown(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], n
     """
 
     def line(texts: Sequence[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+        return "| " + " | ".join(map(_marked_down, texts)) + " |"
 
     table = [line(heads), line(["---", *["---:"] * (len(heads) - 1)]), *(line(row) for row in cells)]
-    return "\n".join([f"## {title}", "", *table, "", " ".join(notes)]) + "\n"
+    return "\n".join([f"## {_marked_down(title)}", "", *table, "", _marked_down(" ".join(notes))]) + "\n"
 
 
 def latex(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
@@ -51,8 +47,7 @@ def latex(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], note
     """
 
     def line(texts: Sequence[str]) -> str:
-        escaped = " & ".join(_escaped(text) for text in texts)
-        return "    " + escaped.replace("\x01", r"\textbf{").replace("\x02", "}") + r" \\"
+        return "    " + " & ".join(map(_cell, texts)) + r" \\"
 
     caption = _escaped(". ".join(text for text in (title, " ".join(notes)) if text))
     return "\n".join(
@@ -99,7 +94,20 @@ def emphasized(
     return [bold(text) if at in competing and text in winners else text for at, text in enumerate(texts)]
 
 
+def _marked_down(text: str) -> str:
+    """Text for Markdown: no cell ends in it, and neither HTML nor a link or a picture begins."""
+    escaped = plain.printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+    return escaped.replace("](", "]\\(")
+
+
+def _cell(text: str) -> str:
+    """A cell for LaTeX, in bold if `latex_bold` marked all of it."""
+    if len(text) > 1 and text[0] == "\x01" and text[-1] == "\x02":
+        return rf"\textbf{{{_escaped(text[1:-1])}}}"
+    return _escaped(text)
+
+
 def _escaped(text: str) -> str:
     """Text for LaTeX, with a thin space between a number and its unit that no line breaks."""
-    escaped = "".join(_LATEX.get(character, character) for character in text)
+    escaped = "".join(_LATEX.get(character, character) for character in plain.printable(text))
     return re.sub(r"(?<=\d) (?=[kMGTP]?B\b)", r"\\,", escaped)

@@ -12,10 +12,11 @@ import math
 import re
 import types
 import typing
-import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast
+
+from runtime.text import one_line
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ class ConfigError(ValueError):
         else:
             text = f"{self.key}={show(self.value)}: expected {self.expected}"
             word, prefix = show(self.value), ""
-        return printable(" ".join((text + self._hint(word, prefix)).split()))
+        return one_line(text + self._hint(word, prefix), None)
 
     def _hint(self, word: str, prefix: str) -> str:
         if not self.choices:
@@ -87,18 +88,6 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
 def join(*parts: str) -> str:
     """A dotted key from its non-empty parts."""
     return ".".join(part for part in parts if part)
-
-
-def printable(text: str) -> str:
-    r"""Text that any log, file or terminal takes: control characters and bytes that are no UTF-8 as `\x1b`, `\xff`."""
-    if text.isprintable():
-        return text
-    return "".join(_escaped(each) if unicodedata.category(each) in ("Cc", "Cs", "Zl", "Zp") else each for each in text)
-
-
-def _escaped(character: str) -> str:
-    byte = ord(character) - 0xDC00  # a byte of a path that is no UTF-8, as Python has it
-    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
 
 
 def show(value: object) -> str:

@@ -25,6 +25,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from runtime.config import ConfigError
+from runtime.screen import Screen
 from runtime.units import format_bytes
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def on_terminal() -> bool:
     """Whether a bar makes sense: a person watches, and no other job of a sweep draws on the same screen."""
     if multiprocessing.current_process().name != "MainProcess":
         return False
-    return sys.stdout.isatty() and sys.stderr.isatty() and not Console().is_dumb_terminal
+    return sys.stdout.isatty() and sys.stderr.isatty() and not Screen().is_dumb_terminal
 
 
 class Progress:
@@ -154,14 +155,16 @@ class Progress:
 
     def _open_bar(self) -> None:
         self._bar = RichProgress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=3)),
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=3)
+            ),
             BarColumn(bar_width=None, table_column=Column(ratio=4, min_width=8)),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[accuracy]}", style="green", table_column=Column(no_wrap=True, justify="right")),
             TextColumn("{task.fields[bytes]}", style="cyan", table_column=Column(no_wrap=True, justify="right")),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("left", table_column=Column(no_wrap=True)),
-            console=self._console or Console(),
+            console=self._console or Screen(),
             expand=True,
             # Rounds differ in length (evaluation, alignment): the default window of 30 s makes the estimate jump.
             speed_estimate_period=_TIME_WINDOW,
@@ -208,17 +211,17 @@ def show_summary(
         return
     text = io.StringIO()
     _print(
-        Console(file=text, width=_LOG_WIDTH, color_system=None),
+        Screen(file=text, width=_LOG_WIDTH, color_system=None),
         summary_table(summary, title, box.ASCII2, personal, probed),
         files,
     )
     handlers: list[logging.StreamHandler[Any]] = []
     if mode == "bar" or on_terminal():
-        _print(console or Console(), summary_table(summary, title, personal=personal, probed=probed), files)
+        _print(console or Screen(), summary_table(summary, title, personal=personal, probed=probed), files)
         handlers = _terminal_handlers((sys.stdout, sys.stderr))
     for handler in handlers:
         handler.addFilter(_not_progress)
-    log.info("%s", text.getvalue().rstrip(), extra={"progress": True})
+    log.info("%s", text.getvalue().rstrip(), extra={"progress": True, "lines": True})
     for handler in handlers:
         handler.removeFilter(_not_progress)
 
@@ -312,7 +315,7 @@ def show_rows(rows: Sequence[tuple[str, str, str]], folder: Path, title: str = "
         table.add_column("", style=style, no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    _print(Console(), table, RunFiles(folder))
+    _print(Screen(), table, RunFiles(folder))
 
 
 def stamp_lines() -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -30,6 +29,7 @@ from runtime.boundary import Message, Reply, Upload
 from runtime.federation import Federation
 from runtime.ledger import CONTROL_KINDS
 from runtime.schedule import SCHEDULES
+from runtime.screen import Screen
 from runtime.session import Channel, ServerParty, Session, Workplace
 from runtime.settings import RunConfig
 from runtime.units import format_bytes
@@ -273,7 +273,7 @@ def show_costs(config: RunConfig) -> None:
             table.add_row(name, value)
         table.add_section()
     title = f"{config.algorithm_name}, {config.model.name}, {config.dataset.name}: a client's step, {_batch(costs)}"
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Screen(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(title, table, sep="\n")
 
 

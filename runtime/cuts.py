@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,6 +25,7 @@ from models import build_model, candidates, input_channels, through
 from runtime.boundary import pack
 from runtime.config import ConfigError
 from runtime.federation import Federation
+from runtime.screen import Screen
 from runtime.settings import RunConfig
 from runtime.traffic import expected_bytes
 from runtime.units import format_bytes
@@ -152,7 +152,7 @@ def show_cuts(config: RunConfig) -> None:
     for row in rows:
         table.add_row(*row)
     title = f"{config.algorithm_name}, {config.model.name}, {config.dataset.name}: {len(rows)} cuts"
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Screen(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(title, table, sep="\n")
 
 

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import logging
 import sys
-import traceback
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from runtime.network.config import GrpcTransport
 from runtime.reading import check_links
 from runtime.run_folder import RunFolder, find_unfinished, run_path, unique_name, what_differs
 from runtime.settings import RunConfig
+from runtime.text import error_text, plain_logs
 
 
 def check(config: RunConfig) -> None:
@@ -64,6 +64,7 @@ def _log_to(path: Path) -> Generator[None]:
     stream = io.TextIOWrapper(open_to_append(path), encoding="utf-8", write_through=True)
     handler = _Handler(stream)
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
+    plain_logs()
     root = logging.getLogger()
     root.addHandler(handler)
     try:
@@ -71,7 +72,7 @@ def _log_to(path: Path) -> Generator[None]:
     except Exception as error:
         if not isinstance(error, ConfigError):
             with contextlib.suppress(OSError):
-                stream.write(traceback.format_exc())
+                stream.write(error_text(error).replace("\n", "\n  ") + "\n")
         raise
     finally:
         root.removeHandler(handler)

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Generator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -26,9 +25,11 @@ from runtime.console import stamp_lines
 from runtime.hydra_errors import check_options, explain
 from runtime.hydra_support import load_config, plain_values, preprocess, run_config
 from runtime.run_folder import remove_empty
+from runtime.streams import stand_without_streams
 from runtime.supervise import LAUNCHER, TRACEBACKS, supervise
 from runtime.sweep import BAD, OUTPUT, PATIENT, Sweep
 from runtime.sweep_console import Display, show_table
+from runtime.text import complain, error_text
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _ROOT = Path(__file__).resolve().parent.parent
@@ -92,14 +93,14 @@ def _single(composed: DictConfig) -> None:
             where = f": {os.path.relpath(folder.path)}"
             run(config, folder)
     except KeyboardInterrupt:
-        _complain(f"interrupted; the same command goes on from the last checkpoint (resume=auto){where}")
+        complain(f"interrupted; the same command goes on from the last checkpoint (resume=auto){where}")
         sys.exit(130)
     except Exception as error:
         line = explain(error, overrides)
         if line is None or os.environ[TRACEBACKS] == "1":
-            traceback.print_exception(error)
+            complain(*error_text(error).split("\n"))
         else:
-            _complain(line)
+            complain(line)
         sys.exit(1)
 
 
@@ -127,6 +128,7 @@ def launch(main: Callable[[], Any]) -> None:
     0: all well. 1: a mistake in the configuration, told in one line, or a failed job. 130: interrupted.
     HYDRA_FULL_ERROR=1 shows tracebacks instead of lines.
     """
+    stand_without_streams()
     # Hydra prints errors in its own way unless this is set; jobs in other processes learn from the second one.
     os.environ[TRACEBACKS] = os.environ.get(_FULL_ERROR, "0")
     os.environ[_FULL_ERROR] = "1"
@@ -146,7 +148,7 @@ def launch(main: Callable[[], Any]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # an impatient second one: the rest takes seconds
             signal.signal(number, signal.SIG_IGN)
         if not _watched:
-            _complain("interrupted; the same command goes on with what is unfinished (resume=auto)")
+            complain("interrupted; the same command goes on with what is unfinished (resume=auto)")
         else:
             _close(f"the same command goes on: {shlex.join(sys.orig_argv)}")
         sys.exit(130)
@@ -155,7 +157,7 @@ def launch(main: Callable[[], Any]) -> None:
         _give_up()
         if line is None:
             raise
-        _complain(line)
+        complain(line)
         sys.exit(1)
     if _watched:
         sys.exit(0 if _close() else 1)
@@ -211,10 +213,10 @@ def _close(how_to_go_on: str = "") -> bool:
         try:
             sweep.write_table()
         except OSError as error:  # a full disk: what the sweep did is shown all the same
-            _complain(f"{sweep.path}: cannot be written: {error.strerror}")
+            complain(f"{sweep.path}: cannot be written: {error.strerror}")
     undone = sum(not job.is_done for job, _ in jobs)
     if undone and not how_to_go_on:
-        _complain(f"{undone} of {len(jobs)} jobs are not done; the same command goes on with them")
+        complain(f"{undone} of {len(jobs)} jobs are not done; the same command goes on with them")
     return not failed and not undone
 
 
@@ -231,7 +233,3 @@ def _give_up() -> None:
 def _drop(sweep: Path) -> None:
     shutil.rmtree(sweep, ignore_errors=True)
     remove_empty(sweep, sweep.parent.parent)
-
-
-def _complain(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +10,8 @@ from typing import Any, cast
 import yaml
 from omegaconf import OmegaConf
 
-from runtime.config import NO_VALUE, ConfigError, printable
+from runtime.config import NO_VALUE, ConfigError
+from runtime.text import complain
 
 Measure = Callable[[Path, Mapping[str, Any]], object]
 """Measures a run in its folder, with these keys changed in its configuration, and shows what it found."""
@@ -45,13 +45,13 @@ def over_runs(
             try:
                 function(run, changes)
             except ConfigError as error:
-                print(printable(f"{run}: {error}"), file=sys.stderr)
+                complain(f"{run}: {error}")
                 failed += 1
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; runs that were not reached or not completed are as they were", file=sys.stderr)
+        complain("interrupted; runs that were not reached or not completed are as they were")
         return 130
     return 1 if failed else 0
 

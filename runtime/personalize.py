@@ -7,7 +7,6 @@ would use (the global one, with its own parts where the method has such), and on
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import logging
 import math
@@ -32,6 +31,7 @@ from runtime.files import PERSONALIZED, make_folder, named, replace_file, sync_f
 from runtime.fine_tuning import PersonalizeConfig, fine_tune
 from runtime.reading import read_json
 from runtime.session import Workplace
+from runtime.text import csv_text
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,7 @@ def personalize(
     losses: list[list[float]] = [[] for _ in epochs]
     clients = tuner.shares.sizes.nonzero()[0].tolist()
     with named(path), _nothing_left_by_failure(path), path.open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(_COLUMNS)
+        file.write(csv_text([_COLUMNS]))
         for done, client in enumerate(clients):
             if shown is not None:
                 shown(done, len(clients))
@@ -123,7 +122,7 @@ def personalize(
                     raise ConfigError("personalize.lr", config.lr, found)
                 accuracies[at].append(score.accuracy)
                 losses[at].append(score.loss)
-                rows.writerow((client, len(score.correct), epoch, score.accuracy, score.loss))
+                file.write(csv_text([(client, len(score.correct), epoch, score.accuracy, score.loss)]))
     over = [spread(values) for values in accuracies]
     found = Personalized(
         part=config.part,

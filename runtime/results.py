@@ -8,8 +8,6 @@ resumed leaves the same bytes as one that was not, but for the time columns. Eve
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import json
 import logging
 import math
@@ -37,6 +35,7 @@ from runtime.history import (
     plain_number,
 )
 from runtime.loggers import Logger
+from runtime.text import csv_text
 
 __all__ = ["ClientRow", "Results", "RoundRecord", "RunSummary", "TrafficRow"]
 
@@ -94,9 +93,9 @@ class Results:
         entry = self._history.add(record, traffic)
         metrics = [[plain_number(getattr(record, name)) for name in COLUMNS["metrics.csv"]]]
         extras = [[record.round, name, float(value)] for name, value in record.metrics.items()]
-        self._files["metrics.csv"].append(_csv_text(metrics))
-        self._files["extras.csv"].append(_csv_text(extras))
-        self._files["communication.csv"].append(_csv_text(traffic if self._by_client else _over_clients(traffic)))
+        self._files["metrics.csv"].append(csv_text(metrics))
+        self._files["extras.csv"].append(csv_text(extras))
+        self._files["communication.csv"].append(csv_text(traffic if self._by_client else _over_clients(traffic)))
         if entry is not None:
             self._files[JOURNAL].append(_json_line(entry))
         self._stale |= record.evaluated
@@ -217,13 +216,13 @@ class Results:
         if not self._begun:
             self._begun = True
             for name, file in self._files.items():
-                file.begin(_csv_text([COLUMNS[name]]) if name in COLUMNS else "")
+                file.begin(csv_text([COLUMNS[name]]) if name in COLUMNS else "")
 
     def _write_results(self) -> None:
         began = time.monotonic()
         path = self.folder / CLIENT_ACCURACY
         if self._history.client_rows:
-            replace_file(path, _csv_text([("metric", "client", "samples", "accuracy"), *self._history.client_rows]))
+            replace_file(path, csv_text([("metric", "client", "samples", "accuracy"), *self._history.client_rows]))
         else:
             path.unlink(missing_ok=True)  # of a round after the checkpoint that the run went back to
         replace_file(self.folder / RESULTS, _one_line_a_list(self.results()))
@@ -272,12 +271,6 @@ def _over_clients(traffic: Iterable[TrafficRow]) -> list[tuple[Any, ...]]:
         found[0] += payload
         found[1] += framed
     return [(*key, "", *bytes) for key, bytes in sums.items()]
-
-
-def _csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def _one_line_a_list(content: Mapping[str, Any], indent: str = "") -> str:

@@ -6,8 +6,6 @@ Every process of a sweep, on whatever machine its launcher puts it, tells the ot
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import socket
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from runtime.files import replace_file
+from runtime.text import csv_text
 
 # fmt: off
 State = Literal[
@@ -148,13 +147,11 @@ class Sweep:
 
     def write_table(self) -> Path:
         """Write `jobs.csv`: number, state, overrides, accuracy, bytes, seconds, folder and error of every job."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
+        rows: list[tuple[Any, ...]] = [_COLUMNS]
         for job, done in self.jobs():
-            row = (done.round, done.accuracy, done.bytes, done.seconds) if job.folder else ("", "", "", "")
-            writer.writerow((job.number, job.state, " ".join(job.overrides), *row, job.folder, job.error))
-        replace_file(self.path / TABLE, text.getvalue())
+            figures = (done.round, done.accuracy, done.bytes, done.seconds) if job.folder else ("", "", "", "")
+            rows.append((job.number, job.state, " ".join(job.overrides), *figures, job.folder, job.error))
+        replace_file(self.path / TABLE, csv_text(rows))
         return self.path / TABLE
 
 

@@ -20,7 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from runtime.console import format_seconds, on_terminal
+from runtime.screen import Screen
 from runtime.sweep import ALIVE, BAD, Job, JobFolder, Progress, Sweep
+from runtime.text import complain, one_line, printable, tell
 from runtime.units import format_bytes
 
 Jobs = Sequence[tuple[Job, Progress]]
@@ -76,7 +78,7 @@ class Display:
                     folder.update(state="interrupted")
 
     def _draw(self) -> None:
-        console = Console()
+        console = Screen()
         with Live(self._picture(console), console=console, auto_refresh=False, transient=True) as live:
             while not self._ended.wait(_REFRESH_S):
                 live.update(self._picture(console), refresh=True)
@@ -128,11 +130,11 @@ class Display:
                 if told.get(job.number, "queued") != job.state:
                     told[job.number] = job.state
                     if job.state != "starting":
-                        print(f"{tally(jobs)} | #{job.number} {self.named(job)}: {outcome(job, done)}", flush=True)
+                        tell(f"{tally(jobs)} | #{job.number} {self.named(job)}: {outcome(job, done)}")
                         last = time.monotonic()
             if time.monotonic() - last > _LINES_S:
                 last = time.monotonic()
-                print(self._headline(jobs, _share(jobs)), flush=True)
+                tell(self._headline(jobs, _share(jobs)))
 
     def named(self, job: Job) -> str:
         """What tells the job from the others of its sweep."""
@@ -151,7 +153,7 @@ def distinct(job: Job, shared: Sequence[str]) -> str:
 
 def _plain(override: str) -> str:
     """An override without Hydra's own signs: the + before it, and the backslashes that protect characters."""
-    return re.sub(r"\\(.)", r"\1", override.lstrip("+"))
+    return printable(re.sub(r"\\(.)", r"\1", override.lstrip("+")))
 
 
 def tally(jobs: Jobs) -> str:
@@ -177,7 +179,7 @@ def outcome(job: Job, done: Progress) -> str:
 def show_table(jobs: Jobs, sweep: Path | None, how_to_go_on: str = "") -> None:
     """Print every job: what it ran, its state, accuracy, bytes, time, the line of its error, and its folder."""
     terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else _LOG_WIDTH, soft_wrap=not terminal)
+    console = Screen(width=None if terminal else _LOG_WIDTH, soft_wrap=not terminal)
     shared = shared_overrides([job.overrides for job, _ in jobs])
     common = " ".join(_plain(each) for each in shared)
     style = box.ROUNDED if terminal else box.ASCII2
@@ -191,7 +193,7 @@ def show_table(jobs: Jobs, sweep: Path | None, how_to_go_on: str = "") -> None:
     for job, done in jobs:
         what = Text(distinct(job, shared))
         if job.error:
-            what.append(f"\n{job.error}", style="red")
+            what.append(f"\n{one_line(job.error, None)}", style="red")
         figures = ("", "", "", "")
         if done.round:
             figures = (str(done.round), percent(done.accuracy), format_bytes(done.bytes), format_seconds(done.seconds))
@@ -206,11 +208,11 @@ def show_table(jobs: Jobs, sweep: Path | None, how_to_go_on: str = "") -> None:
     failed = sum(job.state in BAD for job, _ in jobs)
     sys.stdout.flush()
     if failed:
-        print(f"{failed} of {len(jobs)} jobs failed; the same command tries them again", file=sys.stderr, flush=True)
+        complain(f"{failed} of {len(jobs)} jobs failed; the same command tries them again")
     if how_to_go_on:
         states = Counter(job.state for job, _ in jobs)
         counts = f"{states['interrupted'] + states['elsewhere']} in part, {states['queued']} not begun"
-        print(f"interrupted ({counts}); {how_to_go_on}", file=sys.stderr, flush=True)
+        complain(f"interrupted ({counts}); {how_to_go_on}")
 
 
 def percent(accuracy: float | None) -> str:

@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Generator, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -37,6 +36,7 @@ from runtime.saved import personalize_run, probe_run
 from runtime.settings import RunConfig
 from runtime.slots import gpu_slot
 from runtime.sweep import OUTPUT, JobFolder
+from runtime.text import complain, error_text, plain_logs
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ def main(folder: str) -> None:
     _end_with_parent()
     content = job.read_job()
     sys.argv = sys.orig_argv = ["python", "main.py", *content["overrides"]]  # for env.json: the same run, on its own
+    plain_logs()
     configure_log(cast(DictConfig, OmegaConf.create(content["logging"])), content["verbose"])
     job.update(pid=os.getpid())
     try:
@@ -64,7 +65,7 @@ def main(folder: str) -> None:
     except Exception as error:
         reason = explain(error, content["overrides"])
         if reason is None or content["tracebacks"]:
-            traceback.print_exc()
+            complain(*error_text(error).split("\n"))
         elif not job.read().folder or not Path(job.read().folder).is_dir():
             os.truncate(job.path / OUTPUT, 0)  # a mistake that left nothing: its one line says it all
             job.update(folder="")

@@ -21,6 +21,7 @@ SOURCES = sorted(
         ROOT / "personalize.py",
         ROOT / "plot_results.py",
         ROOT / "probe.py",
+        ROOT / "status.py",
     ]
 )
 # "imagenet" is also a choice of dataset.normalize, where branching on it is right.

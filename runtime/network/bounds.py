@@ -34,11 +34,6 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def one_line(text: object) -> str:
-    """A peer's own words for a line of the log: printable, and no longer than a few lines of a terminal."""
-    return "".join(sign if sign.isprintable() else "?" for sign in " ".join(str(text).split())[:300])
-
-
 def read_object(raw: bytes | bytearray, what: str) -> dict[str, Any]:
     """The JSON object in ``raw``, which ``what`` names in errors.
 

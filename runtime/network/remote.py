@@ -20,7 +20,7 @@ from runtime.evaluator import VALIDATION
 from runtime.ledger import Ledger
 from runtime.network.agreement import PROTOCOL, compare_data, data_facts, fingerprint, shared, told, version
 from runtime.network.audit import Audit
-from runtime.network.bounds import Limits, WireError, one_line, shown
+from runtime.network.bounds import Limits, WireError, shown
 from runtime.network.check import check_values
 from runtime.network.config import GrpcTransport
 from runtime.network.connection import Connection, LinkLostError
@@ -30,6 +30,7 @@ from runtime.network.sessions import A_STEP, MOST_MESSAGES, RemoteChannel, Remot
 from runtime.network.wire import Head, What, outgoing
 from runtime.schedule import SCHEDULES, RoundLostError, RoundReport
 from runtime.session import ServerParty
+from runtime.text import one_line
 
 if TYPE_CHECKING:
     from runtime.federation import Federation

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from runtime.boundary import MODEL, ClientDroppedError, Message, Payload, Reply, Upload
 from runtime.ledger import Ledger
-from runtime.network.bounds import WireError, one_line
+from runtime.network.bounds import WireError
 from runtime.network.check import check_values
 from runtime.network.connection import Connection, LinkLostError
 from runtime.network.wire import Head, What
 from runtime.session import Channel
+from runtime.text import one_line
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.config import NO_VALUE, ConfigError, build, nearest, plain, printable, show
+from runtime.config import NO_VALUE, ConfigError, build, nearest, plain, show
+from runtime.text import printable
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from runtime.network.bounds import one_line
+from runtime.text import one_line
 
 log = logging.getLogger(__name__)
 

@@ -17,14 +17,21 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from runtime.config import printable
 from runtime.console import format_seconds
 from runtime.network.status import Seen, Status, read_status_of
 from runtime.run_folder import is_locked, read_status
+from runtime.text import one_line, printable
 from runtime.units import format_bytes
 
 _STYLES = {"absent": "red", "working": "green", "testing": "cyan", "unknown": "dim", "over": "dim"}
 _ORDER = ("working", "testing", "idle", "absent", "unknown", "over")
+_PIDS, _AGES = 2**31, 1e10
+_BESIDE_TITLE = 40
+"""Columns for the bar and how far it is."""
+_PLACE = 60
+"""Characters of where a client is."""
+_MOST = 2000
+"""Clients that have a line of their own where nobody's terminal sets an end."""
 _WIDE = 112  # columns from which errors have a column of their own
 _HEADS = ("client", "state", "for", "last word", "up", "down", "joins", "from")
 _STATE, _LEFT = 1, (1, 7)
@@ -66,12 +73,13 @@ def look(folder: Path) -> View:
     owned = is_locked(folder)  # before the file is read: a server that ends meanwhile has written its last word
     status = read_status_of(folder)
     alive = owned and not (status.host == socket.gethostname() and _is_dead(status.pid))
-    return View(
-        folder, status, alive, printable(str(read_status(folder).get("error") or "")), time.time(), owned and not alive
-    )
+    error = one_line(read_status(folder).get("error") or "")
+    return View(folder, status, alive, error, time.time(), owned and not alive)
 
 
 def _is_dead(pid: int) -> bool:
+    if not 0 < pid < _PIDS:
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -89,10 +97,11 @@ def picture(view: View, console: Console, *, fit: bool) -> RenderableType:
     """
     head = _head(view, min(console.width, _WIDE))
     wide = console.width >= _WIDE
-    numbers = list(range(len(view.status.clients)))
+    room = _MOST
     if fit:
         used = len(console.render_lines(head, pad=False)) + 1  # and the table's own head
-        numbers = _fitting(view, max(1, console.size.height - used), wide)
+        room = max(1, console.size.height - used)
+    numbers = _fitting(view, room, wide or not fit)
     parts = [head, *_rows(view, numbers, wide=wide, cut=fit)]
     rest = sorted(set(range(len(view.status.clients))) - set(numbers))
     if rest:
@@ -114,7 +123,8 @@ def _head(view: View, width: int) -> RenderableType:
     top.add_column(no_wrap=True, justify="right")
     accuracy = "no accuracy yet" if status.accuracy is None else f"{status.accuracy:.2%}"
     bar = ProgressBar(total=max(status.rounds, 1), completed=status.round)
-    top.add_row(Text(status.title, style="bold"), bar, f"round {status.round}/{status.rounds}, {accuracy}")
+    title = one_line(status.title, max(12, width - _BESIDE_TITLE))
+    top.add_row(Text(title, style="bold"), bar, f"round {status.round}/{status.rounds}, {accuracy}")
     sent = f"sent {format_bytes(status.payload)}: up {format_bytes(status.up)}, down {format_bytes(status.down)}"
     wire = f"wire: up {format_bytes(status.wire_up)}, down {format_bytes(status.wire_down)}"
     if status.state == "starting":
@@ -122,7 +132,7 @@ def _head(view: View, width: int) -> RenderableType:
     spent = f"{format_seconds(status.seconds)} of training"
     if 0 < status.round < status.rounds and not view.is_over:
         left = status.seconds / status.round * (status.rounds - status.round)
-        spent += f", about {format_seconds(left)} left"
+        spent += f", about {format_seconds(left)} left" if left < _AGES else ""
     lines = [
         Text(f"{sent}; {wire}"),
         Text(f"{spent}; listening since {_clock(status.began, view.now)}"),
@@ -203,7 +213,7 @@ def _cells(view: View, number: int) -> tuple[str, ...]:
     if not client.joined:
         return (str(number), state, since, "", "", "", "", "")
     moved = (format_bytes(client.up), format_bytes(client.down), str(client.joined))
-    place = unquote(client.peer.partition(":")[2])  # ipv4:10.0.0.2:40000, ipv6:%5B::1%5D:40000
+    place = one_line(unquote(client.peer.partition(":")[2]), _PLACE)  # ipv4:10.0.0.2:40000, ipv6:%5B::1%5D:40000
     return (str(number), state, since, _age(view.now - client.last), *moved, place)
 
 
@@ -263,5 +273,4 @@ def _clock(then: float, now: float) -> str:
 def _nearby(path: Path) -> str:
     """The path from the current folder where it lies below it."""
     here = Path.cwd()
-    near = path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path
-    return printable(str(near))
+    return printable(path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path)

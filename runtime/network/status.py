@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 from runtime.config import ConfigError
 from runtime.files import replace_file
-from runtime.network.bounds import one_line
-from runtime.reading import read_json
+from runtime.reading import UnreadableError, read_json
+from runtime.text import one_line
 
 if TYPE_CHECKING:
     from runtime.federation import Federation
@@ -33,9 +33,12 @@ T = TypeVar("T")
 NETWORK = "network.json"
 # Seconds from one writing to the next, at least; more where it takes more than this share of the time.
 _PAUSE_S, _SHARE = 0.5, 0.02
+# Seconds since 1970 or of training, and bytes, that can be: the year 5138, and four thousand petabytes.
+_LATEST, _MOST = 1e11, 2**62
 
 Doing = Literal["absent", "idle", "working", "testing"]
 State = Literal["starting", "running", "finished", "stopped"]
+_STATES = (*get_args(Doing), *get_args(State))
 
 
 @dataclass
@@ -121,29 +124,34 @@ def read_status_of(folder: Path) -> Status:
         ConfigError: it has told nothing that can be read.
     """
     try:
-        known = read_json(folder, NETWORK)
-        status = _build(Status, known)
-        status.clients = [_build(Seen, each) for each in cast("list[Any]", status.clients)]
-    except (OSError, ValueError, TypeError) as error:
-        expected = f"the folder of a run over the network with a {NETWORK} that can be read ({error})"
+        status = _build(Status, asdict(Status()), read_json(folder, NETWORK))
+        empty = asdict(Seen())
+        status.clients = [_build(Seen, empty, each) for each in cast("list[Any]", status.clients)]
+    except ValueError as error:
+        why = error.why if isinstance(error, UnreadableError) else one_line(error)
+        expected = f"the folder of a run over the network with a {NETWORK} that can be read ({why})"
         raise ConfigError("run", str(folder), expected) from None
     return status
 
 
-def _build(kind: type[T], known: Any) -> T:
-    """A dataclass of the values that are of its fields' types; the others have their defaults."""
-    empty: dict[str, Any] = asdict(cast(Any, kind()))
+def _build(kind: type[T], empty: Mapping[str, Any], known: Any) -> T:
+    """A dataclass of the values that are of its fields' types, texts in one line; those missing are as in `empty`."""
     if not isinstance(known, dict):
         raise ValueError(f"{type(known).__name__} instead of a mapping")
     values = {name: value for name, value in cast("Mapping[str, Any]", known).items() if name in empty}
     for name, value in values.items():
         default: object = empty[name]
         number = isinstance(default, float) or name == "accuracy"
-        wanted = (int, float) if number else (cast("type[object]", type(default)),)
-        if not isinstance(value, wanted) and not (value is None and default is None):
-            raise ValueError(f"{name} {value!r}")
+        wanted = (int, float) if number else (type(default),)
+        if type(value) not in wanted and not (value is None and default is None):
+            raise ValueError(f"{name} {value!r:.40}")
+        # A time of day that no clock shows, and what no number of bytes is; NaN is in between nothing.
+        if isinstance(value, int | float) and not 0 <= value <= (_LATEST if number else _MOST):
+            raise ValueError(f"{name} {value!r:.40}")
         if isinstance(value, str):
             values[name] = one_line(value)
+    if values.get("state", empty["state"]) not in _STATES:
+        raise ValueError(f"state {values['state']!r:.40}")
     return kind(**values)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from plotting.curves import Curve, default_budget, default_target, make_curves
 from plotting.experiments import Comparison, PlotConfig
 from plotting.figures import FIGURES, Options, make_figure, save_figure
-from plotting.runs import Found, Run, find_runs
+from plotting.runs import Found, Run, find_runs, short
 from plotting.selection import NoRuns, automatic, outside, resolve_key, select
 from plotting.style import applied
 from plotting.tables import as_csv, as_latex, as_markdown, table_rows
@@ -21,6 +21,7 @@ from plotting.tuning_tables import tuning_tables
 from runtime.config import ConfigError
 from runtime.files import RESULTS
 from runtime.forking import server
+from runtime.text import one_line
 
 _TABLES = {"md": as_markdown, "tex": as_latex, "csv": lambda rows, _: as_csv(rows)}
 # Another process takes longer to start than a few comparisons to draw.
@@ -28,6 +29,10 @@ _PARALLEL_FROM = 4
 _LIBRARIES = (__name__, "plotting.report")
 # So many runs take longer to read than those processes to start.
 _MANY_RUNS = 300
+# What a figure may meet in content that nobody has thought of.
+_ODD = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+# In a title.
+_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,13 @@ def _draw(job: _Job) -> tuple[list[Path], list[str]]:
     drawn = [name for name in wanted if FIGURES[name].applies(curves, options)]
     files: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
+    failed: list[str] = []
     with applied():
         for name in drawn:
-            files += save_figure(make_figure(name, curves, options), folder / name, job.formats)
+            try:
+                files += save_figure(make_figure(name, curves, options), folder / name, job.formats)
+            except _ODD as error:  # of one figure: the others and the tables hold all the same
+                failed.append(f"{name}: it cannot be drawn ({type(error).__name__}: {one_line(error)})")
     rows = table_rows(curves, options)
     for ending in comparison.tables or ():
         path = folder / f"table.{ending}"
@@ -151,7 +160,7 @@ def _draw(job: _Job) -> tuple[list[Path], list[str]]:
 
         files.append(write_report(folder / "report.html", curves, options, rows, job.left_out))
     left_out = [f"{name}: it needs {FIGURES[name].needs}" for name in wanted if name not in drawn and names != "auto"]
-    return files, [f"comparison {comparison.name}: no figure {text}" for text in left_out]
+    return files, [f"comparison {comparison.name}: no figure {text}" for text in left_out + failed]
 
 
 def _options(comparison: Comparison, runs: Sequence[Run], curves: Sequence[Curve]) -> Options:
@@ -170,7 +179,9 @@ def _options(comparison: Comparison, runs: Sequence[Run], curves: Sequence[Curve
 
 def _title(runs: Sequence[Run]) -> str:
     def each(values: Sequence[object]) -> str:
-        return " / ".join(dict.fromkeys(str(value) for value in values))
+        names = list(dict.fromkeys(short(value) for value in values))
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return " / ".join(names[:_NAMED]) + more
 
     datasets, models = each([run.get("dataset.name") for run in runs]), each([run.get("model.name") for run in runs])
     return f"{datasets}, {models}, {each([run.distribution_label for run in runs])}"

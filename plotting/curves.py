@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from plotting.content import METRICS
 from plotting.runs import SPREAD_KEYS, Array, Run, short
+from plotting.style import shortened
 from plotting.timing import Link
 
+_MOST_POINTS = 4000
+"""Of a curve that is drawn: more than a screen has places for."""
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 
 
@@ -25,8 +29,8 @@ class Curve:
         method: registered name. label: what tells it from other settings of the same method, or "".
         variant: 0 for the first setting of its method in a group, 1 for the next, ...
         runs: what was averaged.
-        rounds, bytes: [n]; bytes are cumulative payload. seconds: [n] simulated seconds so far, or None where a run
-            lacks what it takes.
+        rounds, bytes: [n], of many thousand evaluations at some of them; bytes are cumulative payload.
+        seconds: [n] simulated seconds so far, or None where a run lacks what it takes.
         value, deviation: [n] the metric's mean and population standard deviation over seeds. An evaluation that gave
             no finite number is NaN.
         metric: its name, as in `Run.series`.
@@ -93,13 +97,26 @@ def _average(runs: Sequence[Run], metric: str, without_fields: tuple[str, ...], 
 
     values = picked([run.series(metric) for run in runs])
     seconds = [run.seconds(link) for run in runs]
-    return {
+    found: dict[str, Array | None] = {
         "rounds": np.asarray(rounds, dtype=np.float64),
         "bytes": picked([run.bytes(without_fields) for run in runs]).mean(axis=0),
         "seconds": None if any(each is None for each in seconds) else picked(seconds).mean(axis=0),
-        "value": values.mean(axis=0),
+        "value": (mean := values.mean(axis=0)),
         "deviation": values.std(axis=0),
     }
+    kept = _kept(mean)
+    return {name: None if each is None else each[kept] for name, each in found.items()}
+
+
+def _kept(values: Array) -> NDArray[np.intp]:
+    """Where a curve [n] is drawn: everywhere, or if it is very long at the highest and lowest place of each stretch."""
+    if len(values) <= _MOST_POINTS:
+        return np.arange(len(values))
+    low, high = np.where(np.isnan(values), np.inf, values), np.where(np.isnan(values), -np.inf, values)
+    kept = {0, len(values) - 1}
+    for part in np.array_split(np.arange(len(values)), _MOST_POINTS // 2):
+        kept |= {int(part[low[part].argmin()]), int(part[high[part].argmax()])}
+    return np.asarray(sorted(kept))
 
 
 def _together(runs: Sequence[Run]) -> list[list[Run]]:
@@ -143,7 +160,7 @@ def _natural(text: str) -> list[Any]:
 
 def _short(key: str) -> str:
     """The key as in a legend: "model" for "model.name", "upload_interval" for "algorithm.upload_interval"."""
-    return key.removesuffix(".name") if key.endswith(".name") else key.removeprefix("algorithm.")
+    return shortened(key.removesuffix(".name") if key.endswith(".name") else key.removeprefix("algorithm."))
 
 
 def final_values(curve: Curve) -> Array:

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from plotting.content import check_results
+from plotting.content import check_results, plain_text, read_file
 from runtime.files import RESULTS
+from runtime.reading import MissingError, read_yaml
 
 CODE = "FSL-SAGE"
 _SETTINGS = re.compile(
@@ -34,11 +33,8 @@ _DATASETS = {"cifar": "cifar10"}
 _INTERVALS = {"fsl_sage": ("upload_interval", "align_interval"), "cse_fsl": ("upload_interval",)}
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """A safe loader to which a tag that asks for a Python object is null: the old `settings.yml` hold devices."""
-
-
-_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+# The old `settings.yml` hold devices, as Python objects.
+_IGNORED_TAGS = "tag:yaml.org,2002:python/"
 
 
 def read_foreign(folder: Path, results: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -50,7 +46,6 @@ def read_foreign(folder: Path, results: Mapping[str, Any]) -> tuple[dict[str, An
 
     Raises:
         ValueError: it is no such folder, or it is damaged; the text says why.
-        OSError, yaml.YAMLError: `settings.yml` cannot be read.
     """
     accuracy = results.get("test_acc", results.get("accuracy"))
     if "rounds" in results or not isinstance(accuracy, list) or not isinstance(results.get("comm_load"), list):
@@ -91,11 +86,11 @@ def _from_names(folder: Path) -> dict[str, Any] | None:
 
 def _from_settings(folder: Path) -> dict[str, Any]:
     """The configuration of a folder of the first versions, from its name and its `settings.yml`."""
-    path = folder / "settings.yml"
-    if not path.exists():
-        raise ValueError(f"no folder of {CODE}'s code: neither its name nor a settings.yml tells what ran")
-    settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
-    user = settings.get("u_args") if isinstance(settings, dict) else None
+    try:
+        settings = read_file(read_yaml, folder, "settings.yml", ignored_tags=_IGNORED_TAGS)
+    except MissingError:
+        raise ValueError(f"no folder of {CODE}'s code: neither its name nor a settings.yml tells what ran") from None
+    user = settings.get("u_args")
     if not isinstance(user, dict):
         raise ValueError("settings.yml has no u_args")
     method = next((found for found in map(_method, (folder.name, user.get("method"))) if found is not None), None)
@@ -139,9 +134,10 @@ def _config(
     numbers: Mapping[str, Any],
 ) -> dict[str, Any]:
     dataset, distribution, alpha = data
-    return {
+    made = {
         "algorithm": {"name": method, **intervals},
         "model": {"name": model},
         "dataset": {"name": dataset, "distribution": distribution, **({} if alpha is None else {"alpha": alpha})},
         **numbers,
     }
+    return plain_text(made)

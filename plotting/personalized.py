@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,10 +11,14 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from plotting.content import reason
+from plotting.content import read_file, reason
+from runtime.reading import MissingError, read_json
 
 FOLDER = "personalized"
 SUMMARY = "summary.json"
+_BYTES = 4 << 20
+# Of one evaluation: numbers of epochs, and bins of a histogram.
+_MOST, _LAST = 1000, 10**9
 _ACCURACIES = ("mean", "std", "worst_decile")
 
 
@@ -73,23 +76,28 @@ def read_personalized(folder: Path) -> Evaluations:
     found: list[Personalized] = []
     for setting in _settings(folder / FOLDER, evaluations.damaged):
         try:
-            summary = json.loads((setting / SUMMARY).read_bytes())
-            if not isinstance(summary, dict):
-                raise ValueError("it holds no mapping")
-            if summary.get("finished") is True:
-                found.append(_checked(summary))
-        except (FileNotFoundError, NotADirectoryError):
+            summary = read_file(read_json, setting, SUMMARY, _BYTES)
+        except MissingError:
             continue
         except ValueError as error:
-            evaluations.damaged[setting] = f"{SUMMARY}: {reason(error)}"
-        except (OSError, RecursionError) as error:
             evaluations.damaged[setting] = reason(error)
+            continue
+        if summary.get("finished") is not True:
+            continue
+        try:
+            found.append(_checked(summary))
+        except ValueError as error:
+            evaluations.damaged[setting] = f"{SUMMARY}: {reason(error)}"
     return Evaluations(tuple(_merged(found)), evaluations.damaged)
 
 
 def _settings(folder: Path, damaged: dict[Path, str]) -> list[Path]:
     try:
-        return [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+        return [
+            folder / name
+            for name in sorted(os.listdir(folder))
+            if not name.startswith(".") and (folder / name).is_dir()
+        ]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -104,7 +112,7 @@ def _checked(summary: dict[str, Any]) -> Personalized:
         ValueError: what is wrong with it.
     """
     part, lr, round_, clients = (summary.get(name) for name in ("part", "lr", "round", "clients"))
-    if not isinstance(part, str) or not part:
+    if not isinstance(part, str) or not part or len(part) > 100:
         raise ValueError("part is no name")
     if not _is_number(lr):
         raise ValueError("lr is no number")
@@ -115,6 +123,8 @@ def _checked(summary: dict[str, Any]) -> Personalized:
     epochs = summary.get("epochs")
     if not isinstance(epochs, list) or not epochs or set(map(type, epochs)) != {int} or min(epochs) < 0:
         raise ValueError("epochs is no list of whole numbers from 0")
+    if len(epochs) > _MOST or max(epochs) > _LAST:
+        raise ValueError(f"epochs are more than {_MOST} numbers, or go beyond {_LAST}")
     if len(set(epochs)) < len(epochs):
         raise ValueError("epochs holds a number twice")
     columns = [_shares_of_one(summary, name, len(epochs)) for name in _ACCURACIES]
@@ -139,19 +149,21 @@ def _histogram(histogram: Any, length: int) -> tuple[tuple[float, ...], list[tup
     edges, counts = (histogram.get(key) for key in ("edges", "counts")) if isinstance(histogram, dict) else (None, None)
     if not isinstance(edges, list) or len(edges) < 2 or not all(map(_is_number, edges)) or min(np.diff(edges)) <= 0:
         raise ValueError("histogram.edges are no rising numbers")
+    if len(edges) > _MOST or edges[0] < 0 or edges[-1] > 1:
+        raise ValueError(f"histogram.edges are more than {_MOST}, or no fractions")
     if not isinstance(counts, list) or len(counts) != length:
         raise ValueError(f"histogram.counts is no list of {length} entries, one for each of epochs")
     for row in counts:
         fits = isinstance(row, list) and len(row) == len(edges) - 1 and set(map(type, row)) == {int}
-        if not fits or min(row) < 0 or not sum(row):
+        if not fits or min(row) < 0 or not 0 < sum(row) <= sys.maxsize:
             raise ValueError(f"histogram.counts has a row that is no {len(edges) - 1} numbers of clients")
-    shares: list[tuple[float, ...]] = [tuple(count / sum(row) for count in row) for row in counts]
+    shares: list[tuple[float, ...]] = [tuple(count / total for count in row) for row in counts if (total := sum(row))]
     return tuple(map(float, edges)), shares
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
     # A whole number of any length is JSON, but not every one is a float.
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and abs(value) <= 1e100
 
 
 def _merged(found: Sequence[Personalized]) -> list[Personalized]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import jinja2
 import yaml
 from plotly.offline import get_plotlyjs
 
+from plotting.content import read_file
 from plotting.curves import Curve
 from plotting.figures.axes import label_of
 from plotting.figures.base import Options
@@ -26,16 +26,20 @@ from plotting.report_curves import curves_chart
 from plotting.report_sweeps import sweep_charts
 from plotting.report_traffic import traffic_charts
 from plotting.report_tuning import tuning_charts
-from plotting.runs import Run
+from plotting.runs import Run, short
 from plotting.style import metric_label
 from plotting.tables import table_cells, table_notes
 from plotting.tuning_tables import Table, tuning_tables
+from runtime.reading import YAML_BYTES, read_json
+from runtime.text import one_line, printable
 
 _FOLDER = Path(__file__).parent
 # libyaml's, where PyYAML was built with it, is several times as fast.
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 # Marks the best cells; no text holds it.
 _BEST = "\x01"
+# Characters of a line that a file has told.
+_LONGEST = 4000
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def write_report(
     # What all folders have in common is told once.
     shared = _shared_folder(runs)
     page = _template().render(
-        title=options.title or "Comparison",
+        title=one_line(options.title, _LONGEST) or "Comparison",
         summary=_summary(curves, options),
         policy=_policy(script, library),
         style=(_FOLDER / "report.css").read_text(encoding="utf-8"),
@@ -98,8 +102,8 @@ def write_report(
         drawn={"charts": {chart.name: chart.spec() for chart in charts}, "on_dark": _colors_on_dark(charts)},
         tables=[_table(rows, options), *map(_tuning_table, tuning_tables(curves))],
         curves=[(label_of(curve), [_told(run, shared, differing) for run in curve.runs]) for curve in curves],
-        shared=shared,
-        left_out=left_out,
+        shared=printable(shared),
+        left_out=[one_line(line, _LONGEST) for line in left_out],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of folders may hold bytes that are no text.
@@ -197,11 +201,11 @@ def _differing(runs: Sequence[Run]) -> set[str]:
 def _told(run: Run, shared: str, differing: set[str]) -> dict[str, Any]:
     """What the page tells of a run."""
     facts = {
-        "folder": os.path.relpath(run.folder, shared) if shared else str(run.folder),
+        "folder": printable(os.path.relpath(run.folder, shared) if shared else run.folder),
         **{key: run.get(key) for key in sorted(differing & set(run.setting))},
     }
     return {
-        "seed": "unknown" if run.get("seed") is None else run.get("seed"),
+        "seed": "unknown" if run.get("seed") is None else short(run.get("seed")),
         "facts": {key: value for key, value in (facts | _environment(run.folder)).items() if value not in (None, "")},
         "config": yaml.dump(run.config, Dumper=_DUMPER, sort_keys=False, allow_unicode=True),
     }
@@ -210,20 +214,19 @@ def _told(run: Run, shared: str, differing: set[str]) -> dict[str, Any]:
 def _environment(folder: Path) -> dict[str, str]:
     """What `env.json` says of where a run came from; empty where there is none that can be read."""
     try:
-        found: Any = json.loads((folder / "env.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(found, dict):
+        found: Any = read_file(read_json, folder, "env.json", YAML_BYTES)
+    except ValueError:
         return {}
     git, packages = (each if isinstance(each := found.get(key), dict) else {} for key in ("git", "packages"))
     changed = " with changes that are not committed" if git.get("dirty") else ""
     versions = {"python": found.get("python"), **packages}
-    return {
+    told = {
         "git revision": f"{git['revision']}{changed}" if git.get("revision") else "",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "started": str(found.get("started", "")),
         "command": str(found.get("command", "")),
     }
+    return {name: one_line(text, _LONGEST) for name, text in told.items()}
 
 
 def _summary(curves: Sequence[Curve], options: Options) -> str:

@@ -37,7 +37,8 @@ def traffic_charts(curves: Sequence[Curve], options: Options) -> list[Chart]:
         axes={"x": byte_axis("communication", "communication")},
         y={"autorange": "reversed", "showgrid": False, "zeroline": False, **ticks},
         note=f"Of the whole run{without}, by kind of message; up: from clients to the server.{mean}",
-        height=_ROOM + sum(_GAP + _LINE * len(lines) for lines in names),
+        # Bars are equally far apart, so that the longest name decides.
+        height=_ROOM + len(names) * (_GAP + _LINE * max(map(len, names))),
     )
     for name, look in kind_looks({name for _, sent in bars for name in sent}).items():
         hatched = bool(look["hatch"])

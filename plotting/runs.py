@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from plotting.content import METRICS, check_results, reason
+from plotting.content import JSON_BYTES, METRICS, check_results, read_file, reason
 from plotting.foreign import CODE, read_foreign
 from plotting.personalized import Evaluations, read_personalized
+from plotting.style import shortened
 from plotting.timing import Link, simulated_time
 from runtime.files import RESULTS
+from runtime.reading import YAML_BYTES, MissingError, read_json, read_yaml
+from runtime.text import one_line
 
 Array = NDArray[np.float64]
 CONFIG = "config.yaml"
@@ -49,10 +51,9 @@ _IRRELEVANT = (
     *("role", "server", "client_id"),
     *("threads", "state_memory_mb", "personalize", "probe"),
 )
-# libyaml's loader, where PyYAML was built with it, reads eight times as fast.
-_FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Deeply nested text ends the parsers in a RecursionError.
-_UNREADABLE = (OSError, ValueError, yaml.YAMLError, RecursionError)
+_UNREADABLE = (OSError, ValueError, RecursionError)
+# Beyond this a metric is as good as not finite, and sums and scales of it are no longer numbers.
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,14 @@ class Run:
         """The same for people, e.g. "Dirichlet α=0.1"."""
         name = str(self.get("dataset.distribution"))
         shape = [f"{label}={short(self.get(f'dataset.{key}'))}" for key, label in self._shape.items()]
-        return " ".join([_DISTRIBUTIONS.get(name, name), ", ".join(shape)]).strip()
+        return " ".join([_DISTRIBUTIONS.get(name, shortened(name)), ", ".join(shape)]).strip()
 
     @property
     def alpha(self) -> float | None:
         """Dirichlet's alpha where the distribution has one."""
         value = self.get("dataset.alpha")
-        return float(value) if "alpha" in self._shape and type(value) in (int, float) else None
+        is_one = "alpha" in self._shape and type(value) in (int, float) and 0 < value < _LARGEST
+        return float(value) if is_one else None
 
     @property
     def _shape(self) -> dict[str, str]:
@@ -137,7 +139,7 @@ class Run:
         return (*(name for name in METRICS if name in self.results), *self.results.get("metrics", {}))
 
     def series(self, metric: str) -> Array:
-        """A metric at the evaluated rounds [n]; NaN where it was not measured or not finite.
+        """A metric at the evaluated rounds [n]; NaN where it was not measured, or was not finite or beyond 1e100.
 
         Args:
             metric: "test_acc" (fraction), "test_loss", "train_loss", or a further metric such as "local_acc/mean".
@@ -149,7 +151,7 @@ class Run:
             raise ValueError(f"no metric {metric}; it has {', '.join(self.metrics)}")
         values = self.results[metric] if metric in METRICS else self.results["metrics"][metric]
         series = np.asarray(values, dtype=np.float64)
-        return np.where(np.isfinite(series), series, np.nan)
+        return np.where(np.abs(series) < _LARGEST, series, np.nan)
 
     @cached_property
     def personalized(self) -> Evaluations:
@@ -208,18 +210,13 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         ValueError: a file is not what it should be; the text says which and why.
-        OSError, yaml.YAMLError, RecursionError: a file cannot be read.
+        OSError: a file cannot be read.
     """
-    results = _results(folder)
-    path = folder / CONFIG
-    if not path.exists():
-        return Run(folder, *read_foreign(folder, results), code=CODE)
+    results = read_file(read_json, folder, RESULTS, JSON_BYTES)
     try:
-        config = _load_yaml(path.read_bytes())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{CONFIG}: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG} holds no mapping")
+        config = read_file(read_yaml, folder, CONFIG)
+    except MissingError:
+        return Run(folder, *read_foreign(folder, results), code=CODE)
     run = Run(folder, config, results)
     for key in ("algorithm.name", "model.name", "dataset.name", "dataset.distribution"):
         if not isinstance(run.get(key), str):
@@ -233,7 +230,7 @@ def read_run(folder: Path) -> Run:
 
 def short(value: Any) -> str:
     """A value of a configuration in a legend or a name: as on the command line, numbers without needless digits."""
-    return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
+    return shortened(f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value))
 
 
 def _run_folders(folders: tuple[Path, ...], unreadable: dict[Path, str]) -> Iterator[tuple[Path, set[str]]]:
@@ -255,30 +252,13 @@ def _run_folders(folders: tuple[Path, ...], unreadable: dict[Path, str]) -> Iter
                 yield folder, set(files)
 
 
-def _load_yaml(text: bytes) -> Any:
-    # Text that is nested ten thousands deep overflows the stack in libyaml's loader, which ends the process. Of what
-    # may nest one level each, this many are harmless; indented lines of this length together make few levels.
-    nested = sum(text.count(mark) for mark in (b"[", b"{", b"-", b"?")) > 1000 or len(text) > 200_000
-    return yaml.load(text, Loader=yaml.SafeLoader if nested else _FAST_LOADER)
-
-
-def _results(folder: Path) -> dict[str, Any]:
-    try:
-        results = json.loads((folder / RESULTS).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{RESULTS}: {error}") from None
-    if not isinstance(results, dict):
-        raise ValueError(f"{RESULTS} holds no mapping")
-    return results
-
-
 def _state(folder: Path) -> str:
     """What a run that did not come to its end says of itself."""
     try:
-        status = json.loads((folder / "status.json").read_bytes())
-        return ": ".join(" ".join(str(status[key]).split()) for key in ("state", "error") if status.get(key))
-    except (OSError, ValueError, AttributeError, KeyError):
+        status = read_json(folder, "status.json", YAML_BYTES)
+    except ValueError:
         return "no results yet"
+    return ": ".join(one_line(status[key]) for key in ("state", "error") if status.get(key)) or "no results yet"
 
 
 def _whole(value: Any) -> Any:

@@ -19,6 +19,8 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager
 from runtime.files import written_whole
 
 FORMATS = ("svg", "pdf", "png")
+_DOTS = 20_000
+"""Of a side of a picture."""
 _FAMILY = "Cutlayer Figures"
 # Latin, Greek, punctuation, arrows and mathematical signs.
 _CHARACTERS = (*range(0x20, 0x250), *range(0x370, 0x400), *range(0x2010, 0x2060), *range(0x2190, 0x2270))
@@ -58,7 +60,8 @@ def _pdf(figure: Figure, path: Path) -> None:
 
 
 def _png(figure: Figure, path: Path) -> None:
-    figure.dpi = matplotlib.rcParams["savefig.dpi"]
+    # A figure of hundreds of rows has fewer dots to an inch: all of them are in memory at once.
+    figure.dpi = min(matplotlib.rcParams["savefig.dpi"], _DOTS / max(figure.get_size_inches()))
     FigureCanvasAgg(figure).print_png(str(path), pil_kwargs={"compress_level": 1})
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from plotting.experiments import Comparison, PlotConfig
 from plotting.runs import ALPHA, Found, Run, short
 from runtime.config import ConfigError, nearest
+from runtime.run_folder import safe_component
 
 # Of what a run is besides its configuration.
 _DERIVED: dict[str, Callable[[Run], Any]] = {
@@ -157,7 +158,8 @@ def _number(value: Any) -> float | None:
 
 
 def _name(*parts: str) -> str:
-    return re.sub(r"[^\w.,=+-]+", "-", "-".join(parts))
+    name = safe_component("-".join(parts))
+    return name if re.search(r"\w", name) else f"_{name}"
 
 
 def _distinct(comparisons: Iterable[Comparison]) -> Iterable[Comparison]:

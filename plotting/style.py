@@ -37,6 +37,7 @@ _METRICS = {
     "personal_acc": "accuracy through each client's own body",
     "personal_local_acc": "accuracy through each client's own body on local test sets",
 }
+_LONGEST = 120
 _SPREADS = {"mean": "mean", "std": "standard deviation", "worst_decile": "worst tenth of clients"}
 
 TEXT_WIDTH = 6.4
@@ -79,7 +80,13 @@ def method_style(name: str) -> MethodStyle:
     if name in METHODS:
         return METHODS[name]
     color, marker = _SPARE[zlib.crc32(name.encode()) % len(_SPARE)]
-    return MethodStyle(name, color, marker)
+    return MethodStyle(shortened(name), color, marker)
+
+
+def shortened(text: str) -> str:
+    """A name that fits into a legend: a long one is cut, and told from others by a number that follows from it all."""
+    number = f"\N{HORIZONTAL ELLIPSIS} #{zlib.crc32(text.encode()):08x}"
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + number
 
 
 def dashes(variant: int) -> str:
@@ -102,8 +109,8 @@ def metric_label(metric: str) -> str:
     """A metric in plain words with its unit, e.g. "test accuracy"; one that is not known by its name."""
     name, _, spread = metric.partition("/")
     if name not in _METRICS:
-        return metric
-    return f"{_METRICS[name]}, {_SPREADS.get(spread, spread)}" if spread else _METRICS[name]
+        return shortened(metric)
+    return f"{_METRICS[name]}, {_SPREADS.get(spread, shortened(spread))}" if spread else _METRICS[name]
 
 
 def is_share(metric: str) -> bool:

@@ -14,6 +14,8 @@ from runtime.config import ConfigError
 Array = NDArray[np.float64]
 
 PARTS = ("client", "server", "transfer", "waiting")
+# Seconds, bytes or rounds: more than any run takes.
+_LARGEST = 1e20
 _NEEDED = ("rounds", "comm_framed", "time_client", "time_server", "round_trips", "client_rounds")
 
 
@@ -84,7 +86,7 @@ def _increments(results: Mapping[str, Any], link: Link) -> dict[str, Array] | No
     if len(found) < len(columns) or len({len(column) for column in found}) != 1:
         return None
     rounds, framed, client, server, trips, clients = (np.diff(column, prepend=0.0) for column in found)
-    if not (rounds > 0).all():
+    if not (rounds > 0).all() or any((part < 0).any() for part in (framed, client, server, trips, clients)):
         return None
     # Where every client of a round dropped out, their work still took the time of one.
     together = np.ones_like(rounds) if results.get("in_turn") else np.maximum(clients / rounds, 1.0)
@@ -97,11 +99,11 @@ def _increments(results: Mapping[str, Any], link: Link) -> dict[str, Array] | No
 
 
 def _column(values: Any) -> Array | None:
-    """A list of finite numbers as an array; None for anything else, as folders of other programs may hold."""
+    """A list of numbers as an array; None for anything else, as folders of other programs may hold."""
     if not isinstance(values, list) or not values:
         return None
     try:
         column = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return None
-    return column if column.ndim == 1 and np.isfinite(column).all() else None
+    return column if column.ndim == 1 and (np.abs(column) <= _LARGEST).all() else None

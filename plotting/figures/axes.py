@@ -25,6 +25,8 @@ _MARKERS = 8
 _LOG_RATIO = 12.0
 # A loss that falls by more than this is read on a logarithmic axis.
 _LOG_METRIC = 50.0
+# Next to nothing: a margin below it has no place on such an axis.
+_SMALLEST = 1e-100
 _FEW_TICKS = 5
 _LABEL_HEIGHT, _LABEL_SIZE = 2.2, 9.0
 
@@ -142,7 +144,7 @@ def metric_axis(axes: Axes, metric: str, values: Sequence[Array], when: str = ""
     known = np.concatenate([each[np.isfinite(each)] for each in values]) if len(values) else np.empty(0)
     if is_share(metric):
         axes.yaxis.set_major_formatter(Percent())
-    elif len(known) and known.min() > 0 and known.max() > _LOG_METRIC * known.min():
+    elif len(known) and known.min() > _SMALLEST and known.max() > _LOG_METRIC * known.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())

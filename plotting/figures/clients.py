@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,14 @@ from plotting.figures.bars import BAR, ROWS_WIDTH, method_rows
 from plotting.figures.base import Options, register
 from plotting.figures.layout import axis_text, grow, new_height, put_legend, text_width, wrapped
 from plotting.runs import Array, Run
-from plotting.style import metric_label
+from plotting.style import metric_label, shortened
 from runtime.files import CLIENT_ACCURACY
+from runtime.reading import UnreadableError, read_text
+from runtime.text import printable
 
 PARTITION = "partition.csv"
+_BYTES = 64 << 20
+_MOST_SAMPLES = 1e15
 _PANELS = 6
 _DOTS = 150
 _TITLE, _TICK = 9.0, 8.0
@@ -30,14 +35,17 @@ _WHISKERS = (5, 25, 50, 75, 95)
 
 def partition_of(run: Run) -> tuple[list[str], Array] | None:
     """Names of the classes, and samples by class and client [classes, clients]; None where the run has none to read."""
-    rows = _rows(run.folder / PARTITION)
-    if rows is None or len(rows) < 2 or len(rows[0]) < 3:
-        return None
+    rows = _rows(run.folder, PARTITION)
+    classes = [shortened(printable(name)) for name in next(rows, [])[2:]]
     try:
-        counts = np.asarray([[float(cell) for cell in row[2:]] for row in rows[1:]], dtype=np.float64)
+        counts = [np.asarray(row[2:], dtype=np.float64) for row in rows]
     except ValueError:
         return None
-    return (rows[0][2:], counts.T) if counts.shape[1:] == (len(rows[0]) - 2,) else None
+    if not classes or not counts or any(len(each) != len(classes) for each in counts):
+        return None
+    table = np.asarray(counts).T
+    # Also what a spreadsheet or another program has left there: NaN is not in between either.
+    return (classes, table) if ((table >= 0) & (table <= _MOST_SAMPLES)).all() else None
 
 
 def _partitions(curves: Sequence[Curve]) -> dict[str, tuple[list[str], Array]]:
@@ -108,13 +116,13 @@ def client_accuracies(curve: Curve) -> dict[str, Array]:
     """Accuracy of every client of every seed [clients], by metric."""
     found: dict[str, list[float]] = {}
     for run in curve.runs:
-        for row in (_rows(run.folder / CLIENT_ACCURACY) or [])[1:]:
+        for row in islice(_rows(run.folder, CLIENT_ACCURACY), 1, None):
             try:
                 metric, accuracy = row[0], float(row[3])
             except (IndexError, ValueError):
                 continue
-            if np.isfinite(accuracy):
-                found.setdefault(metric, []).append(accuracy)
+            if 0 <= accuracy <= 1:
+                found.setdefault(printable(metric), []).append(accuracy)
     return {metric: np.sort(values) for metric, values in found.items()}
 
 
@@ -167,9 +175,13 @@ def client_accuracy(figure: Figure, curves: Sequence[Curve], options: Options) -
     put_legend(figure, handles, ["middle half of the clients", "median", "5% to 95%", dot], seeds)
 
 
-def _rows(path: Path) -> list[list[str]] | None:
+def _rows(folder: Path, name: str) -> Iterator[list[str]]:
+    """The rows of a csv file of a run, until one that is none; none of a file that cannot be read."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.reader(file))
-    except (OSError, ValueError, csv.Error):
-        return None
+        text = read_text(folder, name, _BYTES)
+    except UnreadableError:
+        return
+    try:
+        yield from csv.reader(text.splitlines())
+    except csv.Error:
+        return

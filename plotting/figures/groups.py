@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from plotting.curves import Curve, best_values, final_values, make_curves
 from plotting.figures.layout import text_width, wrapped
 from plotting.runs import Run
-from plotting.style import method_style
+from plotting.style import method_style, shortened
 
 ALPHA = "dataset.alpha"
 DISTRIBUTION = "dataset.distribution"
@@ -24,6 +24,8 @@ AXES_WIDTH = 5.2
 """Inches that the axes of a figure of the house's width have at least."""
 _TICK = 9.0
 _LOG_RATIO = 10.0
+# Numbers beyond it, and those that are none, have no place to scale.
+_LARGEST = 1e100
 
 _KEYS = {
     "algorithm.align_interval": "alignment interval (rounds)",
@@ -114,7 +116,7 @@ def statistics(runs: Sequence[Run], metric: str) -> tuple[float, float, float]:
 
 def key_label(key: str) -> str:
     """A key of the configuration in plain words; one that is not known by its own name."""
-    return _KEYS.get(key, key)
+    return _KEYS.get(key, shortened(key))
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Scale:
 
 def scale_of(values: Collection[Any], order: Callable[[Any], Any]) -> Scale:
     """Numbers lie to scale (to the logarithm where they span a decade), anything else side by side in a given order."""
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    numeric = all(type(value) in (int, float) and abs(value) < _LARGEST for value in values)
     found = tuple(sorted(values, key=None if numeric else order))
     texts = tuple(f"{value:g}" if numeric else value_text(value) for value in found)
     if not numeric:
@@ -144,7 +146,8 @@ def scale_of(values: Collection[Any], order: Callable[[Any], Any]) -> Scale:
 
 def value_text(value: Any) -> str:
     """A value of the configuration for people; a key that is left to itself is "default"."""
-    return "default" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+    text = "default" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+    return shortened(text)
 
 
 def put_ticks(axes: Axes, positions: Sequence[float], texts: Sequence[str], width: float = AXES_WIDTH) -> int:

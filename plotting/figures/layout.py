@@ -47,23 +47,35 @@ def text_width(text: str, size: float) -> float:
 
 
 def wrapped(text: str, inches: float, size: float) -> str:
-    """The text broken into lines that are no wider than `inches`, between words where that is possible."""
+    """The text broken into lines that are no wider than `inches`, between words where that is possible.
+
+    No more than a line or two is measured at a time: the time is that of the text's length.
+    """
     lines = [""]
     for word in re.findall(r"\S+\s*", text):
-        if lines[-1] and text_width((lines[-1] + word).rstrip(), size) > inches:
+        if lines[-1] and _fits(lines[-1] + word, inches, size) < len((lines[-1] + word).rstrip()):
             lines.append("")
-        lines[-1] += word
-        while text_width(lines[-1].rstrip(), size) > inches and len(lines[-1]) > 1:
-            fits = _prefix(lines[-1], inches, size)
-            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
+        line = lines.pop() + word
+        while (fits := _fits(line, inches, size)) < len(line.rstrip()) and len(line) > 1:
+            cut = max(line[:fits].rfind(sign) for sign in "/-_.=,") + 1
+            lines.append(line[: cut or fits])
+            line = line[cut or fits :]
+        lines.append(line)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _prefix(word: str, inches: float, size: float) -> int:
-    """Characters of a long word that fit, at least one."""
-    fits = next((n for n in range(len(word), 1, -1) if text_width(word[:n], size) <= inches), 1)
-    cut = max(word[:fits].rfind(sign) for sign in "/-_.=,") + 1
-    return cut or fits
+def _fits(text: str, inches: float, size: float) -> int:
+    """Characters of a text, without space at its end, that are no wider than `inches`; at least one."""
+    text = text.rstrip()
+    low, high = 1, min(16, len(text))
+    while high < len(text) and text_width(text[:high], size) <= inches:
+        low, high = high, min(2 * high, len(text))
+    if text_width(text[:high], size) <= inches:
+        return max(high, 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if text_width(text[:middle], size) <= inches else (low, middle)
+    return low
 
 
 def put_title(figure: Figure, title: str) -> None:

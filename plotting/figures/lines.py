@@ -124,8 +124,8 @@ def _mark_cost(axes: Axes, curve: Curve, options: Options, target: float, size: 
 def _legend(
     figure: Figure, axes: Axes, curves: Sequence[Curve], costs: dict[int, str] | None = None, note: str = ""
 ) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    drawn = dict(zip(labels, handles, strict=True))
+    # Not the axes' own list of labels, in which none begins with an underscore.
+    drawn = {str(line.get_label()): line for line in axes.get_lines()}
     texts: list[str] = []
     for curve in curves:
         if label_of(curve) in drawn:

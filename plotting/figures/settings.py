@@ -40,8 +40,7 @@ def alpha_of(run: Run) -> float | None:
     """Dirichlet alpha of a run's data; infinity where it is spread evenly, None for any other way to spread it."""
     if run.get(DISTRIBUTION) == "iid":
         return _IID
-    alpha = run.get(ALPHA) if ALPHA in run.setting else None
-    return float(alpha) if isinstance(alpha, int | float) and alpha > 0 else None
+    return run.alpha
 
 
 def with_alpha(curves: Sequence[Curve]) -> list[Curve]:

@@ -150,10 +150,10 @@ def test_damaged_results_are_named(tmp_path: Path, content: dict[str, Any], reas
     ("settings", "reason"),
     [
         (None, "no folder of FSL-SAGE's code: neither its name nor a settings.yml tells what ran"),
-        ("- 1", "settings.yml has no u_args"),
+        ("- 1", "settings.yml: it holds no mapping"),
         ("u_args: 1", "settings.yml has no u_args"),
         ("u_args: {method: 3}", "settings.yml: u_args.method is 3, expected one of fed_avg, "),
-        ("a: [", "while parsing"),
+        ("a: [", "settings.yml: while parsing"),
     ],
 )
 def test_folders_that_tell_nothing_are_named(tmp_path: Path, settings: str | None, reason: str) -> None:

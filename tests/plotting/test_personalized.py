@@ -1,6 +1,7 @@
 """Evaluations of personalisation as they lie in a run's folder: what is read, what is left out and what is told."""
 
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def test_what_is_not_finished_is_left_out_in_silence(tmp_path: Path) -> None:
         ({"lr": "0.1"}, "lr is no number"),
         ({"lr": True}, "lr is no number"),
         ({"lr": float("nan")}, "lr is no number"),
-        ({"lr": 10**400}, "lr is no number"),
+        ({"lr": 10**400}, "a whole number beyond 2^64"),
+        ({"lr": math.inf}, "lr is no number"),
         ({"round": None}, "round is no number of a round"),
         ({"round": 1.5}, "round is no number of a round"),
         ({"clients": 0}, "no client was evaluated"),
@@ -115,7 +117,7 @@ def test_a_torn_summary_is_told(text: str, tmp_path: Path) -> None:
 
 def test_a_summary_that_is_a_folder_and_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "a" / "personalized" / "part=full" / "summary.json").mkdir(parents=True)
-    assert "cannot be read" in next(iter(read_personalized(tmp_path / "a").damaged.values()))
+    assert "Is a directory" in next(iter(read_personalized(tmp_path / "a").damaged.values()))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "personalized").write_text("")
     assert read_personalized(tmp_path / "b").damaged == {}

@@ -133,7 +133,7 @@ def test_files_that_may_not_be_read_are_damage(write_run: WriteRun, tmp_path: Pa
     finally:
         shut.chmod(0o700)
     assert damaged == {
-        closed: "results.json cannot be read: Permission denied",
+        closed: "results.json: Permission denied",
         shut: f"{shut.name} cannot be read: Permission denied",
     }
 
@@ -143,7 +143,7 @@ def test_a_file_that_is_a_dead_link_is_damage(write_run: WriteRun, tmp_path: Pat
     (bad / "results.json").unlink()
     (bad / "results.json").symlink_to("results.json")
     (reason,) = find_runs(tmp_path / "saves").damaged.values()
-    assert reason.startswith("results.json cannot be read: ")
+    assert reason.startswith("results.json: ")
 
 
 def test_a_run_without_its_configuration_is_damage(write_run: WriteRun, tmp_path: Path) -> None:

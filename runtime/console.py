@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -311,8 +312,9 @@ def show_rows(rows: Sequence[tuple[str, str, str]], folder: Path, title: str = "
     if mode == "none":
         return
     table = Table(title=title or None, title_style="bold", box=box.ROUNDED, show_header=False, title_justify="left")
-    for style in ("", "bold", "dim"):
-        table.add_column("", style=style, no_wrap=True)
+    for column, style in enumerate(("", "bold", "dim")):
+        longest = max(cell_len(row[column]) for row in rows) if column < 2 else None
+        table.add_column("", style=style, no_wrap=column < 2, min_width=longest, overflow="fold")
     for row in rows:
         table.add_row(*row)
     _print(Screen(), table, RunFiles(folder))

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 from datasets.facts import changed
 from runtime.config import NO_VALUE, ConfigError
 from runtime.files import replace_file
+from runtime.reading import MissingError, read_json
 
 log = logging.getLogger(__name__)
 
@@ -33,21 +34,20 @@ def check_data(folder: Path, facts: Callable[[], Mapping[str, Any]], if_changed:
     Raises:
         ConfigError: they have changed, and that is not accepted.
     """
-    path = folder / DATA
-    if not path.is_file():
-        return
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(folder, DATA)
         before = cast(dict[str, Any], content["data"])
         if content["sha256"] != _sum_of(before):
             raise ValueError("it has other content than was written")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        reason = f"{path} cannot be read ({' '.join(str(error).split())[:120]})"
+    except MissingError:
+        return
+    except (ValueError, LookupError, TypeError) as error:
+        reason = f"{folder / DATA} cannot be read ({' '.join(str(error).split())[:120]})"
     else:
         difference = changed(before, json.loads(json.dumps(facts())))
         if difference is None:
             return
-        reason = f"the data have changed since the run in {folder} was begun: {difference}"
+        reason = f"the data have changed since run {folder.name} was begun: {difference}"
     if if_changed == "refuse":
         advice = "resume=never begins a new run, data_changed=accept goes on with this one all the same"
         raise ConfigError("dataset", NO_VALUE, f"{reason}; {advice}")

@@ -52,7 +52,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "evaluation": (
         ("runtime/evaluation.py", "runtime/evaluator.py"),
-        ("tests/runtime/test_evaluation.py", "tests/runtime/test_evaluator.py", "tests/contract/test_reported.py"),
+        (
+            *("tests/runtime/test_evaluation.py", "tests/runtime/test_evaluator.py", "tests/runtime/test_cohorts.py"),
+            *("tests/contract/test_reported.py", "tests/algorithms/test_fsmkd.py::test_both_paths_are_tested"),
+        ),
     ),
     "data": (
         tuple(

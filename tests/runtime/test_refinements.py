@@ -25,12 +25,13 @@ def test_a_part_s_optimizer_and_schedule(part: str) -> None:
             assert learning_options(optimizer, scheduler, round)["lr"] == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("part", REFINED)
-def test_another_kind_by_its_name(part: str) -> None:
-    config = load_config([f"model.{part}.optimizer=sgd", f"model.{part}.scheduler=StepLR",
-                          f"model.{part}.scheduler.step_size=2"])  # fmt: skip
-    scheduler = config.scheduler_for(part)
-    assert scheduler is not None
-    assert (config.optimizer_for(part).name, scheduler.name, scheduler.options["step_size"]) == ("sgd", "steplr", 2)
+def test_another_kind_by_its_name() -> None:
+    kinds = [f"model.{part}.optimizer=sgd" for part in REFINED]
+    schedules = [f"model.{part}.scheduler=StepLR" for part in REFINED]
+    config = load_config([*kinds, *schedules, *(f"model.{part}.scheduler.step_size=2" for part in REFINED)])
+    for part in REFINED:
+        scheduler = config.scheduler_for(part)
+        assert scheduler is not None
+        assert (config.optimizer_for(part).name, scheduler.name, scheduler.options["step_size"]) == ("sgd", "steplr", 2)
     assert config.optimizer.name == "adam"
     assert config.scheduler is None

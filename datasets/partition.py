@@ -15,6 +15,7 @@ from datasets.picture import draw
 from datasets.seeding import derived
 from runtime.config import ConfigError
 from runtime.files import written_whole
+from runtime.text import csv_text
 
 _CELLS = 1 << 22
 
@@ -73,14 +74,13 @@ class Partition:
         """Write partition.csv (client, size, a column for each class) and partition.png into `folder`."""
         labels = np.asarray(labels)
         step = max(1, _CELLS // classes)
-        columns = [str(name) for name in class_names]
-        with written_whole(folder / "partition.csv") as path:
+        with written_whole(folder / "partition.csv") as path, path.open("w", encoding="utf-8", newline="") as file:
+            file.write(csv_text([["client", "samples", *map(str, class_names)]]))
             for first in range(0, len(self), step):
                 last = min(first + step, len(self))
-                frame = pd.DataFrame(self.table(labels, classes, first, last), columns=columns)
-                frame.insert(0, "samples", self.sizes[first:last], allow_duplicates=True)
-                frame.insert(0, "client", np.arange(first, last), allow_duplicates=True)
-                frame.to_csv(path, mode="a" if first else "w", header=first == 0, index=False)
+                sizes = self.sizes[first:last, None]
+                counts = np.hstack([np.arange(first, last)[:, None], sizes, self.table(labels, classes, first, last)])
+                pd.DataFrame(counts).to_csv(file, header=False, index=False, lineterminator="\n")
         with written_whole(folder / "partition.png") as path:
             draw(path, self, labels, class_names)
 

@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from runtime.text import one_line
+
 if TYPE_CHECKING:
     from datasets.partition import Partition
 
@@ -108,4 +110,4 @@ def _write_counts(axes: Axes, shares: np.ndarray, sizes: np.ndarray) -> None:
 
 def _short(name: str) -> str:
     # A dollar sign would start a formula.
-    return (name if len(name) <= 18 else name[:17] + "…").replace("$", r"\$")
+    return one_line(name, 18).replace("$", r"\$")

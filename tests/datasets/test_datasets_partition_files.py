@@ -26,6 +26,12 @@ def test_table_and_picture(tmp_path: Path, clients: int) -> None:
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10
 
 
+def test_names_of_classes_are_no_formulas(tmp_path: Path) -> None:
+    labels = np.arange(20) % 2
+    partition(labels, 2, DatasetConfig("synthetic"), seed=0).save(tmp_path, labels, 2, ["=1+1", "a\x1b[31m"])
+    assert pd.read_csv(tmp_path / "partition.csv").columns.tolist() == ["client", "samples", "'=1+1", "a\\x1b[31m"]
+
+
 def test_picture_is_of_shares_whether_binned_or_not() -> None:
     labels = np.repeat([0, 1], [3000, 9000])
     few = Partition.from_owner(np.repeat(np.arange(4), 3000), 4)

@@ -95,7 +95,7 @@ class FolderTree:
 
     def size(self, path: str) -> int:
         """Bytes of one file's content."""
-        return (self.root / path).stat().st_size
+        return os.stat(f"{self.root}/{path}").st_size
 
     def repeated(self, paths: Iterable[str]) -> list[str]:
         """Those of `paths` that are, over a link, the same file as one before them."""

@@ -131,11 +131,12 @@ def written_whole(path: Path) -> Generator[Path]:
 
 
 def make_folder(within: Path, folder: Path) -> None:
-    """Make a folder, and those between it and a run's folder that it is in.
+    """Make a folder, a run's folder that it is in, and those between.
 
     Raises:
-        ConfigError: one of them is a link.
+        ConfigError: one of those below the run's folder is a link.
     """
+    within.mkdir(parents=True, exist_ok=True)
     for each in (*reversed(folder.relative_to(within).parents[:-1]), folder.relative_to(within)):
         refuse_link(within / each)
         (within / each).mkdir(exist_ok=True)

@@ -47,8 +47,8 @@ def shell(words: list[str], way: str, **more: str) -> int:
     """The exit status of a command whose streams are redirected so; of a pipe that of its first part."""
     line = '"$@" ' + (way if "<&-" in way else f"</dev/null {way}")
     variables = environment(**more)
-    if "TERM" not in more:
-        variables.pop("TERM", None)
+    for name in {"TERM", "COLUMNS", "LINES"} - more.keys():
+        variables.pop(name, None)
     script = f"set -o pipefail; {line}"
     return subprocess.run(["bash", "-c", script, "bash", *words], cwd=ROOT, env=variables, check=False).returncode
 

@@ -152,7 +152,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(configure: 
 
 def test_batches_of_one_are_refused_where_the_model_normalises_over_them(configure: Configure) -> None:
     own = Federation(configure("algorithm=fed_avg", OWN, "batch_size=1"))  # 64 pixels are enough for a variance
-    assert own._smallest == 1
+    assert own.has_batches(0)
     options = ("dataset=synthetic", "dataset.options.height=32", "dataset.options.width=32")
     with pytest.raises(ConfigError, match=r"batch_size=1: expected at least 2: torchvision/resnet18 normalises"):
         Federation(configure("algorithm=fed_avg", "model=torchvision/resnet18", "batch_size=1", *options))

@@ -163,7 +163,7 @@ ATTACKS: dict[str, tuple[Callable[[Hostile, int], None], str]] = {
     "a failure": (lambda h, s: h.link.send(What.FAILED, {"error": "x" * 10_000}, s), "its program failed: xxx"),
     "a failure that looks like lines of the log": (
         lambda h, s: h.link.send(What.FAILED, {"error": "x\n2026-11-22 client 0 is gone\x1b[2J\u202e\x07"}, s),
-        "its program failed: x 2026-11-22 client 0 is gone?[2J??",
+        r"its program failed: x 2026-11-22 client 0 is gone\x1b[2J\u202e\x07",
     ),
     "a long text": (lambda h, s: h.link.send(What.FAILED, {"error": "x" * 2**21}, s), "accepted"),
     "the end": (lambda h, s: h.link.close(), "the link was lost"),

@@ -196,7 +196,7 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path, open_page: Open)
     page = open_page(write(tmp_path / "report.html", runs, title=HOSTILE), viewport={"width": 400, "height": 800})
     assert page.title() == HOSTILE
     assert page.locator("img, b, body > b").count() == 0
-    assert page.locator(".legend button").first.text_content().strip().startswith(HOSTILE)  # type: ignore[union-attr]
+    assert page.locator(".legend button").first.text_content().strip().startswith(HOSTILE[:100])  # type: ignore[union-attr]
     page.mouse.move(*middle(page.locator("#curves .point").first))
     page.wait_for_selector(".hovertext")
     assert "<img src=x" in page.locator(".hovertext").first.text_content()  # type: ignore[operator]

@@ -45,7 +45,7 @@ def test_a_rate_that_does_not_converge_is_told_by_the_client(tmp_path: Path, mon
     class WaitedAgainError(Exception):
         pass
 
-    with served(tmp_path, *SETTING, "num_clients=1", "lr=1e30", clients=0) as federation:
+    with served(tmp_path, *SETTING, "num_clients=1", "lr=1e6", clients=0) as federation:
         clients: Any = federation.clients
         gather, client = clients.gather, start_client(0, clients.hub.port, tmp_path)
         rounds: list[int] = []
@@ -60,7 +60,7 @@ def test_a_rate_that_does_not_converge_is_told_by_the_client(tmp_path: Path, mon
         try:
             with pytest.raises(WaitedAgainError):
                 federation.step()
-            assert client.error().startswith("ConfigError: lr=1e+30: expected a rate that converges")
+            assert client.error().startswith("ConfigError: lr=1000000.0: expected a rate that converges")
             assert "expected a rate that converges" in clients.hub.seen[0].error
         finally:
             client.kill()

@@ -24,7 +24,7 @@ METHODS = "base fed_avg scaffold splitfed auxiliary personal ditto per_fed_avg m
 DATA = "distributions apportion partition normalize augment colour batching seeding source"
 BYTES = ("cse_fsl", "fsl_sage", "scaffold", "sl_multi_server")
 ONE_GRAPH = "test_all_parts_against_one_graph"
-TRIED = "distributions apportion partition_files batches moco shape"
+TRIED = "distributions apportion partition_files batches moco shape splitting whole laws"
 LEARNING = "fsmkd moco_sfl fl_moco contrastive saving ressfl"
 
 # Modules, and the tests that are meant to catch what is wrong in them.
@@ -41,7 +41,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "distillation": (
         tuple(f"algorithms/{name}.py" for name in LEARNING.split()),
-        ("tests/algorithms/test_fsmkd.py", "tests/algorithms/test_moco.py", "tests/attacks/test_ressfl.py"),
+        (
+            *("tests/algorithms/test_fsmkd.py", "tests/algorithms/test_moco.py", "tests/attacks/test_ressfl.py"),
+            "tests/algorithms/test_learning_limits.py",
+        ),
     ),
     "averages": (("runtime/aggregate.py",), ("tests/runtime/test_aggregate.py",)),
     "rounds": (

@@ -5,14 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import algorithms
+from attacks.similarity import ssim
 from runtime.config import ConfigError
 from runtime.experiment import run
 from runtime.federation import Federation
 from runtime.hydra_support import load_config
 from runtime.run_folder import RunFolder
 from runtime.traffic import expected_bytes
+from tests.algorithms.drawing import Drawn
 from tests.conftest import play, same
 
 NARROW = ("algorithm.attacker_width=8", "optimizer=sgd", "lr=0.05")
@@ -44,6 +47,48 @@ def test_where_likeness_is_not_punished_it_is_centralized_training(configure, ke
     federation = play(Federation(configure("algorithm=ressfl", *setting, *own)))
     for name, tensor in state(plain).items():
         assert torch.allclose(state(federation)[name], tensor, rtol=1e-9, atol=1e-12), name
+
+
+def test_all_three_parts_are_their_equations(configure) -> None:
+    """Both optimizers go on from round to round, the decoder's first step is before the likeness that is punished."""
+    momentum, alpha, target, rate = 0.9, 3.0, 0.49, 0.01
+    setting = ("lr=0.05", f"optimizer.momentum={momentum}", "optimizer=sgd", "precision=fp64", "rounds=3")
+    own = (f"alpha={alpha}", f"target_ssim={target}", f"attacker_lr={rate}", "attacker_width=4")
+    more = (f"algorithm.{key}" for key in own)
+    federation = Federation(configure("algorithm=ressfl", *setting, *more, "batch_size=150", "num_clients=2"))
+    names = ("client", "server", "attacker")
+    parts = federation.blueprint.parts(list(names))
+    client, server, attacker = (parts[name] for name in names)
+    trained = [*client.parameters(), *server.parameters()]
+    descent = torch.optim.SGD(trained, lr=0.05, momentum=momentum)
+    attack = torch.optim.Adam(attacker.parameters(), lr=rate)
+    source, drawn, punished = federation.dataset.train, Drawn(federation), set[bool]()
+    mean, deviation = (torch.tensor(each, dtype=torch.float64).view(-1, 1, 1) for each in (source.mean, source.std))
+    for number in range(3):
+        losses: list[float] = []
+        likenesses: list[float] = []
+        for x, y in drawn.batches(number, 0):
+            images, z = (x * deviation + mean).clamp(0, 1), client(x)
+            attack.zero_grad()
+            (1 - ssim(attacker(z.detach()), images).mean()).backward()
+            attack.step()
+            likeness, loss = ssim(attacker(z), images).mean(), nn.functional.cross_entropy(server(z), y)
+            likenesses.append(likeness.item())
+            losses.append(loss.item())
+            punished.add(likeness.item() > target)
+            slopes = torch.autograd.grad(loss + (alpha * (likeness - target) if likeness > target else 0), trained)
+            for parameter, slope in zip(trained, slopes, strict=True):
+                parameter.grad = slope
+            descent.step()
+        metrics = federation.step()[0]
+        assert metrics.train_loss == pytest.approx(sum(losses) / len(losses), rel=1e-8)
+        assert metrics.metrics["ssim"] == pytest.approx(sum(likenesses) / len(likenesses), rel=1e-8)
+    assert punished == {True, False}, "some batches are above the target, some below"
+    for name in names:
+        kept = federation.stores["clients"].get(0, name)
+        assert kept is not None
+        for key, value in parts[name].state_dict().items():
+            assert torch.allclose(kept[key], value, rtol=1e-8, atol=1e-10), f"{name}/{key}"
 
 
 def test_the_attacker_learns_and_the_client_part_learns_to_resist(configure) -> None:

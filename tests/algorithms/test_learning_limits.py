@@ -1,14 +1,16 @@
-"""Limits of the keys of distilling, contrastive and resisting methods at their edges, and the precision of features."""
+"""Limits of the keys of distilling, contrastive and resisting methods at their edges, and the pieces of contrast."""
 
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from algorithms.contrastive import unit
+from algorithms.contrastive import Queue, info_nce, joined, unit
 from algorithms.fl_moco import FLMocoConfig
 from algorithms.fsmkd import FSMKDConfig
-from algorithms.moco_sfl import MocoSFLConfig
+from algorithms.moco_sfl import MocoSFL, MocoSFLConfig
 from algorithms.ressfl import ResSFLConfig
 from runtime.config import ConfigError
 
@@ -70,3 +72,36 @@ def test_features_have_length_one_in_the_precision_of_a_weight(given: torch.dtyp
     assert found.dtype == kind
     exact = z.double() / z.double().square().sum(1, keepdim=True).sqrt()
     torch.testing.assert_close(found.double(), exact, atol=1e-6 if kind == torch.float32 else 1e-14, rtol=0)
+
+
+def test_keys_and_losses_are_where_the_features_are() -> None:
+    """A device of its own kind refuses what is on another: as a GPU would, with no GPU."""
+    meta = torch.device("meta")
+    query = torch.zeros(4, 3, dtype=torch.float64, device=meta)
+    for lines in (1, 2):
+        queue = Queue(torch.randn(lines, 5, 3))
+        queue.move(query)
+        assert (queue.keys.device, queue.keys.dtype, queue.keys.shape) == (meta, torch.float64, (lines, 5, 3))
+    assert info_nce(query, query, query, 0.2).device == meta
+
+
+def test_what_crossed_in_several_parts_is_joined_part_by_part() -> None:
+    one, two = torch.arange(6.0).view(2, 3), torch.arange(3.0).view(1, 3)
+    assert torch.equal(joined([one, two]), torch.cat([one, two]))  # type: ignore[arg-type]
+    first, second = joined([(one, -one), (two, -two)])
+    assert torch.equal(first, torch.cat([one, two]))
+    assert torch.equal(second, -first)
+    with pytest.raises(ValueError, match="shorter"):
+        joined([(one, -one), (two,)])
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), max_size=5), clients=st.integers(1, 8), rich=st.integers(0, 8),
+    size=st.integers(1, 40), steps=st.integers(1, 4),
+)  # fmt: skip
+def test_batches_of_rich_and_other_clients(sizes: list[int], clients: int, rich: int, size: int, steps: int) -> None:
+    rich = min(rich, clients)
+    config = MocoSFLConfig(rich_share=rich / clients, rich_batch_size=size, local_steps=steps)
+    for client in range(clients):
+        wanted = size if client < rich else max([0, *sizes])
+        assert MocoSFL.steps(config, client, clients, sizes) == [min(wanted, sum(sizes))] * steps

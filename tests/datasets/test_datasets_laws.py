@@ -155,6 +155,14 @@ def test_no_images_and_a_single_pixel_have_moments_that_are_safe_to_divide_by() 
     assert measure(torch.zeros(0, 2, 3, 3, dtype=torch.uint8)) == ((0.0, 0.0), (1 / 255, 1 / 255))
 
 
+def test_more_pixels_than_a_float_can_count_are_measured() -> None:
+    images = torch.zeros(1, 1, 4097, 4097, dtype=torch.uint8)
+    images[0, 0, 0, :2] = 255
+    assert images.numel() - 2 > 2**24
+    assert images.numel() % 2 == 1, "black pixels are no number of float32"
+    assert measure(images)[0][0] == pytest.approx(2 / images.numel(), rel=1e-12, abs=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pixels_are_what_was_normalised(dtype: torch.dtype, channels: int) -> None:
@@ -169,6 +177,15 @@ def test_pixels_are_what_was_normalised(dtype: torch.dtype, channels: int) -> No
 
 
 # ---------------------------------------------------------------------- read
+
+
+def test_what_a_source_was_not_made_for_is_said_in_full() -> None:
+    store = ResidentStore(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), CPU)
+    source = Source(store, torch.arange(2), Normalizer((0.0,), (1.0,), CPU, torch.float32), None, CPU)
+    with pytest.raises(ValueError, match="^shuffle and augment need a generator$"):
+        next(source.batches(torch.arange(2), batch_size=1, shuffle=True))
+    with pytest.raises(ValueError, match="^parameters of an augmentation, but this source has none$"):
+        source.take(torch.arange(2), [{}, {"mirrored": torch.ones(2, dtype=torch.bool)}])
 
 
 class Recorded(StreamStore):

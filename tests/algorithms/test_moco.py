@@ -59,6 +59,8 @@ class Bare:
         self.federation, self.config = federation, federation.config.algorithm
         self.parts = {name: federation.blueprint.parts([name])[name] for name in federation.algorithm.layout.server}
         self.keys = federation.server._queue.keys.clone()
+        lines = 1 if self.config.feature_sharing else federation.config.num_clients
+        assert self.keys.shape == (lines, KEYS // lines, 8)
         self.place = [0] * len(self.keys)
         self.drawn, self.rates = Drawn(federation), {"client": LR, "server": LR}
         self.losses: list[float] = []
@@ -242,6 +244,10 @@ def test_fl_moco_is_its_equations(configure, symmetric: str) -> None:
         record, _ = federation.step()
         reported = sum(sizes[c] / sum(sizes.values()) * sum(each) / len(each) for c, each in losses.items())
         assert record.train_loss == pytest.approx(reported, rel=1e-9)
+    for client in kept:
+        row = federation.stores["clients"].get(client, "queue")
+        assert row is not None
+        assert row["keys"].shape == (1, KEYS, 8)
     for name, part in zip(("model", "projector"), shared, strict=True):
         found = federation.server.ctx.parts[name].state_dict()
         for key, value in part.state_dict().items():

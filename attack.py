@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.config import ConfigError
-from runtime.over_runs import Measure, over_runs
-from runtime.streams import run_program
-from runtime.text import tell
+from cutlayer.runtime.after.over_runs import Measure, over_runs
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.streams import run_program
+from cutlayer.runtime.ground.text import tell
 
 ATTACKS = ("model_inversion",)
 LINE_INTERVAL = 5.0
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure() -> Measure:
-    from attacks.model_inversion import attack_run  # late: a mistake in the keys need not wait for torch
+    from cutlayer.attacks.model_inversion import attack_run  # late: a mistake in the keys need not wait for torch
 
     def attack(run: Path, changes: Mapping[str, Any]) -> None:
         kind = changes.get("attack", ATTACKS[0])

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.config import NO_VALUE, ConfigError
-from runtime.streams import run_program
-from runtime.text import complain, tell
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+from cutlayer.runtime.ground.streams import run_program
+from cutlayer.runtime.ground.text import complain, tell
 
 if TYPE_CHECKING:
-    from runtime.network.authority import Done, Order
+    from cutlayer.runtime.network.certificates.authority import Done, Order
 
 KEYS = ("server", "clients", "client_id", "days", "renew", "revoke")
 MOST = 100_000
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder, given = _read(parser.parse_args(arguments).argument)
         if importlib.util.find_spec("cryptography") is None:
             raise ConfigError("", NO_VALUE, 'the package cryptography is not installed: pip install -e ".[grpc]"')
-        from runtime.network.authority import make_certificates  # late: it imports that package
+        from cutlayer.runtime.network.certificates.authority import make_certificates  # late: it imports that package
 
         order = _order(given)
         _show(folder, make_certificates(folder, order), order)
@@ -72,7 +72,7 @@ def _read(texts: Sequence[str]) -> tuple[Path, dict[str, str]]:
 
 
 def _order(given: Mapping[str, str]) -> Order:
-    from runtime.network.authority import Order
+    from cutlayer.runtime.network.certificates.authority import Order
 
     clients = [*range(_number("clients", given["clients"]))] if "clients" in given else []
     clients += [_number("client_id", text) for text in _several(given, "client_id")]
@@ -103,8 +103,8 @@ def _number(key: str, text: str) -> int:
 
 def _show(folder: Path, done: Done, order: Order) -> None:
     """What was made, and which file belongs on which machine."""
-    from runtime.network.revoked import REVOKED
-    from runtime.network.tls import number_of
+    from cutlayer.runtime.network.certificates.revoked import REVOKED
+    from cutlayer.runtime.network.certificates.tls import number_of
 
     for verb, ends in (("made", done.made), ("kept", done.kept)):
         clients = sorted(number_of(stem) for stem in ends if stem.startswith("client-"))

@@ -6,7 +6,7 @@ Keys and their values are in `hydra_config/`; `python main.py --cfg job` prints 
 import hydra
 from omegaconf import DictConfig
 
-from runtime.launch import launch, start
+from cutlayer.runtime.launching.launch import launch, start
 
 
 @hydra.main(version_base=None, config_path="hydra_config", config_name="config")

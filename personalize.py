@@ -6,8 +6,8 @@ is tested on its own share of the test set; the results go to `personalized/` in
 
 from __future__ import annotations
 
-from runtime.over_runs import Measure, over_runs
-from runtime.streams import run_program
+from cutlayer.runtime.after.over_runs import Measure, over_runs
+from cutlayer.runtime.ground.streams import run_program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure() -> Measure:
-    from runtime.saved import personalize_run  # late: a mistake in the keys need not wait for torch
+    from cutlayer.runtime.after.saved import personalize_run  # late: a mistake in the keys need not wait for torch
 
     return personalize_run
 

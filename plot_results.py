@@ -6,11 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
-from plotting.compose import Composed, compose
-from plotting.experiments import read_config
-from runtime.config import ConfigError
-from runtime.streams import run_program
-from runtime.text import complain, tell
+from cutlayer.plotting.compose import Composed, compose
+from cutlayer.plotting.experiments import read_config
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.streams import run_program
+from cutlayer.runtime.ground.text import complain, tell
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,8 +6,8 @@ what its own classifier takes tell what its features are worth. The results go t
 
 from __future__ import annotations
 
-from runtime.over_runs import Measure, over_runs
-from runtime.streams import run_program
+from cutlayer.runtime.after.over_runs import Measure, over_runs
+from cutlayer.runtime.ground.streams import run_program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure() -> Measure:
-    from runtime.saved import probe_run  # late: a mistake in the keys need not wait for torch
+    from cutlayer.runtime.after.saved import probe_run  # late: a mistake in the keys need not wait for torch
 
     return probe_run
 

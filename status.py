@@ -14,13 +14,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from runtime.config import ConfigError
-from runtime.network.overview import look, picture
-from runtime.network.status import NETWORK
-from runtime.run_folder import is_locked
-from runtime.screen import Screen
-from runtime.streams import run_program
-from runtime.text import complain
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.screen import Screen
+from cutlayer.runtime.ground.streams import run_program
+from cutlayer.runtime.ground.text import complain
+from cutlayer.runtime.network.server.overview import look, picture
+from cutlayer.runtime.network.server.status import NETWORK
+from cutlayer.runtime.records.run_folder import is_locked
 
 KEYS = ("run", "once", "save_dir")
 REFRESH_S = 1.0

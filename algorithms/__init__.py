@@ -7,8 +7,8 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from algorithms.base import Algorithm
-from runtime.config import ConfigError, build
+from cutlayer.algorithms.base import Algorithm
+from cutlayer.runtime.ground.config import ConfigError, build
 
 ALGORITHMS: dict[str, type[Algorithm]] = {}
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from algorithms import register
-from algorithms.base import Algorithm, Flow, SplitServer, cross_entropy
-from runtime.blueprint import Layout
-from runtime.boundary import ClientProgram, Payload, Reply, ask, flatten, tell, tensor
-from runtime.config import ConfigError
-from runtime.contexts import ClientContext
+from cutlayer.algorithms import register
+from cutlayer.algorithms.base import Algorithm, Flow, SplitServer, cross_entropy
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.boundary import ClientProgram, Payload, Reply, ask, flatten, tell, tensor
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.parties.contexts import ClientContext
 
 
 def _positive(config: Any, *keys: str) -> None:

@@ -10,15 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import through
-from runtime.aggregate import Average
-from runtime.blueprint import Layout
-from runtime.boundary import ClientProgram, Crossing, Payload, Reply, Upload, pack, tensor, unflatten, unpack
-from runtime.contexts import ClientContext, ServerContext
-from runtime.optim import OptimizerConfig, PartOptimizer
+from cutlayer.models import through
+from cutlayer.runtime.messages.boundary import (
+    ClientProgram,
+    Crossing,
+    Payload,
+    Reply,
+    Upload,
+    pack,
+    tensor,
+    unflatten,
+    unpack,
+)
+from cutlayer.runtime.parties.aggregate import Average
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
+from cutlayer.runtime.parties.optim import OptimizerConfig, PartOptimizer
 
 if TYPE_CHECKING:
-    from runtime.cohort import Asked, Cohort
+    from cutlayer.runtime.parties.cohort import Asked, Cohort
 
 cross_entropy = F.cross_entropy
 """Mean cross-entropy over a batch: logits [b, classes], labels int64 [b]."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runtime.config import ConfigError
+from cutlayer.runtime.ground.config import ConfigError
 
 
 def info_nce(query: Tensor, key: Tensor, other: Tensor, temperature: float) -> Tensor:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from algorithms import register
-from algorithms.base import Algorithm, Flow
-from algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, unit
-from runtime.blueprint import Layout
-from runtime.boundary import Payload
-from runtime.config import ConfigError
-from runtime.contexts import ClientContext
+from cutlayer.algorithms import register
+from cutlayer.algorithms.base import Algorithm, Flow
+from cutlayer.algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, unit
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.boundary import Payload
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.parties.contexts import ClientContext
 
 _NAMES = ("model", "projector")
 

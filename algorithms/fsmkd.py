@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from algorithms import register
-from algorithms.base import Algorithm, Flow, Server, cross_entropy, detached, floating, followed, gradients
-from models import through
-from runtime.blueprint import Layout
-from runtime.boundary import ClientProgram, Crossing, Payload, Reply, ask, pack, unpack
-from runtime.config import ConfigError
-from runtime.contexts import ClientContext, ServerContext
+from cutlayer.algorithms import register
+from cutlayer.algorithms.base import Algorithm, Flow, Server, cross_entropy, detached, floating, followed, gradients
+from cutlayer.models import through
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.boundary import ClientProgram, Crossing, Payload, Reply, ask, pack, unpack
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
 
 
 @dataclass(frozen=True)

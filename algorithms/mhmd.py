@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from algorithms import register
-from algorithms.base import cross_entropy
-from algorithms.personal import FedBABU
-from models import AuxiliaryHeads, through
-from runtime.blueprint import Layout
-from runtime.boundary import Payload
-from runtime.config import ConfigError
-from runtime.contexts import ClientContext
+from cutlayer.algorithms import register
+from cutlayer.algorithms.base import cross_entropy
+from cutlayer.algorithms.personal import FedBABU
+from cutlayer.models import AuxiliaryHeads, through
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.boundary import Payload
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.parties.contexts import ClientContext
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from algorithms import register
-from algorithms.base import Algorithm, Flow, Server, detached, floating, followed, gradients
-from algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, joined, unit
-from algorithms.saving import Saving
-from models import through
-from runtime.blueprint import Layout
-from runtime.boundary import ClientProgram, Crossing, Payload, Reply, ask, pack, unpack
-from runtime.cohort import Asked, Cohort
-from runtime.config import ConfigError
-from runtime.contexts import ClientContext, ServerContext
+from cutlayer.algorithms import register
+from cutlayer.algorithms.base import Algorithm, Flow, Server, detached, floating, followed, gradients
+from cutlayer.algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, joined, unit
+from cutlayer.algorithms.saving import Saving
+from cutlayer.models import through
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.boundary import ClientProgram, Crossing, Payload, Reply, ask, pack, unpack
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.parties.cohort import Asked, Cohort
+from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
 
 FROZEN = "frozen"
 

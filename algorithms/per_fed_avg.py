@@ -8,12 +8,12 @@ from typing import TypeVar
 
 import torch
 
-from algorithms import register
-from algorithms.base import cross_entropy
-from algorithms.fed_avg import FedAvg, copies
-from runtime.boundary import Payload
-from runtime.config import ConfigError
-from runtime.contexts import ClientContext
+from cutlayer.algorithms import register
+from cutlayer.algorithms.base import cross_entropy
+from cutlayer.algorithms.fed_avg import FedAvg, copies
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.boundary import Payload
+from cutlayer.runtime.parties.contexts import ClientContext
 
 T = TypeVar("T")
 

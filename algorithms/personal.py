@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from algorithms import register
-from algorithms.base import Algorithm, Flow, cross_entropy
-from models import through
-from runtime.blueprint import Layout
-from runtime.boundary import Payload
-from runtime.config import ConfigError
-from runtime.contexts import ClientContext
+from cutlayer.algorithms import register
+from cutlayer.algorithms.base import Algorithm, Flow, cross_entropy
+from cutlayer.models import through
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.boundary import Payload
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.parties.contexts import ClientContext
 
 BODY_AND_HEAD = Layout(client=("body", "head"), server=("body", "head"))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from algorithms import register
-from algorithms.base import Algorithm, cross_entropy
-from runtime.blueprint import Layout
-from runtime.boundary import Payload
-from runtime.contexts import ClientContext
+from cutlayer.algorithms import register
+from cutlayer.algorithms.base import Algorithm, cross_entropy
+from cutlayer.runtime.messages.boundary import Payload
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.parties.contexts import ClientContext
 
 
 @register("local_only")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from algorithms import register
-from algorithms.base import Algorithm, cross_entropy, detached
-from attacks.similarity import ssim
-from models import through
-from runtime.blueprint import Layout
-from runtime.boundary import Payload
-from runtime.config import ConfigError
-from runtime.contexts import ClientContext
-from runtime.optim import OptimizerConfig, PartOptimizer, make_optimizer
+from cutlayer.algorithms import register
+from cutlayer.algorithms.base import Algorithm, cross_entropy, detached
+from cutlayer.attacks.similarity import ssim
+from cutlayer.models import through
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.boundary import Payload
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.parties.contexts import ClientContext
+from cutlayer.runtime.parties.optim import OptimizerConfig, PartOptimizer, make_optimizer
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from runtime.boundary import Crossing, pack, unpack
+from cutlayer.runtime.messages.boundary import Crossing, pack, unpack
 
 OFF, NO_GRADIENTS, SILENT = range(3)
 

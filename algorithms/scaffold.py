@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from algorithms import register
-from algorithms.base import Algorithm, Flow, Server, cross_entropy
-from runtime.blueprint import Layout
-from runtime.boundary import Payload, Upload, flatten, unflatten
-from runtime.config import ConfigError
-from runtime.contexts import ClientContext, ServerContext
-from runtime.optim import OptimizerConfig
+from cutlayer.algorithms import register
+from cutlayer.algorithms.base import Algorithm, Flow, Server, cross_entropy
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.boundary import Payload, Upload, flatten, unflatten
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
+from cutlayer.runtime.parties.optim import OptimizerConfig
 
 
 class ScaffoldServer(Server):

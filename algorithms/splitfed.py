@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from algorithms import register
-from algorithms.base import Algorithm, Flow, SplitServer
-from runtime.blueprint import Layout
-from runtime.boundary import ClientProgram, Payload, Reply, Upload, ask, pack, unflatten, unpack
-from runtime.contexts import ClientContext, ServerContext
-from runtime.optim import PartOptimizer
+from cutlayer.algorithms import register
+from cutlayer.algorithms.base import Algorithm, Flow, SplitServer
+from cutlayer.runtime.messages.boundary import ClientProgram, Payload, Reply, Upload, ask, pack, unflatten, unpack
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
+from cutlayer.runtime.parties.optim import PartOptimizer
 
 
 @register("sl_single_server")

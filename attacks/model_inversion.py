@@ -21,18 +21,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from attacks.similarity import mse, psnr, ssim
-from datasets import Source
-from models import build_attacker, through
-from runtime import rng
-from runtime.config import ConfigError, build
-from runtime.evaluation import evaluating
-from runtime.experiment import prepare_process, set_threads
-from runtime.federation import Federation
-from runtime.files import make_folder, replace_file, written_whole
-from runtime.run_folder import safe_component
-from runtime.saved import owned, read_config, restore
-from runtime.session import Workplace
+from cutlayer.attacks.similarity import mse, psnr, ssim
+from cutlayer.datasets import Source
+from cutlayer.models import build_attacker, through
+from cutlayer.runtime.after.saved import owned, read_config, restore
+from cutlayer.runtime.evaluation.scores import evaluating
+from cutlayer.runtime.experiment import prepare_process, set_threads
+from cutlayer.runtime.ground import rng
+from cutlayer.runtime.ground.config import ConfigError, build
+from cutlayer.runtime.ground.files import make_folder, replace_file, written_whole
+from cutlayer.runtime.records.run_folder import safe_component
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.session import Workplace
 
 FOLDER, NAME = "attacks", "model_inversion"
 SUMMARY, PICTURE = "summary.json", "reconstructions.png"
@@ -116,7 +116,7 @@ def attack_run(run: Path, changes: Mapping[str, Any], told: Told = lambda *_: No
     """Attack a saved run; gives what was found and the folder it was written to.
 
     Args:
-        changes: keys of the attack as ``attack.<key>``, and those that `runtime.saved` lets change.
+        changes: keys of the attack as ``attack.<key>``, and those that `cutlayer.runtime.after.saved` lets change.
 
     Raises:
         ConfigError: a wrong key or value, a run that cannot be taken up, or a method that sends no smashed data.

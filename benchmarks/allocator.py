@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.measure import ROOT, Spread, machine_options, peak_mb, set_up, timed
-from runtime.allocator import keep_freed_memory
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
+from cutlayer.runtime.ground.allocator import keep_freed_memory
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.rounds.federation import Federation
 
 
 def run_once(options: argparse.Namespace) -> tuple[float, float]:

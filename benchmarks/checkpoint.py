@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from runtime.files import sync_file, sync_folder
-from runtime.serial import encode
-from runtime.store import Row, Store
+from cutlayer.runtime.ground.files import sync_file, sync_folder
+from cutlayer.runtime.ground.serial import encode
+from cutlayer.runtime.parties.store import Row, Store
 
 
 def rows(clients: int, values: int) -> list[Row]:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.measure import Spread, machine_options, set_up, timed
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.rounds.federation import Federation
 
 ALGORITHMS = ("fed_avg", "fed_babu", "fed_per", "fed_rep", "lg_fed_avg", "per_fed_avg", "ditto", "mhmd")
 

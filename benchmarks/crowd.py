@@ -19,17 +19,17 @@ from torch import Tensor
 from benchmarks import echo
 from benchmarks.links import BATCH, HOST, KIND, WAIT_S, listening, open_session, processes, smashed
 from benchmarks.measure import peak_mb
-from runtime import forking
-from runtime.allocator import keep_freed_memory
-from runtime.boundary import METRICS, MODEL, Payload
-from runtime.ledger import Ledger
-from runtime.network.config import GrpcTransport
-from runtime.network.connection import LinkLostError
-from runtime.network.link import Link
-from runtime.network.sessions import RemoteChannel
-from runtime.network.wire import What
-from runtime.schedule import sequential
-from runtime.session import ServerParty
+from cutlayer.runtime.ground import forking
+from cutlayer.runtime.ground.allocator import keep_freed_memory
+from cutlayer.runtime.messages.boundary import METRICS, MODEL, Payload
+from cutlayer.runtime.messages.ledger import Ledger
+from cutlayer.runtime.network.client.link import Link
+from cutlayer.runtime.network.server.connection import LinkLostError
+from cutlayer.runtime.network.server.remote_session import RemoteChannel
+from cutlayer.runtime.network.wire import What
+from cutlayer.runtime.rounds.schedule import sequential
+from cutlayer.runtime.rounds.session import ServerParty
+from cutlayer.runtime.transport import GrpcTransport
 
 PROCESSES = 2  # of clients
 

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import grpc
 from grpc import aio
 
-from runtime.allocator import keep_freed_memory
-from runtime.network.tls import client_credentials, server_credentials
+from cutlayer.runtime.ground.allocator import keep_freed_memory
+from cutlayer.runtime.network.certificates.tls import client_credentials, server_credentials
 
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 HOST = "127.0.0.1"

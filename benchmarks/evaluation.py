@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.measure import Spread, machine_options, set_up, timed
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.rounds.federation import Federation
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import algorithms
 from benchmarks.measure import ROOT, machine_options, set_up
-from runtime.config import ConfigError
-from runtime.experiment import prepare_process
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
+from cutlayer import algorithms
+from cutlayer.runtime.experiment import prepare_process
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.rounds.federation import Federation
 
 DIGITS = (
     *("dataset=digits", "model=cnn2", "num_clients=2", "batch_size=32", "rounds=5", "eval_interval=1000"),

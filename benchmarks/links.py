@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from runtime import forking
-from runtime.allocator import keep_freed_memory
-from runtime.boundary import Payload, Reply
-from runtime.network.bounds import Limits
-from runtime.network.check import check_values
-from runtime.network.config import GrpcTransport
-from runtime.network.hub import Greeting, Hub
-from runtime.network.link import Link
-from runtime.network.sessions import RemoteSession
-from runtime.network.wire import What
+from cutlayer.runtime.ground import forking
+from cutlayer.runtime.ground.allocator import keep_freed_memory
+from cutlayer.runtime.messages.boundary import Payload, Reply
+from cutlayer.runtime.messages.bounds import Limits
+from cutlayer.runtime.network.check import check_values
+from cutlayer.runtime.network.client.link import Link
+from cutlayer.runtime.network.server.hub import Greeting, Hub
+from cutlayer.runtime.network.server.remote_session import RemoteSession
+from cutlayer.runtime.network.wire import What
+from cutlayer.runtime.transport import GrpcTransport
 
 WAIT_S = 120.0
 HOST = "127.0.0.1"

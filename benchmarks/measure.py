@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from runtime.settings import resolve_device
+from cutlayer.runtime.settings import resolve_device
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import ROOT, machine_options, peak_mb, set_up
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.rounds.federation import Federation
 
 ALGORITHMS = ("fed_avg", "scaffold", "fsl_sage")
 TARGET_MB = 100.0

@@ -22,9 +22,9 @@ from benchmarks import echo
 from benchmarks.crowd import Crowd, echo_mb, platform_mb
 from benchmarks.links import WAIT_S, listening, open_session, processes, smashed, take_steps
 from benchmarks.measure import Spread, machine_options, set_up
-from runtime import forking
-from runtime.allocator import keep_freed_memory
-from runtime.network.authority import Order, make_certificates
+from cutlayer.runtime.ground import forking
+from cutlayer.runtime.ground.allocator import keep_freed_memory
+from cutlayer.runtime.network.certificates.authority import Order, make_certificates
 
 TARGET = 1.5
 

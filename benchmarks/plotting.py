@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from plotting.compose import compose
-from plotting.curves import make_curves
-from plotting.experiments import PlotConfig
-from plotting.figures import FIGURES
-from plotting.runs import Found, find_runs
-from plotting.selection import automatic, select
-from runtime.config import plain
-from runtime.hydra_support import load_config
+from cutlayer.plotting.compose import compose
+from cutlayer.plotting.curves import make_curves
+from cutlayer.plotting.experiments import PlotConfig
+from cutlayer.plotting.figures import FIGURES
+from cutlayer.plotting.runs import Found, find_runs
+from cutlayer.plotting.selection import automatic, select
+from cutlayer.runtime.ground.config import plain
+from cutlayer.runtime.launching.hydra_support import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = tuple(product(("cifar10", "mnist"), ("resnet18", "simple_conv")))

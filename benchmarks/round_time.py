@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from benchmarks.bare import BARE, Batches, State
 from benchmarks.measure import Seconds, Spread, machine_options, set_up, timed
-from runtime import rng
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
-from runtime.optim import make_optimizer
-from runtime.results import Results
+from cutlayer.runtime.ground import rng
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.parties.optim import make_optimizer
+from cutlayer.runtime.records.results import Results
+from cutlayer.runtime.rounds.federation import Federation
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Spread, machine_options, set_up, timed
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.rounds.federation import Federation
 
 # Of the largest change of a weight: sums in another order. Standardised weights leave little of a gradient, inexactly.
 TOLERANCE = {"fp64": 1e-8, "fp32": 2e-2, "bf16": 0.5}

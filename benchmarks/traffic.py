@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
-from runtime.traffic import expected_bytes, smashed_bytes
+from cutlayer.runtime.costs.traffic import expected_bytes, smashed_bytes
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.rounds.federation import Federation
 
 METHODS = ("fsl_sage", "cse_fsl", "sl_multi_server", "sl_single_server", "fed_avg")
 ROUNDS = 10

@@ -9,14 +9,14 @@ A dataset is one function, registered by name, that returns uint8 images and lab
 """
 
 # The modules named last register their datasets when they are imported.
-from datasets import embedded, femnist, folders, ham10000, published  # noqa: F401
-from datasets.batching import DropLast, batch_count, batch_sizes
-from datasets.config import DatasetConfig
-from datasets.info import Dataset, DatasetInfo
-from datasets.loading import load
-from datasets.partition import Partition, apply_partition, own_partition, partition, partition_by_group
-from datasets.registry import names, register
-from datasets.source import Source
+from cutlayer.datasets import embedded, femnist, folders, ham10000, published  # noqa: F401
+from cutlayer.datasets.batching import DropLast, batch_count, batch_sizes
+from cutlayer.datasets.config import DatasetConfig
+from cutlayer.datasets.info import Dataset, DatasetInfo
+from cutlayer.datasets.loading import load
+from cutlayer.datasets.partition import Partition, apply_partition, own_partition, partition, partition_by_group
+from cutlayer.datasets.registry import names, register
+from cutlayer.datasets.source import Source
 
 __all__ = [
     "Dataset",

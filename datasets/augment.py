@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from datasets.boxes import BOX_NUMBERS, RATIO, random_boxes
-from datasets.colour import greyscale, jitter_
-from datasets.config import Augment
+from cutlayer.datasets.boxes import BOX_NUMBERS, RATIO, random_boxes
+from cutlayer.datasets.colour import greyscale, jitter_
+from cutlayer.datasets.config import Augment
 
 PADDING = 4
 _AREA = (0.08, 1.0)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from datasets.images import SUFFIXES
-from datasets.notes import Findings, kinds
-from datasets.trees import UNREADABLE, Tree
-from runtime.config import ConfigError
-from runtime.text import printable
+from cutlayer.datasets.images import SUFFIXES
+from cutlayer.datasets.notes import Findings, kinds
+from cutlayer.datasets.trees import UNREADABLE, Tree
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.text import printable
 
 # Folders of these names hold parts of a dataset and no class.
 PARTS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})

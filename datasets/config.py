@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets.registry import check_options
-from runtime.config import ConfigError
+from cutlayer.datasets.registry import check_options
+from cutlayer.runtime.ground.config import ConfigError
 
 Distribution = Literal[
     "iid", "noniid_dirichlet", "dirichlet", "shards", "class_major", "quantity_skew", "natural", "own"
@@ -23,7 +23,7 @@ class DatasetConfig:
         name: a registered dataset.
         root: folder that holds the data; a dataset uses (and a download fills) its own folder in it. For the datasets
             that torchvision knows it is what torchvision calls root. `image_folder` reads the folder itself, or a zip.
-        distribution: how training samples are given to clients; see `datasets.distributions`.
+        distribution: how training samples are given to clients; see `cutlayer.datasets.distributions`.
             ``own``: with transport=grpc only, every client trains on all the data on its machine.
         alpha: Dirichlet concentration of noniid_dirichlet, dirichlet and quantity_skew; small is far from iid.
         classes_per_client: distinct classes that each client holds (shards).
@@ -38,7 +38,7 @@ class DatasetConfig:
             leaves them as they are.
         normalize: mean and deviation to normalise by: the dataset's own, ImageNet's, or none (values in 0..1).
         shuffle: draw a new order in each epoch.
-        drop_last: what happens to a last batch that is not full; see `datasets.batching.batch_sizes`.
+        drop_last: what happens to a last batch that is not full; see `cutlayer.datasets.batching.batch_sizes`.
         validation: share of the training set, equal in every class, that is held out; groups stay whole.
         local_test: give each client a share of the test set with its own class proportions, or of its own groups where
             clients are groups (natural). With `only`, what is tested

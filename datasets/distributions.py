@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datasets.apportion import bounded, dirichlet, equal_sizes, fill, raise_to, split_one
-from datasets.config import DatasetConfig
-from runtime.config import ConfigError
+from cutlayer.datasets.apportion import bounded, dirichlet, equal_sizes, fill, raise_to, split_one
+from cutlayer.datasets.config import DatasetConfig
+from cutlayer.runtime.ground.config import ConfigError
 
 # Mixtures are held for this many (client, class) pairs at a time: memory stays bounded for many clients and classes.
 _PAIRS = 1 << 20

@@ -8,9 +8,9 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from datasets.registry import RawDataset, RawSplit, ReadContext, register
-from datasets.seeding import derived
-from runtime.config import ConfigError
+from cutlayer.datasets.registry import RawDataset, RawSplit, ReadContext, register
+from cutlayer.datasets.seeding import derived
+from cutlayer.runtime.ground.config import ConfigError
 
 
 @register("digits")

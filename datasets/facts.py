@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.config import DatasetConfig
-from datasets.registry import RawDataset, RawSplit, read
+from cutlayer.datasets.config import DatasetConfig
+from cutlayer.datasets.registry import RawDataset, RawSplit, read
 
 # Images in memory count with all their bytes up to this many, larger sets with evenly spaced images of as many.
 _SAMPLED_BYTES = 16 << 20

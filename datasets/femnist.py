@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from datasets.registry import RawDataset, RawSplit, ReadContext, register
-from datasets.splitting import fixed_test
-from runtime.config import ConfigError
+from cutlayer.datasets.registry import RawDataset, RawSplit, ReadContext, register
+from cutlayer.datasets.splitting import fixed_test
+from cutlayer.runtime.ground.config import ConfigError
 
 CLASS_NAMES = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 URL = "https://github.com/TalwalkarLab/leaf (data/femnist, preprocess.sh)"

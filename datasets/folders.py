@@ -9,16 +9,16 @@ from typing import Literal
 import numpy as np
 import torch
 
-from datasets.classes import Part, check_training, class_folders, oddities, prefix_of
-from datasets.grouping import check_group, group_names, numbered
-from datasets.images import EncodedImages, Shape
-from datasets.normalize import IMAGENET_MEAN, IMAGENET_STD
-from datasets.notes import Notes
-from datasets.registry import RawDataset, RawSplit, ReadContext, register
-from datasets.splitting import fixed_test
-from datasets.trees import Tree, open_tree
-from runtime.config import ConfigError
-from runtime.text import printable
+from cutlayer.datasets.classes import Part, check_training, class_folders, oddities, prefix_of
+from cutlayer.datasets.grouping import check_group, group_names, numbered
+from cutlayer.datasets.images import EncodedImages, Shape
+from cutlayer.datasets.normalize import IMAGENET_MEAN, IMAGENET_STD
+from cutlayer.datasets.notes import Notes
+from cutlayer.datasets.registry import RawDataset, RawSplit, ReadContext, register
+from cutlayer.datasets.splitting import fixed_test
+from cutlayer.datasets.trees import Tree, open_tree
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.text import printable
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from datasets.tables import SUFFIXES, read_table
-from datasets.trees import Tree
-from runtime.config import ConfigError
+from cutlayer.datasets.tables import SUFFIXES, read_table
+from cutlayer.datasets.trees import Tree
+from cutlayer.runtime.ground.config import ConfigError
 
 KEY = "dataset.options.group"
 _COLUMN = re.compile(r"(?P<file>.+\.(csv|tab|tsv|txt)):(?P<column>[^/]+)", re.IGNORECASE)

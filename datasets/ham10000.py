@@ -10,15 +10,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.classes import is_picture
-from datasets.images import EncodedImages, Shape
-from datasets.notes import Findings
-from datasets.registry import RawDataset, RawSplit, ReadContext, register
-from datasets.splitting import fixed_test
-from datasets.tables import read_table
-from datasets.trees import Tree, open_tree
-from runtime.config import ConfigError
-from runtime.text import printable
+from cutlayer.datasets.classes import is_picture
+from cutlayer.datasets.images import EncodedImages, Shape
+from cutlayer.datasets.notes import Findings
+from cutlayer.datasets.registry import RawDataset, RawSplit, ReadContext, register
+from cutlayer.datasets.splitting import fixed_test
+from cutlayer.datasets.tables import read_table
+from cutlayer.datasets.trees import Tree, open_tree
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.text import printable
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets.boxes import random_boxes
-from datasets.notes import Notes
-from datasets.pixels import deep_grey, eight_bits, has_frames, is_deep, open_image, upright
-from datasets.trees import Tree
-from runtime.config import NO_VALUE, ConfigError
+from cutlayer.datasets.boxes import random_boxes
+from cutlayer.datasets.notes import Notes
+from cutlayer.datasets.pixels import deep_grey, eight_bits, has_frames, is_deep, open_image, upright
+from cutlayer.datasets.trees import Tree
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
 _SIZES, _CONTENTS = 200_000, 64
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from datasets.source import Source
+from cutlayer.datasets.source import Source
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Dataset:
         info: its name, shape and classes.
         train, test: the two sets.
         validation: what `dataset.validation` holds out of the training set, or None.
-        facts: what tells it from others, see ``datasets.facts``.
+        facts: what tells it from others, see ``cutlayer.datasets.facts``.
     """
 
     info: DatasetInfo

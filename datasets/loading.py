@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.augment import Augmentation, augmentation, of_whole_pictures
-from datasets.config import DatasetConfig
-from datasets.facts import facts
-from datasets.images import EncodedImages
-from datasets.info import Dataset, DatasetInfo
-from datasets.normalize import Normalizer, moments
-from datasets.registry import RawDataset, RawSplit, read
-from datasets.seeding import derived
-from datasets.source import ResidentStore, Source, StreamStore
-from datasets.splitting import hold_out
-from runtime.config import ConfigError
+from cutlayer.datasets.augment import Augmentation, augmentation, of_whole_pictures
+from cutlayer.datasets.config import DatasetConfig
+from cutlayer.datasets.facts import facts
+from cutlayer.datasets.images import EncodedImages
+from cutlayer.datasets.info import Dataset, DatasetInfo
+from cutlayer.datasets.normalize import Normalizer, moments
+from cutlayer.datasets.registry import RawDataset, RawSplit, read
+from cutlayer.datasets.seeding import derived
+from cutlayer.datasets.source import ResidentStore, Source, StreamStore
+from cutlayer.datasets.splitting import hold_out
+from cutlayer.runtime.ground.config import ConfigError
 
 # storage=auto keeps all images on the device up to this many bytes.
 RESIDENT_BYTES = 2 << 30

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.config import Normalize
-from datasets.images import EncodedImages
-from runtime.config import ConfigError
+from cutlayer.datasets.config import Normalize
+from cutlayer.datasets.images import EncodedImages
+from cutlayer.runtime.ground.config import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from runtime.text import printable
+from cutlayer.runtime.ground.text import printable
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from datasets.config import DatasetConfig
-from datasets.distributions import DISTRIBUTIONS, Request
-from datasets.picture import draw
-from datasets.seeding import derived
-from runtime.config import ConfigError
-from runtime.files import written_whole
-from runtime.text import csv_text
+from cutlayer.datasets.config import DatasetConfig
+from cutlayer.datasets.distributions import DISTRIBUTIONS, Request
+from cutlayer.datasets.picture import draw
+from cutlayer.datasets.seeding import derived
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.files import written_whole
+from cutlayer.runtime.ground.text import csv_text
 
 _CELLS = 1 << 22
 

@@ -10,10 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from runtime.text import one_line
+from cutlayer.runtime.ground.text import one_line
 
 if TYPE_CHECKING:
-    from datasets.partition import Partition
+    from cutlayer.datasets.partition import Partition
 
 # More clients than this are sorted by their main class and averaged into this many columns.
 COLUMNS = 400

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 
-from datasets.registry import RawDataset, RawSplit, ReadContext, register
-from runtime.config import ConfigError
+from cutlayer.datasets.registry import RawDataset, RawSplit, ReadContext, register
+from cutlayer.runtime.ground.config import ConfigError
 
 DIGIT_NAMES = tuple("0123456789")
 

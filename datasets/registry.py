@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.images import EncodedImages
-from runtime.config import ConfigError, build
+from cutlayer.datasets.images import EncodedImages
+from cutlayer.runtime.ground.config import ConfigError, build
 
 
 @dataclass(frozen=True)

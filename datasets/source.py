@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from datasets.augment import Augmentation
-from datasets.batching import DropLast, batch_sizes
-from datasets.images import EncodedImages
-from datasets.normalize import Normalizer
+from cutlayer.datasets.augment import Augmentation
+from cutlayer.datasets.batching import DropLast, batch_sizes
+from cutlayer.datasets.images import EncodedImages
+from cutlayer.datasets.normalize import Normalizer
 
 # Whole batches are gathered and normalised together up to this many values: small batches then cost little more than
 # a slice, and the working set (4 MiB in float32) still fits a cache.

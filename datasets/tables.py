@@ -4,8 +4,8 @@ import io
 
 import pandas as pd
 
-from datasets.trees import Tree
-from runtime.config import ConfigError
+from cutlayer.datasets.trees import Tree
+from cutlayer.runtime.ground.config import ConfigError
 
 SUFFIXES = (".csv", ".tab", ".tsv", ".txt")
 

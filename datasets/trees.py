@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from datasets.notes import Findings
-from runtime.config import ConfigError
+from cutlayer.datasets.notes import Findings
+from cutlayer.runtime.ground.config import ConfigError
 
 # Folders and files that systems and programs make beside one's own, in lower case; those whose name starts with a dot
 # are left out too.

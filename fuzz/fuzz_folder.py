@@ -27,19 +27,27 @@ import torch
 
 from fuzz.harness import join, json_of, mutate_json, pairs_of, run, split
 
-with atheris.instrument_imports(include=["runtime.checkpoint", "runtime.first_format", "runtime.segments"]):
-    from runtime import checkpoint, data_record, personalize, probe
-    from runtime import results as results_module
-    from runtime.federation import Federation
-    from runtime.hydra_errors import explain
-    from runtime.hydra_support import load_config
-    from runtime.results import Results
-    from runtime.run_folder import find_finished, find_unfinished, read_status
-    from runtime.saved import read_config
-    from runtime.sweep import read_progress
+with atheris.instrument_imports(
+    include=[
+        "cutlayer.runtime.rounds.checkpoint",
+        "cutlayer.runtime.rounds.first_format",
+        "cutlayer.runtime.ground.segments",
+    ]
+):
+    from cutlayer.runtime.after import personalize, probe
+    from cutlayer.runtime.after.saved import read_config
+    from cutlayer.runtime.launching.hydra_errors import explain
+    from cutlayer.runtime.launching.hydra_support import load_config
+    from cutlayer.runtime.launching.sweeps.sweep import read_progress
+    from cutlayer.runtime.records import data_record
+    from cutlayer.runtime.records import results as results_module
+    from cutlayer.runtime.records.results import Results
+    from cutlayer.runtime.records.run_folder import find_finished, find_unfinished, read_status
+    from cutlayer.runtime.rounds import checkpoint
+    from cutlayer.runtime.rounds.federation import Federation
 
-from plotting.runs import find_runs
-from runtime.network.status import read_status_of
+from cutlayer.plotting.runs import find_runs
+from cutlayer.runtime.network.server.status import read_status_of
 
 SETTING = (
     *("algorithm=scaffold", "dataset=synthetic", "dataset.options.n_train=40", "dataset.options.n_test=20"),
@@ -69,7 +77,7 @@ def guard(event: str, arguments: tuple[Any, ...]) -> None:
 
 def make() -> list[Path]:
     """A run of two rounds, each with a checkpoint; its files, relative to its folder."""
-    from runtime.experiment import _save_partition
+    from cutlayer.runtime.experiment import _save_partition
 
     results = Results(folder)
     results.start(config.to_mapping())

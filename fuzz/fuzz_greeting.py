@@ -20,16 +20,27 @@ from typing import Any
 import atheris
 import torch
 
-with atheris.instrument_imports(include=["runtime.network", "runtime.trust", "runtime.config", "runtime.settings"]):
-    from runtime import config, settings, trust  # noqa: F401
-    from runtime.network import agreement, bounds, client, remote, wire
+with atheris.instrument_imports(
+    include=[
+        "cutlayer.runtime.network",
+        "cutlayer.runtime.trust",
+        "cutlayer.runtime.ground.config",
+        "cutlayer.runtime.settings",
+    ]
+):
+    from cutlayer.runtime import settings, trust
+    from cutlayer.runtime.ground import config  # noqa: F401
+    from cutlayer.runtime.messages import bounds
+    from cutlayer.runtime.network import agreement, wire
+    from cutlayer.runtime.network.client import program as client
+    from cutlayer.runtime.network.server import remote_clients as remote
 
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.network.agreement import PROTOCOL, shared, version
+from cutlayer.runtime.network.wire import Head, What
 from fuzz import fuzz_handlers, fuzz_wire
 from fuzz.harness import join, mutate_json, run, split
-from runtime.config import ConfigError
-from runtime.hydra_support import load_config
-from runtime.network.agreement import PROTOCOL, shared, version
-from runtime.network.wire import Head, What
 from tests.audited import HOSTILE, watched
 
 OWN = ["transport=grpc", "role=client", "server=127.0.0.1:1", "client_id=0", "transport.max_message_mb=1"]

@@ -25,17 +25,20 @@ from typing import Any
 import atheris
 import torch
 
-with atheris.instrument_imports(include=["runtime.network"]):
-    from runtime.network import bounds, hub, remote, wire
+with atheris.instrument_imports(include=["cutlayer.runtime.network"]):
+    from cutlayer.runtime.messages import bounds
+    from cutlayer.runtime.network import wire
+    from cutlayer.runtime.network.server import hub
+    from cutlayer.runtime.network.server import remote_clients as remote
 
+from cutlayer.runtime.ground.serial import _strip
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.messages.boundary import owned
+from cutlayer.runtime.network.agreement import PROTOCOL, data_facts, fingerprint, shared, version
+from cutlayer.runtime.network.wire import Head, What
+from cutlayer.runtime.rounds.federation import Federation
 from fuzz import fuzz_wire
 from fuzz.harness import join, run, split
-from runtime.boundary import owned
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
-from runtime.network.agreement import PROTOCOL, data_facts, fingerprint, shared, version
-from runtime.network.wire import Head, What
-from runtime.serial import _strip
 
 HOSTILE, HONEST = 0, 1
 SETTING = (

@@ -22,16 +22,18 @@ from random import Random
 import atheris
 import numpy as np
 
-with atheris.instrument_imports(include=["PIL", "datasets.classes", "datasets.images", "datasets.pixels"]):
+with atheris.instrument_imports(
+    include=["PIL", "cutlayer.datasets.classes", "cutlayer.datasets.images", "cutlayer.datasets.pixels"]
+):
     from PIL import Image
 
-    from datasets import images, pixels, trees
+    from cutlayer.datasets import images, pixels, trees
 
-from datasets.folders import ImageFolderOptions, image_folder
-from datasets.notes import Findings
-from datasets.registry import ReadContext
+from cutlayer.datasets.folders import ImageFolderOptions, image_folder
+from cutlayer.datasets.notes import Findings
+from cutlayer.datasets.registry import ReadContext
+from cutlayer.runtime.ground.config import ConfigError
 from fuzz.harness import run
-from runtime.config import ConfigError
 
 OPTIONS = (
     ImageFolderOptions(train=".", test=None, classes=["a", "b"]),

@@ -19,8 +19,9 @@ import torch
 
 from fuzz.harness import join, json_of, mutate_json, pairs_of, recut, run, split
 
-with atheris.instrument_imports(include=["runtime.network"]):
-    from runtime.network import bounds, check, frames, wire
+with atheris.instrument_imports(include=["cutlayer.runtime.network"]):
+    from cutlayer.runtime.messages import bounds, frames
+    from cutlayer.runtime.network import check, wire
 
 LIMITS = bounds.Limits(message_bytes=2**16, header_bytes=2**14, tensors=32, text_bytes=2**14)
 ENVELOPE = struct.Struct("<BBHIQ")

@@ -3,8 +3,8 @@
 Hydra runs this module once more than Python does, so that what it defines has to be no more than names.
 """
 
-from runtime.clusters.ray import RayLauncher
-from runtime.clusters.slurm import SlurmLauncher
+from cutlayer.runtime.launching.clusters.ray import RayLauncher
+from cutlayer.runtime.launching.clusters.slurm import SlurmLauncher
 
 
 class Ray(RayLauncher):

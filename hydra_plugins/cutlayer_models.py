@@ -6,7 +6,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
-from runtime.model_names import chosen_model
+from cutlayer.runtime.launching.model_names import chosen_model
 
 
 class ModelsFromElsewhere(ConfigSource):

@@ -1,9 +1,9 @@
 """Models: whole networks by name, their cut into a client and a server part, and auxiliary models for the client."""
 
-from models import mobilenet, resnet, small, sources, vgg, vit  # noqa: F401  (they register their models)
-from models.auxiliary import build_auxiliary
-from models.building import build_model, check_model
-from models.config import (
+from cutlayer.models import mobilenet, resnet, small, sources, vgg, vit  # noqa: F401  (they register their models)
+from cutlayer.models.auxiliary import build_auxiliary
+from cutlayer.models.building import build_model, check_model
+from cutlayer.models.config import (
     AUXILIARY_SIZES,
     AuxiliaryConfig,
     AuxiliaryHeadsConfig,
@@ -11,14 +11,14 @@ from models.config import (
     PartConfig,
     PersonalConfig,
 )
-from models.cutting import Chain, through
-from models.decoder import Decoder, build_attacker
-from models.features import Projector, feature_width, give_features, leave_out
-from models.fitting import input_channels
-from models.heads import AuxiliaryHeads, build_auxiliary_heads, forward_with_blocks, head_blocks
-from models.registry import default_cut, names, register
-from models.splitting import body_and_head, candidates, classifier, cuts, split
-from models.three import build_personal, divide
+from cutlayer.models.cutting import Chain, through
+from cutlayer.models.decoder import Decoder, build_attacker
+from cutlayer.models.features import Projector, feature_width, give_features, leave_out
+from cutlayer.models.fitting import input_channels
+from cutlayer.models.heads import AuxiliaryHeads, build_auxiliary_heads, forward_with_blocks, head_blocks
+from cutlayer.models.registry import default_cut, names, register
+from cutlayer.models.splitting import body_and_head, candidates, classifier, cuts, split
+from cutlayer.models.three import build_personal, divide
 
 __all__ = [
     "AUXILIARY_SIZES",

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from models.config import Bottleneck, ModelConfig
-from models.registry import entry
-from models.sources import told
-from models.splitting import check_cuts, ended, named, split, zeros
-from runtime.config import ConfigError
+from cutlayer.models.config import Bottleneck, ModelConfig
+from cutlayer.models.registry import entry
+from cutlayer.models.sources import told
+from cutlayer.models.splitting import check_cuts, ended, named, split, zeros
+from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 _EPS = 1e-5
 _GROUPS = (32, 16, 8, 4, 2)

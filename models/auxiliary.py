@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from models.adapting import fresh
-from models.config import ModelConfig
-from models.layers import FeatureMean
-from models.registry import entry
-from models.shapes import trace
-from models.splitting import split
-from models.thinning import thinned
-from models.vit import ClassToken
-from runtime.config import ConfigError
+from cutlayer.models.adapting import fresh
+from cutlayer.models.config import ModelConfig
+from cutlayer.models.layers import FeatureMean
+from cutlayer.models.registry import entry
+from cutlayer.models.shapes import trace
+from cutlayer.models.splitting import split
+from cutlayer.models.thinning import thinned
+from cutlayer.models.vit import ClassToken
+from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 _REDUCERS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten, FeatureMean)
 

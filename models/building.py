@@ -10,17 +10,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from models.adapting import fresh
-from models.config import ModelConfig
-from models.fitting import sketch
-from models.heads import build_auxiliary_heads
-from models.registry import entry
-from models.splitting import body_and_head, check_cuts
-from models.three import build_personal, divide, two_cuts
-from runtime.config import ConfigError
+from cutlayer.models.adapting import fresh
+from cutlayer.models.config import ModelConfig
+from cutlayer.models.fitting import sketch
+from cutlayer.models.heads import build_auxiliary_heads
+from cutlayer.models.registry import entry
+from cutlayer.models.splitting import body_and_head, check_cuts
+from cutlayer.models.three import build_personal, divide, two_cuts
+from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 _WEIGHTS = "model.safetensors"
 
@@ -42,7 +42,7 @@ def check_model(config: ModelConfig, info: DatasetInfo, parts: Collection[str] =
 
     `parts` are those that a method has: with `tail` the model is cut in three, with `server` in two, with neither as
     `config` says, and `personal` bodies are built too. Allocates and reads no weights. Whether a model from elsewhere
-    takes the images is `models.input_channels`' to say.
+    takes the images is `cutlayer.models.input_channels`' to say.
     """
     foreign = entry(config.name).is_foreign
     if config.bottleneck is not None and "tail" in parts:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from models.registry import choices, default_cut, entry, is_known
-from runtime.config import ConfigError, build
+from cutlayer.models.registry import choices, default_cut, entry, is_known
+from cutlayer.runtime.ground.config import ConfigError, build
 
 # What a cut may be chosen by, with an example: parameters and MFLOP a sample at the client, MB of a round.
 BUDGETS = {"client_params": "20000", "client_mflop": "5", "round_mb": "2.5"}

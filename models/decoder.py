@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.shapes import trace
+from cutlayer.models.shapes import trace
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 WIDTH, BLOCKS = 64, 4
 _SMALL = 8

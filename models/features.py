@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from models.layers import FeatureMean
-from models.sources import told
-from models.splitting import classifier, zeros
-from runtime.config import NO_VALUE, ConfigError
+from cutlayer.models.layers import FeatureMean
+from cutlayer.models.sources import told
+from cutlayer.models.splitting import classifier, zeros
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
 
 class Projector(nn.Sequential):

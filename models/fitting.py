@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from models.adapting import fresh, plain
-from models.config import ModelConfig
-from models.registry import find
-from models.sources import told
-from runtime.config import NO_VALUE, ConfigError
+from cutlayer.models.adapting import fresh, plain
+from cutlayer.models.config import ModelConfig
+from cutlayer.models.registry import find
+from cutlayer.models.sources import told
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 _COLOURS = 3
 _SIDES = (32, 64, 96, 128, 224, 256, 299, 384, 512)  # that models are made for, or that many halvings leave whole

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from models.config import ModelConfig
-from models.cutting import is_ghost
-from models.layers import FeatureMean
-from models.registry import entry
-from models.shapes import features, trace
-from models.splitting import named
-from runtime.config import ConfigError
+from cutlayer.models.config import ModelConfig
+from cutlayer.models.cutting import is_ghost
+from cutlayer.models.layers import FeatureMean
+from cutlayer.models.registry import entry
+from cutlayer.models.shapes import features, trace
+from cutlayer.models.splitting import named
+from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 _KEY = "model.auxiliary_heads.blocks"
 _MOST = 3  # heads that the general rule attaches

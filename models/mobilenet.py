@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from models.layers import GlobalAvgPool
-from models.registry import register
-from runtime.config import ConfigError
+from cutlayer.models.layers import GlobalAvgPool
+from cutlayer.models.registry import register
+from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 # Of each block: channels as a multiple of the stem's, and stride (Howard et al. 2017, table 1).
 _BLOCKS = ((2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (16, 2), *[(16, 1)] * 5, (32, 2), (32, 1))

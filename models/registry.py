@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from runtime.config import ConfigError
+from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 Builder = Callable[["DatasetInfo", Any], nn.Module]
 # From a name in a source and the model's options, both checked, to what builds the model.

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from models.layers import GlobalAvgPool, PadShortcut
-from models.registry import RESIDUAL_THINNING, register
-from models.residual import Block, initialise, stage
-from runtime.config import ConfigError
+from cutlayer.models.layers import GlobalAvgPool, PadShortcut
+from cutlayer.models.registry import RESIDUAL_THINNING, register
+from cutlayer.models.residual import Block, initialise, stage
+from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 
 def _check_width(width: int) -> None:

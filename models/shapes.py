@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from models.cutting import Crossing
+from cutlayer.models.cutting import Crossing
 
 
 def trace(module: nn.Module, x: Crossing) -> Any:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from models.layers import LocalResponseNorm
-from models.registry import NoOptions, register
-from runtime.config import ConfigError
+from cutlayer.models.layers import LocalResponseNorm
+from cutlayer.models.registry import NoOptions, register
+from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 # The largest map that the convolutional models hand to their first dense layer, in pixels a side: what a 32x32 image
 # leaves after two halvings. Without a bound a 224x224 image would give that layer 77 million weights.

@@ -20,11 +20,11 @@ import torchvision
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from models.registry import register_source
-from runtime.config import ConfigError, show
+from cutlayer.models.registry import register_source
+from cutlayer.runtime.ground.config import ConfigError, show
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 Builder = Callable[["DatasetInfo"], nn.Module]
 

@@ -1,7 +1,7 @@
 """Where a model may be cut, and the parts that cuts give.
 
 A sequence that is cut between two of its children needs no more than two sequences. Everything else, a cut inside of a
-child or a model with a forward of its own, is for `models.cutting`.
+child or a model with a forward of its own, is for `cutlayer.models.cutting`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from models.cutting import CutError, Part, split_module
-from models.cutting.recording import called_modules
-from runtime.config import NO_VALUE, ConfigError
+from cutlayer.models.cutting import CutError, Part, split_module
+from cutlayer.models.cutting.recording import called_modules
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
 
 def named(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,11 +11,11 @@ from math import ceil
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from models.mobilenet import SeparableBlock
-from models.residual import Block, initialise, stage
-from models.shapes import features, trace
-from models.vit import TransformerBlock
-from runtime.config import ConfigError
+from cutlayer.models.mobilenet import SeparableBlock
+from cutlayer.models.residual import Block, initialise, stage
+from cutlayer.models.shapes import features, trace
+from cutlayer.models.vit import TransformerBlock
+from cutlayer.runtime.ground.config import ConfigError
 
 
 def thinned(server: nn.Sequential, z: Tensor, classes: int, share: float) -> nn.Sequential:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from models.config import ModelConfig
-from models.cutting import Crossing
-from models.registry import entry
-from models.shapes import trace
-from models.splitting import cuts, named, split_in_three
-from runtime.config import ConfigError
+from cutlayer.models.config import ModelConfig
+from cutlayer.models.cutting import Crossing
+from cutlayer.models.registry import entry
+from cutlayer.models.shapes import trace
+from cutlayer.models.splitting import cuts, named, split_in_three
+from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 _SHOWN = 20
 Thirds = tuple[nn.Module, nn.Module, nn.Module]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from models.layers import GlobalAvgPool
-from models.registry import register
-from runtime.config import ConfigError
+from cutlayer.models.layers import GlobalAvgPool
+from cutlayer.models.registry import register
+from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 _STEM = 2  # blocks of the first width
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import vision_transformer as torchvision_vit
 
-from models.registry import register
-from runtime.config import ConfigError
+from cutlayer.models.registry import register
+from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
+    from cutlayer.datasets import DatasetInfo
 
 _EPS = 1e-6  # of every layer normalisation, torchvision's
 

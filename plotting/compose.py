@@ -9,24 +9,24 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from plotting.curves import Curve, default_budget, default_target, make_curves
-from plotting.experiments import Comparison, PlotConfig
-from plotting.figures import FIGURES, Options, make_figure, save_figure
-from plotting.runs import Found, Run, find_runs, short
-from plotting.selection import NoRuns, automatic, outside, resolve_key, select
-from plotting.style import applied
-from plotting.tables import as_csv, as_latex, as_markdown, table_rows
-from plotting.timing import Link
-from plotting.tuning_tables import tuning_tables
-from runtime.config import ConfigError
-from runtime.files import RESULTS
-from runtime.forking import server
-from runtime.text import one_line
+from cutlayer.plotting.curves import Curve, default_budget, default_target, make_curves
+from cutlayer.plotting.experiments import Comparison, PlotConfig
+from cutlayer.plotting.figures import FIGURES, Options, make_figure, save_figure
+from cutlayer.plotting.runs import Found, Run, find_runs, short
+from cutlayer.plotting.selection import NoRuns, automatic, outside, resolve_key, select
+from cutlayer.plotting.style import applied
+from cutlayer.plotting.tables import as_csv, as_latex, as_markdown, table_rows
+from cutlayer.plotting.timing import Link
+from cutlayer.plotting.tuning_tables import tuning_tables
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.files import RESULTS
+from cutlayer.runtime.ground.forking import server
+from cutlayer.runtime.ground.text import one_line
 
 _TABLES = {"md": as_markdown, "tex": as_latex, "csv": lambda rows, _: as_csv(rows)}
 # Another process takes longer to start than a few comparisons to draw.
 _PARALLEL_FROM = 4
-_LIBRARIES = (__name__, "plotting.report")
+_LIBRARIES = (__name__, "cutlayer.plotting.report")
 # So many runs take longer to read than those processes to start.
 _MANY_RUNS = 300
 # What a figure may meet in content that nobody has thought of.
@@ -156,7 +156,7 @@ def _draw(job: _Job) -> tuple[list[Path], list[str]]:
             files.append(path)
     if comparison.report:
         # Its libraries take long to import, and not everyone asks for it.
-        from plotting.report import write_report
+        from cutlayer.plotting.report import write_report
 
         files.append(write_report(folder / "report.html", curves, options, rows, job.left_out))
     left_out = [f"{name}: it needs {FIGURES[name].needs}" for name in wanted if name not in drawn and names != "auto"]

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from runtime.reading import MissingError, UnreadableError
-from runtime.text import one_line, printable
+from cutlayer.runtime.ground.reading import MissingError, UnreadableError
+from cutlayer.runtime.ground.text import one_line, printable
 
 METRICS = ("test_acc", "test_loss", "train_loss")
 REQUIRED = ("rounds", "test_acc", "test_loss", "comm_load", "comm_up", "comm_down")
@@ -77,7 +77,7 @@ def reason(error: BaseException) -> str:
 
 
 def read_file(read: Callable[..., dict[str, Any]], folder: Path, name: str, *bounds: Any, **more: Any) -> Any:
-    """What a reader of `runtime.reading` reads, its text printable; whatever is wrong, with the file's name.
+    """What a reader of `runtime.ground.reading` reads, its text printable; whatever is wrong, with the file's name.
 
     Raises:
         MissingError: there is no such file.

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from plotting.content import METRICS
-from plotting.runs import SPREAD_KEYS, Array, Run, short
-from plotting.style import shortened
-from plotting.timing import Link
+from cutlayer.plotting.content import METRICS
+from cutlayer.plotting.runs import SPREAD_KEYS, Array, Run, short
+from cutlayer.plotting.style import shortened
+from cutlayer.plotting.timing import Link
 
 _MOST_POINTS = 4000
 """Of a curve that is drawn: more than a screen has places for."""

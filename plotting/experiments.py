@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import yaml
 
-from plotting.figures import FIGURES, FORMATS
-from plotting.style import is_share
-from plotting.timing import Link
-from runtime.config import NO_VALUE, ConfigError, build
+from cutlayer.plotting.figures import FIGURES, FORMATS
+from cutlayer.plotting.style import is_share
+from cutlayer.plotting.timing import Link
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build
 
 Target = float | Literal["auto", "none"]
 Figures = tuple[str, ...] | Literal["auto"]

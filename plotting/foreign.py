@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plotting.content import check_results, plain_text, read_file
-from runtime.files import RESULTS
-from runtime.reading import MissingError, read_yaml
+from cutlayer.plotting.content import check_results, plain_text, read_file
+from cutlayer.runtime.ground.files import RESULTS
+from cutlayer.runtime.ground.reading import MissingError, read_yaml
 
 CODE = "FSL-SAGE"
 _SETTINGS = re.compile(

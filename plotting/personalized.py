@@ -11,8 +11,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from plotting.content import read_file, reason
-from runtime.reading import MissingError, read_json
+from cutlayer.plotting.content import read_file, reason
+from cutlayer.runtime.ground.reading import MissingError, read_json
 
 FOLDER = "personalized"
 SUMMARY = "summary.json"

@@ -17,21 +17,21 @@ import jinja2
 import yaml
 from plotly.offline import get_plotlyjs
 
-from plotting.content import read_file
-from plotting.curves import Curve
-from plotting.figures.axes import label_of
-from plotting.figures.base import Options
-from plotting.report_charts import Chart
-from plotting.report_curves import curves_chart
-from plotting.report_sweeps import sweep_charts
-from plotting.report_traffic import traffic_charts
-from plotting.report_tuning import tuning_charts
-from plotting.runs import Run, short
-from plotting.style import metric_label
-from plotting.tables import table_cells, table_notes
-from plotting.tuning_tables import Table, tuning_tables
-from runtime.reading import YAML_BYTES, read_json
-from runtime.text import one_line, printable
+from cutlayer.plotting.content import read_file
+from cutlayer.plotting.curves import Curve
+from cutlayer.plotting.figures.axes import label_of
+from cutlayer.plotting.figures.base import Options
+from cutlayer.plotting.report_charts import Chart
+from cutlayer.plotting.report_curves import curves_chart
+from cutlayer.plotting.report_sweeps import sweep_charts
+from cutlayer.plotting.report_traffic import traffic_charts
+from cutlayer.plotting.report_tuning import tuning_charts
+from cutlayer.plotting.runs import Run, short
+from cutlayer.plotting.style import metric_label
+from cutlayer.plotting.tables import table_cells, table_notes
+from cutlayer.plotting.tuning_tables import Table, tuning_tables
+from cutlayer.runtime.ground.reading import YAML_BYTES, read_json
+from cutlayer.runtime.ground.text import one_line, printable
 
 _FOLDER = Path(__file__).parent
 # libyaml's, where PyYAML was built with it, is several times as fast.

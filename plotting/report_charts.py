@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from plotting.report_style import Key, faint, on_dark
-from plotting.style import is_share, metric_label
+from cutlayer.plotting.report_style import Key, faint, on_dark
+from cutlayer.plotting.style import is_share, metric_label
 
 GREY = "#6b6f76"
 NAME = "<extra></extra><b>%{fullData.name}</b><br>"

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from plotting.curves import Curve, final_values, higher_is_better
-from plotting.figures.axes import label_of, look
-from plotting.figures.base import Options
-from plotting.report_charts import (
+from cutlayer.plotting.curves import Curve, final_values, higher_is_better
+from cutlayer.plotting.figures.axes import label_of, look
+from cutlayer.plotting.figures.base import Options
+from cutlayer.plotting.report_charts import (
     GREY,
     LOG_RATIO,
     NAME,
@@ -24,10 +24,10 @@ from plotting.report_charts import (
     plain,
     value_format,
 )
-from plotting.report_style import Key, faint, hollow, line_style
-from plotting.runs import METRICS, Array, Run
-from plotting.style import format_metric, is_share, metric_label
-from plotting.timing import time_unit
+from cutlayer.plotting.report_style import Key, faint, hollow, line_style
+from cutlayer.plotting.runs import METRICS, Array, Run
+from cutlayer.plotting.style import format_metric, is_share, metric_label
+from cutlayer.plotting.timing import time_unit
 
 TARGET, BAND = "target", "band"
 _MARKERS = 8

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plotting.curves import Curve
-from plotting.figures.axes import look
-from plotting.figures.base import FIGURES, Options
-from plotting.figures.groups import (
+from cutlayer.plotting.curves import Curve
+from cutlayer.plotting.figures.axes import look
+from cutlayer.plotting.figures.base import FIGURES, Options
+from cutlayer.plotting.figures.groups import (
     ALPHA,
     DISTRIBUTION,
     Group,
@@ -22,11 +22,11 @@ from plotting.figures.groups import (
     statistics,
     swept_key,
 )
-from plotting.figures.settings import alpha_of, hashable, with_alpha
-from plotting.report_charts import GREY, NAME, Axis, Chart, metric_axis, numbers, plain, value_format
-from plotting.report_style import Key, hollow, line_style
-from plotting.runs import Run
-from plotting.style import metric_label
+from cutlayer.plotting.figures.settings import alpha_of, hashable, with_alpha
+from cutlayer.plotting.report_charts import GREY, NAME, Axis, Chart, metric_axis, numbers, plain, value_format
+from cutlayer.plotting.report_style import Key, hollow, line_style
+from cutlayer.plotting.runs import Run
+from cutlayer.plotting.style import metric_label
 
 BEST = "best"
 _POINTS = 50

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plotting.curves import Curve
-from plotting.figures.axes import label_of
-from plotting.figures.bars import EDGE, kind_looks, traffic_of
-from plotting.figures.base import Options
-from plotting.figures.layout import wrapped
-from plotting.report_charts import NAME, Chart, byte_axis, numbers, plain
-from plotting.report_style import Key
+from cutlayer.plotting.curves import Curve
+from cutlayer.plotting.figures.axes import label_of
+from cutlayer.plotting.figures.bars import EDGE, kind_looks, traffic_of
+from cutlayer.plotting.figures.base import Options
+from cutlayer.plotting.figures.layout import wrapped
+from cutlayer.plotting.report_charts import NAME, Chart, byte_axis, numbers, plain
+from cutlayer.plotting.report_style import Key
 
 _ROOM, _LINE, _GAP = 100, 17, 14
 """Pixels: of the chart without bars, of a line of a bar's name, and between names."""

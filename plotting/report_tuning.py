@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from plotting.curves import Curve
-from plotting.figures.axes import look
-from plotting.figures.fine_tuning import banded
-from plotting.figures.tuned import Tuned, make_tuned
-from plotting.report_charts import GREY, NAME, Axis, Chart, metric_axis, numbers, plain, value_format
-from plotting.report_style import Key, faint, line_style
+from cutlayer.plotting.curves import Curve
+from cutlayer.plotting.figures.axes import look
+from cutlayer.plotting.figures.fine_tuning import banded
+from cutlayer.plotting.figures.tuned import Tuned, make_tuned
+from cutlayer.plotting.report_charts import GREY, NAME, Axis, Chart, metric_axis, numbers, plain, value_format
+from cutlayer.plotting.report_style import Key, faint, line_style
 
 BAND = "band"
 _METRIC = "local_acc/mean"

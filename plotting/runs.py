@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from plotting.content import JSON_BYTES, METRICS, check_results, read_file, reason
-from plotting.foreign import CODE, read_foreign
-from plotting.personalized import Evaluations, read_personalized
-from plotting.style import shortened
-from plotting.timing import Link, simulated_time
-from runtime.files import RESULTS
-from runtime.reading import YAML_BYTES, MissingError, read_json, read_yaml
-from runtime.text import one_line
+from cutlayer.plotting.content import JSON_BYTES, METRICS, check_results, read_file, reason
+from cutlayer.plotting.foreign import CODE, read_foreign
+from cutlayer.plotting.personalized import Evaluations, read_personalized
+from cutlayer.plotting.style import shortened
+from cutlayer.plotting.timing import Link, simulated_time
+from cutlayer.runtime.ground.files import RESULTS
+from cutlayer.runtime.ground.reading import YAML_BYTES, MissingError, read_json, read_yaml
+from cutlayer.runtime.ground.text import one_line
 
 Array = NDArray[np.float64]
 CONFIG = "config.yaml"

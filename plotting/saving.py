@@ -16,7 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager
 
-from runtime.files import written_whole
+from cutlayer.runtime.ground.files import written_whole
 
 FORMATS = ("svg", "pdf", "png")
 _DOTS = 20_000

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from plotting.experiments import Comparison, PlotConfig
-from plotting.runs import ALPHA, Found, Run, short
-from runtime.config import ConfigError, nearest
-from runtime.run_folder import safe_component
+from cutlayer.plotting.experiments import Comparison, PlotConfig
+from cutlayer.plotting.runs import ALPHA, Found, Run, short
+from cutlayer.runtime.ground.config import ConfigError, nearest
+from cutlayer.runtime.records.run_folder import safe_component
 
 # Of what a run is besides its configuration.
 _DERIVED: dict[str, Callable[[Run], Any]] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from plotting.curves import (
+from cutlayer.plotting.curves import (
     Array,
     Curve,
     best_values,
@@ -17,10 +17,10 @@ from plotting.curves import (
     total_bytes,
     values_at_budget,
 )
-from plotting.figures import Options
-from plotting.style import format_metric, is_share, method_style, metric_label
-from plotting.table_text import csv_text, emphasized, latex, latex_bold, markdown, markdown_bold
-from runtime.units import byte_unit, format_bytes
+from cutlayer.plotting.figures import Options
+from cutlayer.plotting.style import format_metric, is_share, method_style, metric_label
+from cutlayer.plotting.table_text import csv_text, emphasized, latex, latex_bold, markdown, markdown_bold
+from cutlayer.runtime.ground.units import byte_unit, format_bytes
 
 COLUMNS = (
     *("method", "setting", "code", "metric", "seeds", "rounds", "final", "final_std", "best", "best_std"),

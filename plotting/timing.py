@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.config import ConfigError
+from cutlayer.runtime.ground.config import ConfigError
 
 Array = NDArray[np.float64]
 

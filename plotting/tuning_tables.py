@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plotting.curves import Curve
-from plotting.figures.tuned import Tuned, make_tuned
-from plotting.personalized import Point
-from plotting.style import method_style
-from plotting.table_text import csv_text, emphasized, latex, latex_bold, markdown, markdown_bold
+from cutlayer.plotting.curves import Curve
+from cutlayer.plotting.figures.tuned import Tuned, make_tuned
+from cutlayer.plotting.personalized import Point
+from cutlayer.plotting.style import method_style
+from cutlayer.plotting.table_text import csv_text, emphasized, latex, latex_bold, markdown, markdown_bold
 
 _WHO: tuple[str, ...] = ("method", "setting", "code", "part", "lr", "seeds", "seeds_evaluated")
 GAIN_COLUMNS: tuple[str, ...] = (

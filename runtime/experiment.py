@@ -11,24 +11,24 @@ from pathlib import Path
 
 import torch
 
-from plotting import first_picture
-from runtime import probe
-from runtime.allocator import keep_freed_memory
-from runtime.config import ConfigError
-from runtime.console import Progress, RunFiles, show_summary
-from runtime.data_record import record_data
-from runtime.features import feature_parts
-from runtime.federation import Federation
-from runtime.files import MODEL_FILE, make_folder
-from runtime.loggers import build_loggers
-from runtime.network.config import LocalTransport
-from runtime.network.status import StatusFile, announce, is_told
-from runtime.personalize import Personalized, own_tests, personalize, tunable
-from runtime.results import Results, RunSummary
-from runtime.run_folder import RunFolder
-from runtime.serial import save_tensors
-from runtime.settings import RunConfig
-from runtime.setup import Setup
+from cutlayer.plotting import first_picture
+from cutlayer.runtime.after import probe
+from cutlayer.runtime.after.personalize import Personalized, own_tests, personalize, tunable
+from cutlayer.runtime.evaluation.features import feature_parts
+from cutlayer.runtime.ground.allocator import keep_freed_memory
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.files import MODEL_FILE, make_folder
+from cutlayer.runtime.ground.serial import save_tensors
+from cutlayer.runtime.network.server.status import StatusFile, announce, is_told
+from cutlayer.runtime.records.console import Progress, RunFiles, show_summary
+from cutlayer.runtime.records.data_record import record_data
+from cutlayer.runtime.records.loggers import build_loggers
+from cutlayer.runtime.records.results import Results, RunSummary
+from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.settings import RunConfig
+from cutlayer.runtime.transport import LocalTransport
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def _connected(federation: Federation, folder: RunFolder, accuracy: float | None
     if isinstance(transport, LocalTransport):
         yield
         return
-    from runtime.network.remote import RemoteClients  # late: it needs an extra
+    from cutlayer.runtime.network.server.remote_clients import RemoteClients  # late: it needs an extra
 
     told, over = is_told(folder.path), federation.done
     clients = RemoteClients(federation, transport, folder.path.name, folder.path)

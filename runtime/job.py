@@ -10,14 +10,14 @@ import sys
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
-from runtime.config import ConfigError
-from runtime.files import open_to_append
-from runtime.loggers import check_loggers
-from runtime.network.config import GrpcTransport
-from runtime.reading import check_links
-from runtime.run_folder import RunFolder, find_unfinished, run_path, unique_name, what_differs
-from runtime.settings import RunConfig
-from runtime.text import error_text, plain_logs
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.files import open_to_append
+from cutlayer.runtime.ground.reading import check_links
+from cutlayer.runtime.ground.text import error_text, plain_logs
+from cutlayer.runtime.records.loggers import check_loggers
+from cutlayer.runtime.records.run_folder import RunFolder, find_unfinished, run_path, unique_name, what_differs
+from cutlayer.runtime.settings import RunConfig
+from cutlayer.runtime.transport import GrpcTransport
 
 
 def check(config: RunConfig) -> None:

@@ -10,17 +10,23 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from algorithms import algorithm_config
-from datasets import DatasetConfig
-from models import ModelConfig
-from runtime.aggregate import AggregateConfig
-from runtime.config import NO_VALUE, ConfigError, build, plain
-from runtime.data_record import Changed
-from runtime.fine_tuning import PersonalizeConfig
-from runtime.loggers import LoggerConfig, logger_config
-from runtime.network.config import GrpcTransport, TransportConfig, transport_config
-from runtime.optim import OptimizerConfig, SchedulerConfig, check_schedule, optimizer_config, scheduler_config
-from runtime.probes import MonitorConfig, ProbeConfig
+from cutlayer.algorithms import algorithm_config
+from cutlayer.datasets import DatasetConfig
+from cutlayer.models import ModelConfig
+from cutlayer.runtime.evaluation.classifiers import MonitorConfig, ProbeConfig
+from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, plain
+from cutlayer.runtime.parties.aggregate import AggregateConfig
+from cutlayer.runtime.parties.optim import (
+    OptimizerConfig,
+    SchedulerConfig,
+    check_schedule,
+    optimizer_config,
+    scheduler_config,
+)
+from cutlayer.runtime.records.data_record import Changed
+from cutlayer.runtime.records.loggers import LoggerConfig, logger_config
+from cutlayer.runtime.transport import GrpcTransport, TransportConfig, transport_config
 
 # Parts whose optimizer and schedule may be refined under `model`.
 Refined = Literal["client", "server", "auxiliary", "body", "head", "tail", "personal", "projector"]

@@ -14,14 +14,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from datasets.registry import check_options
-from models import ModelConfig
-from models.fitting import sketch
-from runtime.config import NO_VALUE, ConfigError, join
+from cutlayer.datasets.registry import check_options
+from cutlayer.models import ModelConfig
+from cutlayer.models.fitting import sketch
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, join
 
 if TYPE_CHECKING:
-    from datasets import DatasetInfo
-    from runtime.settings import RunConfig
+    from cutlayer.datasets import DatasetInfo
+    from cutlayer.runtime.settings import RunConfig
 
 # What each machine says for itself: where things are, how they are kept, whom it speaks with.
 OWN_SECTIONS = ("transport", "role", "server", "client_id", "logger")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
-from runtime.settings import RunConfig
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.settings import RunConfig
 
 # How long an example takes says nothing on a shared machine.
 settings.register_profile("house", deadline=None)

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from runtime import experiment
-from runtime.hydra_errors import explain
-from runtime.hydra_support import load_config
-from runtime.job import claim
-from runtime.results import Results, RoundRecord, TrafficRow
-from runtime.settings import RunConfig
+from cutlayer.runtime import experiment
+from cutlayer.runtime.job import claim
+from cutlayer.runtime.launching.hydra_errors import explain
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.records.results import Results, RoundRecord, TrafficRow
+from cutlayer.runtime.settings import RunConfig
 from tests.killing import left, write_pictures_without_drawing
 
 SETTING = (

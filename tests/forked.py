@@ -11,8 +11,8 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-import runtime.experiment
-import runtime.job  # noqa: F401
+import cutlayer.runtime.experiment
+import cutlayer.runtime.job  # noqa: F401
 
 
 def run(arguments: Sequence[str], environment: dict[str, str], out: str, err: str) -> NoReturn:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from runtime.hydra_errors import explain
-from runtime.hydra_support import load_config
-from runtime.settings import RunConfig
+from cutlayer.runtime.launching.hydra_errors import explain
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.settings import RunConfig
 from tests.damage import METHODS, SETTING, play
 from tests.killing import left
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from plotting import saving
-from runtime.experiment import run
-from runtime.hydra_support import load_config
-from runtime.run_folder import RunFolder
+from cutlayer.plotting import saving
+from cutlayer.runtime.experiment import run
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.records.run_folder import RunFolder
 
 SETTING = (
     *("dataset=digits", "model=mlp", "num_clients=3", "rounds=5", "batch_size=200", "device=cpu", "progress=none"),
@@ -96,7 +96,7 @@ def write_pictures_without_drawing() -> None:
         path.write_bytes(b"a picture")
 
     # The package has a function of the module's name.
-    vars(importlib.import_module("datasets.partition"))["draw"] = lambda file, *_: write(file)
+    vars(importlib.import_module("cutlayer.datasets.partition"))["draw"] = lambda file, *_: write(file)
     for ending in saving._SAVERS:
         saving._SAVERS[ending] = lambda _, path: write(path)
 

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import algorithms
-import datasets
-import models
+from cutlayer import algorithms, datasets, models
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("algorithms", "attacks", "benchmarks", "datasets", "hydra_plugins", "models", "plotting", "runtime")

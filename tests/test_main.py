@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from runtime.config import ConfigError
-from runtime.hydra_errors import check_options, explain
-from runtime.hydra_support import load_config, preprocess
-from runtime.job import choose_folder
-from runtime.run_folder import RunFolder, is_locked, read_status
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.job import choose_folder
+from cutlayer.runtime.launching.hydra_errors import check_options, explain
+from cutlayer.runtime.launching.hydra_support import load_config, preprocess
+from cutlayer.runtime.records.run_folder import RunFolder, is_locked, read_status
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["dataset=digits", "model=mlp", "progress=none"]

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from runtime.loggers import LOGGERS
-from runtime.model_names import SOURCES
+from cutlayer.runtime.launching.model_names import SOURCES
+from cutlayer.runtime.records.loggers import LOGGERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -19,15 +19,15 @@ import torch
 import yaml
 from PIL import Image
 
-import algorithms
-from attacks.model_inversion import InversionConfig
-from datasets import DatasetInfo, augment, boxes
-from datasets.normalize import IMAGENET_MEAN, IMAGENET_STD
-from datasets.registry import RawSplit, read
-from models import ModelConfig, build_model
-from runtime.hydra_support import load_config
-from runtime.optim import learning_options
-from runtime.settings import RunConfig
+from cutlayer import algorithms
+from cutlayer.attacks.model_inversion import InversionConfig
+from cutlayer.datasets import DatasetInfo, augment, boxes
+from cutlayer.datasets.normalize import IMAGENET_MEAN, IMAGENET_STD
+from cutlayer.datasets.registry import RawSplit, read
+from cutlayer.models import ModelConfig, build_model
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.parties.optim import learning_options
+from cutlayer.runtime.settings import RunConfig
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -345,7 +345,7 @@ def test_models_of_the_papers() -> None:
 
 def test_where_mhmd_attaches_its_heads() -> None:
     """MobileNet's blocks 4, 7 and 10 of 13: what the authors' code keeps of each block, at 3, 6 and 9 from 0."""
-    from models.registry import entry
+    from cutlayer.models.registry import entry
 
     config = ModelConfig("mobilenet_cifar")
     assert entry(config.name).blocks_for(config.typed_options()) == ("block4", "block7", "block10"), MHMD
@@ -370,7 +370,7 @@ def test_the_attacks_of_mocosfl() -> None:
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Published sets whose files are a few black pictures."""
-    import datasets.published as published
+    import cutlayer.datasets.published as published
 
     def split(channels: int) -> RawSplit:
         return RawSplit(torch.zeros(4, channels, 32, 32, dtype=torch.uint8), torch.arange(4) % 2)

@@ -18,15 +18,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import algorithms
-import datasets
-import models
 import plot_results
-from datasets.distributions import DISTRIBUTIONS
-from runtime.federation import Federation
-from runtime.hydra_errors import CONFIG_DIR, options
-from runtime.hydra_support import load_config, plain_values, preprocess
-from runtime.loggers import LOGGERS
+from cutlayer import algorithms, datasets, models
+from cutlayer.datasets.distributions import DISTRIBUTIONS
+from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, options
+from cutlayer.runtime.launching.hydra_support import load_config, plain_values, preprocess
+from cutlayer.runtime.records.loggers import LOGGERS
+from cutlayer.runtime.rounds.federation import Federation
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from runtime import trust
+from cutlayer.runtime import trust
 
 TEXT = (Path(__file__).parents[1] / "SECURITY.md").read_text(encoding="utf-8")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.results import Results, RoundRecord
+from cutlayer.runtime.records.results import Results, RoundRecord
 from tests.test_main import ROOT, command, environment
 
 # Shell's words after the command; each is tried by a small program, and some of them by whole runs.
@@ -26,8 +26,8 @@ ODD = {
 }
 SMALL = """
 import logging, os, sys
-from runtime.streams import run_program
-from runtime.text import complain, tell
+from cutlayer.runtime.ground.streams import run_program
+from cutlayer.runtime.ground.text import complain, tell
 def main():
     logging.basicConfig(stream=sys.stdout, level=logging.INFO)
     for number in range(2000):
@@ -68,7 +68,8 @@ def test_a_program_comes_to_its_end_whatever_its_terminal_is(odd: str, tmp_path:
 
 
 def test_no_traceback_and_nothing_lost_where_the_encoding_lacks_a_letter() -> None:
-    code = "import runtime.streams as s, runtime.text as t; s.run_program(lambda: t.tell('ü\\x1b') or 0)"
+    code = "from cutlayer.runtime.ground import streams, text; "
+    code += "streams.run_program(lambda: text.tell('ü\\x1b') or 0)"
     variables = environment(PYTHONIOENCODING="ascii")
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, check=True)
     assert (told.stdout, told.stderr) == (b"\\xfc\\x1b\n", b"")

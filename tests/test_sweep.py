@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from runtime import sweep_job
-from runtime.experiment import run
-from runtime.hydra_support import load_config
-from runtime.job import claim
-from runtime.locks import FileLock
-from runtime.run_folder import read_status
-from runtime.sweep import JobFolder
+from cutlayer.runtime.experiment import run
+from cutlayer.runtime.ground.locks import FileLock
+from cutlayer.runtime.job import claim
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.launching.sweeps import job_process as sweep_job
+from cutlayer.runtime.launching.sweeps.sweep import JobFolder
+from cutlayer.runtime.records.run_folder import read_status
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 40

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from models.cutting.recording import INPUT, Source
+from cutlayer.models.cutting.recording import INPUT, Source
 
 Crossing = Tensor | tuple[Tensor, ...]
 """What crosses a cut: the one tensor that most cuts have, or several."""

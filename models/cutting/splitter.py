@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.cutting.parts import Answer, Capture, Extent, Part, Plan, Stub, Wire, ghost, shell, shells
-from models.cutting.recording import (
+from cutlayer.models.cutting.parts import Answer, Capture, Extent, Part, Plan, Stub, Wire, ghost, shell, shells
+from cutlayer.models.cutting.recording import (
     BARE,
     INPUT,
     Pass,
@@ -295,7 +295,7 @@ def split_module(
     Raises:
         CutError: it cannot be cut there, and why.
     """
-    from models.cutting.verify import verify  # it needs this module's parts
+    from cutlayer.models.cutting.verify import verify  # it needs this module's parts
 
     named = dict(model.named_modules(remove_duplicate=False))
     for cut in cuts:

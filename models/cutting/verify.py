@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.cutting.parts import through
-from models.cutting.recording import tensors
-from models.cutting.splitter import BATCHES, CutError, Recording, build, example
+from cutlayer.models.cutting.parts import through
+from cutlayer.models.cutting.recording import tensors
+from cutlayer.models.cutting.splitter import BATCHES, CutError, Recording, build, example
 
 _TOLERANCE = 1e-9  # relative, in double precision; what is wrong is wrong by far more
 

@@ -1,9 +1,9 @@
 """The figures: `FIGURES` lists those that `exp_configs.yaml` may name; each takes curves and fills a figure."""
 
-from plotting.figures import bars, clients, fine_tuning, lines, settings
-from plotting.figures.base import FIGURES, FigureKind, Options, make_figure, register
-from plotting.figures.first import first_picture
-from plotting.saving import FORMATS, save_figure
+from cutlayer.plotting.figures import bars, clients, fine_tuning, lines, settings
+from cutlayer.plotting.figures.base import FIGURES, FigureKind, Options, make_figure, register
+from cutlayer.plotting.figures.first import first_picture
+from cutlayer.plotting.saving import FORMATS, save_figure
 
 __all__ = [
     "FIGURES",

@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, NullFormatter
 
-from plotting.content import METRICS
-from plotting.curves import Curve
-from plotting.figures.layout import wrapped
-from plotting.runs import Array
-from plotting.style import dashes, format_metric, is_share, method_style, metric_label, shade
-from plotting.timing import time_unit
-from runtime.units import byte_unit
+from cutlayer.plotting.content import METRICS
+from cutlayer.plotting.curves import Curve
+from cutlayer.plotting.figures.layout import wrapped
+from cutlayer.plotting.runs import Array
+from cutlayer.plotting.style import dashes, format_metric, is_share, method_style, metric_label, shade
+from cutlayer.plotting.timing import time_unit
+from cutlayer.runtime.ground.units import byte_unit
 
 Unit = Callable[[float], tuple[float, str]]
 

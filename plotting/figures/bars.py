@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation, Transform
 
-from plotting.curves import Curve
-from plotting.figures.axes import Unit, bytes_unit, label_of, look, seconds_unit
-from plotting.figures.base import Options, register
-from plotting.figures.layout import axis_text, new_height, put_legend, text_width, wrapped
-from plotting.timing import PARTS, Link, format_seconds, time_parts
-from runtime.units import format_bytes
+from cutlayer.plotting.curves import Curve
+from cutlayer.plotting.figures.axes import Unit, bytes_unit, label_of, look, seconds_unit
+from cutlayer.plotting.figures.base import Options, register
+from cutlayer.plotting.figures.layout import axis_text, new_height, put_legend, text_width, wrapped
+from cutlayer.plotting.timing import PARTS, Link, format_seconds, time_parts
+from cutlayer.runtime.ground.units import format_bytes
 
 _PART_LABELS = {
     "client": "clients' computing",

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
-from plotting.curves import Curve
-from plotting.figures.layout import new_figure, put_title
-from plotting.timing import Link
+from cutlayer.plotting.curves import Curve
+from cutlayer.plotting.figures.layout import new_figure, put_title
+from cutlayer.plotting.timing import Link
 
 
 @dataclass(frozen=True)

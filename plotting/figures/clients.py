@@ -13,16 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from plotting.curves import Curve
-from plotting.figures.axes import Percent, label_of, look
-from plotting.figures.bars import BAR, ROWS_WIDTH, method_rows
-from plotting.figures.base import Options, register
-from plotting.figures.layout import axis_text, grow, new_height, put_legend, text_width, wrapped
-from plotting.runs import Array, Run
-from plotting.style import metric_label, shortened
-from runtime.files import CLIENT_ACCURACY
-from runtime.reading import UnreadableError, read_text
-from runtime.text import printable
+from cutlayer.plotting.curves import Curve
+from cutlayer.plotting.figures.axes import Percent, label_of, look
+from cutlayer.plotting.figures.bars import BAR, ROWS_WIDTH, method_rows
+from cutlayer.plotting.figures.base import Options, register
+from cutlayer.plotting.figures.layout import axis_text, grow, new_height, put_legend, text_width, wrapped
+from cutlayer.plotting.runs import Array, Run
+from cutlayer.plotting.style import metric_label, shortened
+from cutlayer.runtime.ground.files import CLIENT_ACCURACY
+from cutlayer.runtime.ground.reading import UnreadableError, read_text
+from cutlayer.runtime.ground.text import printable
 
 PARTITION = "partition.csv"
 _BYTES = 64 << 20

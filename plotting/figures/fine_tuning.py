@@ -12,15 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from plotting.curves import Curve
-from plotting.figures.axes import Percent, look
-from plotting.figures.bars import ROWS_WIDTH, named_rows
-from plotting.figures.base import Options, register
-from plotting.figures.groups import put_ticks
-from plotting.figures.layout import axis_text, grow, put_legend
-from plotting.figures.tuned import Tuned, make_tuned, without_tuning
-from plotting.personalized import Point
-from plotting.style import metric_label
+from cutlayer.plotting.curves import Curve
+from cutlayer.plotting.figures.axes import Percent, look
+from cutlayer.plotting.figures.bars import ROWS_WIDTH, named_rows
+from cutlayer.plotting.figures.base import Options, register
+from cutlayer.plotting.figures.groups import put_ticks
+from cutlayer.plotting.figures.layout import axis_text, grow, put_legend
+from cutlayer.plotting.figures.tuned import Tuned, make_tuned, without_tuning
+from cutlayer.plotting.personalized import Point
+from cutlayer.plotting.style import metric_label
 
 # Clients differ so much that more bands than these hide each other and the lines.
 _BANDS = 3

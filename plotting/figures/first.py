@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from plotting.figures.axes import bytes_unit, metric_axis
-from plotting.figures.layout import AXES_HEIGHT, new_figure, put_title
-from plotting.saving import save_figure
-from plotting.style import applied, method_style
-from runtime.units import format_bytes
+from cutlayer.plotting.figures.axes import bytes_unit, metric_axis
+from cutlayer.plotting.figures.layout import AXES_HEIGHT, new_figure, put_title
+from cutlayer.plotting.saving import save_figure
+from cutlayer.plotting.style import applied, method_style
+from cutlayer.runtime.ground.units import format_bytes
 
 _MARKERS = 8
 

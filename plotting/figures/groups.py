@@ -13,10 +13,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from plotting.curves import Curve, best_values, final_values, make_curves
-from plotting.figures.layout import text_width, wrapped
-from plotting.runs import Run
-from plotting.style import method_style, shortened
+from cutlayer.plotting.curves import Curve, best_values, final_values, make_curves
+from cutlayer.plotting.figures.layout import text_width, wrapped
+from cutlayer.plotting.runs import Run
+from cutlayer.plotting.style import method_style, shortened
 
 ALPHA = "dataset.alpha"
 DISTRIBUTION = "dataset.distribution"

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
-from plotting.style import TEXT_WIDTH
+from cutlayer.plotting.style import TEXT_WIDTH
 
 AXES_HEIGHT = 3.2
 """Inches of a figure of curves without title and legend."""

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plotting.curves import Curve, bytes_to_reach, final_values
-from plotting.figures.axes import (
+from cutlayer.plotting.curves import Curve, bytes_to_reach, final_values
+from cutlayer.plotting.figures.axes import (
     Unit,
     amount_axis,
     bytes_unit,
@@ -22,11 +22,11 @@ from plotting.figures.axes import (
     metric_axis,
     seconds_unit,
 )
-from plotting.figures.base import Options, register
-from plotting.figures.layout import axis_text, put_legend
-from plotting.runs import Array
-from plotting.style import format_metric
-from runtime.units import format_bytes
+from cutlayer.plotting.figures.base import Options, register
+from cutlayer.plotting.figures.layout import axis_text, put_legend
+from cutlayer.plotting.runs import Array
+from cutlayer.plotting.style import format_metric
+from cutlayer.runtime.ground.units import format_bytes
 
 
 def _any(curves: Sequence[Curve], _: Options) -> bool:

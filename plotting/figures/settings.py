@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation, Transform
 
-from plotting.curves import Curve
-from plotting.figures.axes import amount_axis, bytes_unit, draw_level, draw_target, look, metric_axis
-from plotting.figures.base import Options, register
-from plotting.figures.groups import (
+from cutlayer.plotting.curves import Curve
+from cutlayer.plotting.figures.axes import amount_axis, bytes_unit, draw_level, draw_target, look, metric_axis
+from cutlayer.plotting.figures.base import Options, register
+from cutlayer.plotting.figures.groups import (
     ALPHA,
     DISTRIBUTION,
     Group,
@@ -27,9 +27,9 @@ from plotting.figures.groups import (
     statistics,
     swept_key,
 )
-from plotting.figures.layout import axis_text, grow, put_legend
-from plotting.runs import Array, Run
-from plotting.style import method_style
+from cutlayer.plotting.figures.layout import axis_text, grow, put_legend
+from cutlayer.plotting.runs import Array, Run
+from cutlayer.plotting.style import method_style
 
 _ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
 _IID = math.inf

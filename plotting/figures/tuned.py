@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from plotting.curves import Curve
-from plotting.figures.axes import label_of
-from plotting.personalized import Personalized, Point
-from plotting.style import method_style
+from cutlayer.plotting.curves import Curve
+from cutlayer.plotting.figures.axes import label_of
+from cutlayer.plotting.personalized import Personalized, Point
+from cutlayer.plotting.style import method_style
 
 
 @dataclass(frozen=True)

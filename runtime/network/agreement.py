@@ -6,17 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset
-from runtime.config import ConfigError, show
-from runtime.network.bounds import shown
-from runtime.settings import RunConfig
-from runtime.trust import OWN_KEYS, OWN_SECTIONS, check, check_made, covered
+from cutlayer import HOME
+from cutlayer.datasets import Dataset
+from cutlayer.runtime.ground.config import ConfigError, show
+from cutlayer.runtime.messages.bounds import shown
+from cutlayer.runtime.settings import RunConfig
+from cutlayer.runtime.trust import OWN_KEYS, OWN_SECTIONS, check, check_made, covered
 
 PROTOCOL = 1
-_PROJECT = Path(__file__).resolve().parent.parent.parent
 _PACKAGES = ("algorithms", "datasets", "models", "runtime")
 
 # Sections whose choice sets many keys; on a client's command line only the name is compared.
@@ -30,8 +29,8 @@ def version() -> str:
     """A hash of the source of what decides a result: 12 hexadecimal digits, equal on every system."""
     digest = hashlib.sha256()
     for package in _PACKAGES:
-        for path in sorted((_PROJECT / package).rglob("*.py")):
-            digest.update(path.relative_to(_PROJECT).as_posix().encode() + b"\0")
+        for path in sorted((HOME / package).rglob("*.py")):
+            digest.update(path.relative_to(HOME).as_posix().encode() + b"\0")
             digest.update(path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return digest.hexdigest()[:12]
 

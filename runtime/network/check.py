@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from runtime.boundary import Payload, Value, field_of
-from runtime.network.bounds import WireError, shown
+from cutlayer.runtime.messages.boundary import Payload, Value, field_of
+from cutlayer.runtime.messages.bounds import WireError, shown
 
 Kind: TypeAlias = torch.dtype | type[bool] | type[int] | type[float]
 """A tensor's dtype, or the type of a plain number."""

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, cast
 
-from runtime.boundary import Payload, Reply
-from runtime.network.bounds import MIB, Limits, WireError, read_object, shown
-from runtime.network.frames import FrameReader, chunks, pieces
+from cutlayer.runtime.messages.boundary import Payload, Reply
+from cutlayer.runtime.messages.bounds import MIB, Limits, WireError, read_object, shown
+from cutlayer.runtime.messages.frames import FrameReader, chunks, pieces
 
 CHUNK = MIB
 """Bytes of a piece, the envelope aside."""
@@ -97,7 +97,7 @@ class Received(NamedTuple):
 
 
 def outgoing(head: Head, body: Payload | Mapping[str, Any], chunk: int = CHUNK) -> Iterator[bytes]:
-    """The pieces of one message, in order; a frame has the bytes of ``runtime.codec.encode``, an empty one has none.
+    """The pieces of one message, in order; a frame has the bytes of ``codec.encode``, an empty one has none.
 
     Tensors are read as the iterator moves on: they must not change before it is through.
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from runtime.federation import Federation
+from cutlayer.runtime.rounds.federation import Federation
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 SERVER = -1

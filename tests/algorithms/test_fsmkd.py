@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from algorithms.base import Flow
-from algorithms.fsmkd import FSMKD, FSMKDConfig, divergence, mutual_losses
-from runtime.blueprint import Layout
-from runtime.boundary import Message
-from runtime.evaluation import mean
-from runtime.federation import Federation
-from runtime.ledger import CONTROL_KINDS
-from runtime.personalize import personalize
-from runtime.session import Channel
-from runtime.settings import RunConfig
-from runtime.traffic import expected_bytes, expected_round_trips
+from cutlayer.algorithms.base import Flow
+from cutlayer.algorithms.fsmkd import FSMKD, FSMKDConfig, divergence, mutual_losses
+from cutlayer.runtime.after.personalize import personalize
+from cutlayer.runtime.costs.traffic import expected_bytes, expected_round_trips
+from cutlayer.runtime.evaluation.scores import mean
+from cutlayer.runtime.messages.boundary import Message
+from cutlayer.runtime.messages.ledger import CONTROL_KINDS
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.session import Channel
+from cutlayer.runtime.settings import RunConfig
 from tests.algorithms.drawing import Drawn
 from tests.conftest import play, same, weights
 

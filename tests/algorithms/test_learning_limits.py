@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from algorithms.contrastive import Queue, info_nce, joined, unit
-from algorithms.fl_moco import FLMocoConfig
-from algorithms.fsmkd import FSMKDConfig
-from algorithms.moco_sfl import MocoSFL, MocoSFLConfig
-from algorithms.ressfl import ResSFLConfig
-from runtime.config import ConfigError
+from cutlayer.algorithms.contrastive import Queue, info_nce, joined, unit
+from cutlayer.algorithms.fl_moco import FLMocoConfig
+from cutlayer.algorithms.fsmkd import FSMKDConfig
+from cutlayer.algorithms.moco_sfl import MocoSFL, MocoSFLConfig
+from cutlayer.algorithms.ressfl import ResSFLConfig
+from cutlayer.runtime.ground.config import ConfigError
 
 INF = float("inf")
 POSITIVE, COUNT = "a finite number > 0", "an integer >= 1"

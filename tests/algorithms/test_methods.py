@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from algorithms.auxiliary import frozen, input_gradient
-from runtime.config import ConfigError
-from runtime.federation import Federation
+from cutlayer.algorithms.auxiliary import frozen, input_gradient
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import play, same, weights
 
 SAGE = ("algorithm=fsl_sage", "algorithm.align_epochs=3")

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from algorithms.mhmd import MHMDConfig, divergence, mhmd_loss, tempered
-from runtime.federation import Federation
+from cutlayer.algorithms.mhmd import MHMDConfig, divergence, mhmd_loss, tempered
+from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import play, same, weights
 
 DEFAULT = MHMDConfig()

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from algorithms.contrastive import Queue, info_nce
-from algorithms.saving import NO_GRADIENTS, OFF, SILENT
-from runtime.config import ConfigError
-from runtime.federation import Federation
-from runtime.ledger import CONTROL_KINDS, Traffic
-from runtime.traffic import expected_bytes, expected_round_trips
+from cutlayer.algorithms.contrastive import Queue, info_nce
+from cutlayer.algorithms.saving import NO_GRADIENTS, OFF, SILENT
+from cutlayer.runtime.costs.traffic import expected_bytes, expected_round_trips
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.ledger import CONTROL_KINDS, Traffic
+from cutlayer.runtime.rounds.federation import Federation
 from tests.algorithms.drawing import Drawn
 from tests.conftest import play, same, weights
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from algorithms.mhmd import MHMDConfig
-from runtime.federation import Federation
+from cutlayer.algorithms.mhmd import MHMDConfig
+from cutlayer.runtime.rounds.federation import Federation
 from tests.algorithms.test_references import ROUNDS, SETTING, Bare, descend, learn, rate, slopes
 from tests.conftest import play
 

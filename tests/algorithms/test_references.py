@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from runtime.federation import Federation
+from cutlayer.runtime.rounds.federation import Federation
 from tests.algorithms.drawing import Drawn
 
 LR = 0.05

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from datasets import DatasetInfo
-from models import Decoder, build_attacker, through
-from models.decoder import joined
+from cutlayer.datasets import DatasetInfo
+from cutlayer.models import Decoder, build_attacker, through
+from cutlayer.models.decoder import joined
 
 
 @pytest.mark.parametrize("image", [(1, 8, 8), (3, 32, 32), (3, 28, 36), (1, 7, 5)])

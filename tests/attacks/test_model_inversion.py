@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import algorithms
 import attack as command
-from attacks.model_inversion import Inversion, InversionConfig, _picture, invert
-from runtime.config import ConfigError
-from runtime.experiment import run
-from runtime.federation import Federation
-from runtime.locks import FileLock
-from runtime.run_folder import RunFolder
+from cutlayer import algorithms
+from cutlayer.attacks.model_inversion import Inversion, InversionConfig, _picture, invert
+from cutlayer.runtime.experiment import run
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.locks import FileLock
+from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import play, same, weights
 
 QUICK = InversionConfig(epochs=1, samples=40, width=8, blocks=1)

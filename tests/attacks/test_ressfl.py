@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import algorithms
-from attacks.similarity import ssim
-from runtime.config import ConfigError
-from runtime.experiment import run
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
-from runtime.run_folder import RunFolder
-from runtime.traffic import expected_bytes
+from cutlayer import algorithms
+from cutlayer.attacks.similarity import ssim
+from cutlayer.runtime.costs.traffic import expected_bytes
+from cutlayer.runtime.experiment import run
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.rounds.federation import Federation
 from tests.algorithms.drawing import Drawn
 from tests.conftest import play, same
 

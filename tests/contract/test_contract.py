@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-import algorithms
-from runtime.boundary import Message
-from runtime.federation import Federation
-from runtime.ledger import CONTROL_KINDS
-from runtime.traffic import expected_bytes, expected_round_trips
+from cutlayer import algorithms
+from cutlayer.runtime.costs.traffic import expected_bytes, expected_round_trips
+from cutlayer.runtime.messages.boundary import Message
+from cutlayer.runtime.messages.ledger import CONTROL_KINDS
+from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import play, same, weights
 
 NAMES = algorithms.names()
@@ -270,7 +270,7 @@ def test_centralized_equals_a_bare_loop(configure) -> None:
 
 
 def replace_round(federation: Federation, round: int):
-    from runtime import rng
+    from cutlayer.runtime.ground import rng
 
     generator = rng.torch_generator(federation.config.seed, round=round, client=0, stream="batches")
     return federation.clients.data(0).batches(generator)

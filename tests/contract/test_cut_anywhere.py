@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime.boundary import pack, unpack
-from runtime.config import ConfigError
-from runtime.experiment import run
-from runtime.federation import Federation
-from runtime.files import MODEL_FILE
-from runtime.ledger import CONTROL_KINDS
-from runtime.run_folder import RunFolder
-from runtime.settings import RunConfig
-from runtime.traffic import expected_bytes
+from cutlayer.runtime.costs.traffic import expected_bytes
+from cutlayer.runtime.experiment import run
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.files import MODEL_FILE
+from cutlayer.runtime.messages.boundary import pack, unpack
+from cutlayer.runtime.messages.ledger import CONTROL_KINDS
+from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.settings import RunConfig
 from tests.conftest import play, same, weights
 from tests.contract.elsewhere import Net, Skipping
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets import Dataset, DatasetConfig
-from datasets import load as load_dataset
-from runtime.experiment import run
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
-from runtime.run_folder import RunFolder
-from runtime.settings import RunConfig
+from cutlayer.datasets import Dataset, DatasetConfig
+from cutlayer.datasets import load as load_dataset
+from cutlayer.runtime.experiment import run
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.settings import RunConfig
 
 ROOT = Path(__file__).parents[2] / "hydra_config"
 GROUPS = ("algorithm", "model", "dataset", "optimizer", "scheduler", "transport", "experiment")
@@ -54,7 +54,7 @@ def test_every_group_is_covered() -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.setup.load", tiny)
+    monkeypatch.setattr("cutlayer.runtime.rounds.setup.load", tiny)
     overrides = [choice, *SMALL]
     if choice == "algorithm=fsl_sage" or choice.startswith("experiment=fsl_sage"):
         overrides.append("algorithm.align_epochs=1")

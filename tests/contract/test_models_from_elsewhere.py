@@ -15,20 +15,20 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
-import algorithms
-from models import body_and_head
-from runtime.config import ConfigError
-from runtime.experiment import run
-from runtime.federation import Federation
-from runtime.files import MODEL_FILE
-from runtime.fine_tuning import fine_tune
-from runtime.job import choose_folder
-from runtime.ledger import CONTROL_KINDS
-from runtime.optim import PartOptimizer
-from runtime.run_folder import RunFolder
-from runtime.saved import personalize_run
-from runtime.settings import RunConfig
-from runtime.traffic import expected_bytes
+from cutlayer import algorithms
+from cutlayer.models import body_and_head
+from cutlayer.runtime.after.saved import personalize_run
+from cutlayer.runtime.costs.traffic import expected_bytes
+from cutlayer.runtime.evaluation.fine_tuning import fine_tune
+from cutlayer.runtime.experiment import run
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.files import MODEL_FILE
+from cutlayer.runtime.job import choose_folder
+from cutlayer.runtime.messages.ledger import CONTROL_KINDS
+from cutlayer.runtime.parties.optim import PartOptimizer
+from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.settings import RunConfig
 from tests.conftest import play, same, weights
 from tests.contract.elsewhere import Net
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import algorithms
-from attacks.model_inversion import InversionConfig, invert
-from runtime.blueprint import Blueprint
-from runtime.federation import Federation
-from runtime.fine_tuning import PersonalizeConfig
-from runtime.optim import PartOptimizer
-from runtime.personalize import personalize
+from cutlayer import algorithms
+from cutlayer.attacks.model_inversion import InversionConfig, invert
+from cutlayer.runtime.after.personalize import personalize
+from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
+from cutlayer.runtime.parties.blueprint import Blueprint
+from cutlayer.runtime.parties.optim import PartOptimizer
+from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import play, weights
 from tests.contract.test_contract import quick
 

@@ -15,10 +15,10 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
-from runtime.experiment import run
-from runtime.federation import Federation
-from runtime.run_folder import RunFolder
-from runtime.settings import RunConfig
+from cutlayer.runtime.experiment import run
+from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.settings import RunConfig
 from tests.algorithms.drawing import Drawn
 
 ROUNDS, EVALUATED = 5, [2, 4, 5]

@@ -8,12 +8,12 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 
-import algorithms
-from models import build_model
-from runtime.experiment import MODEL_FILE, run
-from runtime.federation import Federation
-from runtime.run_folder import RunFolder
-from runtime.settings import RunConfig
+from cutlayer import algorithms
+from cutlayer.models import build_model
+from cutlayer.runtime.experiment import MODEL_FILE, run
+from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.settings import RunConfig
 
 QUICK = {"ressfl": ("algorithm.attacker_width=4",), "fl_moco": ("algorithm.symmetric=false", "algorithm.queue=64")}
 WHOLE = [n for n in algorithms.names() if algorithms.get(n).evaluates == "global" or algorithms.get(n).pooled]

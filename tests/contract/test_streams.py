@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import algorithms
-from runtime import rng
-from runtime.federation import Federation
+from cutlayer import algorithms
+from cutlayer.runtime.ground import rng
+from cutlayer.runtime.rounds.federation import Federation
 from tests.algorithms.drawing import seed_of
 
 # Dropout in every part that the model is cut into, one batch a client.

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
-from datasets import Dataset, DatasetConfig, Source, batch_count, batch_sizes, load
-from datasets.augment import augmentation, crop, flip, resized_crop
-from datasets.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalizer, measure
-from datasets.source import CHUNK_VALUES, ResidentStore, StreamStore
-from runtime.config import ConfigError
+from cutlayer.datasets import Dataset, DatasetConfig, Source, batch_count, batch_sizes, load
+from cutlayer.datasets.augment import augmentation, crop, flip, resized_crop
+from cutlayer.datasets.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalizer, measure
+from cutlayer.datasets.source import CHUNK_VALUES, ResidentStore, StreamStore
+from cutlayer.runtime.ground.config import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -139,7 +139,7 @@ def test_batches_equal_a_plain_loop(
     indices = torch.randperm(80, generator=rng(seed))[:k]
     source = make(ResidentStore(images, CPU), 80, "crop_flip")
     options: dict[str, Any] = {"shuffle": shuffle, "augment": augment, "drop_last": drop, "generator": rng(seed)}
-    with patch("datasets.source.CHUNK_VALUES", chunk):
+    with patch("cutlayer.datasets.source.CHUNK_VALUES", chunk):
         found = list(source.batches(indices, batch_size=size, epochs=epochs, **options))
     generator, expected = rng(seed), []
     recipe = augmentation("crop_flip")

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from datasets import DatasetConfig
-from runtime.config import ConfigError, build
+from cutlayer.datasets import DatasetConfig
+from cutlayer.runtime.ground.config import ConfigError, build
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from datasets import DatasetConfig, Partition, apply_partition, partition
-from runtime.config import ConfigError
+from cutlayer.datasets import DatasetConfig, Partition, apply_partition, partition
+from cutlayer.runtime.ground.config import ConfigError
 
 ALPHAS = st.sampled_from([1e-6, 1e-3, 0.1, 1.0, 100.0, 1e6])
 SEEDS = st.integers(0, 2**63)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import Dataset, DatasetConfig, load
-from datasets.trees import FolderTree, ZipTree
-from runtime.config import ConfigError
+from cutlayer.datasets import Dataset, DatasetConfig, load
+from cutlayer.datasets.trees import FolderTree, ZipTree
+from cutlayer.runtime.ground.config import ConfigError
 
 TWO = ("train/ant/1.png", "train/ant/2.png", "train/bee/1.png", "test/ant/8.png", "test/bee/9.png")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import Dataset, DatasetConfig, load, partition
-from runtime.config import ConfigError, build
+from cutlayer.datasets import Dataset, DatasetConfig, load, partition
+from cutlayer.runtime.ground.config import ConfigError, build
 
 
 def folder(root: Path, part: str = "train", patients: int = 12, each: int = 3) -> dict[str, str]:

@@ -16,15 +16,15 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from datasets import DatasetConfig, Partition, Source, apply_partition, partition
-from datasets.augment import augmentation, flip, moco_parameters, of_whole_pictures
-from datasets.colour import greyscale, hue, jitter_
-from datasets.images import EncodedImages, Shape
-from datasets.normalize import Normalizer, measure, moments
-from datasets.seeding import derived
-from datasets.source import ResidentStore, StreamStore
-from datasets.trees import FolderTree
-from runtime.config import ConfigError
+from cutlayer.datasets import DatasetConfig, Partition, Source, apply_partition, partition
+from cutlayer.datasets.augment import augmentation, flip, moco_parameters, of_whole_pictures
+from cutlayer.datasets.colour import greyscale, hue, jitter_
+from cutlayer.datasets.images import EncodedImages, Shape
+from cutlayer.datasets.normalize import Normalizer, measure, moments
+from cutlayer.datasets.seeding import derived
+from cutlayer.datasets.source import ResidentStore, StreamStore
+from cutlayer.datasets.trees import FolderTree
+from cutlayer.runtime.ground.config import ConfigError
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -125,7 +125,7 @@ def test_files_are_measured_as_what_they_decode_to(tmp_path: Path, known: Any) -
 def test_of_many_files_evenly_spread_ones_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    monkeypatch.setattr("datasets.normalize._SAMPLED", count)
+    monkeypatch.setattr("cutlayer.datasets.normalize._SAMPLED", count)
     images = np.random.default_rng(2).integers(0, 256, (13, 5, 4, 3), dtype=np.uint8)
     encoded = files(tmp_path, images)
     read: list[int] = []
@@ -141,7 +141,7 @@ def test_of_many_files_evenly_spread_ones_are_measured(
 def test_blocks_of_images_are_measured_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(0, 256, (23, 2, 3, 5), dtype=torch.uint8, generator=rng())
     whole = measure(images)
-    monkeypatch.setattr("datasets.normalize._BLOCK", 4)
+    monkeypatch.setattr("cutlayer.datasets.normalize._BLOCK", 4)
     assert measure(images) == whole
     values = images.double().transpose(0, 1).flatten(1) / 255
     assert whole == (
@@ -220,7 +220,7 @@ def test_a_piece_is_divided_among_all_workers(samples: int, workers: int) -> Non
 @pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("limit", [1, 23, 24, 25, 100, 10**6])
 def test_a_chunk_is_as_many_whole_batches_as_fit(monkeypatch: pytest.MonkeyPatch, limit: int, drop: bool) -> None:
-    monkeypatch.setattr("datasets.source.CHUNK_VALUES", limit)
+    monkeypatch.setattr("cutlayer.datasets.source.CHUNK_VALUES", limit)
     store = Recorded(torch.zeros(31, 1, 2, 2, dtype=torch.uint8), workers=0)
     source = Source(store, torch.arange(31), Normalizer((0.0,), (1.0,), CPU, torch.float32), None, CPU)
     sizes = [len(x) for x, _ in source.batches(torch.arange(31), batch_size=3, drop_last=drop)]
@@ -239,10 +239,10 @@ def always_of_class_0(totals: np.ndarray, shares: np.ndarray, rng: np.random.Gen
 
 
 def test_what_rounding_leaves_lacking_is_given_at_random_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    from datasets.apportion import fill
+    from cutlayer.datasets.apportion import fill
 
     # Rounding that asks for a class that is used up, each time anew.
-    monkeypatch.setattr("datasets.apportion.split_rows", always_of_class_0)
+    monkeypatch.setattr("cutlayer.datasets.apportion.split_rows", always_of_class_0)
     rand, totals, supply = np.random.default_rng(4), np.array([3, 0, 5, 4]), np.array([2, 12, 0, 6])
     tables = np.stack([fill(np.zeros((4, 4)), totals, supply, rand) for _ in range(600)])
     assert tables.min() >= 0
@@ -351,7 +351,7 @@ def test_the_table_is_whole_however_it_is_cut(tmp_path: Path, monkeypatch: pytes
     def drawn(path: Path, parts: Partition, labels: np.ndarray, names: Sequence[str]) -> None:
         path.write_text(f"{len(parts)} {labels.tolist()} {list(names)}")
 
-    module = import_module("datasets.partition")  # the package has a function of that name
+    module = import_module("cutlayer.datasets.partition")  # the package has a function of that name
     monkeypatch.setattr(module, "_CELLS", cells)
     monkeypatch.setattr(module, "draw", drawn)
     owner, labels = np.array([0, 1, 1, 3, 4, 4, 4, 6]), np.array([0, 1, 2, 2, 0, 0, 1, 2])

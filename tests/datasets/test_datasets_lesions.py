@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import Dataset, DatasetConfig, load
-from datasets.ham10000 import CLASSES
-from runtime.config import ConfigError
+from cutlayer.datasets import Dataset, DatasetConfig, load
+from cutlayer.datasets.ham10000 import CLASSES
+from cutlayer.runtime.ground.config import ConfigError
 
 CPU = torch.device("cpu")
 # (code, the words that the ISIC archive's export has for it in diagnosis_2 and diagnosis_3)

@@ -13,12 +13,12 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
-from datasets import DatasetConfig, Source, load
-from datasets.augment import augmentation, flip, moco_parameters, resized_crop
-from datasets.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION, greyscale, jitter_
-from datasets.normalize import Normalizer
-from datasets.source import ResidentStore, StreamStore
-from runtime.config import ConfigError
+from cutlayer.datasets import DatasetConfig, Source, load
+from cutlayer.datasets.augment import augmentation, flip, moco_parameters, resized_crop
+from cutlayer.datasets.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION, greyscale, jitter_
+from cutlayer.datasets.normalize import Normalizer
+from cutlayer.datasets.source import ResidentStore, StreamStore
+from cutlayer.runtime.ground.config import ConfigError
 
 CPU = torch.device("cpu")
 ADJUST: dict[int, Callable[[Tensor, float], Tensor]] = {

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from datasets import DatasetConfig, Partition, partition
-from datasets.picture import COLUMNS, columns
+from cutlayer.datasets import DatasetConfig, Partition, partition
+from cutlayer.datasets.picture import COLUMNS, columns
 
 
 @pytest.mark.parametrize("clients", [1, 7, 399, 5000])

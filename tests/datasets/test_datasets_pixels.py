@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from datasets.images import EncodedImages, Shape, decode
-from datasets.trees import FolderTree, ZipTree
-from runtime.config import ConfigError
+from cutlayer.datasets.images import EncodedImages, Shape, decode
+from cutlayer.datasets.trees import FolderTree, ZipTree
+from cutlayer.runtime.ground.config import ConfigError
 
 
 def encoded(image: Image.Image, form: str = "PNG", **named: Any) -> bytes:
@@ -251,7 +251,7 @@ def test_whatever_a_decoder_raises_is_one_line(
     def broken(*_: Any) -> None:
         raise kind()
 
-    monkeypatch.setattr("datasets.images.open_image", broken)
+    monkeypatch.setattr("cutlayer.datasets.images.open_image", broken)
     with pytest.raises(ConfigError, match=r"x\.png: expected a readable image in .*\(\w+\)"):
         read(tmp_path, GOOD)
 
@@ -309,7 +309,7 @@ def test_a_damaged_member_is_named(tmp_path: Path) -> None:
 
 
 def test_no_more_is_unpacked_than_an_image_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.trees.MOST_BYTES", 1000)
+    monkeypatch.setattr("cutlayer.datasets.trees.MOST_BYTES", 1000)
     large = GOOD + bytes(100_000)
     file = archive(tmp_path / "pictures.zip", {"b.png": large}, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(ConfigError, match=r"b\.png: .*more than an image may have"):

@@ -18,10 +18,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.transforms.v2 import functional as reference
 
-from datasets import Dataset, DatasetConfig, load, names
-from datasets.images import EncodedImages, Shape, decode
-from datasets.trees import FolderTree
-from runtime.config import ConfigError
+from cutlayer.datasets import Dataset, DatasetConfig, load, names
+from cutlayer.datasets.images import EncodedImages, Shape, decode
+from cutlayer.datasets.trees import FolderTree
+from cutlayer.runtime.ground.config import ConfigError
 
 CPU = torch.device("cpu")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
-from datasets import Dataset, DatasetConfig, load, partition, partition_by_group
-from datasets.splitting import fixed_test, hold_out, whole_groups
-from runtime.config import ConfigError
+from cutlayer.datasets import Dataset, DatasetConfig, load, partition, partition_by_group
+from cutlayer.datasets.splitting import fixed_test, hold_out, whole_groups
+from cutlayer.runtime.ground.config import ConfigError
 
 SHARES = st.floats(0.01, 0.99)
 

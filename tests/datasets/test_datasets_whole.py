@@ -12,10 +12,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
-from datasets import Dataset, DatasetConfig, load
-from datasets.augment import of_whole_pictures
-from datasets.boxes import BOX_NUMBERS, random_boxes
-from runtime.config import ConfigError
+from cutlayer.datasets import Dataset, DatasetConfig, load
+from cutlayer.datasets.augment import of_whole_pictures
+from cutlayer.datasets.boxes import BOX_NUMBERS, random_boxes
+from cutlayer.runtime.ground.config import ConfigError
 
 AREA = (0.08, 1.0)
 

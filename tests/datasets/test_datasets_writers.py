@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import Dataset, DatasetConfig, load
-from runtime.config import ConfigError
+from cutlayer.datasets import Dataset, DatasetConfig, load
+from cutlayer.runtime.ground.config import ConfigError
 
 h5py: Any = pytest.importorskip("h5py", reason="h5py is not installed")
 Writers = dict[str, tuple[np.ndarray, np.ndarray]]

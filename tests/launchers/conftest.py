@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runtime.run_folder import read_status
+from cutlayer.runtime.records.run_folder import read_status
 from tests.launchers.namespace import ROOT, Namespace, sweep_command
 
 SHORT = ("num_clients=2,3,100000", "rounds=2")

@@ -12,11 +12,11 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from runtime.clusters.base import ClusterLauncher
-from runtime.clusters.ray import RayLauncher, secure
-from runtime.clusters.slurm import SlurmLauncher, last_words, task_states
-from runtime.config import ConfigError
-from runtime.sweep import JobFolder
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.launching.clusters.base import ClusterLauncher
+from cutlayer.runtime.launching.clusters.ray import RayLauncher, secure
+from cutlayer.runtime.launching.clusters.slurm import SlurmLauncher, last_words, task_states
+from cutlayer.runtime.launching.sweeps.sweep import JobFolder
 from tests.launchers.namespace import ROOT, sweep_command
 
 CONFIGS = ROOT / "hydra_config" / "hydra" / "launcher"
@@ -57,7 +57,7 @@ def test_a_start_imports_neither_package() -> None:
     command = [sys.executable, "-X", "importtime", "main.py", "--cfg", "job"]
     imported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr
     modules = {line.rpartition("|")[2].strip() for line in imported.splitlines()}
-    assert {"runtime.clusters.ray", "runtime.clusters.slurm"} <= modules
+    assert {"cutlayer.runtime.launching.clusters.ray", "cutlayer.runtime.launching.clusters.slurm"} <= modules
     assert not {module.partition(".")[0] for module in modules} & {"ray", "submitit"}
 
 

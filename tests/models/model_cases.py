@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets.info import DatasetInfo
-from models import AuxiliaryConfig, ModelConfig, build_model, names
+from cutlayer.datasets.info import DatasetInfo
+from cutlayer.models import AuxiliaryConfig, ModelConfig, build_model, names
 
 SHAPES = {
     "digits": (1, 8, 8, 10),

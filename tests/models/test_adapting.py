@@ -13,13 +13,13 @@ from model_cases import NARROW, config, images, info
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models import ModelConfig, build_auxiliary, build_model, check_model, split, through
-from models.adapting import StandardisedConv2d, groups
-from models.config import AuxiliaryConfig
-from models.cutting import Part
-from runtime.config import ConfigError
-from runtime.federation import Federation
-from runtime.settings import RunConfig
+from cutlayer.models import ModelConfig, build_auxiliary, build_model, check_model, split, through
+from cutlayer.models.adapting import StandardisedConv2d, groups
+from cutlayer.models.config import AuxiliaryConfig
+from cutlayer.models.cutting import Part
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.settings import RunConfig
 from tests.conftest import play
 
 Configure = Callable[..., RunConfig]

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.cutting import CutError, Part, composed, split_module
+from cutlayer.models.cutting import CutError, Part, composed, split_module
 
 IMAGES = {
     "resnet18": ("conv1", "bn1", "layer1.0.conv1", "layer3.1.bn2", "avgpool"),

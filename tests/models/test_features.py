@@ -10,8 +10,8 @@ from model_cases import MODELS, built, images, info
 from torch import Tensor, nn
 from torchvision.models import vgg11
 
-from models import ModelConfig, Projector, build_model, default_cut, feature_width, give_features, split
-from runtime.config import ConfigError
+from cutlayer.models import ModelConfig, Projector, build_model, default_cut, feature_width, give_features, split
+from cutlayer.runtime.ground.config import ConfigError
 
 TORCHVISION = "torchvision/mobilenet_v2"
 CUTS = [

@@ -6,11 +6,11 @@ import torchvision
 from model_cases import MODELS, SHAPES, config, images, info, settle
 from torch import nn
 
-from models import ModelConfig, build_model, check_model, default_cut, names
-from models.layers import GlobalAvgPool, LocalResponseNorm, PadShortcut
-from models.registry import entry
-from models.vit import VitOptions
-from runtime.config import ConfigError
+from cutlayer.models import ModelConfig, build_model, check_model, default_cut, names
+from cutlayer.models.layers import GlobalAvgPool, LocalResponseNorm, PadShortcut
+from cutlayer.models.registry import entry
+from cutlayer.models.vit import VitOptions
+from cutlayer.runtime.ground.config import ConfigError
 
 
 def _parameters(module: nn.Module) -> int:

@@ -10,9 +10,18 @@ from model_cases import MODELS, built, config, images, info, megabytes, settle
 from torch import nn
 from torch.func import functional_call
 
-from models import AUXILIARY_SIZES, AuxiliaryConfig, ModelConfig, build_auxiliary, build_model, cuts, default_cut, split
-from models.registry import entry
-from runtime.config import ConfigError
+from cutlayer.models import (
+    AUXILIARY_SIZES,
+    AuxiliaryConfig,
+    ModelConfig,
+    build_auxiliary,
+    build_model,
+    cuts,
+    default_cut,
+    split,
+)
+from cutlayer.models.registry import entry
+from cutlayer.runtime.ground.config import ConfigError
 
 
 def test_resnet18_has_the_sizes_of_the_papers_ablation() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from model_cases import MODELS, built, config, images, info
 from torch import Tensor, nn
 
-from models import (
+from cutlayer.models import (
     AuxiliaryHeadsConfig,
     ModelConfig,
     body_and_head,
@@ -21,9 +21,9 @@ from models import (
     register,
     split,
 )
-from models.registry import _ENTRIES
-from models.splitting import named
-from runtime.config import ConfigError
+from cutlayer.models.registry import _ENTRIES
+from cutlayer.models.splitting import named
+from cutlayer.runtime.ground.config import ConfigError
 
 QUICK = [name for name in MODELS if name not in ("resnet110", "resnet1202", "resnet152")]
 
@@ -300,7 +300,7 @@ class _Odd(nn.Module):
 
 
 def test_a_users_model_without_blocks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.registry._ENTRIES", dict(_ENTRIES))
+    monkeypatch.setattr("cutlayer.models.registry._ENTRIES", dict(_ENTRIES))
 
     @register("own", cut="c1")
     def own(shape: object, _: object) -> nn.Sequential:

@@ -7,8 +7,8 @@ import torch
 from model_cases import built, info
 from safetensors.torch import save_file
 
-from models import ModelConfig, build_model, check_model
-from runtime.config import ConfigError
+from cutlayer.models import ModelConfig, build_model, check_model
+from cutlayer.runtime.ground.config import ConfigError
 
 
 def _saved(folder: Path, **changes: torch.Tensor | None) -> Path:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from model_cases import MODELS, built, config, images, info, settle
 from torch import Tensor, nn
 
-from models import ModelConfig, build_model, check_model, cuts, default_cut, split
-from models.registry import entry
-from runtime.config import ConfigError
+from cutlayer.models import ModelConfig, build_model, check_model, cuts, default_cut, split
+from cutlayer.models.registry import entry
+from cutlayer.runtime.ground.config import ConfigError
 
 SLOW = {"resnet110", "resnet1202", "resnet152"}
 

@@ -10,10 +10,10 @@ import torchvision
 from model_cases import MODELS, SHAPES, built, config, images, info, settle
 from torch import nn
 
-from models import ModelConfig, PersonalConfig, build_model, build_personal, check_model, divide, names
-from models.registry import entry
-from models.splitting import split_in_three
-from runtime.config import ConfigError
+from cutlayer.models import ModelConfig, PersonalConfig, build_model, build_personal, check_model, divide, names
+from cutlayer.models.registry import entry
+from cutlayer.models.splitting import split_in_three
+from cutlayer.runtime.ground.config import ConfigError
 
 QUICK = [name for name in MODELS if name not in ("resnet110", "resnet1202", "resnet152")]
 

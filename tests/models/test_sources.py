@@ -11,12 +11,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from datasets import DatasetInfo
-from models import ModelConfig, build_model, check_model, cuts, input_channels, split
-from models.registry import sources
-from runtime.config import ConfigError
-from runtime.hydra_support import load_config
-from runtime.model_names import SOURCES, chosen_model
+from cutlayer.datasets import DatasetInfo
+from cutlayer.models import ModelConfig, build_model, check_model, cuts, input_channels, split
+from cutlayer.models.registry import sources
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.launching.model_names import SOURCES, chosen_model
 from tests.audited import watched
 
 OWN = '''
@@ -157,7 +157,7 @@ def test_a_name_is_an_ordinary_choice_of_the_group(name: str) -> None:
 def test_an_experiment_may_choose_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hydra import compose, initialize_config_dir
 
-    from runtime.hydra_errors import CONFIG_DIR
+    from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
 
     (tmp_path / "experiment").mkdir()
     content = "# @package _global_\ndefaults:\n  - override /model: torchvision/vgg11_bn\n"

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.network.wire import What
+from cutlayer.runtime.network.wire import What
 from tests.network import hosts, raw
 from tests.network.runs import SETTING, Federation, differing, undisturbed
 

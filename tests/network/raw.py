@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.network.hub import METHOD, SERVICE
-from runtime.network.wire import Head, What, outgoing
+from cutlayer.runtime.network.server.hub import METHOD, SERVICE
+from cutlayer.runtime.network.wire import Head, What, outgoing
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7

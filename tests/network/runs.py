@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.experiment import run
-from runtime.hydra_support import load_config
-from runtime.run_folder import RunFolder
+from cutlayer.runtime.experiment import run
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.records.run_folder import RunFolder
 from tests.killing import left
 from tests.network.programs import PATIENCE_S, ROOT, Network, Program
 

@@ -13,11 +13,11 @@ from typing import ClassVar
 
 import torch
 
-from runtime import forking
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
-from runtime.network.config import GrpcTransport
-from runtime.network.kept import KeptState
+from cutlayer.runtime.ground import forking
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.network.client.kept import KeptState
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.transport import GrpcTransport
 from tests.conftest import SMALL
 
 SERVER = ("transport=grpc", "role=server", "transport.port=0", "transport.timeout=60", "transport.gather=0")
@@ -26,7 +26,7 @@ END_S = 60.0
 
 def _be_clients(commands: Connection) -> None:
     """What a client process does: it is one client after another, and tells how each ended."""
-    from runtime.network.client import work
+    from cutlayer.runtime.network.client.program import work
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server that it is forked from ignores it
     torch.set_num_threads(1)
@@ -47,7 +47,11 @@ class Client:
 
     def __init__(self, overrides: Sequence[str]) -> None:
         if not self._free:
-            context = forking.server("runtime.federation", "runtime.hydra_support", "runtime.experiment")
+            context = forking.server(
+                "cutlayer.runtime.rounds.federation",
+                "cutlayer.runtime.launching.hydra_support",
+                "cutlayer.runtime.experiment",
+            )
             here, there = multiprocessing.Pipe()
             process = context.Process(target=_be_clients, args=(there,), daemon=True)
             process.start()
@@ -85,7 +89,7 @@ def served(
     tmp_path: Path, *overrides: str, clients: int | None = None, of_clients: Sequence[str] = ()
 ) -> Generator[Federation]:
     """A federation on a small setting whose clients are other processes, with overrides of theirs; ends them all."""
-    from runtime.network.remote import RemoteClients
+    from cutlayer.runtime.network.server.remote_clients import RemoteClients
 
     config = load_config([*SMALL, *SERVER, *overrides])
     assert isinstance(config.transport, GrpcTransport)

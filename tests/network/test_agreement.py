@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.config import ConfigError
-from runtime.hydra_support import load_config
-from runtime.network.agreement import compare_data, fingerprint, joined, shared
-from runtime.network.kept import KeptState
-from runtime.network.site import Site
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.network.agreement import compare_data, fingerprint, joined, shared
+from cutlayer.runtime.network.client.kept import KeptState
+from cutlayer.runtime.network.client.site import Site
 from tests.conftest import SMALL
 
 SERVER = load_config(["transport=grpc", "role=server", *SMALL, "algorithm=sl_single_server", "rounds=7", "lr=0.03"])
@@ -202,7 +202,7 @@ def test_a_state_that_is_damaged_is_told_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("run", ["../../../../../../elsewhere", "/elsewhere", "a\0b"])
 def test_a_server_cannot_say_where_a_client_writes(tmp_path: Path, run: str) -> None:
-    from runtime.network.client import _Client
+    from cutlayer.runtime.network.client.program import _Client
 
     config = join(f"save_dir={tmp_path}")
     folder = _Client(config, [])._folder(config, run)

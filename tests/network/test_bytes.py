@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from runtime.federation import Federation
-from runtime.network.authority import Order, make_certificates
-from runtime.network.wire import TEXTS, Head, Incoming, outgoing
+from cutlayer.runtime.network.certificates.authority import Order, make_certificates
+from cutlayer.runtime.network.wire import TEXTS, Head, Incoming, outgoing
+from cutlayer.runtime.rounds.federation import Federation
 from tests.network.serving import served, start_client
 
 pytest.importorskip("grpc", reason="the extra grpc is not installed")
@@ -79,7 +79,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> dict[str, Way]:
             ways["up"].frames[received.head.kind] += received.frame_bytes
         return received
 
-    monkeypatch.setattr("runtime.network.connection.outgoing", sending)
+    monkeypatch.setattr("cutlayer.runtime.network.server.connection.outgoing", sending)
     monkeypatch.setattr(Incoming, "feed", receiving)
     return ways
 

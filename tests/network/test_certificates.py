@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 import certificates
-from runtime.config import ConfigError
+from cutlayer.runtime.ground.config import ConfigError
 
 pytest.importorskip("cryptography", reason="the extra grpc is not installed")
 grpc = pytest.importorskip("grpc", reason="the extra grpc is not installed")
 
-from runtime.network import authority, tls  # noqa: E402  it needs cryptography
-from runtime.network.authority import Order, make_certificates  # noqa: E402
+from cutlayer.runtime.network.certificates import authority, tls  # noqa: E402  it needs cryptography
+from cutlayer.runtime.network.certificates.authority import Order, make_certificates  # noqa: E402
 
 NAMES = ("cutlayer.example", "10.0.0.1", "fd00::7")
 LONG_AGO = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)

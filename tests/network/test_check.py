@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.boundary import Payload
-from runtime.network.bounds import WireError
-from runtime.network.check import Shapes, check_values
+from cutlayer.runtime.messages.boundary import Payload
+from cutlayer.runtime.messages.bounds import WireError
+from cutlayer.runtime.network.check import Shapes, check_values
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import certificates
-from runtime.hydra_support import load_config, plain_values
+from cutlayer.runtime.launching.hydra_support import load_config, plain_values
 from tests.test_readme import blocks, commands, compose_with_hydra
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,11 +11,11 @@ from tests.network.serving import served, start_client
 
 pytest.importorskip("grpc", reason="the extra grpc is not installed")
 
-from runtime.network.bounds import Limits
-from runtime.network.config import GrpcTransport
-from runtime.network.hub import Greeting, Hub
-from runtime.network.link import Link
-from runtime.network.wire import What
+from cutlayer.runtime.messages.bounds import Limits
+from cutlayer.runtime.network.client.link import Link
+from cutlayer.runtime.network.server.hub import Greeting, Hub
+from cutlayer.runtime.network.wire import What
+from cutlayer.runtime.transport import GrpcTransport
 
 SETTING = ("algorithm=fed_avg", "num_clients=2", "rounds=2", "optimizer=sgd")
 

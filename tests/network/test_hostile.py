@@ -14,12 +14,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime.boundary import ClientDroppedError
-from runtime.federation import Federation
-from runtime.network.agreement import PROTOCOL, data_facts, fingerprint, shared, version
-from runtime.network.bounds import WireError
-from runtime.network.wire import What
-from runtime.session import ServerParty, Workplace
+from cutlayer.runtime.messages.boundary import ClientDroppedError
+from cutlayer.runtime.messages.bounds import WireError
+from cutlayer.runtime.network.agreement import PROTOCOL, data_facts, fingerprint, shared, version
+from cutlayer.runtime.network.wire import What
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.session import ServerParty, Workplace
 from tests.conftest import same, weights
 from tests.network.serving import served
 
@@ -34,7 +34,7 @@ class Hostile:
     """A peer that greets as client 1 of a federation does, then does as it is told."""
 
     def __init__(self, federation: Federation, **greeting: object) -> None:
-        from runtime.network.link import Link
+        from cutlayer.runtime.network.client.link import Link
 
         transport = federation.config.transport
         self.link = Link(f"127.0.0.1:{federation.clients.hub.port}", HOSTILE, transport)
@@ -353,7 +353,8 @@ def test_who_greets_otherwise_is_refused(arena: Federation, name: str) -> None:
 
 def test_who_is_silent_for_too_long_may_come_again(arena: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its link was bad, or it has to load much: with what it has loaded by then it is quick."""
-    from runtime.network import hub, link
+    from cutlayer.runtime.network.client import link
+    from cutlayer.runtime.network.server import hub
 
     here = arena.clients.hub
     with here.changed:

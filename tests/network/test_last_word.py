@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 import status
-from runtime import experiment
-from runtime.config import ConfigError
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
-from runtime.job import claim
-from runtime.network.status import NETWORK, Status, announce, read_status_of
-from runtime.run_folder import RunFolder
+from cutlayer.runtime import experiment
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.job import claim
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.network.server.status import NETWORK, Status, announce, read_status_of
+from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import SMALL
 from tests.network import scenarios
 from tests.network.serving import served, start_client
@@ -50,8 +50,8 @@ def _silently(hub: Any, *_: object, **__: object) -> None:
 
 
 def test_a_server_killed_after_its_last_round_ends_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.network.hub import Hub
-    from runtime.network.remote import RemoteClients
+    from cutlayer.runtime.network.server.hub import Hub
+    from cutlayer.runtime.network.server.remote_clients import RemoteClients
 
     port = free_port()
     overrides = [*SETTING, "role=server", f"transport.port={port}", f"save_dir={tmp_path / 'server'}", "device=cpu"]
@@ -119,7 +119,8 @@ def test_a_server_killed_after_its_last_round_ends_that_run(tmp_path: Path, monk
 def test_a_client_that_was_lost_long_ago_is_waited_for_as_long_as_its_pause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runtime.network import client, remote
+    from cutlayer.runtime.network.client import program as client
+    from cutlayer.runtime.network.server import remote_clients as remote
 
     with served(tmp_path, "algorithm=fed_avg", "num_clients=2", "rounds=2", clients=0) as federation:
         clients: Any = federation.clients

@@ -21,14 +21,14 @@ from tests.network.programs import until
 
 pytest.importorskip("grpc", reason="the extra grpc is not installed")
 
-from runtime.network import audit, connection, guard, hub
-from runtime.network.audit import AUDIT, BEFORE, Audit
-from runtime.network.bounds import Limits
-from runtime.network.config import GrpcTransport
-from runtime.network.connection import LinkLostError
-from runtime.network.hub import Greeting, Hub
-from runtime.network.link import Link
-from runtime.network.wire import Head, What, outgoing
+from cutlayer.runtime.messages.bounds import Limits
+from cutlayer.runtime.network.client.link import Link
+from cutlayer.runtime.network.server import audit, connection, guard, hub
+from cutlayer.runtime.network.server.audit import AUDIT, BEFORE, Audit
+from cutlayer.runtime.network.server.connection import LinkLostError
+from cutlayer.runtime.network.server.hub import Greeting, Hub
+from cutlayer.runtime.network.wire import Head, What, outgoing
+from cutlayer.runtime.transport import GrpcTransport
 from tests.network import raw
 
 POPULATION = 3

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from runtime.federation import Federation
-from runtime.schedule import RoundLostError
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.schedule import RoundLostError
 from tests.conftest import play, same, weights
 from tests.network.serving import kept_rows, served
 
@@ -53,7 +53,7 @@ def test_a_server_that_goes_on_finds_its_clients_as_they_were(configure, tmp_pat
 
 def test_what_the_test_sends_to_all_is_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("grpc", reason="the extra grpc is not installed")
-    from runtime.network.wire import What
+    from cutlayer.runtime.network.wire import What
 
     sent: list[bytes] = []
     with served(tmp_path, "algorithm=fed_per", "num_clients=3", "rounds=1", "eval_interval=1") as federation:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import algorithms
-from runtime.config import ConfigError
-from runtime.federation import Federation
+from cutlayer import algorithms
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import same, weights
 from tests.contract.test_contract import quick
 from tests.network.serving import kept_rows, served

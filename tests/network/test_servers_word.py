@@ -14,15 +14,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import algorithms
-from models.registry import entry
-from models.registry import names as model_names
-from runtime import trust
-from runtime.config import ConfigError
-from runtime.hydra_support import load_config
-from runtime.network.agreement import joined, shared
-from runtime.network.site import Site
-from runtime.settings import RunConfig
+from cutlayer import algorithms
+from cutlayer.models.registry import entry
+from cutlayer.models.registry import names as model_names
+from cutlayer.runtime import trust
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.network.agreement import joined, shared
+from cutlayer.runtime.network.client.site import Site
+from cutlayer.runtime.settings import RunConfig
 from tests.audited import HOSTILE, MARK, watched
 from tests.conftest import SMALL
 

@@ -28,16 +28,16 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-import runtime.network
 import status as program
-from runtime.config import ConfigError
-from runtime.federation import Federation
-from runtime.files import replace_file
-from runtime.locks import FileLock
-from runtime.network import status
-from runtime.network.overview import View, picture
-from runtime.network.status import NETWORK, Seen, Status, StatusFile, read_status_of
-from runtime.run_folder import LOCK
+from cutlayer.runtime import network
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.files import replace_file
+from cutlayer.runtime.ground.locks import FileLock
+from cutlayer.runtime.network.server import status
+from cutlayer.runtime.network.server.overview import View, picture
+from cutlayer.runtime.network.server.status import NETWORK, Seen, Status, StatusFile, read_status_of
+from cutlayer.runtime.records.run_folder import LOCK
+from cutlayer.runtime.rounds.federation import Federation
 from tests.test_readme import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -359,5 +359,5 @@ def test_grpc_is_quiet_unless_the_user_wants_to_hear_it(
     monkeypatch.delenv("GRPC_VERBOSITY")  # set when the package was imported, or by the user
     if wanted is not None:
         monkeypatch.setenv("GRPC_VERBOSITY", wanted)
-    importlib.reload(runtime.network)
+    importlib.reload(network)
     assert os.environ["GRPC_VERBOSITY"] == found

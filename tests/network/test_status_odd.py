@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import status as program
-from runtime.network.status import NETWORK, Seen, Status
+from cutlayer.runtime.network.server.status import NETWORK, Seen, Status
 
 _ANY = st.one_of(
     st.none(),

@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 
-from runtime.config import ConfigError
-from runtime.federation import Federation
-from runtime.network.agreement import PROTOCOL, version
-from runtime.network.bounds import Limits
-from runtime.network.config import GrpcTransport
-from runtime.network.wire import Head, Incoming, What, outgoing
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.bounds import Limits
+from cutlayer.runtime.network.agreement import PROTOCOL, version
+from cutlayer.runtime.network.wire import Head, Incoming, What, outgoing
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.transport import GrpcTransport
 from tests.conftest import same, weights
 from tests.network.serving import END_S, served, start_client
 
 pytest.importorskip("cryptography", reason="the extra grpc is not installed")
 grpc = pytest.importorskip("grpc", reason="the extra grpc is not installed")
 
-from runtime.network.authority import Order, make_certificates  # noqa: E402  it needs cryptography
-from runtime.network.hub import METHOD, SERVICE, Greeting, Hub  # noqa: E402
+from cutlayer.runtime.network.certificates.authority import Order, make_certificates  # noqa: E402  it needs cryptography
+from cutlayer.runtime.network.server.hub import METHOD, SERVICE, Greeting, Hub  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTING = ("algorithm=sl_single_server", "num_clients=2", "rounds=3", "batch_size=400", "eval_interval=1")

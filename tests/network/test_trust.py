@@ -16,21 +16,21 @@ from typing import Any
 import pytest
 
 import certificates
-from runtime.config import ConfigError
-from runtime.network.bounds import Limits
-from runtime.network.config import GrpcTransport
-from runtime.network.revoked import REVOKED, Revoked, read_revoked
-from runtime.network.wire import What
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.bounds import Limits
+from cutlayer.runtime.network.certificates.revoked import REVOKED, Revoked, read_revoked
+from cutlayer.runtime.network.wire import What
+from cutlayer.runtime.transport import GrpcTransport
 from tests.network.programs import until
 
 x509 = pytest.importorskip("cryptography.x509", reason="the extra grpc is not installed")
 pytest.importorskip("grpc", reason="the extra grpc is not installed")
 
-from runtime.network import guard, hub  # noqa: E402
-from runtime.network.audit import AUDIT, Audit  # noqa: E402
-from runtime.network.authority import Order, make_certificates  # noqa: E402
-from runtime.network.hub import Greeting, Hub  # noqa: E402
-from runtime.network.link import Link  # noqa: E402
+from cutlayer.runtime.network.certificates.authority import Order, make_certificates  # noqa: E402
+from cutlayer.runtime.network.client.link import Link  # noqa: E402
+from cutlayer.runtime.network.server import guard, hub  # noqa: E402
+from cutlayer.runtime.network.server.audit import AUDIT, Audit  # noqa: E402
+from cutlayer.runtime.network.server.hub import Greeting, Hub  # noqa: E402
 from tests.network import raw  # noqa: E402
 
 CLIENTS = 3

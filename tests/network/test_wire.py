@@ -13,11 +13,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.boundary import Payload, Value
-from runtime.codec import _DTYPES, decode, encode, framed_bytes
-from runtime.network import frames
-from runtime.network.bounds import read_object, shown
-from runtime.network.wire import PIECE_BYTES, TEXTS, Head, Incoming, Limits, Received, What, WireError, outgoing
+from cutlayer.runtime.messages import frames
+from cutlayer.runtime.messages.boundary import Payload, Value
+from cutlayer.runtime.messages.bounds import read_object, shown
+from cutlayer.runtime.messages.codec import _DTYPES, decode, encode, framed_bytes
+from cutlayer.runtime.network.wire import (
+    PIECE_BYTES,
+    TEXTS,
+    Head,
+    Incoming,
+    Limits,
+    Received,
+    What,
+    WireError,
+    outgoing,
+)
 
 LIMITS = Limits(message_bytes=2**30)
 ENVELOPE = 16  # bytes

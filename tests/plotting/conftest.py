@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime.results import Results, RoundRecord
+from cutlayer.runtime.records.results import Results, RoundRecord
 
 WriteRun = Callable[..., Path]
 

@@ -15,10 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from plotting.curves import make_curves
-from plotting.figures import Options, make_figure
-from plotting.runs import Run, read_run
-from plotting.style import applied
+from cutlayer.plotting.curves import make_curves
+from cutlayer.plotting.figures import Options, make_figure
+from cutlayer.plotting.runs import Run, read_run
+from cutlayer.plotting.style import applied
 from tests.plotting.conftest import config_of
 
 

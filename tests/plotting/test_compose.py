@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 import plot_results
-from plotting.compose import compose
-from plotting.experiments import Comparison, PlotConfig, read_config
-from plotting.figures import FIGURES
-from plotting.timing import Link
-from runtime.config import ConfigError
+from cutlayer.plotting.compose import compose
+from cutlayer.plotting.experiments import Comparison, PlotConfig, read_config
+from cutlayer.plotting.figures import FIGURES
+from cutlayer.plotting.timing import Link
+from cutlayer.runtime.ground.config import ConfigError
 from tests.plotting.conftest import WriteRun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -337,7 +337,7 @@ def test_the_examples_in_the_configuration_work(tmp_path: Path) -> None:
 
 
 def test_every_key_is_documented() -> None:
-    text = (ROOT / "docs" / "plotting.md").read_text()
+    text = (ROOT / "docs" / "cutlayer.plotting.md").read_text()
     for cls in (PlotConfig, Comparison, Link):
         for name in cls.__dataclass_fields__:
             assert f"`{name}`" in text, name

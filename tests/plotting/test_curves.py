@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plotting.curves import (
+from cutlayer.plotting.curves import (
     best_values,
     bytes_to_reach,
     default_budget,
@@ -19,8 +19,8 @@ from plotting.curves import (
     make_curves,
     values_at_budget,
 )
-from plotting.runs import ALPHA, Run, find_runs
-from plotting.timing import Link
+from cutlayer.plotting.runs import ALPHA, Run, find_runs
+from cutlayer.plotting.timing import Link
 from tests.plotting.conftest import WriteRun, config_of
 
 

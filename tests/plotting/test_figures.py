@@ -11,11 +11,11 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from plotting import first_picture
-from plotting.curves import make_curves
-from plotting.figures import Options, make_figure
-from plotting.runs import find_runs
-from plotting.style import METHODS, applied, method_style
+from cutlayer.plotting import first_picture
+from cutlayer.plotting.curves import make_curves
+from cutlayer.plotting.figures import Options, make_figure
+from cutlayer.plotting.runs import find_runs
+from cutlayer.plotting.style import METHODS, applied, method_style
 from tests.plotting.conftest import WriteRun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ def test_methods_look_different_and_always_the_same() -> None:
     looks = [(style.color, style.marker) for style in METHODS.values()]
     assert len(set(looks)) == len(looks)
     assert len({style.label for style in METHODS.values()}) == len(METHODS)
-    code = "from plotting.style import method_style; s = method_style('their_own'); print(s.label, s.color, s.marker)"
+    code = "from cutlayer.plotting import style; s = style.method_style('their_own'); print(s.label, s.color, s.marker)"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     style = method_style("their_own")
     assert told.split() == ["their_own", style.color, style.marker]

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plotting.curves import make_curves
-from plotting.figures import FIGURES, FORMATS, Options, make_figure, save_figure
-from plotting.runs import Run
-from plotting.style import METHODS, applied, method_style
+from cutlayer.plotting.curves import make_curves
+from cutlayer.plotting.figures import FIGURES, FORMATS, Options, make_figure, save_figure
+from cutlayer.plotting.runs import Run
+from cutlayer.plotting.style import METHODS, applied, method_style
 from tests.plotting.making import draw, line, make_run
 
 

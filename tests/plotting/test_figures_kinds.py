@@ -9,10 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from plotting.curves import make_curves
-from plotting.figures import FIGURES, Options
-from plotting.runs import Run
-from plotting.timing import Link
+from cutlayer.plotting.curves import make_curves
+from cutlayer.plotting.figures import FIGURES, Options
+from cutlayer.plotting.runs import Run
+from cutlayer.plotting.timing import Link
 from tests.plotting.making import draw, line, make_run
 
 LINK = Link(8.0, 50.0)

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from plotting.curves import Curve, make_curves
-from plotting.figures import FIGURES, Options, make_figure
-from plotting.figures.layout import text_width, wrapped
-from plotting.runs import Run
-from plotting.style import METHODS, applied
-from plotting.timing import Link
+from cutlayer.plotting.curves import Curve, make_curves
+from cutlayer.plotting.figures import FIGURES, Options, make_figure
+from cutlayer.plotting.figures.layout import text_width, wrapped
+from cutlayer.plotting.runs import Run
+from cutlayer.plotting.style import METHODS, applied
+from cutlayer.plotting.timing import Link
 from tests.plotting.making import check_texts, draw, make_run
 
 LONG = "a_method_of_ones_own_with_quite_a_long_name_that_goes_on_and_on"

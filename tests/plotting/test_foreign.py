@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 import plot_results
-from plotting.curves import make_curves
-from plotting.runs import find_runs
+from cutlayer.plotting.curves import make_curves
+from cutlayer.plotting.runs import find_runs
 from tests.plotting.conftest import WriteRun
 
 SETTINGS = {

@@ -15,13 +15,13 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from plotting.compose import compose
-from plotting.curves import make_curves
-from plotting.experiments import PlotConfig
-from plotting.figures import FIGURES, Options, layout
-from plotting.runs import find_runs
-from plotting.tables import as_csv, table_rows
-from plotting.tuning_tables import tuning_tables
+from cutlayer.plotting.compose import compose
+from cutlayer.plotting.curves import make_curves
+from cutlayer.plotting.experiments import PlotConfig
+from cutlayer.plotting.figures import FIGURES, Options, layout
+from cutlayer.plotting.runs import find_runs
+from cutlayer.plotting.tables import as_csv, table_rows
+from cutlayer.plotting.tuning_tables import tuning_tables
 from tests.plotting.making import make_run
 
 SEEDS = 60

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plotting.foreign import CODE
-from plotting.personalized import read_personalized
-from plotting.runs import Run
+from cutlayer.plotting.foreign import CODE
+from cutlayer.plotting.personalized import read_personalized
+from cutlayer.plotting.runs import Run
 from tests.plotting.making import make_run, write_personalized
 
 accuracies = st.lists(st.lists(st.floats(0, 1), min_size=5, max_size=5), min_size=1, max_size=4)

@@ -16,20 +16,20 @@ import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
-from plotting.compose import compose
-from plotting.curves import make_curves
-from plotting.experiments import PlotConfig
-from plotting.figures import Options
-from plotting.report import write_report
-from plotting.report_charts import Chart
-from plotting.report_curves import curves_chart
-from plotting.report_style import DASHES, SYMBOLS, Key, on_dark
-from plotting.report_sweeps import sweep_charts
-from plotting.report_traffic import traffic_charts
-from plotting.runs import Run
-from plotting.style import METHODS, dashes, method_style, shade
-from plotting.tables import as_markdown, table_rows
-from plotting.timing import Link
+from cutlayer.plotting.compose import compose
+from cutlayer.plotting.curves import make_curves
+from cutlayer.plotting.experiments import PlotConfig
+from cutlayer.plotting.figures import Options
+from cutlayer.plotting.report import write_report
+from cutlayer.plotting.report_charts import Chart
+from cutlayer.plotting.report_curves import curves_chart
+from cutlayer.plotting.report_style import DASHES, SYMBOLS, Key, on_dark
+from cutlayer.plotting.report_sweeps import sweep_charts
+from cutlayer.plotting.report_traffic import traffic_charts
+from cutlayer.plotting.runs import Run
+from cutlayer.plotting.style import METHODS, dashes, method_style, shade
+from cutlayer.plotting.tables import as_markdown, table_rows
+from cutlayer.plotting.timing import Link
 from tests.plotting.making import make_run
 
 PLOTTING = Path(__file__).resolve().parents[2] / "plotting"
@@ -342,13 +342,13 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from plotting.compose import compose
-from plotting.curves import make_curves
-from plotting.experiments import PlotConfig
-from plotting.figures import Options
-from plotting.report import write_report
-from plotting.runs import find_runs
-from plotting.tables import table_rows
+from cutlayer.plotting.compose import compose
+from cutlayer.plotting.curves import make_curves
+from cutlayer.plotting.experiments import PlotConfig
+from cutlayer.plotting.figures import Options
+from cutlayer.plotting.report import write_report
+from cutlayer.plotting.runs import find_runs
+from cutlayer.plotting.tables import table_rows
 curves = make_curves(find_runs(Path(sys.argv[1])).runs)
 options = Options("title", target=0.7)
 write_report(Path(sys.argv[2]), curves, options, table_rows(curves, options))

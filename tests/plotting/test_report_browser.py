@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from plotting.curves import make_curves
-from plotting.figures import Options
-from plotting.report import write_report
-from plotting.tables import table_rows
+from cutlayer.plotting.curves import make_curves
+from cutlayer.plotting.figures import Options
+from cutlayer.plotting.report import write_report
+from cutlayer.plotting.tables import table_rows
 from tests.plotting.making import make_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

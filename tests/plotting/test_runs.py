@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plotting import runs
-from plotting.runs import find_runs
-from plotting.timing import Link
+from cutlayer.plotting import runs
+from cutlayer.plotting.runs import find_runs
+from cutlayer.plotting.timing import Link
 from tests.plotting.conftest import WriteRun
 
 Change = Callable[[dict[str, Any]], Any]

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plotting.experiments import Comparison, PlotConfig
-from plotting.runs import find_runs
-from plotting.selection import NoRuns, automatic, outside, same, select
-from runtime.config import ConfigError
+from cutlayer.plotting.experiments import Comparison, PlotConfig
+from cutlayer.plotting.runs import find_runs
+from cutlayer.plotting.selection import NoRuns, automatic, outside, same, select
+from cutlayer.runtime.ground.config import ConfigError
 from tests.plotting.conftest import WriteRun
 
 

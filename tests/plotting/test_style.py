@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from plotting.style import METHODS, dashes, format_metric, is_share, method_style, metric_label, shade
+from cutlayer.plotting.style import METHODS, dashes, format_metric, is_share, method_style, metric_label, shade
 
 # How people without one kind of cone see linear RGB: Machado, Oliveira and Fernandes (2009), severity 1.
 SIGHT = {

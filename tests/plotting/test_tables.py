@@ -12,10 +12,10 @@ import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plotting.curves import make_curves
-from plotting.figures import Options
-from plotting.runs import Run, find_runs
-from plotting.tables import COLUMNS, as_csv, as_latex, as_markdown, table_cells, table_rows
+from cutlayer.plotting.curves import make_curves
+from cutlayer.plotting.figures import Options
+from cutlayer.plotting.runs import Run, find_runs
+from cutlayer.plotting.tables import COLUMNS, as_csv, as_latex, as_markdown, table_cells, table_rows
 from tests.plotting.conftest import WriteRun, config_of
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plotting.timing import PARTS, Link, format_seconds, simulated_time, time_parts, time_unit
-from runtime.config import ConfigError
+from cutlayer.plotting.timing import PARTS, Link, format_seconds, simulated_time, time_parts, time_unit
+from cutlayer.runtime.ground.config import ConfigError
 
 
 def recorded(**changes: Any) -> dict[str, Any]:

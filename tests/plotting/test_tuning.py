@@ -12,16 +12,16 @@ import pandas as pd
 import pytest
 from matplotlib.patches import StepPatch
 
-from plotting.compose import compose
-from plotting.curves import higher_is_better, make_curves
-from plotting.experiments import Comparison, PlotConfig
-from plotting.figures import FIGURES, Options
-from plotting.figures.axes import look
-from plotting.figures.tuned import make_tuned
-from plotting.report_tuning import tuning_charts
-from plotting.runs import Run, find_runs
-from plotting.style import METHODS
-from plotting.tuning_tables import GAIN_COLUMNS, SPEED_COLUMNS, Table, tuning_tables
+from cutlayer.plotting.compose import compose
+from cutlayer.plotting.curves import higher_is_better, make_curves
+from cutlayer.plotting.experiments import Comparison, PlotConfig
+from cutlayer.plotting.figures import FIGURES, Options
+from cutlayer.plotting.figures.axes import look
+from cutlayer.plotting.figures.tuned import make_tuned
+from cutlayer.plotting.report_tuning import tuning_charts
+from cutlayer.plotting.runs import Run, find_runs
+from cutlayer.plotting.style import METHODS
+from cutlayer.plotting.tuning_tables import GAIN_COLUMNS, SPEED_COLUMNS, Table, tuning_tables
 from tests.plotting.making import check_texts, draw, make_run, write_personalized
 from tests.plotting.test_report import check
 from tests.plotting.test_tables import parse_latex

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.aggregate import AggregateConfig, Average
-from runtime.config import ConfigError
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.parties.aggregate import AggregateConfig, Average
 
 pairs = st.lists(
     st.tuples(st.integers(0, 10_000), st.floats(-1024, 1024, width=32, allow_subnormal=False)), min_size=1, max_size=30

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from runtime import allocator
+from cutlayer.runtime.ground import allocator
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 needs_glibc = pytest.mark.skipif(not GLIBC, reason="the setting is glibc's")
@@ -16,7 +16,7 @@ needs_glibc = pytest.mark.skipif(not GLIBC, reason="the setting is glibc's")
 STEPS = """
 import resource, sys, torch
 from torch import nn
-from runtime.allocator import keep_freed_memory
+from cutlayer.runtime.ground.allocator import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "kept" else False
 layers = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()
 network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 32 * 32, 10))

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.config import ConfigError
-from runtime.federation import Federation
-from runtime.results import Results
-from runtime.serial import load_state, save_state, save_tensors
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.serial import load_state, save_state, save_tensors
+from cutlayer.runtime.records.results import Results
+from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import same, weights
 from tests.full_disk import disk
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.boundary import Value, field_of, owned, payload_bytes
-from runtime.codec import _DTYPES, decode, encode, framed_bytes
+from cutlayer.runtime.messages.boundary import Value, field_of, owned, payload_bytes
+from cutlayer.runtime.messages.codec import _DTYPES, decode, encode, framed_bytes
 
 names = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters='"\\'), min_size=1, max_size=12).filter(
     lambda name: name.isprintable() and name != "__metadata__"

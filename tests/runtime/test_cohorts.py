@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets import Partition
-from runtime import rng
-from runtime.config import ConfigError
-from runtime.federation import Federation
-from runtime.setup import Setup
+from cutlayer.datasets import Partition
+from cutlayer.runtime.ground import rng
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.setup import Setup
 from tests.conftest import play
 
 SKEWED = ("dataset.distribution=quantity_skew", "dataset.alpha=0.001", "dataset.min_samples=0", "num_clients=10")
@@ -28,7 +28,7 @@ class Drawing(Setup):
     """As much of a federation as draws cohorts, of clients of given sizes."""
 
     def __init__(self, config: Any, sizes: list[int]) -> None:
-        self.algorithm = __import__("algorithms").get(config.algorithm_name)
+        self.algorithm = __import__("cutlayer.algorithms").algorithms.get(config.algorithm_name)
         self.config, self.population = replace(config, num_clients=len(sizes)), len(sizes)
         ends = np.cumsum([0, *sizes])
         self.partition = Partition(np.arange(ends[-1]), ends.astype(np.int64))

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.config import NO_VALUE, ConfigError, build, nearest, plain, show
-from runtime.text import printable
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, nearest, plain, show
+from cutlayer.runtime.ground.text import printable
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def test_any_value_is_shown_in_one_short_line(value: object) -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import runtime.config, runtime.run_folder, runtime.launch, sys; sys.exit('torch' in sys.modules)"
+    code = "import sys; from cutlayer.runtime.ground import config; from cutlayer.runtime.records import run_folder; "
+    code += "from cutlayer.runtime.launching import launch; sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from runtime import console
-from runtime.config import ConfigError
-from runtime.console import Progress, RunFiles, format_seconds, show_summary
-from runtime.results import RoundRecord, RunSummary
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.records import console
+from cutlayer.runtime.records.console import Progress, RunFiles, format_seconds, show_summary
+from cutlayer.runtime.records.results import RoundRecord, RunSummary
 
 
 def record(number: int, accuracy: float | None = 0.9833) -> RoundRecord:
@@ -178,7 +178,7 @@ def test_parallel_jobs_draw_no_bars() -> None:
     code = (
         "import sys; sys.stdout.isatty = sys.stderr.isatty = lambda: True\n"
         "import os; os.environ['TERM'] = 'xterm'\n"
-        "import multiprocessing; from runtime.console import on_terminal\n"
+        "import multiprocessing; from cutlayer.runtime.records.console import on_terminal\n"
         "print(on_terminal()); multiprocessing.current_process().name = 'LokyProcess-1'; print(on_terminal())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

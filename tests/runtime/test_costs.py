@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import algorithms
-from models import build_model
-from runtime import launch
-from runtime.costs import Costs, Meter, _Trial, measure
-from runtime.settings import RunConfig
-from runtime.traffic import expected_bytes
+from cutlayer import algorithms
+from cutlayer.models import build_model
+from cutlayer.runtime.costs.metering import Costs, Meter, _Trial, measure
+from cutlayer.runtime.costs.traffic import expected_bytes
+from cutlayer.runtime.launching import launch
+from cutlayer.runtime.settings import RunConfig
 
 Configure = Callable[..., RunConfig]
 B = 20  # samples in a batch

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from runtime import launch
-from runtime.config import ConfigError
-from runtime.cuts import list_cuts
-from runtime.federation import Federation
-from runtime.ledger import CONTROL_KINDS
-from runtime.settings import RunConfig
+from cutlayer.runtime.costs.cuts import list_cuts
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.launching import launch
+from cutlayer.runtime.messages.ledger import CONTROL_KINDS
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.settings import RunConfig
 from tests.conftest import play, same, weights
 
 Configure = Callable[..., RunConfig]

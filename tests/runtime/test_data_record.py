@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.config import DatasetConfig
-from datasets.facts import changed, read_facts
-from runtime.config import ConfigError
-from runtime.data_record import check_data, record_data
-from runtime.federation import Federation
-from runtime.results import Results
+from cutlayer.datasets.config import DatasetConfig
+from cutlayer.datasets.facts import changed, read_facts
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.records.data_record import check_data, record_data
+from cutlayer.runtime.records.results import Results
+from cutlayer.runtime.rounds.federation import Federation
 
 
 def add(root: Path, split: str, name: str, first: int, count: int) -> None:

@@ -8,17 +8,17 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from runtime.boundary import Payload
-from runtime.config import ConfigError
-from runtime.cuts import list_cuts
-from runtime.federation import Federation
-from runtime.hydra_support import load_config
-from runtime.ledger import Count
-from runtime.network.bounds import Limits, WireError
-from runtime.network.config import GrpcTransport
-from runtime.network.frames import chunks
-from runtime.network.wire import CHUNK, Head, Incoming, What, outgoing
-from runtime.store import Store
+from cutlayer.runtime.costs.cuts import list_cuts
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.messages.boundary import Payload
+from cutlayer.runtime.messages.bounds import Limits, WireError
+from cutlayer.runtime.messages.frames import chunks
+from cutlayer.runtime.messages.ledger import Count
+from cutlayer.runtime.network.wire import CHUNK, Head, Incoming, What, outgoing
+from cutlayer.runtime.parties.store import Store
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.transport import GrpcTransport
 
 SETTING = ("algorithm=fed_avg", "num_clients=3", "rounds=4")
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from runtime.federation import Federation
-from runtime.settings import RunConfig
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.settings import RunConfig
 from tests.contract.test_reported import Perceptron, pixels
 
 SETTING = ("num_clients=5", "frac=0.5", "lr=0.01", "dataset.distribution=dirichlet", "dataset.alpha=0.3",

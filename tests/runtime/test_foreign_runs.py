@@ -18,11 +18,11 @@ import personalize
 import plot_results
 import probe
 import status
-from runtime.config import ConfigError
-from runtime.experiment import run
-from runtime.job import claim
-from runtime.run_folder import RunFolder
-from runtime.saved import read_config, restore
+from cutlayer.runtime.after.saved import read_config, restore
+from cutlayer.runtime.experiment import run
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.job import claim
+from cutlayer.runtime.records.run_folder import RunFolder
 from tests.audited import HOSTILE, MARK, watched
 
 NETWORK = {"title": f"\x1b[2J{MARK}", "state": f"\x1b]0;{MARK}\x07", "clients": [{"state": "idle", "error": MARK}]}

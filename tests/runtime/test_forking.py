@@ -18,7 +18,7 @@ time.sleep(1.5)
 # The process itself, as a worker of a launcher, has its own way with the signal.
 PARENT = """
 import signal, sys
-from runtime.forking import server
+from cutlayer.runtime.ground.forking import server
 context = server("slow_to_load")
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

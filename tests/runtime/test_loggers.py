@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from runtime import loggers
-from runtime.config import ConfigError, plain
-from runtime.loggers import LOGGERS, build_loggers, check_loggers, flatten, logger_config, mlflow_key
-from runtime.results import RoundRecord
+from cutlayer.runtime.ground.config import ConfigError, plain
+from cutlayer.runtime.records import loggers
+from cutlayer.runtime.records.loggers import LOGGERS, build_loggers, check_loggers, flatten, logger_config, mlflow_key
+from cutlayer.runtime.records.results import RoundRecord
 
 CONFIG = {"lr": 0.1, "dataset": {"name": "digits", "options": {}}, "tags": ["a"], "init": None}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.config import ConfigError
-from runtime.optim import (
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.parties.optim import (
     PartOptimizer,
     check_schedule,
     learning_options,

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-import algorithms
 import personalize as command
-from runtime.config import ConfigError
-from runtime.experiment import run
-from runtime.federation import Federation
-from runtime.fine_tuning import PersonalizeConfig
-from runtime.locks import FileLock
-from runtime.personalize import folder_of, personalize, read
-from runtime.run_folder import RunFolder
+from cutlayer import algorithms
+from cutlayer.runtime.after.personalize import folder_of, personalize, read
+from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
+from cutlayer.runtime.experiment import run
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.locks import FileLock
+from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import play, same, weights
 
 SETTING = ("dataset.distribution=shards", "dataset.classes_per_client=3", "rounds=2", "optimizer=sgd", "lr=0.1")
@@ -55,7 +55,7 @@ def test_against_a_bare_loop(configure, tmp_path: Path) -> None:
     found = personalize(federation, PersonalizeConfig("full", (1, 2), 0.05), tmp_path)
     shares = federation.evaluator.shares(federation.dataset.test)
     accuracies: dict[int, list[float]] = {1: [], 2: []}
-    from runtime import rng
+    from cutlayer.runtime.ground import rng
 
     for client in range(4):
         (model,) = federation.blueprint.parts(["model"]).values()

@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import algorithms
 import probe as command
-from algorithms.fed_avg import FedAvg
-from models import leave_out
-from runtime.config import ConfigError
-from runtime.experiment import run
-from runtime.features import feature_parts, features
-from runtime.federation import Federation
-from runtime.fine_tuning import PersonalizeConfig
-from runtime.locks import FileLock
-from runtime.personalize import personalize
-from runtime.probe import folder_of, probe, read
-from runtime.probes import ProbeConfig, knn_accuracy
-from runtime.run_folder import RunFolder
+from cutlayer import algorithms
+from cutlayer.algorithms.fed_avg import FedAvg
+from cutlayer.models import leave_out
+from cutlayer.runtime.after.personalize import personalize
+from cutlayer.runtime.after.probe import folder_of, probe, read
+from cutlayer.runtime.evaluation.classifiers import ProbeConfig, knn_accuracy
+from cutlayer.runtime.evaluation.features import feature_parts, features
+from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
+from cutlayer.runtime.experiment import run
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.locks import FileLock
+from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import play, same, weights
 
 NET = "model=import/tests.contract.elsewhere.Net"

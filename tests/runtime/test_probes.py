@@ -12,9 +12,17 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn import functional as F
 
-from runtime import probes
-from runtime.config import ConfigError
-from runtime.probes import MonitorConfig, ProbeConfig, balanced, drawn, fit_linear, knn_accuracy, knn_scores
+from cutlayer.runtime.evaluation import classifiers as probes
+from cutlayer.runtime.evaluation.classifiers import (
+    MonitorConfig,
+    ProbeConfig,
+    balanced,
+    drawn,
+    fit_linear,
+    knn_accuracy,
+    knn_scores,
+)
+from cutlayer.runtime.ground.config import ConfigError
 
 TRAIN = 1200
 

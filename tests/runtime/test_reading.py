@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.reading import MissingError, UnreadableError, check_links, read_bytes, read_json, read_yaml
+from cutlayer.runtime.ground.reading import MissingError, UnreadableError, check_links, read_bytes, read_json, read_yaml
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**64), 2**64) | st.floats(allow_nan=False) | st.text(max_size=9)
 KEYS = st.text(max_size=9)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from runtime.hydra_support import load_config
-from runtime.optim import learning_options
-from runtime.settings import REFINED
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.parties.optim import learning_options
+from cutlayer.runtime.settings import REFINED
 
 
 @pytest.mark.parametrize("part", REFINED)

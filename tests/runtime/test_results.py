@@ -13,11 +13,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.config import ConfigError
-from runtime.environment import describe_environment, git_revision
-from runtime.loggers import Logger, LoggerConfig
-from runtime.results import Results, RoundRecord, TrafficRow
-from runtime.units import byte_unit, format_bytes
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.units import byte_unit, format_bytes
+from cutlayer.runtime.records.environment import describe_environment, git_revision
+from cutlayer.runtime.records.loggers import Logger, LoggerConfig
+from cutlayer.runtime.records.results import Results, RoundRecord, TrafficRow
 
 TIMES = ("time_wall", "time_client", "time_server", "time_eval")
 FILES = ("results.json", "metrics.csv", "extras.csv", "communication.csv")

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.config import ConfigError
-from runtime.run_folder import (
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.records.run_folder import (
     RunFolder,
     find_unfinished,
     is_locked,
@@ -29,7 +29,7 @@ from runtime.run_folder import (
 ROOT = Path(__file__).resolve().parents[2]
 # Claims a folder, says which, and holds it until told to end.
 CLAIM = """
-import sys; from pathlib import Path; from runtime.run_folder import RunFolder
+import sys; from pathlib import Path; from cutlayer.runtime.records.run_folder import RunFolder
 sys.stdin.readline()
 folder = RunFolder.claim(Path(sys.argv[1]), "abc")
 print(folder.path, folder.resumed, flush=True)

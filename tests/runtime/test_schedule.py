@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from algorithms.base import Algorithm, Server
-from runtime.blueprint import Layout
-from runtime.boundary import ClientDroppedError, Message, ask, tell, tensor
-from runtime.config import ConfigError
-from runtime.federation import Federation
+from cutlayer.algorithms.base import Algorithm, Server
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.boundary import ClientDroppedError, Message, ask, tell, tensor
+from cutlayer.runtime.parties.blueprint import Layout
+from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import play, same, weights
 
 
@@ -188,7 +188,7 @@ def test_a_client_whose_message_the_server_refuses_is_lost_alone(configure, sche
 
 def test_a_cohort_that_does_not_fit_in_memory_is_refused(configure, monkeypatch) -> None:
     federation = federation_of(configure("algorithm=fed_avg"), variant(Noisy, schedule="lockstep"))
-    monkeypatch.setattr("runtime.federation._available_memory", lambda device: 1000)
+    monkeypatch.setattr("cutlayer.runtime.rounds.federation._available_memory", lambda device: 1000)
     with pytest.raises(
         ConfigError, match="frac=1.0: expected a cohort that fits in memory: 4 clients in lockstep need"
     ):

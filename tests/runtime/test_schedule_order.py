@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.boundary import ClientDroppedError, Message, Upload
-from runtime.schedule import RoundReport, lockstep, sequential
+from cutlayer.runtime.messages.boundary import ClientDroppedError, Message, Upload
+from cutlayer.runtime.rounds.schedule import RoundReport, lockstep, sequential
 
 LOST = "lost"
 ABSENT = "absent"

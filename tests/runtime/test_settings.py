@@ -13,13 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import algorithms
-import datasets
-import models
-from runtime.config import ConfigError, build, plain
-from runtime.hydra_errors import CONFIG_DIR, groups, options
-from runtime.hydra_support import load_config
-from runtime.settings import PARTS, RunConfig, resolve_device
+from cutlayer import algorithms, datasets, models
+from cutlayer.runtime.ground.config import ConfigError, build, plain
+from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, groups, options
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.settings import PARTS, RunConfig, resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = load_config(["algorithm=fed_avg"]).to_mapping()
@@ -140,7 +138,8 @@ def test_identity_does_not_depend_on_the_order_of_keys(values: dict[str, Any]) -
 
 
 def test_identity_is_the_same_in_another_process() -> None:
-    code = "from runtime.hydra_support import load_config; print(load_config(['algorithm=fed_avg']).identity())"
+    of = "from cutlayer.runtime.launching.hydra_support import load_config"
+    code = f"{of}; print(load_config(['algorithm=fed_avg']).identity())"
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from runtime.slots import VISIBLE, Gpu, gpu_slot, visible_gpus
+from cutlayer.runtime.launching.sweeps.slots import VISIBLE, Gpu, gpu_slot, visible_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 GPUS = [Gpu("GPU-a", "H100"), Gpu("GPU-b", "H100")]
 # Takes a slot, says when and of which GPU, holds it for as long as it is told, and says when it lets go.
 HOLD = """
-import os, sys, time; from runtime.slots import gpu_slot
+import os, sys, time; from cutlayer.runtime.launching.sweeps.slots import gpu_slot
 with gpu_slot(sys.argv[1], int(sys.argv[2]), lambda text: print("waiting", flush=True)) as gpu:
     print("took", gpu.uuid, os.environ["CUDA_VISIBLE_DEVICES"], time.monotonic(), flush=True)
     sys.stdin.readline() if sys.argv[3] == "told" else time.sleep(float(sys.argv[3]))

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.config import ConfigError
-from runtime.files import digest_of
-from runtime.serial import encode
-from runtime.store import Store
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.files import digest_of
+from cutlayer.runtime.ground.serial import encode
+from cutlayer.runtime.parties.store import Store
 
 ROW_BYTES = 4 * 4
 operations = st.lists(
@@ -143,7 +143,7 @@ def test_few_files_hold_many_rows_and_little_that_is_out_of_date(tmp_path: Path)
 
 
 def test_a_segment_between_checkpoints_does_not_grow_for_ever(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("runtime.store._STALE_BYTES", 4000)
+    monkeypatch.setattr("cutlayer.runtime.parties.store._STALE_BYTES", 4000)
     store = Store(tmp_path, memory_limit=2 * ROW_BYTES)
     for number in range(300):
         for client in range(5):

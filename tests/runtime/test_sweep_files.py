@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from runtime.supervise import start, threads_of
-from runtime.sweep import DONE, Job, JobFolder, Progress, Sweep, read_progress
-from runtime.sweep_console import Display, outcome, shared_overrides, show_table, tally
+from cutlayer.runtime.launching.sweeps.display import Display, outcome, shared_overrides, show_table, tally
+from cutlayer.runtime.launching.sweeps.supervise import start, threads_of
+from cutlayer.runtime.launching.sweeps.sweep import DONE, Job, JobFolder, Progress, Sweep, read_progress
 
 HEADER = "round,test_acc,test_loss,train_loss,comm_load,comm_up,comm_down,comm_framed,clients,time_wall\n"
 

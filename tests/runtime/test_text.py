@@ -15,17 +15,27 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from plotting.runs import short
-from plotting.style import method_style
-from plotting.table_text import latex, markdown
-from runtime.config import ConfigError
-from runtime.console import summary_table
-from runtime.job import _log_to  # pyright: ignore[reportPrivateUsage]
-from runtime.results import RunSummary
-from runtime.screen import Screen
-from runtime.sweep import Job, JobFolder, Sweep
-from runtime.sweep_console import distinct, outcome, show_table
-from runtime.text import LONGEST, PlainRecord, complain, csv_text, error_text, lines, one_line, printable, tell
+from cutlayer.plotting.runs import short
+from cutlayer.plotting.style import method_style
+from cutlayer.plotting.table_text import latex, markdown
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.screen import Screen
+from cutlayer.runtime.ground.text import (
+    LONGEST,
+    PlainRecord,
+    complain,
+    csv_text,
+    error_text,
+    lines,
+    one_line,
+    printable,
+    tell,
+)
+from cutlayer.runtime.job import _log_to  # pyright: ignore[reportPrivateUsage]
+from cutlayer.runtime.launching.sweeps.display import distinct, outcome, show_table
+from cutlayer.runtime.launching.sweeps.sweep import Job, JobFolder, Sweep
+from cutlayer.runtime.records.console import summary_table
+from cutlayer.runtime.records.results import RunSummary
 from tests.test_house import ROOT, SOURCES
 
 # Weighted towards what terminals, spreadsheets and readers of logs obey.

@@ -1,0 +1,242 @@
+"""Personalisation of a trained federation: every client fine-tunes the model on its own data and is tested on its own.
+
+It is an evaluation: nothing that training depends on changes, nothing is sent. A client starts from the model that it
+would use (the global one, with its own parts where the method has such), and one client at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from cutlayer.datasets import Partition
+from cutlayer.models import Chain, body_and_head
+from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig, fine_tune
+from cutlayer.runtime.evaluation.scores import Score, spread
+from cutlayer.runtime.ground import rng
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.files import PERSONALIZED, make_folder, named, replace_file, sync_file, temporary_name
+from cutlayer.runtime.ground.reading import read_json
+from cutlayer.runtime.ground.text import csv_text
+from cutlayer.runtime.parties.blueprint import Parts
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.session import Workplace
+
+log = logging.getLogger(__name__)
+
+SUMMARY, CLIENTS = "summary.json", "clients.csv"
+_COLUMNS = ("client", "samples", "epochs", "accuracy", "loss")
+_BINS = 20
+
+Shown = Callable[[int, int], None]
+"""Told the number of clients that are done, and of all."""
+
+
+@dataclass(frozen=True)
+class Personalized:
+    """What personalisation found, over clients.
+
+    Lists are parallel to ``epochs``. Accuracies are fractions; ``std`` is that over clients, ``worst_decile`` the mean
+    of the lowest tenth. ``counts`` says how many clients lie in each of 20 equal bins of accuracy. ``skipped`` clients
+    have no test data of their own.
+    """
+
+    part: str
+    lr: float
+    epochs: list[int]
+    round: int
+    clients: int
+    skipped: int
+    mean: list[float]
+    std: list[float]
+    worst_decile: list[float]
+    loss: list[float]
+    counts: list[list[int]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        values = {name: value for name, value in vars(self).items() if name != "counts"}
+        edges = [round(edge, 10) for edge in np.linspace(0, 1, _BINS + 1).tolist()]
+        return {**values, "histogram": {"edges": edges, "counts": self.counts}, "finished": True}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Personalized:
+        """What ``to_json`` gave."""
+        values = {name: content[name] for name in cls.__dataclass_fields__ if name != "counts"}
+        return cls(**values, counts=content["histogram"]["counts"])
+
+
+def folder_of(run: Path, config: PersonalizeConfig) -> Path:
+    """Where a setting's results lie in a run's folder."""
+    return run / PERSONALIZED / config.setting
+
+
+def read(run: Path, config: PersonalizeConfig) -> Personalized | None:
+    """What an earlier personalisation of the run by this setting found; None where there was none that finished."""
+    try:
+        content = read_json(run, str(folder_of(run, config).relative_to(run) / SUMMARY))
+        return Personalized.from_json(content) if content["finished"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def personalize(
+    federation: Federation, config: PersonalizeConfig, run: Path, shown: Shown | None = None
+) -> Personalized:
+    """Fine-tune and test every client; writes ``summary.json`` and ``clients.csv`` below the run's folder.
+
+    Both appear when all clients are done, the summary last; a failure leaves nothing. The same federation gives the
+    same bits again.
+
+    Raises:
+        ConfigError: a client's loss is not finite.
+    """
+    assert config.part is not None
+    tuner, folder = _Tuner(federation, config), folder_of(run, config)
+    make_folder(run, folder)
+    path = temporary_name(folder / CLIENTS)
+    path.unlink(missing_ok=True)
+    epochs = config.tested_after
+    accuracies: list[list[float]] = [[] for _ in epochs]
+    losses: list[list[float]] = [[] for _ in epochs]
+    clients = tuner.shares.sizes.nonzero()[0].tolist()
+    with named(path), _nothing_left_by_failure(path), path.open("w", encoding="utf-8", newline="") as file:
+        file.write(csv_text([_COLUMNS]))
+        for done, client in enumerate(clients):
+            if shown is not None:
+                shown(done, len(clients))
+            for at, (epoch, score) in enumerate(zip(epochs, tuner.scores(client), strict=True)):
+                if not math.isfinite(score.loss):
+                    found = f"a rate that converges: client {client}'s loss is {score.loss} after {epoch} epochs"
+                    raise ConfigError("personalize.lr", config.lr, found)
+                accuracies[at].append(score.accuracy)
+                losses[at].append(score.loss)
+                file.write(csv_text([(client, len(score.correct), epoch, score.accuracy, score.loss)]))
+    over = [spread(values) for values in accuracies]
+    found = Personalized(
+        part=config.part,
+        lr=config.lr,
+        epochs=list(epochs),
+        round=federation.round,
+        clients=len(clients),
+        skipped=federation.population - len(clients),
+        mean=[values["mean"] for values in over],
+        std=[values["std"] for values in over],
+        worst_decile=[values["worst_decile"] for values in over],
+        loss=[sum(values) / len(values) for values in losses],
+        counts=[np.histogram(values, bins=_BINS, range=(0.0, 1.0))[0].tolist() for values in accuracies],
+    )
+    sync_file(path)
+    path.replace(folder / CLIENTS)
+    replace_file(folder / SUMMARY, json.dumps(found.to_json(), allow_nan=False) + "\n")
+    return found
+
+
+def tunable(federation: Federation, part: str | None) -> tuple[Parts, nn.Module, nn.Module]:
+    """Fresh parts of a federation's model, and its body and head made of them, see ``divided``.
+
+    Raises:
+        ConfigError: there is no classifier, or the head cannot be told and ``part`` needs it.
+    """
+    if federation.algorithm.evaluates_features:
+        expected = "null after a method that learns features and no classifier; probe.after=true measures these"
+        raise ConfigError("personalize.part", part, expected)
+    parts = federation.blueprint.parts(federation.algorithm.layout.whole)
+    return parts, *divided(parts, part, federation.dataset.info.shape)
+
+
+def divided(parts: Parts, part: str | None, shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
+    """The body and the head of the model that the parts make up; of parts that are no sequences all is body.
+
+    Args:
+        parts: by name, in the order in which data goes through them.
+        shape: of an image, [C, H, W].
+
+    Raises:
+        ConfigError: the head cannot be told, and ``part`` needs it.
+    """
+    if parts.keys() == {"body", "head"}:
+        return parts["body"], parts["head"]
+    modules = list(parts.values())
+    if all(isinstance(module, nn.Sequential) for module in modules):
+        children = chain.from_iterable(module.named_children() for module in modules)
+        return body_and_head(nn.Sequential(OrderedDict(children)))
+    if part != "full" and len(modules) == 1:
+        return body_and_head(modules[0], shape)
+    if part != "full":
+        raise ConfigError("personalize.part", part, "full, as it is not known where this model's classifier begins")
+    return Chain(modules), nn.Identity()
+
+
+@contextlib.contextmanager
+def _nothing_left_by_failure(path: Path) -> Generator[None]:
+    """Remove a file that was not completed, and the two folders above it if they hold nothing else."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for folder in (path.parent, path.parent.parent):
+                folder.rmdir()
+        raise
+
+
+def own_tests(federation: Federation) -> Partition:
+    """The test samples of each client.
+
+    Raises:
+        ConfigError: no client has any.
+    """
+    evaluator = federation.evaluator
+    return evaluator.local_test or evaluator.shares(federation.dataset.test)
+
+
+class _Tuner:
+    """One client after another in one set of parts."""
+
+    def __init__(self, federation: Federation, config: PersonalizeConfig) -> None:
+        self._federation, self._config = federation, config
+        self.shares = own_tests(federation)
+        self._parts, self._body, self._head = tunable(federation, config.part)
+
+    def scores(self, client: int) -> Iterator[Score]:
+        """The client's scores on its own test data after each number of epochs in the list."""
+        federation, wanted = self._federation, self._config.tested_after
+        for name, state in federation.client_states(client).items():
+            self._parts[name].load_state_dict(state)
+        own = self.shares.indices(client)
+        work = Workplace(federation.blueprint, rng.derive(federation.config.seed, client=client, stream="personalize"))
+        tuning = self._tuning(client)
+        for epochs in range(wanted[-1] + 1):
+            with work.working():
+                next(tuning)
+            if epochs in wanted:
+                yield federation.evaluator.score(list(self._parts.values()), federation.dataset.test, own)
+
+    def _tuning(self, client: int) -> Iterator[int]:
+        federation, config = self._federation, self._config
+        part = config.part
+        assert part is not None
+        trained = {"body": [self._body], "head": [self._head], "full": [self._body, self._head]}[part]
+        for module in (self._body, self._head):
+            module.requires_grad_(module in trained)
+        generator = rng.torch_generator(federation.config.seed, client=client, stream="personalize batches")
+        return fine_tune(
+            self._body,
+            self._head,
+            part,
+            federation.blueprint.fine_tuner(trained, config.lr),
+            lambda: federation.clients.epoch(client, generator),
+            keep_statistics=not any(federation.evaluator.batch_statistics),
+        )

@@ -1,0 +1,289 @@
+"""A finished (or checkpointed) run taken up again from its folder, to measure something more of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from cutlayer.datasets import load
+from cutlayer.runtime.after.personalize import Personalized, personalize
+from cutlayer.runtime.after.personalize import folder_of as personalized_in
+from cutlayer.runtime.after.probe import Probed, probe
+from cutlayer.runtime.after.probe import folder_of as probed_in
+from cutlayer.runtime.evaluation.classifiers import ProbeConfig
+from cutlayer.runtime.experiment import prepare_process, set_threads
+from cutlayer.runtime.ground.config import ConfigError, plain, show
+from cutlayer.runtime.ground.files import MODEL_FILE, RESULTS
+from cutlayer.runtime.ground.locks import FileLock
+from cutlayer.runtime.ground.reading import MissingError, check_links, inside, read_text, read_yaml
+from cutlayer.runtime.parties.blueprint import DTYPES
+from cutlayer.runtime.records.console import Progress, personal_rows, probe_rows, show_rows
+from cutlayer.runtime.records.run_folder import IDENTITY, LOCK
+from cutlayer.runtime.rounds.federation import CHECKPOINT_FOLDER, Federation
+from cutlayer.runtime.settings import RunConfig
+from cutlayer.runtime.trust import MACHINE_RULES, MODEL_BYTES, RULES, Limit, Named, check, check_made, covered, to_take
+
+# What may differ from the run: where its data and this machine's device are, and what is measured.
+MACHINE = (
+    *("device", "threads", "eval_batch_size", "state_memory_mb", "progress", "data_changed"),
+    *("dataset.root", "dataset.storage", "dataset.workers"),
+)
+CHANGEABLE = ("personalize.part", "personalize.epochs", "personalize.lr", *MACHINE)
+PROBE_KEYS = tuple(f"probe.{field.name}" for field in fields(ProbeConfig) if field.name != "after")
+# Sections of the configuration that runs of earlier versions lack.
+_SECTIONS = ("personalize", "monitor", "probe")
+# What the folder of a run says in vain: where it was kept and shown, and who was where.
+_NOT_TAKEN = (
+    *("transport", "role", "server", "client_id", "logger"),
+    *("save_dir", "resume", "data_changed", "jobs_per_gpu"),
+)
+_PATH = 4096
+
+
+def find_runs(above: Path) -> list[Path]:
+    """The folder itself, or those below it, that hold a run with results.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (above / RESULTS).is_file():
+        return [above]
+    found = sorted(path.parent for path in above.rglob(RESULTS)) if above.is_dir() else []
+    if not found:
+        raise ConfigError("run", str(above), f"the folder of a run, or a folder with runs below it ({RESULTS})")
+    return found
+
+
+class Saved(NamedTuple):
+    """What a run's folder says of itself, checked, and what may be done for it beyond its folder.
+
+    Attributes:
+        config: of the run. over_network: whether its clients were elsewhere.
+        download: whether published data that are missing may be downloaded. limit: how large its model may be.
+    """
+
+    config: RunConfig
+    over_network: bool
+    download: bool
+    limit: Limit | None
+
+
+def read_config(
+    run: Path, changes: Mapping[str, Any], changeable: Sequence[str] = CHANGEABLE, own: RunConfig | None = None
+) -> Saved:
+    """The run's configuration, with some keys changed.
+
+    The folder may be anyone's, so what it says is checked like what a server says to its client, see `runtime.trust`.
+    Keys that are not ``changeable`` name values of the run that would not be taken otherwise, and have to equal them.
+
+    Args:
+        changes: dotted keys to their values, as on the command line.
+        own: a configuration of this process's own, whose values count as named.
+
+    Raises:
+        ConfigError: a key that cannot change, a bad value, one that the command line has to name, or a folder without
+            a readable ``config.yaml``.
+    """
+    values = read_yaml(run, "config.yaml")
+    transport = values.get("transport")
+    over_network = isinstance(transport, dict) and cast(dict[str, Any], transport).get("name") == "grpc"
+    named = _naming(changes, values, changeable, own)
+    # What concerns neither the result nor this machine is not taken at all.
+    for key in _NOT_TAKEN:
+        values.pop(key, None)
+    for section in _SECTIONS:
+        values.setdefault(section, {})
+    source = "the run's folder"
+    for key, value in changes.items():
+        if key in changeable and key not in _NOT_TAKEN:
+            *above, last = key.split(".")
+            section = values
+            for name in above:
+                if not isinstance(section.get(name), dict):
+                    section[name] = {}
+                section = section[name]
+            section[last] = value
+    root = _root(values)
+    check(values, named, source, {**RULES, **MACHINE_RULES})
+    if not named("dataset.root", root):
+        _check_root(root, source)
+    values["dataset"]["root"] = root
+    values |= {"save_dir": str(run), "resume": "never", "jobs_per_gpu": 1, "logger": {}}
+    values["data_changed"] = changes.get("data_changed", "refuse")
+    values |= {"transport": "grpc", "role": "server"} if over_network else {"transport": "local"}
+    config = RunConfig.from_mapping(values)
+    check_made(config, named, source)
+    name = config.model.name
+    limit = None if named("model.name", name) else Limit(MODEL_BYTES, f"if you trust it, add: model={name}")
+    return Saved(config, over_network, "dataset.root" in changes, limit)
+
+
+def _naming(
+    given: Mapping[str, Any], values: Mapping[str, Any], changeable: Sequence[str], own: RunConfig | None
+) -> Named:
+    """What the command line names, each of it as the run has it if that cannot be changed.
+
+    Raises:
+        ConfigError: the run has another value.
+    """
+    names: dict[str, Any] = {}
+    for key, value in given.items():
+        if key in changeable:
+            names[key] = value
+            continue
+        full = f"{key}.name" if key in ("model", "dataset") else key
+        found = _value(values, full)
+        # Of several runs each may have another model.
+        allowed = cast(list[Any], value) if full == "model.name" and isinstance(value, list) else [value]
+        if found is None or not any(_same(each, found) for each in allowed):
+            if found is None or not key.startswith(("model", "dataset")):
+                raise ConfigError("key", key, "one that may be set for a run that is over", changeable)
+            raise ConfigError(key, cast(object, value), f"{show(found)}, as in the run")
+        names[full] = found
+    mine = {} if own is None else own.to_mapping()
+
+    def named(key: str, value: object) -> bool:
+        if covered(names, key):
+            return True
+        at = _value(mine, key)
+        return at is not None and _same(at, value)
+
+    return named
+
+
+def _value(values: Mapping[str, Any], key: str) -> Any:
+    """What a dotted key comes to; None where there is nothing."""
+    found: Any = values
+    for name in key.split("."):
+        found = cast(Mapping[str, Any], found).get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _same(here: object, there: object) -> bool:
+    return plain(here) == plain(there)
+
+
+def _root(values: dict[str, Any]) -> str:
+    """Take the folder of the data out of a run's configuration."""
+    dataset = values.get("dataset")
+    root = cast(dict[str, Any], dataset).pop("root", "data") if isinstance(dataset, dict) else "data"
+    if not isinstance(root, str) or not root.strip() or "\0" in root or len(root) > _PATH:
+        raise ConfigError("dataset.root", root, "a folder")
+    return root
+
+
+def _check_root(root: str, source: str) -> None:
+    """Refuse what is no folder. A folder's files are read as images and labels and as nothing else."""
+    with contextlib.suppress(OSError):  # what is not there is told when it is read
+        if not stat.S_ISDIR(os.stat(os.path.expanduser(root)).st_mode):
+            expected = f"a folder, as only {source} says so; {to_take([('dataset.root', root)])}"
+            raise ConfigError("dataset.root", root, expected)
+
+
+@contextlib.contextmanager
+def owned(run: Path) -> Generator[None]:
+    """Own a run's folder for the length of the block.
+
+    Raises:
+        ConfigError: another process has it, or something in it leads out of it.
+    """
+    check_links(run)
+    lock = FileLock.take(run / LOCK)
+    if lock is None:
+        raise ConfigError("run", str(run), "a run that no other process is using")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def restore(run: Path, saved: Saved) -> Federation:
+    """The run's federation as its last checkpoint left it.
+
+    A run whose checkpoint was removed is taken up from its model, if one model is all that the method learns.
+
+    Raises:
+        ConfigError: nothing is left of what was learnt, or what is left is not of such a run.
+    """
+    config = saved.config
+    device, dtype = config.torch_device(), DTYPES[config.precision]
+    data = load(config.dataset, seed=config.seed, device=device, dtype=dtype, download=saved.download)
+    federation = Federation(config, run, data, saved.limit)
+    if saved.over_network and (federation.personal or config.dataset.distribution == "own"):
+        raise ConfigError(
+            "run", str(run), "a run in one process: this one's clients have their data or parts elsewhere"
+        )
+    try:
+        recorded: str | None = read_text(run, IDENTITY).strip()
+    except MissingError:
+        recorded = None
+    try:
+        resumed = federation.resume(recorded=recorded) is not None
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a file that was not written here leads to
+        expected = f"a {CHECKPOINT_FOLDER} of this run ({type(error).__name__}: {error})"
+        raise ConfigError("run", str(run), expected) from error
+    if resumed:
+        return federation
+    if not (run / MODEL_FILE).is_file() or (federation.personal and federation.population > 1):
+        raise ConfigError("run", str(run), f"a run with its {CHECKPOINT_FOLDER} folder, which this one lacks")
+    init = inside(run, MODEL_FILE)
+    return Federation(replace(config, model=replace(config.model, init=init)), dataset=data, limit=saved.limit)
+
+
+@contextlib.contextmanager
+def taken_up(run: Path, saved: Saved) -> Generator[tuple[Federation, Progress]]:
+    """Own a run's folder for the length of the block, with the run's federation and a display of progress.
+
+    Raises:
+        ConfigError: as `owned` and `restore`.
+    """
+    config = saved.config
+    with owned(run):
+        prepare_process(config.torch_device())
+        federation = restore(run, saved)
+        set_threads(config, federation)
+        with Progress(federation.round, config.title, config.progress, done=federation.round) as progress:
+            yield federation, progress
+
+
+def personalize_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None = None) -> Personalized:
+    """Personalise a run by its own ``personalize`` settings with ``changes``; shows its table.
+
+    Args:
+        changes, own: as of `read_config`.
+
+    Raises:
+        ConfigError: as `read_config`, `owned` and `restore`; or no part is named.
+    """
+    saved = read_config(run, changes, own=own)
+    config = saved.config
+    if config.personalize.part is None:
+        raise ConfigError("personalize.part", None, "what is fine-tuned", ("body", "head", "full"))
+    with taken_up(run, saved) as (federation, progress):
+        found = personalize(federation, config.personalize, run, progress.clients)
+    show_rows(personal_rows(found), personalized_in(run, config.personalize), config.title, config.progress)
+    return found
+
+
+def probe_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None = None) -> Probed:
+    """Probe a run's features by its own ``probe`` settings with ``changes``; shows its table.
+
+    Args:
+        changes, own: as of `read_config`.
+
+    Raises:
+        ConfigError: as `read_config`, `owned`, `restore` and `probe`.
+    """
+    saved = read_config(run, changes, (*PROBE_KEYS, *MACHINE), own)
+    config = saved.config
+    with taken_up(run, saved) as (federation, progress):
+        found = probe(federation, config.probe, run, progress.doing)
+    show_rows(probe_rows(found), probed_in(run, config.probe), config.title, config.progress)
+    return found

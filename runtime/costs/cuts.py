@@ -1,0 +1,169 @@
+"""`python main.py ... --cuts`: where the configured model can be cut, and what each cut would cost.
+
+For each cut the parameters and the floating-point operations of either side, the values that cross, and the bytes of a
+round of the configured method. Nothing is trained, and the parts are not compared with the model: that a run does.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Column, Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cutlayer import algorithms
+from cutlayer.datasets import Dataset, load
+from cutlayer.models import build_model, candidates, input_channels, through
+from cutlayer.runtime.costs.traffic import expected_bytes
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.screen import Screen
+from cutlayer.runtime.ground.units import format_bytes
+from cutlayer.runtime.messages.boundary import pack
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.settings import RunConfig
+
+log = logging.getLogger(__name__)
+
+_TWO = ("client", "server")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a cut costs.
+
+    Attributes:
+        name: the module that ends the client part.
+        client_parameters, server_parameters: of either part.
+        client_flops, server_flops: floating-point operations of a sample's forward pass (a multiplication and an
+            addition are two).
+        shapes: of the values of a sample that cross.
+        bytes: of the first round's training traffic under the configured method.
+    """
+
+    name: str
+    client_parameters: int
+    server_parameters: int
+    client_flops: int
+    server_flops: int
+    shapes: tuple[tuple[int, ...], ...]
+    bytes: int
+
+
+# By the names of `cutlayer.models.config.BUDGETS`.
+_MEASURES: dict[str, Callable[[Cut], float]] = {
+    "client_params": lambda cut: cut.client_parameters,
+    "client_mflop": lambda cut: cut.client_flops / 1e6,
+    "round_mb": lambda cut: cut.bytes / 1e6,
+}
+
+
+def list_cuts(config: RunConfig, dataset: Dataset | None = None) -> Iterator[Cut]:
+    """The cuts of the configured model in two, in the order of its layers.
+
+    Args:
+        dataset: the configured one, where it is loaded already.
+
+    Raises:
+        ConfigError: the method does not cut the model in two.
+    """
+    cutting = [name for name in algorithms.names() if algorithms.get(name).layout.whole == _TWO]
+    if config.algorithm_name not in cutting:
+        raise ConfigError("algorithm", config.algorithm_name, "a method that cuts the model in two", cutting)
+    if dataset is None:
+        dataset = load(config.dataset, seed=config.seed, device=torch.device("cpu"), dtype=torch.float32)
+    info = dataset.repeated(input_channels(config.model, dataset.info)).info
+    federation: Federation | None = None
+    plain = replace(config.model, client_norm="own", bottleneck=None, init=None)
+    for name in candidates(build_model(plain, info), info.shape):
+        chosen = replace(config, device="cpu", model=replace(config.model, cut=name))
+        try:
+            if federation is None:
+                federation = Federation(chosen, dataset=dataset)
+            else:
+                federation.blueprint = federation.make_blueprint(chosen, compare=False)
+        except ConfigError as error:
+            if error.key not in ("model.cut", "model.auxiliary.size", "model.bottleneck"):
+                raise
+            continue  # what the general rule takes for a cut, and is none
+        yield _cost(name, federation)
+
+
+def within_budget(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The configuration with the cut that its budget (`model.cut=auto:client_params<=20000`) leads to, if it has one.
+
+    Under a limit on the client's work it is the cut whose round has the fewest bytes, under one on bytes that with the
+    fewest operations at the client; of equals the first.
+
+    Raises:
+        ConfigError: no cut is within the budget.
+    """
+    budget = config.model.budget
+    if budget is None:
+        return config
+    measure = _MEASURES[budget.measure]
+    found = list(list_cuts(config, dataset))
+    within = [cut for cut in found if measure(cut) <= budget.limit]
+    if not within:
+        least = min(found, key=measure, default=None)
+        cause = f"the least is {measure(least):g}, after {least.name}" if least else "the model has no cut"
+        raise ConfigError("model.cut", config.model.cut, f"a budget that some cut keeps; {cause}")
+    cost = _MEASURES["client_mflop" if budget.measure == "round_mb" else "round_mb"]
+    name = min(within, key=cost).name
+    log.info("model.cut=%s, which %s leads to", name, config.model.cut)
+    return replace(config, model=replace(config.model, cut=name))
+
+
+def _cost(name: str, federation: Federation) -> Cut:
+    blueprint = federation.blueprint
+    x: Any = torch.zeros(1, *federation.dataset.info.shape, dtype=blueprint.dtype)
+    flops: dict[str, int] = {}
+    shapes: list[tuple[int, ...]] = []
+    for part, module in blueprint.parts(_TWO).items():
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            x = through(module.eval(), x)
+        flops[part] = counter.get_total_flops()
+        if part == "client":
+            shapes = [tuple(value.shape[1:]) for value in pack("z", x).values() if isinstance(value, Tensor)]
+    return Cut(
+        name,
+        client_parameters=blueprint.parameters("client"),
+        server_parameters=blueprint.parameters("server"),
+        client_flops=flops["client"],
+        server_flops=flops["server"],
+        shapes=tuple(shapes),
+        bytes=sum(expected_bytes(federation, range(1)).values()),
+    )
+
+
+def show_cuts(config: RunConfig) -> None:
+    """Print the table of `list_cuts`."""
+    titles = ("model.cut", "parameters: client", "server", "MFLOP: client", "server", "crossing", "a sample", "a round")
+    rows = [_row(cut) for cut in list_cuts(config)]
+    columns = (Column(title, justify="left" if title == "model.cut" else "right") for title in titles)
+    table = Table(*columns, box=box.ASCII)
+    for row in rows:
+        table.add_row(*row)
+    title = f"{config.algorithm_name}, {config.model.name}, {config.dataset.name}: {len(rows)} cuts"
+    console = Screen(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(title, table, sep="\n")
+
+
+def _row(cut: Cut) -> tuple[str, ...]:
+    values = sum(prod(shape) for shape in cut.shapes)
+    return (
+        cut.name,
+        f"{cut.client_parameters:,}",
+        f"{cut.server_parameters:,}",
+        *(f"{flops / 1e6:.2f}" for flops in (cut.client_flops, cut.server_flops)),
+        " + ".join("x".join(map(str, shape)) for shape in cut.shapes),
+        f"{values:,}",
+        format_bytes(cut.bytes),
+    )

@@ -1,0 +1,84 @@
+"""How a client makes a trained model its own: by a few epochs of training on its own data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cutlayer.models import through
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.parties.optim import PartOptimizer
+
+Part = Literal["body", "head", "full"]
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class PersonalizeConfig:
+    """The protocol of personalisation: every client fine-tunes the trained model on its own data and tests it.
+
+    Attributes:
+        part: what is fine-tuned: the body, the head (the classifier), or both (full); None leaves it out.
+        epochs: passes over a client's data after which it is tested, 0 for before any; a single number n is [0, n].
+        lr: learning rate, constant; the rest of the optimizer is the run's.
+    """
+
+    part: Part | None = None
+    epochs: int | tuple[int, ...] = 5
+    lr: float = 0.001
+
+    def __post_init__(self) -> None:
+        given = (self.epochs,) if isinstance(self.epochs, int) else self.epochs
+        if not given or min(given) < 0:
+            raise ConfigError("epochs", self.epochs, "an integer >= 0, or a list of such, e.g. [0,1,5]")
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError("lr", self.lr, "a finite number > 0")
+
+    @property
+    def tested_after(self) -> tuple[int, ...]:
+        """The numbers of epochs after which clients are tested, ascending."""
+        return tuple(sorted({0, self.epochs} if isinstance(self.epochs, int) else set(self.epochs)))
+
+    @property
+    def setting(self) -> str:
+        """A name that tells this setting from others, fit for a folder."""
+        return f"part={self.part},lr={self.lr:g},epochs={'-'.join(map(str, self.tested_after))}"
+
+
+def fine_tune(
+    body: nn.Module,
+    head: nn.Module,
+    part: Part,
+    optimizer: PartOptimizer,
+    epoch: Callable[[], Batches],
+    *,
+    keep_statistics: bool,
+) -> Iterator[int]:
+    """Train a part of the model by mean cross-entropy; yields the number of epochs done: 0, 1, 2, and so on for ever.
+
+    The other part does not change, its running statistics included. Between epochs the caller may put the modules into
+    any mode.
+
+    Args:
+        body, head: images -> features -> logits [b, classes]; left in training mode.
+        optimizer: over the parameters of ``part``.
+        epoch: gives the batches of one more epoch: x [b, C, H, W], y int64 [b].
+        keep_statistics: whether a body that is not trained normalises by its running statistics; otherwise
+            by the batch's own.
+    """
+    trains_body, trains_head = part != "head", part != "body"
+    done = 0
+    while True:
+        yield done
+        body.train(trains_body or not keep_statistics)
+        head.train(trains_head)
+        for x, y in epoch():
+            with torch.set_grad_enabled(trains_body):
+                z = body(x)
+            optimizer.update(F.cross_entropy(through(head, z), y))
+        done += 1

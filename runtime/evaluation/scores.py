@@ -1,0 +1,206 @@
+"""Accuracy and loss on test data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cutlayer.datasets import Source
+from cutlayer.models import through
+from cutlayer.runtime.ground import rng
+from cutlayer.runtime.parties.blueprint import BATCH_NORM, Blueprint
+from cutlayer.runtime.records.results import ClientRow
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Samples that were tested: their cross-entropies, and which were right (float64 and bool [n], on the CPU)."""
+
+    losses: Tensor
+    correct: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the samples that were right, in [0, 1]."""
+        return float(self.correct.double().mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return float(self.losses.mean())
+
+    @property
+    def both(self) -> tuple[float, float]:
+        """Accuracy and loss."""
+        return self.accuracy, self.loss
+
+    @property
+    def measured(self) -> Measured:
+        """What is told of the score."""
+        return Measured(len(self.correct), *self.both)
+
+    def of(self, samples: Tensor) -> Score:
+        """The score on some of the samples: int64 [k], positions among those that were tested."""
+        return Score(self.losses[samples], self.correct[samples])
+
+
+class Measured(NamedTuple):
+    """Samples that were tested, and mean accuracy and loss on them."""
+
+    samples: int
+    accuracy: float
+    loss: float
+
+
+ClientScores: TypeAlias = dict[str, Measured]
+"""What was found of one client, by metric."""
+
+
+class Evaluation(NamedTuple):
+    """What a round's test found: accuracy and loss, further metrics, and the lines of ``client_accuracy.csv``."""
+
+    accuracy: float
+    loss: float
+    metrics: dict[str, float]
+    clients: list[ClientRow]
+
+
+@contextmanager
+def evaluating(modules: Sequence[nn.Module], *, batch_statistics: Sequence[bool]) -> Generator[Forward]:
+    """The modules, composed, in evaluation mode.
+
+    Where ``batch_statistics`` is true, normalisation uses each batch's own statistics, as its running ones are
+    not shared (``aggregate.buffers``); nothing is written to them.
+    """
+    norms: list[tuple[Any, Tensor | None, Tensor | None]] = []
+    modes = [module.training for module in modules]
+    for module, own in zip(modules, batch_statistics, strict=True):
+        module.eval()
+        norm: Any
+        for norm in module.modules() if own else ():
+            if isinstance(norm, BATCH_NORM):
+                norms.append((norm, norm.running_mean, norm.running_var))
+                norm.running_mean = norm.running_var = None
+
+    def forward(x: Tensor) -> Tensor:
+        for module in modules:
+            x = through(module, x)
+        return x
+
+    try:
+        yield forward
+    finally:
+        for norm, mean, variance in norms:
+            norm.running_mean, norm.running_var = mean, variance
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+
+
+class How(TypedDict):
+    """How a source is gone through.
+
+    Attributes:
+        batch_statistics: per module, see ``evaluating``.
+        samples: int64 [k], k >= 1, indices into the source; what is found is in this order. None takes all.
+    """
+
+    batch_size: int
+    batch_statistics: NotRequired[Sequence[bool] | None]
+    samples: NotRequired[Tensor | None]
+
+
+def evaluate(
+    modules: Sequence[nn.Module],
+    source: Source,
+    blueprint: Blueprint,
+    **how: Unpack[How],
+) -> Score:
+    """Test the composed modules on a whole source, or on some of it.
+
+    Args:
+        modules: applied one after the other; the last gives logits [b, classes].
+    """
+    losses, correct = gather(
+        lambda logits, y: (F.cross_entropy(logits, y, reduction="none"), logits.argmax(1) == y),
+        modules,
+        source,
+        blueprint,
+        **how,
+    )
+    return Score(losses.double().cpu(), correct.cpu())
+
+
+@torch.no_grad()
+def gather(
+    take: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    modules: Sequence[nn.Module],
+    source: Source,
+    blueprint: Blueprint,
+    *,
+    batch_size: int,
+    batch_statistics: Sequence[bool] | None = None,
+    samples: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Two tensors [n, ...] of what the composed modules give for a source, or for some of it, in the samples' order.
+
+    Args:
+        take: from the modules' output for a batch (float32, float64 under ``precision=fp64``) and the labels
+            int64 [b] to two tensors [b, ...].
+        batch_size, batch_statistics, samples: see ``How``.
+    """
+    own = batch_statistics or [False] * len(modules)
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+    samples = torch.arange(len(source)) if samples is None else samples
+    with evaluating(modules, batch_statistics=own) as forward, blueprint.autocast():
+        order = _order(len(samples), mixed=any(own))
+        # Batches of nearly equal size: a remainder of a few samples would have poor statistics of its own.
+        even = math.ceil(len(order) / math.ceil(len(order) / batch_size))
+        for x, y in source.batches(samples[order], batch_size=even):
+            output = forward(x).float() if blueprint.dtype == torch.float32 else forward(x)
+            for found, taken in zip((first, second), take(output, y), strict=True):
+                found.append(taken)
+    one, other = torch.cat(first), torch.cat(second)
+    if not any(own):
+        return one, other
+    back = order.argsort().to(one.device)
+    return one[back], other[back]
+
+
+def _order(samples: int, *, mixed: bool) -> Tensor:
+    """The order in which samples are tested; mixed where a sample's neighbours in its batch have a say in the outcome.
+
+    Test sets are often sorted by class, and a batch of one class has statistics of its own.
+    """
+    if not mixed:
+        return torch.arange(samples)
+    return torch.randperm(samples, generator=rng.torch_generator(0, stream="test order"))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation and worst decile (mean of the lowest tenth, at least one) of per-client values."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    worst = tensor.sort().values[: max(1, len(tensor) // 10)]
+    return {"mean": float(tensor.mean()), "std": float(tensor.std(correction=0)), "worst_decile": float(worst.mean())}
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of at least one value."""
+    return sum(values) / len(values)
+
+
+def spread_over_clients(rows: Sequence[ClientRow]) -> dict[str, float]:
+    """``spread`` of the accuracies of each metric, as metrics."""
+    values: dict[str, list[float]] = {}
+    for metric, _, _, accuracy in rows:
+        values.setdefault(metric, []).append(accuracy)
+    return {f"{name}/{key}": value for name, each in values.items() for key, value in spread(each).items()}

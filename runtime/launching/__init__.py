@@ -1,0 +1,1 @@
+"""From the command line to a run, or to the jobs of a sweep."""

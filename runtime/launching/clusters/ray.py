@@ -1,0 +1,98 @@
+"""`hydra/launcher=ray`: a Ray task for each job of the sweep, on a cluster that runs or on this machine alone."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+from cutlayer.runtime.launching.clusters.base import ClusterLauncher, Work
+
+_GRACE_S = 45.0
+_MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+
+class RayLauncher(ClusterLauncher):
+    """Hands a sweep to Ray and waits for it; a task that Ray loses is one killed job, and no more."""
+
+    name = "ray"
+    extra = "ray"
+    package = "ray"
+
+    def run(self, work: Work, jobs: Mapping[int, Sequence[str]]) -> None:
+        """Start or join Ray, and wait for the jobs; an interrupt stops those that run."""
+        ray = self._connect()
+        try:
+            asked = {key: value for key, value in self._params["ray"]["remote"].items() if value is not None}
+            task = ray.remote(**asked)(_work) if asked else ray.remote(_work)
+            shared = ray.put(work)
+            running = {task.remote(shared, overrides, number): number for number, overrides in jobs.items()}
+            try:
+                self._wait(ray, running, jobs)
+            except KeyboardInterrupt:
+                self._cancel(ray, running)
+                raise
+        finally:
+            ray.shutdown()
+
+    def _connect(self) -> Any:
+        settings = dict(self._params["ray"]["init"])
+        settings["address"] = settings.get("address") or os.environ.get("RAY_ADDRESS") or "local"
+        secure(alone=settings["address"] == "local")
+        if settings["address"] == "local":
+            settings.setdefault("_node_ip_address", "127.0.0.1")
+        ray: Any = importlib.import_module("ray")  # only now: it reads the environment
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(**settings)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ConfigError("hydra.launcher.ray.init", NO_VALUE, f"Ray does not start: {reason}") from error
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process without a word
+        return ray
+
+    def _wait(self, ray: Any, running: dict[Any, int], jobs: Mapping[int, Sequence[str]]) -> None:
+        """Wait until every task has ended; takes those that have out of `running`."""
+        while running:
+            (ended, *_), _ = ray.wait(list(running), num_returns=1)
+            number = running.pop(ended)
+            try:
+                ray.get(ended)
+            except Exception as error:  # of many classes: Ray gives a task's own errors a class made on the spot
+                words = [line.strip() for line in str(error).splitlines() if line.strip()]
+                # The last line of a task's traceback says what happened; of Ray's own messages the first does.
+                reason = words[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0] if words else ""
+                self.lost(number, jobs[number], f"Ray: {type(error).__name__}: {reason}")
+
+    def _cancel(self, ray: Any, running: Mapping[Any, int]) -> None:
+        """Interrupt the tasks, and give those that run the time to end well."""
+        for task in running:
+            ray.cancel(task, force=False)
+        ray.wait(list(running), num_returns=len(running), timeout=_GRACE_S)
+        self.interrupted(list(running.values()))
+
+
+def _work(work: Work, overrides: Sequence[str], number: int) -> None:
+    work(overrides, number)
+
+
+def secure(*, alone: bool) -> None:
+    """Switch Ray's token authentication on: it listens on every address of the machine, and runs what it is told.
+
+    Args:
+        alone: whether Ray is started here; it then gets a token that nobody else knows.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.setdefault(_MODE, "token") != "token" or os.environ.get(_TOKEN) or os.environ.get(_TOKEN_PATH):
+        return
+    if alone:
+        os.environ[_TOKEN] = secrets.token_hex(32)
+    elif not (Path.home() / ".ray" / "auth_token").exists():
+        reason = f"the cluster's token is needed, in {_TOKEN} or ~/.ray/auth_token (or {_MODE}=disabled without one)"
+        raise ConfigError("hydra/launcher=ray", NO_VALUE, reason)

@@ -1,0 +1,142 @@
+"""What stands between Hydra and a run: friendlier command lines, and the resolvers of the configuration.
+
+Importing this module registers the resolvers that `hydra_config/config.yaml` uses; the worker processes of a sweep
+import it when they receive their first job, before they compose.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, CONFIG_NAME, check_choices, explain
+from cutlayer.runtime.launching.sweeps.slots import visible_gpus
+from cutlayer.runtime.records.run_folder import unique_name
+
+if TYPE_CHECKING:
+    from cutlayer.runtime.settings import RunConfig
+
+_PARTS = r"model\.(?:client|server|auxiliary|body|head|tail|personal|projector)"
+# Mappings that take any key: which ones are right depends on a name in them, and the typed configuration checks it.
+_BELOW_OPEN = re.compile(rf"(?:{_PARTS}\.)?(?:optimizer|scheduler)\.[^=]+=|(?:model|dataset)\.options(?:\.[^=]+)?=")
+_SHORTHANDS = {
+    re.compile(r"^(model\.auxiliary)=(?=[^{])"): "size",
+    re.compile(rf"^({_PARTS}\.(?:optimizer|scheduler))=(?=[^{{])"): "name",
+}
+_MAX_JOBS = 8
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+_BUDGET = re.compile(r"auto:\w+<=[\w.]+")
+
+
+def preprocess(arguments: Iterable[str]) -> list[str]:
+    """The command line as Hydra wants it.
+
+    Keys below open mappings get Hydra's `++` (optimizer.momentum=0.9), and `model.auxiliary=linear` becomes
+    `model.auxiliary.size=linear`, likewise `model.client.optimizer=sgd` its name. Values, sweeps too, stay as they are.
+
+    Raises:
+        ConfigError: a group set to null.
+    """
+    # argparse itself refuses settings on both sides of an option: `main.py seed=1 -m lr=0.1,0.2`.
+    arguments = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
+    check_choices(arguments)
+    return [_preprocess(argument) for argument in arguments]
+
+
+def _preprocess(argument: str) -> str:
+    for pattern, field in _SHORTHANDS.items():
+        argument = pattern.sub(rf"\1.{field}=", argument)
+    key, equals, value = argument.partition("=")
+    # The folder of a run has = and , in its name, which Hydra reads as its own signs unless they are quoted; so does
+    # [::1]:50505, which begins like a list.
+    is_folder = equals and re.search(r"[=,]", value) and os.path.exists(value)
+    if is_folder or (key == "server" and value.startswith("[")):
+        argument = f"{key}='{value}'"
+    elif "<=" in value and "'" not in value:
+        argument = f"{key}=" + _BUDGET.sub(r"'\g<0>'", value)  # Hydra has another use for the sign
+    return f"++{argument}" if _BELOW_OPEN.match(argument) else argument
+
+
+def plain_values(composed: DictConfig) -> dict[str, Any]:
+    """A composed configuration, without Hydra's own part, as resolved plain containers."""
+    values: dict[str, Any] = {}
+    for key in composed:
+        if key != "hydra":
+            value = composed[key]
+            is_node = OmegaConf.is_config(value)
+            values[str(key)] = OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if is_node else value
+    return values
+
+
+def run_config(composed: DictConfig) -> "RunConfig":
+    """The typed configuration of what Hydra composed; ConfigError if it is not valid."""
+    from cutlayer.runtime.settings import RunConfig  # imports torch, which a mistake in a key need not wait for
+
+    return RunConfig.from_mapping(plain_values(composed))
+
+
+def load_config(overrides: Sequence[str] = ()) -> "RunConfig":
+    """The configuration that `python main.py <overrides>` would run.
+
+    Raises:
+        ConfigError: any mistake, of the kinds that Hydra reports too.
+    """
+    prepared = preprocess(overrides)
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+            composed = compose(CONFIG_NAME, overrides=prepared)
+        return run_config(composed)
+    except Exception as error:
+        line = explain(error, prepared)
+        if line is None or isinstance(error, ConfigError):
+            raise
+        key, _, reason = line.partition(": ")
+        raise ConfigError(key, NO_VALUE, reason) from error
+
+
+# ---------------------------------------------------------------------- resolvers
+
+
+def _parallel_jobs(jobs_per_gpu: int = 1) -> int:
+    """Jobs of a sweep at a time: a GPU's slots each, or half as many as cores (two, if there are two) up to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(visible_gpus()) * int(jobs_per_gpu) or min(_MAX_JOBS, max(cores // 2, min(cores, 2)))
+
+
+_sweep: dict[str, str] = {}
+
+
+def _sweep_folder(save_dir: str) -> str:
+    """The folder of the sweep's own files: one for each `save_dir` and process, however often it launches."""
+    return _sweep.setdefault(save_dir, str(Path(save_dir).absolute() / "multirun" / unique_name()))
+
+
+def _share(rounds: int, share: float) -> int:
+    """A share of the rounds, to the nearest one and at least 1, for schedules that follow the length of a run."""
+    return max(1, round(int(rounds) * float(share)))
+
+
+def _rounds_of(epochs: int, local_epochs: int) -> int:
+    """The rounds in which a client takes `epochs` local epochs in all, at `local_epochs` a round."""
+    return max(1, round(int(epochs) / max(1, int(local_epochs))))
+
+
+def register_resolvers() -> None:
+    """Make the resolvers of `hydra_config/config.yaml` known to OmegaConf."""
+    # Cached: the workers of a launcher take the folder over with the configuration that they are sent.
+    OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("parallel_jobs", _parallel_jobs, replace=True)
+    OmegaConf.register_new_resolver("share", _share, replace=True)
+    OmegaConf.register_new_resolver("rounds_of", _rounds_of, replace=True)
+
+
+register_resolvers()

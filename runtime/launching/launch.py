@@ -1,0 +1,236 @@
+"""The program from the command line to the exit status: a run, or a sweep with its display and its last table."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Generator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, cast
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+import cutlayer
+from cutlayer.runtime.ground.streams import stand_without_streams
+from cutlayer.runtime.ground.text import complain, error_text
+from cutlayer.runtime.launching.hydra_errors import check_options, explain
+from cutlayer.runtime.launching.hydra_support import load_config, plain_values, preprocess, run_config
+from cutlayer.runtime.launching.sweeps.display import Display, show_table
+from cutlayer.runtime.launching.sweeps.supervise import LAUNCHER, TRACEBACKS, supervise
+from cutlayer.runtime.launching.sweeps.sweep import BAD, OUTPUT, PATIENT, Sweep
+from cutlayer.runtime.records.console import stamp_lines
+from cutlayer.runtime.records.run_folder import remove_empty
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+_ROOT = Path(cutlayer.__path__[0]).parent  # from which a process of its own imports the package
+# What is shown instead of running: where the model can be cut, and what a step costs a client.
+_CUTS, _COSTS = "--cuts", "--costs"
+# A sweep whose workers are killed again and again without a job ending in between is given up.
+_TRIES = 3
+
+_watched: list[tuple[Sweep, Display]] = []
+
+
+class Watch(Callback):
+    """Hydra calls it, by `hydra.callbacks` in config.yaml, when a sweep begins: its jobs are listed and watched."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        sweep = Sweep(Path(str(config.hydra.sweep.dir)), _jobs(config))
+        if _watched:  # launched again, for the jobs that are left
+            return
+        display = Display(sweep, str(config.progress))
+        _watched.append((sweep, display))
+        display.start()
+
+
+def _jobs(config: DictConfig) -> list[list[str]]:
+    """The overrides of every job of the sweep, in order; none where a sweeper decides them as it goes."""
+    if not str(config.hydra.sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
+        return []
+    params = cast(dict[str, Any], OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create({})))
+    given = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+    (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(given), None)
+    return jobs
+
+
+def start(composed: DictConfig) -> float | None:
+    """What Hydra's main function does with one composed configuration: a run, or one job of a sweep.
+
+    Gives the final accuracy of a job, None where there is none.
+    """
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return supervise(composed, plain_values)
+    _single(composed)
+    return None
+
+
+def _single(composed: DictConfig) -> None:
+    overrides = [str(override) for override in HydraConfig.get().overrides.task]
+    where = ""
+    # Nothing but SystemExit leaves: Hydra would add lines of its own to an error.
+    try:
+        config = run_config(composed)
+        if config.role is not None:
+            stamp_lines()
+        if config.role == "client":
+            _work(config, overrides)
+            return
+        from cutlayer.runtime.experiment import run  # late, so that --help and mistakes do not wait for it
+        from cutlayer.runtime.job import check, claim
+
+        check(config)
+        with claim(config, overrides) as folder:
+            where = f": {os.path.relpath(folder.path)}"
+            run(config, folder)
+    except KeyboardInterrupt:
+        complain(f"interrupted; the same command goes on from the last checkpoint (resume=auto){where}")
+        sys.exit(130)
+    except Exception as error:
+        line = explain(error, overrides)
+        if line is None or os.environ[TRACEBACKS] == "1":
+            complain(*error_text(error).split("\n"))
+        else:
+            complain(line)
+        sys.exit(1)
+
+
+def _work(config: Any, overrides: list[str]) -> None:
+    """Be a client of a run over the network."""
+    from cutlayer.runtime.job import check  # late, as above
+
+    check(config)
+    from cutlayer.runtime.network.client.program import work
+
+    work(config, overrides)
+
+
+def _show(what: str, overrides: list[str]) -> None:
+    config = load_config(overrides)
+    from cutlayer.runtime.costs.cuts import show_cuts
+    from cutlayer.runtime.costs.metering import show_costs  # late, so that --help and mistakes do not wait for it
+
+    (show_cuts if what == _CUTS else show_costs)(config)
+
+
+def launch(main: Callable[[], Any]) -> None:
+    """Call a Hydra main function with this process's command line, and leave with its exit status.
+
+    0: all well. 1: a mistake in the configuration, told in one line, or a failed job. 130: interrupted.
+    HYDRA_FULL_ERROR=1 shows tracebacks instead of lines.
+    """
+    stand_without_streams()
+    # Hydra prints errors in its own way unless this is set; jobs in other processes learn from the second one.
+    os.environ[TRACEBACKS] = os.environ.get(_FULL_ERROR, "0")
+    os.environ[_FULL_ERROR] = "1"
+    os.environ[LAUNCHER] = str(os.getpid())
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    given = [*sys.argv[1:]]
+    try:
+        for what in (_CUTS, _COSTS):
+            if what in given:
+                _show(what, [text for text in given if text != what])
+                return
+        check_options(given, [name for name in get_args_parser()._option_string_actions if name[1] == "-"])
+        sys.argv[1:] = preprocess(given)
+        with _ends_as_interrupted():
+            _until_done(main)
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # an impatient second one: the rest takes seconds
+            signal.signal(number, signal.SIG_IGN)
+        if not _watched:
+            complain("interrupted; the same command goes on with what is unfinished (resume=auto)")
+        else:
+            _close(f"the same command goes on: {shlex.join(sys.orig_argv)}")
+        sys.exit(130)
+    except Exception as error:
+        line = None if os.environ[TRACEBACKS] == "1" else explain(error, sys.argv[1:])
+        _give_up()
+        if line is None:
+            raise
+        complain(line)
+        sys.exit(1)
+    if _watched:
+        sys.exit(0 if _close() else 1)
+
+
+def _until_done(main: Callable[[], Any]) -> None:
+    """Launch, and again while jobs of the sweep are left: those that another sweep ran, or a dead worker held."""
+    left, tries = 0, 0
+    while tries < _TRIES:
+        with contextlib.suppress(BrokenProcessPool):  # a worker was killed, and joblib has stopped all the others
+            main()
+        if not _watched:
+            return
+        sweep, _ = _watched[0]
+        before, left = left, sum(not job.is_done for job, _ in sweep.jobs())
+        if not left:
+            return
+        tries = tries + 1 if left == before else 0
+        (sweep.path / PATIENT).touch()
+
+
+@contextlib.contextmanager
+def _ends_as_interrupted() -> Generator[None]:
+    """Let the signals of a closing terminal, or of a scheduler, end this process as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:  # nohup ignores SIGHUP, and so it stays
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _close(how_to_go_on: str = "") -> bool:
+    """End the display, show the table of all jobs and write it to the sweep's folder; whether all went well."""
+    sweep, display = _watched[0]
+    display.stop()
+    if how_to_go_on:
+        display.wait_for_processes()
+    jobs = sweep.jobs()
+    failed = sum(job.state in BAD for job, _ in jobs)
+    empty = failed == len(jobs) and not any(path.stat().st_size for path in sweep.path.glob(f"jobs/*/{OUTPUT}"))
+    show_table(jobs, None if empty else sweep.path, how_to_go_on)
+    if empty:
+        _drop(sweep.path)
+    else:
+        try:
+            sweep.write_table()
+        except OSError as error:  # a full disk: what the sweep did is shown all the same
+            complain(f"{sweep.path}: cannot be written: {error.strerror}")
+    undone = sum(not job.is_done for job, _ in jobs)
+    if undone and not how_to_go_on:
+        complain(f"{undone} of {len(jobs)} jobs are not done; the same command goes on with them")
+    return not failed and not undone
+
+
+def _give_up() -> None:
+    """End a sweep whose launcher has failed: with its table, or leaving nothing if no job had begun."""
+    for sweep, display in _watched:
+        if (sweep.path / "jobs").exists():
+            _close()
+        else:
+            display.stop()
+            _drop(sweep.path)
+
+
+def _drop(sweep: Path) -> None:
+    shutil.rmtree(sweep, ignore_errors=True)
+    remove_empty(sweep, sweep.parent.parent)

@@ -1,0 +1,1 @@
+"""The jobs of a sweep: processes of their own, what they know of each other, and their display."""

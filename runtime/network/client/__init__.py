@@ -1,0 +1,1 @@
+"""A client's end of a run between machines."""

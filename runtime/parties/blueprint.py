@@ -1,0 +1,254 @@
+"""What every party of a run can make for itself: the parts of the model, their initial state, their optimizers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer.datasets import DatasetInfo
+from cutlayer.models import (
+    ModelConfig,
+    Projector,
+    body_and_head,
+    build_attacker,
+    build_auxiliary,
+    build_auxiliary_heads,
+    build_model,
+    build_personal,
+    divide,
+    feature_width,
+    give_features,
+    split,
+)
+from cutlayer.runtime.ground import rng
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.parties.aggregate import BufferPolicy
+from cutlayer.runtime.parties.optim import (
+    OptimizerConfig,
+    PartOptimizer,
+    SchedulerConfig,
+    learning_options,
+    make_optimizer,
+)
+
+BATCH_NORM: Any = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  the base of all of them
+Parts = dict[str, nn.Module]
+MOMENTUM = "_momentum"
+DIVISIONS = (("model",), ("client", "server", "tail"), ("client", "server"), ("body", "head"))
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+
+
+class LearningConfig(Protocol):
+    """What a blueprint reads of a run's configuration."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def algorithm(self) -> Any: ...
+    @property
+    def seed(self) -> int: ...
+    def optimizer_for(self, part: str) -> OptimizerConfig: ...
+    def scheduler_for(self, part: str) -> SchedulerConfig | None: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which parts a method has, by party.
+
+    ``model`` is the whole model; ``client`` and ``server`` are its halves at the cut layer, or with ``tail`` its thirds
+    at two cuts, the tail being at the client again; ``body`` is all of it but the classifier, which is the ``head``.
+    Beside these stand ``auxiliary``, the client's stand-in for the server part, ``auxiliary_heads``, further
+    classifiers on inner blocks of the body, ``personal``, a client's own body between client part and tail, and
+    ``attacker``, which makes images of what the client part gives. With a ``projector``, which maps features to where
+    they are compared, the model gives what its classifier takes. A part ``<name>_momentum`` is a copy that learns
+    nothing by itself, such as a moving average of the part ``<name>``.
+    """
+
+    client: tuple[str, ...]
+    server: tuple[str, ...]
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The parts that make up the model, in the order in which data goes through them."""
+        return next(parts for parts in DIVISIONS if {*self.client, *self.server}.issuperset(parts))
+
+    @property
+    def cut(self) -> bool:
+        """Whether the model is cut between the parties."""
+        return "server" in self.whole
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """All parts of both parties."""
+        return frozenset((*self.client, *self.server))
+
+
+class Blueprint:
+    """Builds parts, the same ones at every party: initial weights come from the seed alone.
+
+    Clients' personal bodies may differ in architecture: this is the blueprint of the parties whose body is the first
+    variant, ``for_client`` gives a client's.
+    """
+
+    def __init__(
+        self,
+        config: LearningConfig,
+        layout: Layout,
+        info: DatasetInfo,
+        *,
+        device: torch.device,
+        precision: str,
+        buffers: BufferPolicy,
+        compare: bool = True,
+    ) -> None:
+        self.device = device
+        self.dtype = DTYPES[precision]
+        self.buffers = buffers
+        self._precision = precision
+        self._parts, bodies = self._build(config, layout, info, compare)
+        self._general = config.optimizer_for("model")
+        self._optimizers = {name: config.optimizer_for(name) for name in self._parts}
+        self._schedulers = {name: config.scheduler_for(name) for name in self._parts}
+        self.initial = {name: copied_state(part) for name, part in self._parts.items()}
+        self.buffer_names = {name: _buffer_names(part) for name, part in self._parts.items()}
+        self.variants: tuple[Blueprint, ...] = (self, *(self._variant(body) for body in bodies[1:]))
+        """One blueprint for each variant of the personal body."""
+        for blueprint in self.variants:
+            blueprint.variants = self.variants
+
+    def _build(
+        self, learning: LearningConfig, layout: Layout, info: DatasetInfo, compare: bool
+    ) -> tuple[Parts, list[nn.Module]]:
+        """The parts, and the variants of the personal body if there is one."""
+        config, seed = learning.model, learning.seed
+        cpu = torch.device("cpu")
+        with rng.TorchStream(rng.derive(seed, stream="model"), cpu):
+            whole = build_model(config, info)
+        parts: Parts = {"model": whole}
+        needed = layout.parts
+        if "projector" in needed:
+            give_features(whole, info.shape)
+            width = feature_width(whole, info.shape)
+            with rng.TorchStream(rng.derive(seed, stream="projector"), cpu):
+                parts["projector"] = Projector(width, config.projector.hidden, config.projector.width)
+        bodies: list[nn.Module] = []
+        if "auxiliary" in needed:
+            with rng.TorchStream(rng.derive(seed, stream="auxiliary"), cpu):
+                parts["auxiliary"] = build_auxiliary(config, info, whole)
+        if "tail" in layout.whole:
+            thirds = divide(config, info, whole, compare=compare)
+            parts["client"], parts["server"], parts["tail"] = thirds
+            if "personal" in needed:
+                with rng.TorchStream(rng.derive(seed, stream="personal"), cpu):
+                    made = build_personal(config, info, thirds)
+                bodies = [body.to(self.device, self.dtype).train() for body in made]
+                parts["personal"] = bodies[0]
+        elif layout.cut:
+            parts["client"], parts["server"] = split(whole, config.cut_after, info.shape, compare=compare)
+        elif layout.whole == ("body", "head"):
+            parts["body"], parts["head"] = body_and_head(whole, info.shape)
+            if "auxiliary_heads" in needed:
+                with rng.TorchStream(rng.derive(seed, stream="auxiliary heads"), cpu):
+                    parts["auxiliary_heads"] = build_auxiliary_heads(config, info, parts["body"])
+        for name in needed:
+            if name.endswith(MOMENTUM):
+                parts[name] = copy.deepcopy(parts[name.removesuffix(MOMENTUM)]).requires_grad_(False)
+        if "attacker" in needed:
+            with rng.TorchStream(rng.derive(seed, stream="attacker"), cpu):
+                parts["attacker"] = build_attacker(info, parts["client"], learning.algorithm.attacker_width)
+        made = {name: parts[name].to(self.device, self.dtype).train() for name in parts if name in needed}
+        if config.client.freeze:
+            if "client" not in made:
+                raise ConfigError("model.client.freeze", True, "false, or a method with a client part")
+            made["client"].requires_grad_(False).eval()
+        return made, bodies
+
+    def _variant(self, body: nn.Module) -> Blueprint:
+        """This blueprint with another personal body; everything else is shared."""
+        twin = copy.copy(self)
+        twin._parts = {**self._parts, "personal": body}
+        twin.initial = {**self.initial, "personal": copied_state(body)}
+        twin.buffer_names = {**self.buffer_names, "personal": _buffer_names(body)}
+        return twin
+
+    def for_client(self, client: int) -> Blueprint:
+        """The blueprint with the client's own variant of the personal body; variants are given to clients in turn."""
+        return self.variants[client % len(self.variants)]
+
+    def parts(self, names: Iterable[str]) -> Parts:
+        """Fresh copies of the named parts, in their initial state, in training mode."""
+        return {name: copy.deepcopy(self._parts[name]) for name in names}
+
+    def replica(self, module: nn.Module) -> nn.Module:
+        """A copy of a live part, without gradients."""
+        twin = copy.deepcopy(module)
+        twin.zero_grad(set_to_none=True)
+        return twin
+
+    def optimizer(self, modules: Sequence[tuple[str, nn.Module]], round: int) -> PartOptimizer:
+        """A fresh optimizer over the given parts, as configured for each, at the round's learning rate."""
+        optimizer = PartOptimizer(
+            [make_optimizer(self._optimizers[name], module.parameters()) for name, module in modules]
+        )
+        self.schedule(optimizer, [name for name, _ in modules], round)
+        return optimizer
+
+    def fine_tuner(self, modules: Iterable[nn.Module], lr: float) -> PartOptimizer:
+        """A fresh optimizer of the run's general kind over the modules together, at a constant learning rate."""
+        config = replace(self._general, options={**self._general.options, "lr": lr})
+        return PartOptimizer([make_optimizer(config, chain.from_iterable(module.parameters() for module in modules))])
+
+    def schedule(self, optimizer: PartOptimizer, names: Iterable[str], round: int) -> None:
+        """Set what the parts' schedules say for ``round`` (0-based)."""
+        optimizer.set([self._learning_options(name, round) for name in names])
+
+    def _learning_options(self, name: str, round: int) -> dict[str, Any]:
+        return learning_options(self._optimizers[name], self._schedulers[name], round)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that forward passes run in.
+
+        Weights are cast anew at each use. Autocast would keep its casts until the context ends, and a party's turn may
+        hold many steps: all but the first would compute with weights that are no longer there.
+        """
+        if self._precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+        return nullcontext()
+
+    def travelling(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        """The state of a part as it is sent: with its buffers or without, as ``aggregate.buffers`` says."""
+        state = module.state_dict()
+        if self.buffers == "average":
+            return state
+        return {key: tensor for key, tensor in state.items() if key not in self.buffer_names[name]}
+
+    def parameters(self, name: str) -> int:
+        """Number of parameters of a part."""
+        return sum(parameter.numel() for parameter in self._parts[name].parameters())
+
+    def training_bytes(self, names: Iterable[str]) -> int:
+        """Memory of one live copy of the parts while they train: weights, gradients and two moments."""
+        return 4 * sum(state_bytes(self.initial[name]) for name in names)
+
+
+def copied_state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's state."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def _buffer_names(module: nn.Module) -> frozenset[str]:
+    """The keys of a module's state that are no parameters."""
+    return frozenset(module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys())
+
+
+def state_bytes(state: dict[str, Tensor]) -> int:
+    """Bytes of a state: element count times element size."""
+    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in state.values())

@@ -1,0 +1,288 @@
+"""What a client and the server each see: their own parts, data, state and randomness, and nothing of the other's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer.runtime.ground import rng
+from cutlayer.runtime.messages.boundary import Payload, Value, flatten, unflatten
+from cutlayer.runtime.parties.aggregate import AggregateConfig
+from cutlayer.runtime.parties.blueprint import Blueprint, Parts, copied_state
+from cutlayer.runtime.parties.client_data import ClientData, Drawn, views
+from cutlayer.runtime.parties.optim import PartOptimizer
+from cutlayer.runtime.parties.store import Row, Store
+
+
+class Means:
+    """Running means of logged values; tensors stay on their device until the mean is read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """Take one value into the mean of ``name``."""
+        value = value.detach() if isinstance(value, Tensor) else float(value)
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """All means so far."""
+        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """A client's own rows in the store: what it keeps between the rounds in which it takes part."""
+
+    _store: Store
+    _client: int
+
+    def get(self, name: str) -> Row | None:
+        """A row, or None where the client has none yet. Its tensors are read-only."""
+        return self._store.get(self._client, name)
+
+    def put(self, name: str, row: Mapping[str, Tensor]) -> None:
+        """Keep a row; it takes effect if the client ends its round."""
+        self._store.put(self._client, name, row)
+
+    def drop(self, name: str) -> None:
+        """Keep the row no longer; it takes effect if the client ends its round."""
+        self._store.drop(self._client, name)
+
+
+@dataclass
+class Seat:
+    """Where a client sits while it runs: a set of parts that one client after another uses."""
+
+    blueprint: Blueprint
+    parts: Parts
+    taken: bool = False
+
+    def take(self, blueprint: Blueprint) -> None:
+        """Ready the seat for a client with this blueprint: its parts without gradients, its variant of the body."""
+        self.taken = True
+        if blueprint is not self.blueprint:
+            self.blueprint = blueprint
+            self.parts |= blueprint.parts(["personal"])
+        for part in self.parts.values():
+            part.zero_grad(set_to_none=True)
+
+
+class ClientContext:
+    """A client in one round.
+
+    Attributes:
+        id: number of the client.
+        round: number of the round, from 0.
+        config: the algorithm's own configuration.
+        data: the client's training data. samples: their number. steps: sizes of the round's batches.
+        state: the rows that the client keeps between rounds.
+    """
+
+    def __init__(
+        self,
+        seat: Seat,
+        *,
+        id: int,
+        round: int,
+        seed: int,
+        config: Any,
+        state: ClientState,
+        data: ClientData,
+        steps: Sequence[int],
+    ) -> None:
+        self.id = id
+        self.round = round
+        self.config = config
+        self.data = data
+        self.samples = len(data)
+        self.steps = steps
+        self.state = state
+        self.means = Means()
+        self._blueprint = seat.blueprint
+        self._seat = seat
+        self._seed = seed
+        self._ready: set[str] = set()
+
+    def part(self, name: str) -> nn.Module:
+        """A part of the model, in training mode: as loaded in this round, else in its initial state."""
+        if name not in self._ready:
+            self._fill(name, self._blueprint.initial[name])
+        return self._seat.parts[name]
+
+    def load(self, payload: Payload) -> None:
+        """Load every part that the payload brings; entries of other names are left alone."""
+        for name, state in unflatten(payload).items():
+            if name in self._seat.parts:
+                self._fill(name, self._completed(name, state))
+
+    def dump(self, *names: str) -> dict[str, Value]:
+        """The parts as an upload."""
+        result: dict[str, Value] = {}
+        for name in names:
+            result |= flatten(name, self._blueprint.travelling(name, self.part(name)))
+        return result
+
+    def restore(self, name: str, optimizer: PartOptimizer | None = None) -> bool:
+        """Load a part, and its optimizer's momenta, as this client kept them; False where it keeps none yet."""
+        row = self.state.get(name)
+        if row is None:
+            return False
+        self._fill(name, row)
+        momenta = self.state.get(f"{name}.optimizer")
+        if optimizer is not None and momenta is not None:
+            optimizer.load_tensors(momenta)
+        return True
+
+    def keep(self, name: str, optimizer: PartOptimizer | None = None) -> None:
+        """Keep a part, and its optimizer's momenta, for this client's next round."""
+        self.state.put(name, self.part(name).state_dict())
+        if optimizer is not None:
+            self.state.put(f"{name}.optimizer", optimizer.tensors())
+
+    def optimizer(self, *names: str) -> PartOptimizer:
+        """A fresh optimizer over the parts, as configured for each, at this round's learning rate."""
+        return self._blueprint.optimizer([(name, self.part(name)) for name in names], self.round)
+
+    def batches(self, stream: str = "batches", epochs: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The round's batches, ``local_epochs`` passes unless told: x [b, C, H, W] on the device, y int64 [b].
+
+        A method that goes through the data twice names another ``stream`` of randomness for the second time.
+        """
+        return self.data.batches(self.generator(stream), epochs)
+
+    def views(self, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Steps of as many samples as ``sizes`` says: two augmented views of the same images, x [b, C, H, W] each."""
+        for step in self.drawn(sizes):
+            yield views(self.data.source, [step])
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Images of a batch, [b, C, H, W], as they were before normalisation, with values 0..1."""
+        return self.data.source.pixels(x)
+
+    def drawn(self, sizes: Sequence[int]) -> Iterator[Drawn]:
+        """What ``views`` makes its images from."""
+        return self.data.drawn(self.generator("batches"), self.round, sizes)
+
+    def generator(self, stream: str) -> torch.Generator:
+        """A CPU generator for one stream of this client in this round."""
+        return rng.torch_generator(self._seed, round=self.round, client=self.id, stream=stream)
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """Report a metric; the round's mean is sent with the upload and counted apart from training traffic."""
+        self.means.log(name, value)
+
+    def leave(self) -> None:
+        """End of the client's round: keep what the buffer policy leaves with it, and give the seat back."""
+        if self._blueprint.buffers == "keep_local":
+            for name in self._ready & self._blueprint.buffer_names.keys():
+                buffers = self._blueprint.buffer_names[name]
+                if buffers:
+                    state = self._seat.parts[name].state_dict()
+                    self.state.put(f"{name}.buffers", {key: state[key] for key in buffers})
+
+    def _completed(self, name: str, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        if self._blueprint.buffers == "average":
+            return state
+        kept = self.state.get(f"{name}.buffers") if self._blueprint.buffers == "keep_local" else None
+        initial = self._blueprint.initial[name]
+        local = kept or {key: initial[key] for key in self._blueprint.buffer_names[name]}
+        return {**local, **state}
+
+    def _fill(self, name: str, state: Mapping[str, Tensor]) -> None:
+        self._seat.parts[name].load_state_dict(state)
+        self._ready.add(name)
+
+
+@dataclass
+class ServerContext:
+    """The server between and within rounds.
+
+    Attributes:
+        config: the algorithm's own configuration.
+        shared: names of the parts that travel each round.
+        num_clients: size of the population.
+        round: number of the current round, from 0.
+    """
+
+    blueprint: Blueprint
+    parts: Parts
+    config: Any
+    shared: tuple[str, ...]
+    num_clients: int
+    aggregate: AggregateConfig
+    seed: int
+    store: Store
+    round: int = 0
+    means: Means = field(default_factory=Means)
+    _optimizers: dict[tuple[str, ...], PartOptimizer] = field(default_factory=dict[tuple[str, ...], PartOptimizer])
+
+    def open_round(self, round: int) -> None:
+        """Move to a round: set its learning rates, forget the last one's metrics."""
+        self.round = round
+        self.means = Means()
+        for names, optimizer in self._optimizers.items():
+            self.blueprint.schedule(optimizer, names, round)
+
+    def part(self, name: str) -> nn.Module:
+        """A part that the server holds; parts that it only averages are here too."""
+        return self.parts[name]
+
+    def dump(self, *names: str) -> dict[str, Value]:
+        """The parts as the payload of a message to a client."""
+        result: dict[str, Value] = {}
+        for name in names:
+            result |= flatten(name, self.blueprint.travelling(name, self.parts[name]))
+        return result
+
+    def load(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Put a part into a state; buffers that did not travel stay as they are."""
+        self.parts[name].load_state_dict({**self.parts[name].state_dict(), **state})
+
+    def optimizer(self, *names: str) -> PartOptimizer:
+        """The optimizer of the parts: one for the whole run, at the current round's learning rate."""
+        if names not in self._optimizers:
+            modules = [(name, self.parts[name]) for name in names]
+            self._optimizers[names] = self.blueprint.optimizer(modules, self.round)
+        return self._optimizers[names]
+
+    def replica(self, name: str) -> tuple[nn.Module, PartOptimizer]:
+        """A copy of a part for one client alone, with an optimizer of its own."""
+        module = self.blueprint.replica(self.parts[name])
+        return module, self.blueprint.optimizer([(name, module)], self.round)
+
+    def state(self, client: int) -> ClientState:
+        """The rows that the server keeps for a client."""
+        return ClientState(self.store, client)
+
+    def weight(self, client: int, samples: int) -> float:
+        """The unnormalised weight p_i of a client in an average."""
+        return self.aggregate.weight(client, samples)
+
+    def generator(self, stream: str) -> torch.Generator:
+        """A CPU generator for one stream of the server in this round."""
+        return rng.torch_generator(self.seed, round=self.round, stream=stream)
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """Report a metric; the round's mean is recorded."""
+        self.means.log(name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts and the optimizers, for a checkpoint."""
+        return {
+            "parts": {name: copied_state(part) for name, part in self.parts.items()},
+            "optimizers": {"+".join(names): item.state_dict() for names, item in self._optimizers.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint."""
+        for name, values in state["parts"].items():
+            self.parts[name].load_state_dict(values)
+        for names, values in state["optimizers"].items():
+            self.optimizer(*names.split("+")).load_state_dict(values)

@@ -1,0 +1,236 @@
+"""Optimizers and learning-rate schedules by name: any class of ``torch.optim`` and ``torch.optim.lr_scheduler``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from cutlayer.runtime.ground.config import ConfigError
+
+_OPTIMIZERS = {
+    name.lower(): kind
+    for name, kind in vars(torch.optim).items()
+    if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+}
+# LBFGS needs a closure that evaluates the model again; a split step cannot give it one.
+_OPTIMIZERS.pop("lbfgs", None)
+# SparseAdam takes sparse gradients only, which no model here has.
+_OPTIMIZERS.pop("sparseadam", None)
+_SCHEDULERS = {
+    name.lower(): kind
+    for name, kind in vars(lr_scheduler).items()
+    if inspect.isclass(kind) and issubclass(kind, lr_scheduler.LRScheduler) and not name.startswith("_")
+}
+# These cannot be stepped by the round alone: they need a metric, or other schedulers.
+for _name in ("lrscheduler", "reducelronplateau", "chainedscheduler", "sequentiallr"):
+    _SCHEDULERS.pop(_name, None)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer of ``torch.optim`` by name (any case) and the arguments of its constructor, ``lr`` among them."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """A schedule of ``torch.optim.lr_scheduler`` by name (any case) and its arguments, stepped once per round."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def optimizer_config(values: Mapping[str, Any], where: str = "optimizer") -> OptimizerConfig:
+    """The optimizer that ``{"name": "sgd", "lr": 0.1, ...}`` names; options left at None keep torch's default.
+
+    Raises:
+        ConfigError: unknown name or option, or a value that the optimizer refuses.
+    """
+    name, options = _named(values, where, _OPTIMIZERS, skip="params")
+    try:
+        _OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(where, dict(values), str(error)) from error
+    return OptimizerConfig(name, options)
+
+
+def scheduler_config(values: Mapping[str, Any] | None, where: str = "scheduler") -> SchedulerConfig | None:
+    """The schedule that ``{"name": "cosineannealinglr", "T_max": 200}`` names; None or no name is a constant rate.
+
+    Raises:
+        ConfigError: unknown name or option, or a value that the scheduler refuses.
+    """
+    if not values or values.get("name") is None:
+        return None
+    name, options = _named(values, where, _SCHEDULERS, skip="optimizer")
+    try:
+        _SCHEDULERS[name](torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(where, dict(values), str(error)) from error
+    return SchedulerConfig(name, options)
+
+
+def _named(values: Mapping[str, Any], where: str, classes: Mapping[str, Any], skip: str) -> tuple[str, dict[str, Any]]:
+    name = str(values.get("name", "")).lower()
+    if name not in classes:
+        raise ConfigError(f"{where}.name", values.get("name"), "a class of torch", sorted(classes))
+    known = [key for key in inspect.signature(classes[name]).parameters if key != skip]
+    options = {key: value for key, value in values.items() if key != "name" and value is not None}
+    for key in options:
+        if key not in known:
+            raise ConfigError.unknown_key(f"{where}.{key}", known)
+    return name, {
+        key: tuple(cast(list[Any], value)) if isinstance(value, list) else value for key, value in options.items()
+    }
+
+
+class _Table:
+    """The options of a parameter group in each round, from one simulated run of the schedule.
+
+    Optimizers on a client live for one round only, so a schedule cannot be stepped along with them.
+    """
+
+    def __init__(self, optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> None:
+        self._optimizer = _OPTIMIZERS[optimizer.name]([nn.Parameter(torch.zeros(1))], **optimizer.options)
+        self._scheduler = _SCHEDULERS[scheduler.name](self._optimizer, **scheduler.options)
+        self._rounds: list[dict[str, Any]] = [self._read()]
+
+    def _read(self) -> dict[str, Any]:
+        return {key: value for key, value in self._optimizer.param_groups[0].items() if key != "params"}
+
+    def at(self, round: int) -> dict[str, Any]:
+        while len(self._rounds) <= round:
+            self._optimizer.step()
+            self._scheduler.step()
+            self._rounds.append(self._read())
+        return self._rounds[round]
+
+
+# Keyed by text: the configs hold dicts, which cannot be hashed.
+_TABLES: dict[tuple[str, str], _Table] = {}
+
+
+def learning_options(optimizer: OptimizerConfig, scheduler: SchedulerConfig | None, round: int) -> dict[str, Any]:
+    """What the schedule sets in ``round`` (0-based): ``lr``, and whatever else it moves (OneCycleLR: momentum)."""
+    if scheduler is None:
+        return {}
+    key = (repr(optimizer), repr(scheduler))
+    if key not in _TABLES:
+        _TABLES[key] = _Table(optimizer, scheduler)
+    return _TABLES[key].at(round)
+
+
+def check_schedule(optimizer: OptimizerConfig, scheduler: SchedulerConfig | None, rounds: int, where: str) -> None:
+    """Raises ConfigError if the schedule does not go with the optimizer, or does not last for the rounds.
+
+    The schedule is played through the first thousand rounds; beyond, it would cost a start more than it saves.
+    """
+    try:
+        learning_options(optimizer, scheduler, min(rounds, 1000) - 1)
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        assert scheduler is not None
+        values = {"name": scheduler.name, **scheduler.options}
+        reason = f"a schedule for {optimizer.name} over {rounds} rounds ({type(error).__name__}: {error})"
+        raise ConfigError(where, values, reason) from error
+
+
+class PartOptimizer:
+    """The optimizers of one or several parts, stepped together."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._optimizers = optimizers
+        self._device = optimizers[0].param_groups[0]["params"][0].device
+
+    def update(
+        self,
+        output: Tensor | Sequence[Tensor],
+        gradient: Tensor | Sequence[Tensor] | None = None,
+        *,
+        reset: bool = True,
+    ) -> None:
+        """One step down ``output`` (a loss), or along ``gradient`` when ``output`` is not a scalar.
+
+        The gradient has the output's shape; of several outputs there is one for each that has floating-point values.
+        Outputs that need no gradient are left out. ``reset`` False adds to the gradients that the parameters hold.
+        Autocast is for forward passes: backward pass and step are computed without, each in the types it was given.
+        """
+        if not isinstance(output, Tensor):
+            assert gradient is not None
+            given = [gradient] if isinstance(gradient, Tensor) else gradient
+            pairs = zip((each for each in output if each.is_floating_point()), given, strict=True)
+            used = [(each, along) for each, along in pairs if each.requires_grad]
+            output, gradient = [each for each, _ in used], [along for _, along in used]
+        if reset:
+            self.zero_grad()
+        # Of a part that is frozen nothing follows the gradient.
+        if gradient is None or (output.requires_grad if isinstance(output, Tensor) else output):
+            with self._without_autocast():
+                torch.autograd.backward(output, gradient)
+        self.step()
+
+    def _without_autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, enabled=False)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients that the parameters hold."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """One step along the gradients that the parameters hold."""
+        with self._without_autocast():
+            for optimizer in self._optimizers:
+                optimizer.step()
+
+    def set(self, options: Iterable[Mapping[str, Any]]) -> None:
+        """Set the options of each part's parameter group, such as the round's learning rate."""
+        for optimizer, values in zip(self._optimizers, options, strict=True):
+            for group in optimizer.param_groups:
+                group.update(values)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The states of all parts, in order."""
+        return [optimizer.state_dict() for optimizer in self._optimizers]
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
+        """Take up the states that ``state_dict`` gave."""
+        for optimizer, values in zip(self._optimizers, state, strict=True):
+            optimizer.load_state_dict(values)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first part."""
+        return float(self._optimizers[0].param_groups[0]["lr"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state (momenta, step counts) as a flat mapping, for a client that keeps its optimizer between rounds."""
+        return {
+            f"{number}/{index}/{key}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            for number, optimizer in enumerate(self._optimizers)
+            for index, entry in optimizer.state_dict()["state"].items()
+            for key, value in entry.items()
+            if value is not None
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what ``tensors`` gave; the options stay as they are."""
+        for number, optimizer in enumerate(self._optimizers):
+            state: dict[int, dict[str, Any]] = {}
+            for name, value in tensors.items():
+                owner, index, key = name.split("/")
+                if int(owner) == number:
+                    state.setdefault(int(index), {})[key] = value.clone()  # the optimizer writes into it
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """A fresh torch optimizer."""
+    return _OPTIMIZERS[config.name](list(parameters), **config.options)

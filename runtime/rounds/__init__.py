@@ -1,0 +1,1 @@
+"""A federation and its rounds: what both parties make of a configuration, the schedules, checkpoints."""

@@ -1,0 +1,174 @@
+"""The two parties at work, and the channel between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from inspect import isgenerator
+from typing import Any, Protocol
+
+from cutlayer.algorithms.base import Algorithm, Server
+from cutlayer.runtime.ground import rng
+from cutlayer.runtime.messages.boundary import METRICS, MODEL, ClientProgram, Message, Payload, Reply, Upload, owned
+from cutlayer.runtime.messages.ledger import Ledger
+from cutlayer.runtime.parties.blueprint import Blueprint
+from cutlayer.runtime.parties.contexts import ClientContext
+
+
+class Session(Protocol):
+    """A client's round, wherever it runs."""
+
+    def send(self, message: Reply) -> None:
+        """Hand in the message that opens the round, later the reply to what the client asked; does not wait."""
+        ...
+
+    def receive(self) -> Message | Upload:
+        """The client's next message, or its upload. After a one-way message it is called again with nothing sent.
+
+        Raises:
+            ClientDroppedError: the client is gone.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the session, finished or not."""
+        ...
+
+
+class Workplace:
+    """A party's own random stream, precision and clock, in place while it works."""
+
+    def __init__(self, blueprint: Blueprint, seed: int) -> None:
+        self._stream = rng.TorchStream(seed, blueprint.device)
+        self._blueprint = blueprint
+        self.seconds = 0.0
+
+    @contextmanager
+    def working(self) -> Generator[None]:
+        """Everything the party computes happens inside."""
+        start = time.perf_counter()
+        with self._stream, self._blueprint.autocast():
+            yield
+        self.seconds += time.perf_counter() - start
+
+
+class LocalSession:
+    """A client's round in this process.
+
+    Its seconds are those of its own computing. On a GPU they count the time to enqueue work, not to finish it.
+    """
+
+    def __init__(
+        self,
+        algorithm: type[Algorithm],
+        ctx: ClientContext,
+        workplace: Workplace,
+        on_close: Callable[[float], None],
+    ) -> None:
+        """``on_close`` is called once, with the seconds that the client computed."""
+        self._algorithm = algorithm
+        self._ctx = ctx
+        self._workplace = workplace
+        self._on_close = on_close
+        self._program: ClientProgram | None = None
+        self._inbox: Reply = {}
+
+    def send(self, message: Reply) -> None:
+        self._inbox = message
+
+    def receive(self) -> Message | Upload:
+        message, self._inbox = self._inbox, {}
+        with self._workplace.working():
+            if self._program is not None:
+                return self._step(self._program.send, message)
+            result = self._algorithm.client(self._ctx, message)
+            if isgenerator(result):
+                self._program = result
+                return self._step(next, self._program)
+            return self._upload(result)  # type: ignore[arg-type]
+
+    def _step(self, move: Any, argument: Reply | ClientProgram) -> Message | Upload:
+        try:
+            return move(argument)
+        except StopIteration as end:
+            return self._upload(end.value)
+
+    def _upload(self, fields: Payload | None) -> Upload:
+        self._ctx.leave()
+        return Upload(fields or {}, self._ctx.samples, self._ctx.means.read())
+
+    def close(self) -> None:
+        if self._program is not None:
+            self._program.close()
+            self._program = None
+        self._on_close(self._workplace.seconds)
+
+
+class Channel:
+    """Everything that crosses goes through here: charged to the ledger, and handed over as the receiver's own.
+
+    Args:
+        ahead: clients whose round may be open, beyond the one whose turn it is; in one process that gains nothing.
+    """
+
+    def __init__(self, ledger: Ledger, ahead: int = 0) -> None:
+        self._ledger = ledger
+        self.ahead = ahead
+
+    def down(self, client: int, kind: str, payload: Payload) -> Reply:
+        """A message of the server to a client."""
+        self._ledger.charge("down", kind, client, payload)
+        return self.hand_over(payload)
+
+    def reply(self, client: int, kind: str, payload: Payload) -> Reply:
+        """The server's answer to a question that the client waits for."""
+        self._ledger.replied()
+        return self.down(client, kind, payload)
+
+    def up(self, client: int, kind: str, payload: Payload) -> Reply:
+        """A message of a client to the server."""
+        self._ledger.charge("up", kind, client, payload)
+        return self.hand_over(payload)
+
+    def hand_over(self, payload: Payload) -> Reply:
+        """The payload as its receiver's own."""
+        return owned(payload)
+
+    def upload(self, client: int, upload: Upload) -> Upload:
+        """The end of a client's round; its metrics are charged apart from training traffic."""
+        self._ledger.charge("up", METRICS, client, {"samples": upload.samples, **upload.metrics})
+        return Upload(self.up(client, MODEL, upload.fields), upload.samples, dict(upload.metrics))
+
+
+class ServerParty:
+    """The server at work: the algorithm's server with its own random stream, precision and clock."""
+
+    def __init__(self, server: Server, workplace: Workplace) -> None:
+        self.server = server
+        self._workplace = workplace
+
+    def down(self, client: int) -> Payload:
+        with self._workplace.working():
+            return self.server.down(client)
+
+    def serve(self, kind: str, inbox: Mapping[int, Payload]) -> dict[int, Payload | None]:
+        with self._workplace.working():
+            return self.server.serve(kind, inbox)
+
+    def absorb(self, client: int, upload: Upload) -> None:
+        with self._workplace.working():
+            self.server.absorb(client, upload)
+
+    def open_round(self, cohort: list[int]) -> None:
+        with self._workplace.working():
+            self.server.open_round(cohort)
+
+    def close_round(self) -> None:
+        with self._workplace.working():
+            self.server.close_round()
+
+    @property
+    def seconds(self) -> float:
+        """Time that the server computed in this round."""
+        return self._workplace.seconds

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import cutlayer.algorithms as algorithms
 from benchmarks.measure import ROOT, machine_options, set_up
-from cutlayer import algorithms
 from cutlayer.runtime.experiment import prepare_process
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.launching.hydra_support import load_config

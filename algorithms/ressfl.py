@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, cross_entropy, detached
-from cutlayer.attacks.similarity import ssim
 from cutlayer.models import through
+from cutlayer.models.similarity import ssim
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.blueprint import Layout

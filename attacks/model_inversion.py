@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cutlayer.attacks.similarity import mse, psnr, ssim
 from cutlayer.datasets import Source
 from cutlayer.models import build_attacker, through
+from cutlayer.models.similarity import mse, psnr, ssim
 from cutlayer.runtime.after.saved import owned, read_config, restore
 from cutlayer.runtime.evaluation.scores import evaluating
 from cutlayer.runtime.experiment import prepare_process, set_threads

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import ROOT, machine_options, peak_mb, set_up
+from cutlayer.datasets.partition_files import save_partition
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.rounds.federation import Federation
 
@@ -48,7 +49,7 @@ def run_once(algorithm: str, clients: int, disk: bool, options: argparse.Namespa
         federation = Federation(config, Path(folder) if disk else None)
         if disk:
             labels, info = federation.dataset.train.labels, federation.dataset.info
-            federation.partition.save(Path(folder), labels, info.classes, info.class_names)
+            save_partition(Path(folder), federation.partition, labels, info.classes, info.class_names)
         federation.resume()
         while not federation.done:
             federation.step()

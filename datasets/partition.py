@@ -1,23 +1,15 @@
 """Which training samples each client holds."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from cutlayer.datasets.config import DatasetConfig
 from cutlayer.datasets.distributions import DISTRIBUTIONS, Request
-from cutlayer.datasets.picture import draw
 from cutlayer.datasets.seeding import derived
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.files import written_whole
-from cutlayer.runtime.ground.text import csv_text
-
-_CELLS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,20 +61,6 @@ class Partition:
         rows = np.repeat(np.arange(last - first), self.sizes[first:last])
         counts = np.bincount(rows * classes + np.asarray(labels)[samples], minlength=(last - first) * classes)
         return counts.reshape(last - first, classes)
-
-    def save(self, folder: Path, labels: np.ndarray | Tensor, classes: int, class_names: Sequence[str]) -> None:
-        """Write partition.csv (client, size, a column for each class) and partition.png into `folder`."""
-        labels = np.asarray(labels)
-        step = max(1, _CELLS // classes)
-        with written_whole(folder / "partition.csv") as path, path.open("w", encoding="utf-8", newline="") as file:
-            file.write(csv_text([["client", "samples", *map(str, class_names)]]))
-            for first in range(0, len(self), step):
-                last = min(first + step, len(self))
-                sizes = self.sizes[first:last, None]
-                counts = np.hstack([np.arange(first, last)[:, None], sizes, self.table(labels, classes, first, last)])
-                pd.DataFrame(counts).to_csv(file, header=False, index=False, lineterminator="\n")
-        with written_whole(folder / "partition.png") as path:
-            draw(path, self, labels, class_names)
 
 
 def own_partition(samples: int, num_clients: int, client: int | None) -> Partition:

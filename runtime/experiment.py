@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from cutlayer.datasets.partition_files import save_partition
 from cutlayer.plotting import first_picture
 from cutlayer.runtime.after import probe
 from cutlayer.runtime.after.personalize import Personalized, own_tests, personalize, tunable
@@ -82,7 +83,8 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     summary = results.finish()
     picture = first_picture(folder.path, results.results(), config.title, config.algorithm_name)
     files = RunFiles(folder.path, picture)
-    show_summary(summary, files, config.title, config.progress, personal=personal, probed=probed)
+    sections = [found.section() for found in (personal, probed) if found is not None]
+    show_summary(summary, files, config.title, config.progress, sections=sections)
     return summary
 
 
@@ -156,11 +158,11 @@ def _save_partition(federation: Federation, folder: Path) -> None:
     if federation.config.dataset.distribution == "own":
         return
     info, labels = federation.dataset.info, federation.dataset.train.labels
-    federation.partition.save(folder, labels, info.classes, info.class_names)
+    save_partition(folder, federation.partition, labels, info.classes, info.class_names)
     if federation.evaluator.local_test is not None:
         make_folder(folder, folder / "local_test")
         test = federation.dataset.test.labels
-        federation.evaluator.local_test.save(folder / "local_test", test, info.classes, info.class_names)
+        save_partition(folder / "local_test", federation.evaluator.local_test, test, info.classes, info.class_names)
 
 
 def set_threads(config: RunConfig, federation: Setup) -> None:

@@ -4,7 +4,6 @@ Started as a process of its own by test_kill.py: it forks before torch has compu
 """
 
 import csv
-import importlib
 import json
 import os
 import random
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from cutlayer.datasets import partition_files
 from cutlayer.plotting import saving
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.launching.hydra_support import load_config
@@ -95,8 +95,7 @@ def write_pictures_without_drawing() -> None:
     def write(path: Path) -> None:
         path.write_bytes(b"a picture")
 
-    # The package has a function of the module's name.
-    vars(importlib.import_module("cutlayer.datasets.partition"))["draw"] = lambda file, *_: write(file)
+    partition_files.draw = lambda file, *_: write(file)
     for ending in saving._SAVERS:
         saving._SAVERS[ending] = lambda _, path: write(path)
 

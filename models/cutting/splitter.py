@@ -17,7 +17,6 @@ from cutlayer.models.cutting.recording import (
     Pass,
     Source,
     UnreachedError,
-    bound,
     called_modules,
     record,
     skeleton_paths,
@@ -277,35 +276,3 @@ def _keep_own(module: nn.Module, prefix: str, number: int, recording: Recording)
         # Constants, as a rule: every part may use them, the first that does saves them.
         if tensor is not None and number != min(used.get(f"{prefix}{name}", {0})):
             module._non_persistent_buffers_set.add(name)
-
-
-def split_module(
-    model: nn.Module, cuts: Sequence[str], inputs: Mapping[str, Any], *, untie: bool = False, check: bool = True
-) -> list[Part]:
-    """Cut ``model`` at the end of each module in ``cuts``: len(cuts) + 1 parts, made of its own tensors.
-
-    ``parts[1](*parts[0](x))`` and so on is ``model(x)``: outputs and gradients, in training and in evaluation mode, for
-    any batch size. What an earlier layer gave and a later part uses (a skip connection) crosses as a further tensor.
-
-    Args:
-        inputs: an example of the model's inputs by name, two or more samples; constants stay what they are.
-        untie: a tensor that two parts own is copied, and each has its own from then on.
-        check: compare the parts with the whole model, on other weights and inputs.
-
-    Raises:
-        CutError: it cannot be cut there, and why.
-    """
-    from cutlayer.models.cutting.verify import verify  # it needs this module's parts
-
-    named = dict(model.named_modules(remove_duplicate=False))
-    for cut in cuts:
-        if not cut or cut not in named:
-            raise CutError(cut, "the model has no such module")
-    inputs = bound(model, (), inputs)
-    recording = record_modes(model, cuts, inputs)
-    parts = build(model, recording, untie=untie)
-    for part in parts:
-        part.train(model.training)
-    if check:
-        verify(model, recording, inputs)
-    return parts

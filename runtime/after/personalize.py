@@ -29,7 +29,9 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import PERSONALIZED, make_folder, named, replace_file, sync_file, temporary_name
 from cutlayer.runtime.ground.reading import read_json
 from cutlayer.runtime.ground.text import csv_text
+from cutlayer.runtime.ground.units import format_percent
 from cutlayer.runtime.parties.blueprint import Parts
+from cutlayer.runtime.records.console import Section
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.session import Workplace
 
@@ -75,6 +77,18 @@ class Personalized:
         """What ``to_json`` gave."""
         values = {name: content[name] for name in cls.__dataclass_fields__ if name != "counts"}
         return cls(**values, counts=content["histogram"]["counts"])
+
+    def section(self) -> Section:
+        """For each number of epochs of fine-tuning the mean accuracy over clients, and how it spreads."""
+        rows = [
+            (
+                "  before fine-tuning" if not epochs else f"  after {epochs} epoch{'s' * (epochs > 1)} of {self.part}",
+                format_percent(mean),
+                f"± {std:.2%} over {self.clients} clients, worst decile {worst:.2%}",
+            )
+            for epochs, mean, std, worst in zip(self.epochs, self.mean, self.std, self.worst_decile, strict=True)
+        ]
+        return Section("personalised", "accuracy on the clients' own test data", rows)
 
 
 def folder_of(run: Path, config: PersonalizeConfig) -> Path:

@@ -14,6 +14,8 @@ from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 from cutlayer.runtime.ground.files import PROBED, make_folder, replace_file
 from cutlayer.runtime.ground.reading import read_json
+from cutlayer.runtime.ground.units import format_percent
+from cutlayer.runtime.records.console import Section
 from cutlayer.runtime.rounds.federation import Federation
 
 SUMMARY = "summary.json"
@@ -55,6 +57,17 @@ class Probed:
     def from_json(cls, content: dict[str, Any]) -> Probed:
         """What ``to_json`` gave."""
         return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+
+    def section(self) -> Section:
+        """Of the kNN and each linear classifier its accuracy, and how many labels it had."""
+        rows = [
+            (f"  linear, {100 * float(share):.4g}% of labels", format_percent(accuracy), f"{self.labels[share]} labels")
+            for share, accuracy in self.linear.items()
+        ]
+        if self.knn is not None:
+            given = f"k {self.k}, temperature {self.temperature:g}, {self.train_samples} labels"
+            rows.insert(0, ("  kNN", format_percent(self.knn), given))
+        return Section("frozen features", f"{self.dimension}, {self.features}", rows)
 
 
 def folder_of(run: Path, config: ProbeConfig) -> Path:

@@ -22,7 +22,7 @@ from cutlayer.runtime.ground.files import MODEL_FILE, RESULTS
 from cutlayer.runtime.ground.locks import FileLock
 from cutlayer.runtime.ground.reading import MissingError, check_links, inside, read_text, read_yaml
 from cutlayer.runtime.parties.blueprint import DTYPES
-from cutlayer.runtime.records.console import Progress, personal_rows, probe_rows, show_rows
+from cutlayer.runtime.records.console import Progress, show_rows
 from cutlayer.runtime.records.run_folder import IDENTITY, LOCK
 from cutlayer.runtime.rounds.federation import CHECKPOINT_FOLDER, Federation
 from cutlayer.runtime.settings import RunConfig
@@ -268,7 +268,7 @@ def personalize_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None
         raise ConfigError("personalize.part", None, "what is fine-tuned", ("body", "head", "full"))
     with taken_up(run, saved) as (federation, progress):
         found = personalize(federation, config.personalize, run, progress.clients)
-    show_rows(personal_rows(found), personalized_in(run, config.personalize), config.title, config.progress)
+    show_rows(found.section().rows, personalized_in(run, config.personalize), config.title, config.progress)
     return found
 
 
@@ -285,5 +285,5 @@ def probe_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None = Non
     config = saved.config
     with taken_up(run, saved) as (federation, progress):
         found = probe(federation, config.probe, run, progress.doing)
-    show_rows(probe_rows(found), probed_in(run, config.probe), config.title, config.progress)
+    show_rows(found.section().rows, probed_in(run, config.probe), config.title, config.progress)
     return found

@@ -13,7 +13,7 @@ from cutlayer.runtime.evaluation.features import KnnMonitor
 from cutlayer.runtime.evaluation.scores import ClientScores, Evaluation, Score, evaluate, mean, spread_over_clients
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.parties.blueprint import Blueprint
-from cutlayer.runtime.records.results import ClientRow
+from cutlayer.runtime.records.history import ClientRow
 
 if TYPE_CHECKING:
     from cutlayer.runtime.rounds.setup import Setup

@@ -16,7 +16,7 @@ from cutlayer.datasets import Source
 from cutlayer.models import through
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.parties.blueprint import BATCH_NORM, Blueprint
-from cutlayer.runtime.records.results import ClientRow
+from cutlayer.runtime.records.history import ClientRow
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -1,4 +1,4 @@
-"""Numbers of bytes in the decimal units that papers count in."""
+"""Numbers as people read them: bytes in the decimal units that papers count in, accuracies in percent."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ def format_bytes(count: float) -> str:
     """A number of bytes in decimal units, e.g. "12.2 GB", as the papers count."""
     size, unit = byte_unit(count)
     return f"{count / size:.{0 if size == 1 else 2 if count < 10 * size else 1}f} {unit}"
+
+
+def format_percent(accuracy: float | None) -> str:
+    """A fraction in percent, e.g. "95.83%"; "-" for None."""
+    return "-" if accuracy is None else f"{accuracy:.2%}"
 
 
 def byte_unit(largest: float) -> tuple[float, str]:

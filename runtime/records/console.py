@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from rich import box
 from rich.cells import cell_len
@@ -27,12 +27,8 @@ from rich.text import Text
 
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.screen import Screen
-from cutlayer.runtime.ground.units import format_bytes
-
-if TYPE_CHECKING:
-    from cutlayer.runtime.after.personalize import Personalized
-    from cutlayer.runtime.after.probe import Probed
-    from cutlayer.runtime.records.results import RoundRecord, RunSummary
+from cutlayer.runtime.ground.units import format_bytes, format_percent
+from cutlayer.runtime.records.history import RoundRecord, RunSummary
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +37,19 @@ LINE_INTERVAL = 5.0
 """Seconds that pass at least between two plain lines."""
 _LOG_WIDTH = 88
 _TIME_WINDOW = 600.0
+
+
+Row = tuple[str, str, str]
+"""A line of a table: a name, a figure, a remark."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What was measured after training, as a part of the table at a run's end."""
+
+    title: str
+    remark: str
+    rows: Sequence[Row]
 
 
 def check_mode(mode: str) -> None:
@@ -107,7 +116,10 @@ class Progress:
         if record.test_acc is not None:
             self._accuracy = record.test_acc
         if self._bar is not None:
-            shown: dict[str, Any] = {"accuracy": _percent(self._accuracy), "bytes": format_bytes(record.comm_load)}
+            shown: dict[str, Any] = {
+                "accuracy": format_percent(self._accuracy),
+                "bytes": format_bytes(record.comm_load),
+            }
             self._bar.update(self._task, completed=record.round, **shown)
         now = time.monotonic()
         is_edge = record.round in (self._first, self._rounds)
@@ -145,7 +157,7 @@ class Progress:
         width = len(str(self._rounds))
         parts = [
             f"{self._title}: " * bool(self._title) + f"round {record.round:>{width}}/{self._rounds}",
-            f"accuracy {_percent(self._accuracy)}",
+            f"accuracy {format_percent(self._accuracy)}",
             *([] if record.train_loss is None else [f"loss {record.train_loss:.4f}"]),
             f"sent {format_bytes(record.comm_load)}",
             f"{format_seconds(each)} a round",
@@ -170,7 +182,7 @@ class Progress:
             # Rounds differ in length (evaluation, alignment): the default window of 30 s makes the estimate jump.
             speed_estimate_period=_TIME_WINDOW,
         )
-        shown: dict[str, Any] = {"accuracy": _percent(None), "bytes": format_bytes(0)}
+        shown: dict[str, Any] = {"accuracy": format_percent(None), "bytes": format_bytes(0)}
         self._task = self._bar.add_task(self._title, total=self._rounds, completed=self._done, **shown)
         streams = (sys.stdout, sys.stderr)
         self._bar.start()
@@ -195,8 +207,7 @@ def show_summary(
     title: str = "",
     mode: str = "auto",
     console: Console | None = None,
-    personal: Personalized | None = None,
-    probed: Probed | None = None,
+    sections: Sequence[Section] = (),
 ) -> None:
     """Show the table at a run's end: on the terminal in colour, in the log as text; nowhere with mode "none".
 
@@ -206,19 +217,19 @@ def show_summary(
         title: what ran.
         mode: as in `Progress`.
         console: where to draw; standard output by default.
-        personal, probed: what personalisation and the probe of the features found, if they were asked for.
+        sections: what was measured after training.
     """
     if mode == "none":
         return
     text = io.StringIO()
     _print(
         Screen(file=text, width=_LOG_WIDTH, color_system=None),
-        summary_table(summary, title, box.ASCII2, personal, probed),
+        summary_table(summary, title, box.ASCII2, sections),
         files,
     )
     handlers: list[logging.StreamHandler[Any]] = []
     if mode == "bar" or on_terminal():
-        _print(console or Screen(), summary_table(summary, title, personal=personal, probed=probed), files)
+        _print(console or Screen(), summary_table(summary, title, sections=sections), files)
         handlers = _terminal_handlers((sys.stdout, sys.stderr))
     for handler in handlers:
         handler.addFilter(_not_progress)
@@ -231,28 +242,24 @@ def summary_table(
     summary: RunSummary,
     title: str = "",
     style: box.Box = box.ROUNDED,
-    personal: Personalized | None = None,
-    probed: Probed | None = None,
+    sections: Sequence[Section] = (),
 ) -> Table:
-    """Final, best, personalised and probed accuracy, communication by direction and kind, and time by party."""
+    """Accuracy, what was measured after training, communication by direction and kind, and time by party."""
     table = Table(title=title or None, title_style="bold", box=style, show_header=False, title_justify="left")
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True, style="bold")
     table.add_column("", style="dim")
     loss = "" if summary.final_loss is None else f"test loss {summary.final_loss:.4f}"
-    table.add_row("final accuracy", _percent(summary.final_acc), loss)
+    table.add_row("final accuracy", format_percent(summary.final_acc), loss)
     table.add_row(
-        "best accuracy", _percent(summary.best_acc), f"in round {summary.best_round}" if summary.best_round else ""
+        "best accuracy",
+        format_percent(summary.best_acc),
+        f"in round {summary.best_round}" if summary.best_round else "",
     )
-    if personal is not None:
+    for section in sections:
         table.add_section()
-        table.add_row("personalised", "", "accuracy on the clients' own test data")
-        for row in personal_rows(personal):
-            table.add_row(*row)
-    if probed is not None:
-        table.add_section()
-        table.add_row("frozen features", "", f"{probed.dimension}, {probed.features}")
-        for row in probe_rows(probed):
+        table.add_row(section.title, "", section.remark)
+        for row in section.rows:
             table.add_row(*row)
     table.add_section()
     load, framed = format_bytes(summary.comm_load), format_bytes(summary.comm_framed)
@@ -283,32 +290,8 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def personal_rows(personal: Personalized) -> list[tuple[str, str, str]]:
-    """For each number of epochs of fine-tuning: its name, the mean accuracy over clients, and how it spreads."""
-    return [
-        (
-            "  before fine-tuning" if not epochs else f"  after {epochs} epoch{'s' * (epochs > 1)} of {personal.part}",
-            _percent(mean),
-            f"± {std:.2%} over {personal.clients} clients, worst decile {worst:.2%}",
-        )
-        for epochs, mean, std, worst in zip(
-            personal.epochs, personal.mean, personal.std, personal.worst_decile, strict=True
-        )
-    ]
-
-
-def probe_rows(probed: Probed) -> list[tuple[str, str, str]]:
-    """For the kNN and each linear classifier on frozen features: its name, its accuracy, and what it was given."""
-    rows = [
-        (f"  linear, {100 * float(share):.4g}% of labels", _percent(accuracy), f"{probed.labels[share]} labels")
-        for share, accuracy in probed.linear.items()
-    ]
-    knn = f"k {probed.k}, temperature {probed.temperature:g}, {probed.train_samples} labels"
-    return rows if probed.knn is None else [("  kNN", _percent(probed.knn), knn), *rows]
-
-
-def show_rows(rows: Sequence[tuple[str, str, str]], folder: Path, title: str = "", mode: str = "auto") -> None:
-    """Print what was measured of a saved run: names, figures, remarks; nothing with mode "none"."""
+def show_rows(rows: Sequence[Row], folder: Path, title: str = "", mode: str = "auto") -> None:
+    """Print what was measured of a saved run; nothing with mode "none"."""
     if mode == "none":
         return
     table = Table(title=title or None, title_style="bold", box=box.ROUNDED, show_header=False, title_justify="left")
@@ -359,10 +342,6 @@ def _nearby(path: Path) -> Path:
     """The path from the current folder where it lies below it: short, and good to paste."""
     here = Path.cwd()
     return path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path
-
-
-def _percent(accuracy: float | None) -> str:
-    return "-" if accuracy is None else f"{accuracy:.2%}"
 
 
 def _per_round(count: int, rounds: int) -> str:

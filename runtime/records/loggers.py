@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, join
 
 if TYPE_CHECKING:
-    from cutlayer.runtime.records.results import RoundRecord
+    from cutlayer.runtime.records.history import RoundRecord
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from cutlayer.runtime.parties.blueprint import Parts
 from cutlayer.runtime.parties.contexts import ServerContext
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.data_record import check_data
-from cutlayer.runtime.records.results import RoundRecord
+from cutlayer.runtime.records.history import RoundRecord
 from cutlayer.runtime.rounds.checkpoint import Checkpoint, Found, Manifest
 from cutlayer.runtime.rounds.local_clients import Clients
 from cutlayer.runtime.rounds.schedule import RoundLostError, RoundReport

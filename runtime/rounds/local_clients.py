@@ -23,7 +23,7 @@ from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundReport, compute_tog
 from cutlayer.runtime.rounds.session import Channel, LocalSession, ServerParty, Workplace
 
 if TYPE_CHECKING:
-    from cutlayer.runtime.records.results import RoundRecord
+    from cutlayer.runtime.records.history import RoundRecord
     from cutlayer.runtime.rounds.federation import Federation
     from cutlayer.runtime.rounds.setup import Setup
 

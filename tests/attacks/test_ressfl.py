@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cutlayer import algorithms
-from cutlayer.attacks.similarity import ssim
+from cutlayer.models.similarity import ssim
 from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError

@@ -3,7 +3,6 @@
 import csv
 import zlib
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from cutlayer.datasets import DatasetConfig, Partition, Source, apply_partition, partition
+from cutlayer.datasets import DatasetConfig, Partition, Source, apply_partition, partition, partition_files
 from cutlayer.datasets.augment import augmentation, flip, moco_parameters, of_whole_pictures
 from cutlayer.datasets.colour import greyscale, hue, jitter_
 from cutlayer.datasets.images import EncodedImages, Shape
 from cutlayer.datasets.normalize import Normalizer, measure, moments
+from cutlayer.datasets.partition_files import save_partition
 from cutlayer.datasets.seeding import derived
 from cutlayer.datasets.source import ResidentStore, StreamStore
 from cutlayer.datasets.trees import FolderTree
@@ -351,12 +351,11 @@ def test_the_table_is_whole_however_it_is_cut(tmp_path: Path, monkeypatch: pytes
     def drawn(path: Path, parts: Partition, labels: np.ndarray, names: Sequence[str]) -> None:
         path.write_text(f"{len(parts)} {labels.tolist()} {list(names)}")
 
-    module = import_module("cutlayer.datasets.partition")  # the package has a function of that name
-    monkeypatch.setattr(module, "_CELLS", cells)
-    monkeypatch.setattr(module, "draw", drawn)
+    monkeypatch.setattr(partition_files, "_CELLS", cells)
+    monkeypatch.setattr(partition_files, "draw", drawn)
     owner, labels = np.array([0, 1, 1, 3, 4, 4, 4, 6]), np.array([0, 1, 2, 2, 0, 0, 1, 2])
     names = ["samples", "client", "client"]
-    Partition.from_owner(owner, 7).save(tmp_path, torch.from_numpy(labels), 3, names)
+    save_partition(tmp_path, Partition.from_owner(owner, 7), torch.from_numpy(labels), 3, names)
     with (tmp_path / "partition.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["client", "samples", *names]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cutlayer.datasets import DatasetConfig, Partition, partition
-from cutlayer.datasets.picture import COLUMNS, columns
+from cutlayer.datasets.partition_files import COLUMNS, columns, save_partition
 
 
 @pytest.mark.parametrize("clients", [1, 7, 399, 5000])
@@ -16,7 +16,7 @@ def test_table_and_picture(tmp_path: Path, clients: int) -> None:
     labels = np.arange(10_000) % 5
     config = DatasetConfig("synthetic", distribution="dirichlet", alpha=0.2)
     parts = partition(labels, clients, config, seed=0)
-    parts.save(tmp_path, labels, 5, ["a", "b,c", "$d", "client", "é"])
+    save_partition(tmp_path, parts, labels, 5, ["a", "b,c", "$d", "client", "é"])
     frame = pd.read_csv(tmp_path / "partition.csv")
     assert frame.iloc[:, 1].tolist() == parts.sizes.tolist()
     assert np.array_equal(frame.iloc[:, 2:].to_numpy(), parts.table(labels, 5))
@@ -28,7 +28,8 @@ def test_table_and_picture(tmp_path: Path, clients: int) -> None:
 
 def test_names_of_classes_are_no_formulas(tmp_path: Path) -> None:
     labels = np.arange(20) % 2
-    partition(labels, 2, DatasetConfig("synthetic"), seed=0).save(tmp_path, labels, 2, ["=1+1", "a\x1b[31m"])
+    parts = partition(labels, 2, DatasetConfig("synthetic"), seed=0)
+    save_partition(tmp_path, parts, labels, 2, ["=1+1", "a\x1b[31m"])
     assert pd.read_csv(tmp_path / "partition.csv").columns.tolist() == ["client", "samples", "'=1+1", "a\\x1b[31m"]
 
 

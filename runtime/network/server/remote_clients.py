@@ -33,7 +33,7 @@ from cutlayer.runtime.rounds.session import ServerParty
 from cutlayer.runtime.transport import GrpcTransport
 
 if TYPE_CHECKING:
-    from cutlayer.runtime.records.results import RoundRecord
+    from cutlayer.runtime.records.history import RoundRecord
     from cutlayer.runtime.rounds.federation import Federation
 
 log = logging.getLogger(__name__)

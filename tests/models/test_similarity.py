@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from cutlayer.attacks.similarity import mse, psnr, ssim
+from cutlayer.models.similarity import mse, psnr, ssim
 
 C1, C2 = 0.01**2, 0.03**2
 

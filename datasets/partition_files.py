@@ -1,27 +1,45 @@
-"""The picture of a partition: clients by classes, and the sizes."""
+"""A partition as files: a table of clients by classes, and its picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
-from cutlayer.runtime.ground.text import one_line
-
-if TYPE_CHECKING:
-    from cutlayer.datasets.partition import Partition
+from cutlayer.datasets.partition import Partition
+from cutlayer.runtime.ground.files import written_whole
+from cutlayer.runtime.ground.text import csv_text, one_line
 
 # More clients than this are sorted by their main class and averaged into this many columns.
 COLUMNS = 400
 _NAMED_CLASSES = 40
 _WRITTEN_CELLS = 250
+_CELLS = 1 << 22  # of the table that are made at a time
 
 
-def draw(file: Path, parts: "Partition", labels: np.ndarray, class_names: Sequence[str]) -> None:
+def save_partition(
+    folder: Path, parts: Partition, labels: np.ndarray | Tensor, classes: int, class_names: Sequence[str]
+) -> None:
+    """Write partition.csv (client, samples, a column for each class) and partition.png into ``folder``."""
+    labels = np.asarray(labels)
+    step = max(1, _CELLS // classes)
+    with written_whole(folder / "partition.csv") as path, path.open("w", encoding="utf-8", newline="") as file:
+        file.write(csv_text([["client", "samples", *map(str, class_names)]]))
+        for first in range(0, len(parts), step):
+            last = min(first + step, len(parts))
+            sizes = parts.sizes[first:last, None]
+            counts = np.hstack([np.arange(first, last)[:, None], sizes, parts.table(labels, classes, first, last)])
+            pd.DataFrame(counts).to_csv(file, header=False, index=False, lineterminator="\n")
+    with written_whole(folder / "partition.png") as path:
+        draw(path, parts, labels, class_names)
+
+
+def draw(file: Path, parts: Partition, labels: np.ndarray, class_names: Sequence[str]) -> None:
     """Write a PNG: above the size of each client, below its share of each class by shade.
 
     Up to 400 clients have a column each, in order; more are sorted by their most frequent class, and a column is the
@@ -62,7 +80,7 @@ def draw(file: Path, parts: "Partition", labels: np.ndarray, class_names: Sequen
     figure.savefig(file, format="png")
 
 
-def columns(parts: "Partition", labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def columns(parts: Partition, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Class shares [classes, columns] and mean sizes [columns], a column for a client or for several alike.
 
     Works on blocks of clients, so that a table of all clients by all classes never exists.
@@ -87,7 +105,7 @@ def columns(parts: "Partition", labels: np.ndarray, classes: int) -> tuple[np.nd
     return (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).T, sizes
 
 
-def _draw_sizes(axes: Axes, sizes: np.ndarray, parts: "Partition") -> None:
+def _draw_sizes(axes: Axes, sizes: np.ndarray, parts: Partition) -> None:
     axes.bar(np.arange(len(sizes)), sizes, width=1.0 if len(sizes) > 60 else 0.8, color="#4878a8")
     all_sizes = parts.sizes
     low, high = int(all_sizes.min()), int(all_sizes.max())

@@ -37,19 +37,9 @@ def load(
         ConfigError: files are missing, unreadable or not of one size; the validation share leaves nothing to train on.
     """
     raw = read(config.name, config.root, config.options, seed, download=download)
-    if len(raw.train.labels) == 0 or len(raw.test.labels) == 0:
-        empty = "training" if len(raw.train.labels) == 0 else "test"
-        raise ConfigError("dataset.root", config.root, f"data with at least one {empty} sample")
+    channels, height, width = _checked_shape(config, raw)
     known = facts(config, raw)
     train, held = _hold_out(raw.train, config.validation, seed)
-    channels, height, width = image_shape(raw.train)
-    if image_shape(raw.test) != image_shape(raw.train):
-        raise ConfigError("dataset.options", config.options, "training and test images of one size; give a size")
-    if config.augment == "moco" and channels not in (1, 3):
-        raise ConfigError("dataset.augment", config.augment, f"one without colours for images of {channels} channels")
-    if config.distribution == "own" and config.normalize == "dataset" and not raw.mean:
-        expected = "imagenet or none with dataset.distribution=own: each machine would measure a mean of its own"
-        raise ConfigError("dataset.normalize", config.normalize, expected)
     sides = (height, width) if config.resize is None else (config.resize, config.resize)
     info = DatasetInfo(config.name, channels, *sides, len(raw.class_names), raw.class_names)
     resident = _resident(raw, config, device)
@@ -74,6 +64,26 @@ def load(
     if isinstance(raw.train.images, EncodedImages):
         raw.train.images.tell_depth()
     return Dataset(info, *sources, validation, known)
+
+
+def _checked_shape(config: DatasetConfig, raw: RawDataset) -> tuple[int, int, int]:
+    """(channels, height, width) of all images.
+
+    Raises:
+        ConfigError: there are no samples, images of several sizes, or a configuration that does not fit them.
+    """
+    if len(raw.train.labels) == 0 or len(raw.test.labels) == 0:
+        empty = "training" if len(raw.train.labels) == 0 else "test"
+        raise ConfigError("dataset.root", config.root, f"data with at least one {empty} sample")
+    shape = image_shape(raw.train)
+    if image_shape(raw.test) != shape:
+        raise ConfigError("dataset.options", config.options, "training and test images of one size; give a size")
+    if config.augment == "moco" and shape[0] not in (1, 3):
+        raise ConfigError("dataset.augment", config.augment, f"one without colours for images of {shape[0]} channels")
+    if config.distribution == "own" and config.normalize == "dataset" and not raw.mean:
+        expected = "imagenet or none with dataset.distribution=own: each machine would measure a mean of its own"
+        raise ConfigError("dataset.normalize", config.normalize, expected)
+    return shape
 
 
 def image_shape(split: RawSplit) -> tuple[int, int, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.figures.axes import label_of
@@ -41,22 +42,26 @@ def traffic_charts(curves: Sequence[Curve], options: Options) -> list[Chart]:
         height=_ROOM + len(names) * (_GAP + _LINE * max(map(len, names))),
     )
     for name, look in kind_looks({name for _, sent in bars for name in sent}).items():
-        hatched = bool(look["hatch"])
-        chart.keys.append(Key(name, name, look["facecolor"], marker="s", hatched=hatched))
+        chart.keys.append(Key(name, name, look["facecolor"], marker="s", hatched=bool(look["hatch"])))
         chart.columns[name] = {"x": numbers(sent.get(name, 0.0) for _, sent in bars)}
-        fill = {"color": look["facecolor"], "line": {"color": EDGE, "width": 1}}
-        pattern = {"shape": "/" if hatched else "", "fgcolor": EDGE, "fillmode": "overlay", "size": 7, "solidity": 0.2}
-        trace = {
-            "type": "bar",
-            "orientation": "h",
-            "name": plain(name),
-            "at": name,
-            "groups": [name],
-            "y": places,
-            "marker": fill | {"pattern": pattern},
-            "text": [plain(label_of(curve)) for curve, _ in bars],
-            "textposition": "none",
-            "hovertemplate": f"{NAME}%{{text}}{{x}}",
-        }
-        chart.traces.append(trace)
+        chart.traces.append(_bars(name, look, places, [plain(label_of(curve)) for curve, _ in bars]))
     return [chart]
+
+
+def _bars(name: str, look: Mapping[str, Any], places: list[int], texts: list[str]) -> dict[str, Any]:
+    """The trace of one kind of message: a bar for each setting."""
+    hatched = bool(look["hatch"])
+    fill = {"color": look["facecolor"], "line": {"color": EDGE, "width": 1}}
+    pattern = {"shape": "/" if hatched else "", "fgcolor": EDGE, "fillmode": "overlay", "size": 7, "solidity": 0.2}
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": plain(name),
+        "at": name,
+        "groups": [name],
+        "y": places,
+        "marker": fill | {"pattern": pattern},
+        "text": texts,
+        "textposition": "none",
+        "hovertemplate": f"{NAME}%{{text}}{{x}}",
+    }

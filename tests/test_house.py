@@ -9,17 +9,16 @@ import pytest
 from cutlayer import algorithms, datasets, models
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("algorithms", "attacks", "benchmarks", "datasets", "hydra_plugins", "models", "plotting", "runtime")
+ELSEWHERE = ("fuzz", "tests", "typings")  # which the rules for what is used do not hold for
 SOURCES = sorted(
     [
-        *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")),
-        ROOT / "attack.py",
-        ROOT / "certificates.py",
-        ROOT / "main.py",
-        ROOT / "personalize.py",
-        ROOT / "plot_results.py",
-        ROOT / "probe.py",
-        ROOT / "status.py",
+        *ROOT.glob("*.py"),
+        *(
+            path
+            for folder in ROOT.iterdir()
+            if folder.name not in ELSEWHERE and next(folder.glob("*.py"), None) and not folder.name.startswith(".")
+            for path in folder.rglob("*.py")
+        ),
     ]
 )
 # "imagenet" is also a choice of dataset.normalize, where branching on it is right.
@@ -58,6 +57,36 @@ def test_no_branch_on_a_registered_name(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_files_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
+
+
+LONGEST_FUNCTION = 40  # lines without the docstring
+LONGEST_PARTY = 150  # of a class of a method, with both parties
+
+
+def length_of(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> int:
+    """Lines without those of the docstring."""
+    assert node.end_lineno is not None
+    lines = node.end_lineno - node.lineno + 1
+    if ast.get_docstring(node, clean=False) is None:
+        return lines
+    (docstring, *_) = node.body
+    assert docstring.end_lineno is not None
+    return lines - (docstring.end_lineno - docstring.lineno + 1)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_functions_are_short(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert length_of(node) <= LONGEST_FUNCTION, f"{node.name} in line {node.lineno}"
+        elif isinstance(node, ast.ClassDef) and "algorithms" in path.parts:
+            assert length_of(node) <= LONGEST_PARTY, f"{node.name} in line {node.lineno}"
+
+
+def test_every_program_of_the_root_is_checked() -> None:
+    programs = {path.name for path in SOURCES if path.parent == ROOT}
+    assert {"main.py", "plot_results.py", "status.py", "attack.py"} <= programs
+    assert {path.parent.name for path in SOURCES} >= {"cutlayer", "algorithms", "ground", "sweeps", "figures"}
 
 
 def test_algorithms_import_the_boundary_and_never_the_loop() -> None:

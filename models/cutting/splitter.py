@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,17 +154,11 @@ def _crossing(recording: Recording, mode: bool, boundary: int) -> tuple[Source, 
     return tuple(sorted(set(wanted), key=order.index))
 
 
-def _plan(recording: Recording, mode: bool, part: int) -> Plan:
+def _answers(
+    recording: Recording, mode: bool, part: int, extent: Callable[[Sequence[int], Sequence[int]], Extent]
+) -> dict[str, tuple[Answer | None, ...]]:
+    """What calls of modules before a part gave, by path, for those whose shape or constants it may ask for."""
     few, many = recording.passes[mode]
-    takes = _crossing(recording, mode, part - 1) if part else ()
-    gives = _crossing(recording, mode, part) if part < len(recording.cuts) else ()
-
-    def extent(one: Sequence[int], other: Sequence[int]) -> Extent:
-        try:
-            return Extent.of(one, other, BATCHES)
-        except ValueError as error:
-            raise CutError(recording.cuts[max(0, part - 1)], f"{error}: shapes that the batch does not tell") from error
-
     answers: dict[str, tuple[Answer | None, ...]] = {}
     for path, calls in few.calls.items():
         if path in recording.constant or not any(call.part < part for call in calls):
@@ -183,6 +177,20 @@ def _plan(recording: Recording, mode: bool, part: int) -> Plan:
             else None
             for call, twin in pairs
         )
+    return answers
+
+
+def _plan(recording: Recording, mode: bool, part: int) -> Plan:
+    few, many = recording.passes[mode]
+    takes = _crossing(recording, mode, part - 1) if part else ()
+    gives = _crossing(recording, mode, part) if part < len(recording.cuts) else ()
+
+    def extent(one: Sequence[int], other: Sequence[int]) -> Extent:
+        try:
+            return Extent.of(one, other, BATCHES)
+        except ValueError as error:
+            raise CutError(recording.cuts[max(0, part - 1)], f"{error}: shapes that the batch does not tell") from error
+
     inputs = {name: (extent(shape, many.inputs[name][0]), dtype) for name, (shape, dtype) in few.inputs.items()}
     return Plan(
         first=part == 0,
@@ -191,7 +199,7 @@ def _plan(recording: Recording, mode: bool, part: int) -> Plan:
         extents={value: extent(few.values[value].shape, many.values[value].shape) for value in takes},
         inputs={**inputs},
         constants=recording.constants,
-        answers=answers,
+        answers=_answers(recording, mode, part, extent),
         same=dict(few.same),
         copied_out=frozenset(few.rewritten),
         copied_in=frozenset(few.overwritten),

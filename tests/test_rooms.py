@@ -1,0 +1,106 @@
+"""The direction of imports: from a higher floor of the house to a lower one, and nowhere in a circle."""
+
+import ast
+from collections.abc import Mapping
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.test_house import ROOT, SOURCES
+
+# From the bottom. Rooms of one floor do not know each other. docs/architecture.md shows the same picture.
+FLOORS = (
+    ("runtime.ground",),
+    ("runtime.messages", "datasets"),
+    ("models",),
+    ("runtime.parties",),
+    ("algorithms", "runtime.records"),
+    ("runtime.evaluation", "runtime.transport"),
+    ("runtime.settings",),
+    ("runtime.trust",),
+    ("runtime.rounds",),
+    ("runtime.after", "runtime.costs", "plotting"),
+    ("runtime.network",),
+    ("runtime.experiment", "runtime.job"),
+    ("attacks", "runtime.launching"),
+    ("hydra_plugins", "the programs of the root", "benchmarks"),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def module_of(path: Path) -> str:
+    """The dotted name below `cutlayer`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in SOURCES if path.parts[len(ROOT.parts)] != "cutlayer"}
+
+
+def room_of(module: str) -> str:
+    """Rooms are packages; those of `runtime`, and the modules at its top, are rooms of their own."""
+    first, *others = module.split(".")
+    if first == "runtime":
+        return ".".join([first, *others[:1]])
+    return "the programs of the root" if MODULES[module].parent == ROOT else first
+
+
+def imported(tree: ast.AST, known: Mapping[str, object]) -> set[str]:
+    """The modules of the house that a module imports, wherever in it: late, or for the checker of types only."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            # What is imported may be a module itself, or a name in one.
+            each = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("cutlayer.") in known else node.module for name in each]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.removeprefix("cutlayer.") for name in names}
+    return found & known.keys()
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """Module -> the modules that it imports."""
+    return {
+        module: imported(ast.parse(path.read_text()), MODULES) - {module} for module, path in sorted(MODULES.items())
+    }
+
+
+def test_the_check_itself_finds_an_import() -> None:
+    text = """
+from cutlayer.runtime.ground import config, nothing
+if TYPE_CHECKING:
+    from cutlayer.models import split
+def late():
+    import cutlayer.datasets.facts
+    from torch import nn
+"""
+    known = {"runtime.ground", "runtime.ground.config", "models", "datasets.facts"}
+    assert imported(ast.parse(text), dict.fromkeys(known)) == known
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_to_a_lower_floor(module: str) -> None:
+    if module == "runtime":
+        return
+    room = room_of(module)
+    others = {each for each in imports()[module] if room_of(each) != room}
+    assert {each for each in others if FLOOR[room_of(each)] >= FLOOR[room]} == set()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    try:
+        TopologicalSorter(imports()).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_picture_in_the_docs_shows_the_floors() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (picture,) = [block for block in text.split("```") if block.startswith("text\n") and "runtime.ground" in block]
+    shown = [line.split("  ")[0].strip() for line in picture.splitlines()[1:] if line.strip() and line[0] != " "]
+    assert shown == [", ".join(rooms) for rooms in reversed(FLOORS)]

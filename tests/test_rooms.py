@@ -1,6 +1,7 @@
 """The direction of imports: from a higher floor of the house to a lower one, and nowhere in a circle."""
 
 import ast
+import re
 from collections.abc import Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -27,6 +28,7 @@ FLOORS = (
     ("attacks", "runtime.launching"),
     ("hydra_plugins", "the programs of the root", "benchmarks"),
 )
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -104,3 +106,23 @@ def test_the_picture_in_the_docs_shows_the_floors() -> None:
     (picture,) = [block for block in text.split("```") if block.startswith("text\n") and "runtime.ground" in block]
     shown = [line.split("  ")[0].strip() for line in picture.splitlines()[1:] if line.strip() and line[0] != " "]
     assert shown == [", ".join(rooms) for rooms in reversed(FLOORS)]
+
+
+PACKAGES = ("algorithms", "attacks", "benchmarks", "datasets", "deploy", "fuzz", "hydra_config", "hydra_plugins")
+PACKAGES += ("models", "plotting", "runtime", "tests")
+
+
+def places(text: str) -> set[str]:
+    """Files and folders of the house that a text names between backticks."""
+    return {place for place in re.findall(r"`([\w./-]+/[\w.-]*)`", text) if place.split("/")[0] in PACKAGES}
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *SOURCES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_place_that_is_named_is_there(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    made = set(re.findall(r"^`([\w./]+)`:$", text, re.MULTILINE))  # an example's own file, shown below such a line
+    assert {place for place in places(text) - made if not next(ROOT.glob(f"{place.rstrip('/')}*"), None)} == set()
+
+
+def test_the_check_itself_finds_a_place() -> None:
+    assert places("see `runtime/store.py`, `models/` and `a/b`, runtime/x.py") == {"runtime/store.py", "models/"}

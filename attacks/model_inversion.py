@@ -26,10 +26,10 @@ from cutlayer.models import build_attacker, through
 from cutlayer.models.similarity import mse, psnr, ssim
 from cutlayer.runtime.after.saved import owned, read_config, restore
 from cutlayer.runtime.evaluation.scores import evaluating
-from cutlayer.runtime.experiment import prepare_process, set_threads
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError, build
 from cutlayer.runtime.ground.files import make_folder, replace_file, written_whole
+from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.records.run_folder import safe_component
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.session import Workplace
@@ -128,7 +128,7 @@ def attack_run(run: Path, changes: Mapping[str, Any], told: Told = lambda *_: No
     with owned(run):
         prepare_process(config.torch_device())
         federation = restore(run, saved)
-        set_threads(config, federation)
+        set_threads(config.threads, federation.device, federation.parameters)
         return invert(federation, attack, run, told)
 
 

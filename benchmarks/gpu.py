@@ -21,8 +21,8 @@ from torch import Tensor
 
 import cutlayer.algorithms as algorithms
 from benchmarks.measure import ROOT, machine_options, set_up
-from cutlayer.runtime.experiment import prepare_process
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.process import prepare_process
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.rounds.federation import Federation
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -16,9 +15,9 @@ from cutlayer.plotting import first_picture
 from cutlayer.runtime.after import probe
 from cutlayer.runtime.after.personalize import Personalized, own_tests, personalize, tunable
 from cutlayer.runtime.evaluation.features import feature_parts
-from cutlayer.runtime.ground.allocator import keep_freed_memory
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import MODEL_FILE, make_folder
+from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.serial import save_tensors
 from cutlayer.runtime.network.server.status import StatusFile, announce, is_told
 from cutlayer.runtime.records.console import Progress, RunFiles, show_summary
@@ -27,16 +26,10 @@ from cutlayer.runtime.records.loggers import build_loggers
 from cutlayer.runtime.records.results import Results, RunSummary
 from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
-from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import LocalTransport
 
 log = logging.getLogger(__name__)
-
-# Below this many parameters the work of one operation is too little to divide, and threads that wait for each other on
-# a busy machine cost many times what they save on an idle one.
-SMALL_MODEL = 1_000_000
-_ALL_THREADS = torch.get_num_threads()
 
 
 def run(config: RunConfig, folder: RunFolder) -> RunSummary:
@@ -49,7 +42,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
         announce(folder.path, config)
     prepare_process(config.torch_device())
     federation = Federation(config, folder.path)
-    set_threads(config, federation)
+    set_threads(config.threads, federation.device, federation.parameters)
     if config.personalize.part is not None:  # a model that cannot be divided is a mistake before training, not after
         tunable(federation, config.personalize.part)
         own_tests(federation)
@@ -163,20 +156,3 @@ def _save_partition(federation: Federation, folder: Path) -> None:
         make_folder(folder, folder / "local_test")
         test = federation.dataset.test.labels
         save_partition(folder / "local_test", federation.evaluator.local_test, test, info.classes, info.class_names)
-
-
-def set_threads(config: RunConfig, federation: Setup) -> None:
-    small = federation.device.type == "cpu" and federation.parameters < SMALL_MODEL
-    automatic = 1 if small else _ALL_THREADS
-    # Set in either case: an earlier job of this process may have left another number.
-    torch.set_num_threads(automatic if config.threads == "auto" else config.threads)
-
-
-def prepare_process(device: torch.device) -> None:
-    """Ask for kernels that give the same bits each time; on a CPU, where all do, for memory that is used again."""
-    if device.type == "cpu":
-        keep_freed_memory()
-    elif device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this only
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)

@@ -16,10 +16,10 @@ from cutlayer.runtime.after.personalize import folder_of as personalized_in
 from cutlayer.runtime.after.probe import Probed, probe
 from cutlayer.runtime.after.probe import folder_of as probed_in
 from cutlayer.runtime.evaluation.classifiers import ProbeConfig
-from cutlayer.runtime.experiment import prepare_process, set_threads
 from cutlayer.runtime.ground.config import ConfigError, plain, show
 from cutlayer.runtime.ground.files import MODEL_FILE, RESULTS
 from cutlayer.runtime.ground.locks import FileLock
+from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.reading import MissingError, check_links, inside, read_text, read_yaml
 from cutlayer.runtime.parties.blueprint import DTYPES
 from cutlayer.runtime.records.console import Progress, show_rows
@@ -248,7 +248,7 @@ def taken_up(run: Path, saved: Saved) -> Generator[tuple[Federation, Progress]]:
     with owned(run):
         prepare_process(config.torch_device())
         federation = restore(run, saved)
-        set_threads(config, federation)
+        set_threads(config.threads, federation.device, federation.parameters)
         with Progress(federation.round, config.title, config.progress, done=federation.round) as progress:
             yield federation, progress
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from cutlayer.runtime.experiment import prepare_process, set_threads
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.locks import FileLock
+from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.messages.boundary import METRICS, MODEL, Message, Payload, Reply
 from cutlayer.runtime.messages.bounds import WireError
 from cutlayer.runtime.network.agreement import PROTOCOL, data_facts, fingerprint, joined, shared, version
@@ -125,7 +125,7 @@ class _Client:
         named = {override.lstrip("+").partition("=")[0] for override in self._overrides}
         download = not named.isdisjoint(("dataset", "dataset.name", "dataset.root"))
         self._site, self._run = Site(config, folder, download=download), run
-        set_threads(config, self._site)
+        set_threads(config.threads, self._site.device, self._site.parameters)
         return self._site
 
     def _folder(self, config: RunConfig, run: str) -> Path:

@@ -24,7 +24,7 @@ from cutlayer.runtime.ground.allocator import keep_freed_memory
 from cutlayer.runtime.messages.boundary import METRICS, MODEL, Payload
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.network.client.link import Link
-from cutlayer.runtime.network.server.connection import LinkLostError
+from cutlayer.runtime.network.links import LinkLostError
 from cutlayer.runtime.network.server.remote_session import RemoteChannel
 from cutlayer.runtime.network.wire import What
 from cutlayer.runtime.rounds.schedule import sequential

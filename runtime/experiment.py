@@ -19,7 +19,8 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import MODEL_FILE, make_folder
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.serial import save_tensors
-from cutlayer.runtime.network.server.status import StatusFile, announce, is_told
+from cutlayer.runtime.network.server.status import is_told
+from cutlayer.runtime.network.server.status_file import StatusFile, announce
 from cutlayer.runtime.records.console import Progress, RunFiles, show_summary
 from cutlayer.runtime.records.data_record import record_data
 from cutlayer.runtime.records.loggers import build_loggers

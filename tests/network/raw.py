@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from cutlayer.runtime.network.server.hub import METHOD, SERVICE
+from cutlayer.runtime.network.links import METHOD, SERVICE
 from cutlayer.runtime.network.wire import Head, What, outgoing
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

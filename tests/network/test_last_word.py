@@ -19,7 +19,8 @@ from cutlayer.runtime import experiment
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.job import claim
 from cutlayer.runtime.launching.hydra_support import load_config
-from cutlayer.runtime.network.server.status import NETWORK, Status, announce, read_status_of
+from cutlayer.runtime.network.server.status import NETWORK, Status, read_status_of
+from cutlayer.runtime.network.server.status_file import announce
 from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import SMALL

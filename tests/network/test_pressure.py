@@ -23,9 +23,9 @@ pytest.importorskip("grpc", reason="the extra grpc is not installed")
 
 from cutlayer.runtime.messages.bounds import Limits
 from cutlayer.runtime.network.client.link import Link
+from cutlayer.runtime.network.links import LinkLostError
 from cutlayer.runtime.network.server import audit, connection, guard, hub
 from cutlayer.runtime.network.server.audit import AUDIT, BEFORE, Audit
-from cutlayer.runtime.network.server.connection import LinkLostError
 from cutlayer.runtime.network.server.hub import Greeting, Hub
 from cutlayer.runtime.network.wire import Head, What, outgoing
 from cutlayer.runtime.transport import GrpcTransport

@@ -33,9 +33,10 @@ from cutlayer.runtime import network
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import replace_file
 from cutlayer.runtime.ground.locks import FileLock
-from cutlayer.runtime.network.server import status
+from cutlayer.runtime.network.server import status_file
 from cutlayer.runtime.network.server.overview import View, picture
-from cutlayer.runtime.network.server.status import NETWORK, Seen, Status, StatusFile, read_status_of
+from cutlayer.runtime.network.server.status import NETWORK, Seen, Status, read_status_of
+from cutlayer.runtime.network.server.status_file import StatusFile
 from cutlayer.runtime.records.run_folder import LOCK
 from cutlayer.runtime.rounds.federation import Federation
 from tests.test_readme import blocks
@@ -115,8 +116,8 @@ def test_many_changes_are_one_writing_and_the_end_does_not_wait(
     configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, state: str
 ) -> None:
     written: list[str] = []
-    monkeypatch.setattr(status, "_PAUSE_S", 3600.0)
-    monkeypatch.setattr(status, "replace_file", lambda path, text, durable: written.append(text))
+    monkeypatch.setattr(status_file, "_PAUSE_S", 3600.0)
+    monkeypatch.setattr(status_file, "replace_file", lambda path, text, durable: written.append(text))
     federation = Federation(configure())
     clients = stub(federation, [Seen() for _ in range(4)])
     try:

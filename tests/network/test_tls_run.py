@@ -25,7 +25,8 @@ pytest.importorskip("cryptography", reason="the extra grpc is not installed")
 grpc = pytest.importorskip("grpc", reason="the extra grpc is not installed")
 
 from cutlayer.runtime.network.certificates.authority import Order, make_certificates  # noqa: E402  it needs cryptography
-from cutlayer.runtime.network.server.hub import METHOD, SERVICE, Greeting, Hub  # noqa: E402
+from cutlayer.runtime.network.links import METHOD, SERVICE  # noqa: E402
+from cutlayer.runtime.network.server.hub import Greeting, Hub  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTING = ("algorithm=sl_single_server", "num_clients=2", "rounds=3", "batch_size=400", "eval_interval=1")

@@ -13,8 +13,7 @@ import grpc
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.bounds import Limits, WireError
 from cutlayer.runtime.network.certificates.tls import client_credentials, is_loopback
-from cutlayer.runtime.network.server.connection import LinkLostError
-from cutlayer.runtime.network.server.hub import METHOD, SERVICE, channel_options, hand_over_quickly
+from cutlayer.runtime.network.links import METHOD, SERVICE, LinkLostError, channel_options, hand_over_quickly
 from cutlayer.runtime.network.wire import Head, Incoming, Received, What, outgoing
 from cutlayer.runtime.transport import GrpcTransport
 

@@ -19,8 +19,7 @@ from cutlayer.runtime.messages.bounds import WireError
 from cutlayer.runtime.network.agreement import PROTOCOL, data_facts, fingerprint, joined, shared, version
 from cutlayer.runtime.network.client.link import Link
 from cutlayer.runtime.network.client.site import Site
-from cutlayer.runtime.network.server.connection import LinkLostError
-from cutlayer.runtime.network.server.remote_session import on_device
+from cutlayer.runtime.network.links import LinkLostError, on_device
 from cutlayer.runtime.network.wire import Received, What
 from cutlayer.runtime.records.run_folder import run_path
 from cutlayer.runtime.settings import RunConfig

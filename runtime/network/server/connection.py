@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from concurrent.futures import CancelledError, Future
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 from grpc import aio
 
 from cutlayer.runtime.messages.bounds import Limits, WireError
 from cutlayer.runtime.network.certificates.passports import Passport
+from cutlayer.runtime.network.links import LinkLostError
 from cutlayer.runtime.network.server.guard import Stream
-from cutlayer.runtime.network.server.status import Doing
+from cutlayer.runtime.network.server.status import Doing, Seen
 from cutlayer.runtime.network.wire import Head, Incoming, Received, What, outgoing
+from cutlayer.runtime.transport import GrpcTransport
 
-if TYPE_CHECKING:
-    from cutlayer.runtime.network.server.hub import Hub
-
+T = TypeVar("T")
 GrpcError: type[Exception] = getattr(aio, "BaseError")  # noqa: B009  (as below)
 EOF: Any = getattr(aio, "EOF")  # noqa: B009  (what a stream's end reads as; the types do not know it)
 FAREWELL_S = 5.0
 """Seconds that a client has to take what it is told at the end."""
 
 
-class LinkLostError(Exception):
-    """A peer is gone, or its next message has not come in time."""
+class Host(Protocol):
+    """What a connection needs of the hub that it belongs to; its members are described there."""
+
+    connections: dict[int, Connection]
+    seen: list[Seen]
+    changed: threading.Condition
+    note: Callable[[], None]
+    loop: asyncio.AbstractEventLoop
+    config: GrpcTransport
+
+    def call(self, function: Callable[..., object], *args: object) -> None: ...
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]: ...
 
 
 class Connection:
@@ -34,7 +45,7 @@ class Connection:
 
     def __init__(
         self,
-        hub: Hub,
+        hub: Host,
         client: int,
         facts: dict[str, Any],
         context: Any,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable
@@ -24,21 +23,20 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.bounds import Limits, WireError, shown
 from cutlayer.runtime.network.certificates.passports import Passport, Trust, passport
 from cutlayer.runtime.network.certificates.tls import is_loopback, server_credentials
+from cutlayer.runtime.network.links import METHOD, SERVICE, channel_options, hand_over_quickly
 from cutlayer.runtime.network.server import guard
 from cutlayer.runtime.network.server.audit import Audit
 from cutlayer.runtime.network.server.connection import EOF, FAREWELL_S, Connection, GrpcError
 from cutlayer.runtime.network.server.status import Seen
-from cutlayer.runtime.network.wire import PIECE_BYTES, Head, Incoming, What, outgoing
+from cutlayer.runtime.network.wire import Head, Incoming, What, outgoing
 from cutlayer.runtime.transport import GrpcTransport
 
 log = logging.getLogger(__name__)
 
-SERVICE, METHOD = "cutlayer.Federation", "Join"
 T = TypeVar("T")
 # What a client may say before it is known, and how long it may take: nothing large, nothing slow.
 _GREETING = Limits(message_bytes=0, text_bytes=1 << 16)
 _GREETING_S = guard.GREETING_S
-_TURN_S = 1e-4
 _CARE_S = 1.0  # from one look at what has been there for too long to the next
 
 
@@ -52,32 +50,6 @@ class RefusedError(Exception):
     def __init__(self, reason: str, *, later: bool = False) -> None:
         super().__init__(reason)
         self.later = later
-
-
-def hand_over_quickly() -> None:
-    """Let threads take turns within a fraction of a millisecond, where Python's own five are half a message's way.
-
-    A message goes through the hands of several threads, and one that waits for its turn delays it.
-    """
-    sys.setswitchinterval(_TURN_S)
-
-
-def channel_options(config: GrpcTransport) -> list[tuple[str, int]]:
-    """Options of both ends: pieces go through whole, a silent link is probed, and is cut if it does not answer."""
-    milliseconds = max(1, round(1000 * config.keepalive))
-    return [
-        ("grpc.max_receive_message_length", PIECE_BYTES),
-        ("grpc.max_send_message_length", PIECE_BYTES),
-        ("grpc.keepalive_time_ms", milliseconds),
-        ("grpc.keepalive_timeout_ms", milliseconds),
-        ("grpc.http2.ping_timeout_ms", milliseconds),  # else a minute, where only TCP answers, not the process
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", milliseconds // 2),
-        ("grpc.http2.max_ping_strikes", 0),
-        ("grpc.so_reuseport", 0),
-        ("grpc.enable_http_proxy", 0),
-    ]
 
 
 @dataclass

@@ -21,8 +21,9 @@ from cutlayer.runtime.messages.bounds import Limits, WireError, shown
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.network.agreement import PROTOCOL, compare_data, data_facts, fingerprint, shared, told, version
 from cutlayer.runtime.network.check import check_values
+from cutlayer.runtime.network.links import LinkLostError
 from cutlayer.runtime.network.server.audit import Audit
-from cutlayer.runtime.network.server.connection import Connection, LinkLostError
+from cutlayer.runtime.network.server.connection import Connection
 from cutlayer.runtime.network.server.hub import Greeting, Hub, RefusedError, missing
 from cutlayer.runtime.network.server.rehearsal import rehearse
 from cutlayer.runtime.network.server.remote_session import A_STEP, MOST_MESSAGES, RemoteChannel, RemoteSession

@@ -17,7 +17,8 @@ from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Messag
 from cutlayer.runtime.messages.bounds import WireError
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.network.check import check_values
-from cutlayer.runtime.network.server.connection import Connection, LinkLostError
+from cutlayer.runtime.network.links import LinkLostError, on_device
+from cutlayer.runtime.network.server.connection import Connection
 from cutlayer.runtime.network.wire import Head, What
 from cutlayer.runtime.rounds.session import Channel
 
@@ -39,11 +40,6 @@ class RemoteChannel(Channel):
 
     def hand_over(self, payload: Payload) -> Reply:
         return on_device(payload, self._device)
-
-
-def on_device(payload: Payload, device: torch.device) -> Reply:
-    """What came over the network, where the party computes."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in payload.items()}
 
 
 class RemoteSession:

@@ -12,7 +12,8 @@ from torch.func import functional_call
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow, SplitServer, cross_entropy
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.messages.boundary import ClientProgram, Payload, Reply, ask, flatten, tell, tensor
+from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Reply, ask, flatten, tell
+from cutlayer.runtime.messages.crossing import tensor
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext
 
@@ -26,7 +27,7 @@ def _positive(config: Any, *keys: str) -> None:
 class OneWayServer(SplitServer):
     """Trains on smashed data as it arrives and sends nothing back."""
 
-    def on_smashed(self, client: int, message: Payload) -> Reply | None:
+    def on_smashed(self, client: int, message: Payload) -> Fields | None:
         super().on_smashed(client, message)
         return None
 

@@ -6,22 +6,11 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cutlayer.models import through
-from cutlayer.runtime.messages.boundary import (
-    ClientProgram,
-    Crossing,
-    Payload,
-    Reply,
-    Upload,
-    pack,
-    tensor,
-    unflatten,
-    unpack,
-)
+from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Reply, Upload, unflatten
+from cutlayer.runtime.messages.crossing import crossed, gradients, require_gradients, tensor
 from cutlayer.runtime.parties.aggregate import Average
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
@@ -32,29 +21,6 @@ if TYPE_CHECKING:
 
 cross_entropy = F.cross_entropy
 """Mean cross-entropy over a batch: logits [b, classes], labels int64 [b]."""
-
-
-def floating(crossing: Crossing) -> list[Tensor]:
-    """Those of the tensors that cross a cut that can have a gradient: not a mask, nor indices."""
-    return [each for each in (crossing if isinstance(crossing, tuple) else (crossing,)) if each.is_floating_point()]
-
-
-def followed(crossing: Crossing) -> Crossing:
-    """What crossed a cut, from now on with gradients."""
-    for each in floating(crossing):
-        each.requires_grad_()
-    return crossing
-
-
-def detached(crossing: Crossing) -> Crossing:
-    """What crosses a cut, without the graph that it came from."""
-    return tuple(each.detach() for each in crossing) if isinstance(crossing, tuple) else crossing.detach()
-
-
-def gradients(crossing: Crossing) -> Crossing:
-    """The gradients of ``floating(crossing)``, to be sent back: zeros where nothing depends on a tensor."""
-    found = tuple(torch.zeros_like(each) if each.grad is None else each.grad for each in floating(crossing))
-    return found[0] if len(found) == 1 else found
 
 
 @dataclass(frozen=True)
@@ -114,11 +80,11 @@ class Server:
         """Called before the first client of a round starts."""
         self._averages = {}
 
-    def down(self, client: int) -> Payload:
+    def down(self, client: int) -> Fields:
         """The message that opens a client's round."""
         return self.ctx.dump(*self.ctx.shared)
 
-    def serve(self, kind: str, inbox: Mapping[int, Payload]) -> dict[int, Payload | None]:
+    def serve(self, kind: str, inbox: Mapping[int, Payload]) -> dict[int, Fields | None]:
         """Answer the messages of one kind of one or several clients."""
         together = getattr(self, f"on_{kind}_cohort", None)
         if together is not None:
@@ -159,17 +125,17 @@ class Server:
 class SplitServer(Server):
     """A server that holds the model's upper part and trains it on the smashed data of every client."""
 
-    def on_smashed(self, client: int, message: Payload) -> Reply | None:
+    def on_smashed(self, client: int, message: Payload) -> Fields | None:
         """One optimizer step on (z, y); replies with the gradient of z, mean over the batch."""
         return self.train(self.ctx.part("server"), self.ctx.optimizer("server"), message)
 
-    def train(self, model: nn.Module, optimizer: PartOptimizer, message: Payload) -> Reply:
+    def train(self, model: nn.Module, optimizer: PartOptimizer, message: Payload) -> Fields:
         """One step of a server model on (z, y); gives the gradient of z."""
-        z = followed(unpack(message, "z"))
-        loss = cross_entropy(through(model, z), tensor(message, "y"))
+        z = require_gradients(crossed(message, "z"))
+        loss = cross_entropy(model(z), tensor(message, "y"))
         optimizer.update(loss)
         self.ctx.log("loss", loss)
-        return pack("grad", gradients(z))
+        return {"grad": gradients(z)}
 
 
 class Algorithm:
@@ -242,12 +208,12 @@ class Algorithm:
         return False
 
     @staticmethod
-    def together(cohort: Cohort, down: Payload) -> Generator[Asked, dict[int, Reply], Payload]:
+    def together(cohort: Cohort, down: Payload) -> Generator[Asked, dict[int, Reply], Fields]:
         """The round of a whole cohort of equal weights: yields what each client asks, returns what each uploads."""
         raise NotImplementedError
 
     @staticmethod
-    def client(ctx: ClientContext, down: Payload) -> ClientProgram | Payload:
+    def client(ctx: ClientContext, down: Payload) -> ClientProgram | Fields:
         """The client's part of a round: a generator that yields messages and returns its upload.
 
         A client that sends nothing before its upload may be a plain function.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -91,10 +91,3 @@ def check_positive(key: str, value: float) -> None:
     """Raises ConfigError for a number that is not above zero."""
     if not 0 < value < float("inf"):
         raise ConfigError(key, value, "a finite number > 0")
-
-
-def joined(values: Sequence[Tensor | tuple[Tensor, ...]]) -> Tensor | tuple[Tensor, ...]:
-    """What crossed from several clients as one batch."""
-    if isinstance(values[0], tuple):
-        return tuple(torch.cat(each) for each in zip(*values, strict=True))
-    return torch.cat([value for value in values if isinstance(value, Tensor)])

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import Algorithm, Flow, Server, cross_entropy, detached, floating, followed, gradients
-from cutlayer.models import through
+from cutlayer.algorithms.base import Algorithm, Flow, Server, cross_entropy
+from cutlayer.models.cutting import Crossing
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.messages.boundary import ClientProgram, Crossing, Payload, Reply, ask, pack, unpack
+from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, ask
+from cutlayer.runtime.messages.crossing import crossed, detached, floating, gradients, require_gradients
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
 
@@ -77,7 +78,7 @@ class SharedBodyServer(Server):
         super().open_round(cohort)
         self._passes.clear()
 
-    def down(self, client: int) -> Payload:
+    def down(self, client: int) -> Fields:
         """The averaged parts, unless the client has had them since the last averaging and goes on with its own."""
         interval = self.ctx.config.aggregate_interval
         if interval > 1:
@@ -88,18 +89,18 @@ class SharedBodyServer(Server):
             own.put("period", {"period": torch.tensor(period)})
         return super().down(client)
 
-    def on_smashed(self, client: int, message: Payload) -> Reply:
+    def on_smashed(self, client: int, message: Payload) -> Fields:
         """The body's output for z; its graph waits for the gradient."""
-        z = followed(unpack(message, "z"))
-        output: Crossing = through(self.ctx.part("server"), z)
+        z = require_gradients(crossed(message, "z"))
+        output: Crossing = self.ctx.part("server")(z)
         self._passes[client] = z, output
-        return pack("output", output)
+        return {"output": output}
 
-    def on_gradient(self, client: int, message: Payload) -> Reply:
+    def on_gradient(self, client: int, message: Payload) -> Fields:
         """One optimizer step along the gradient of the body's output; replies with the gradient of z."""
         z, output = self._passes.pop(client)
-        self.ctx.optimizer("server").update(output, unpack(message, "grad"))
-        return pack("grad", gradients(z))
+        self.ctx.optimizer("server").update(output, crossed(message, "grad"))
+        return {"grad": gradients(z)}
 
     def forget(self, client: int) -> None:
         self._passes.pop(client, None)
@@ -147,16 +148,16 @@ class FSMKD(Algorithm):
         both = config.shared_gradient == "both"
         for x, y in ctx.batches():
             z = first(x)
-            output = followed(unpack((yield ask("smashed", **pack("z", z))), "output"))
+            output = require_gradients(crossed((yield ask("smashed", z=z)), "output"))
             # What the local loss does not train sees no gradient of it.
             own = detached(z)
-            local, shared = through(tail, through(body, followed(own) if both else own)), through(tail, output)
+            local, shared = tail(body(require_gradients(own) if both else own)), tail(output)
             local_loss, loss = mutual_losses(local, shared, y, config)
             optimizer.zero_grad()
             torch.autograd.backward(loss, inputs=[*floating(output), *tail.parameters()])
             inputs = [*body.parameters(), *((*floating(own), *tail.parameters()) if both else ())]
             torch.autograd.backward(local_loss, inputs=inputs)
-            gradient = unpack((yield ask("gradient", **pack("grad", gradients(output)))), "grad")
+            gradient = crossed((yield ask("gradient", grad=gradients(output))), "grad")
             for each, along in zip(floating(own), floating(gradient), strict=True):
                 if each.grad is not None:
                     along += each.grad

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import cross_entropy
 from cutlayer.algorithms.personal import FedBABU
-from cutlayer.models import AuxiliaryHeads, through
+from cutlayer.models import AuxiliaryHeads
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.blueprint import Layout
@@ -111,7 +111,7 @@ class MHMD(FedBABU):
         optimizer = ctx.optimizer("body")
         for x, y in ctx.batches():
             z, auxiliary = heads.attached(body, x)
-            terms = mhmd_loss(through(head, z), auxiliary, y, ctx.config)
+            terms = mhmd_loss(head(z), auxiliary, y, ctx.config)
             optimizer.update(terms.pop("total"))
             for name, value in terms.items():
                 ctx.log(name, value)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import Algorithm, Flow, Server, detached, floating, followed, gradients
-from cutlayer.algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, joined, unit
-from cutlayer.algorithms.saving import Saving
-from cutlayer.models import through
+from cutlayer.algorithms.base import Algorithm, Flow, Server
+from cutlayer.algorithms.byte_saving import ByteSaving
+from cutlayer.algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, unit
+from cutlayer.models.cutting import Crossing
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.messages.boundary import ClientProgram, Crossing, Payload, Reply, ask, pack, unpack
+from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Reply, ask
+from cutlayer.runtime.messages.crossing import (
+    backward,
+    crossed,
+    detached,
+    divided,
+    gradients,
+    joined,
+    require_gradients,
+    scaled,
+)
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.cohort import Asked, Cohort
 from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
@@ -84,7 +93,7 @@ class MocoServer(Server):
         width = next(reversed(list(ctx.part("projector").parameters()))).shape[0]
         self._queue = Queue(torch.randn(lines, config.queue // lines, width, generator=ctx.generator("queue")))
         self._queue.move(next(ctx.part("projector").parameters()))
-        self._saving = Saving(config.loss_threshold, config.loss_interval, config.stored_steps)
+        self._saving = ByteSaving(config.loss_threshold, config.loss_interval, config.stored_steps)
 
     def open_round(self, cohort: Sequence[int]) -> None:
         super().open_round(cohort)
@@ -98,20 +107,19 @@ class MocoServer(Server):
             return {}
         return self.ctx.dump("client", "client_momentum") | ({FROZEN: True} if self._saving.frozen else {})
 
-    def on_smashed_cohort(self, inbox: Mapping[int, Payload]) -> dict[int, Payload | None]:
+    def on_smashed_cohort(self, inbox: Mapping[int, Payload]) -> dict[int, Fields | None]:
         """One step on the cohort's batches as one; each client gets the gradient of its own queries' mean loss."""
-        query, key = (joined([unpack(message, name) for message in inbox.values()]) for name in ("query", "key"))
+        query, key = (joined([crossed(message, name) for message in inbox.values()]) for name in ("query", "key"))
         sizes = [len(next(iter(message.values()))) for message in inbox.values()]  # type: ignore[arg-type]
         shared = self.ctx.config.feature_sharing
         lines = torch.tensor([0 if shared else client for client in inbox]).repeat_interleave(torch.tensor(sizes))
-        self._learn(followed(query), key, lines)
+        self._learn(require_gradients(query), key, lines)
         if self._saving.frozen:
             return dict.fromkeys(inbox)
-        grad, total = gradients(query), sum(sizes)
-        ends = list(accumulate(sizes, initial=0))
+        own = divided(gradients(query), sizes)
         return {
-            client: pack("grad", _times(_rows(grad, slice(start, stop)), total / (stop - start)))
-            for client, (start, stop) in zip(inbox, pairwise(ends), strict=True)
+            client: {"grad": scaled(grad, sum(sizes) / size)}
+            for client, size, grad in zip(inbox, sizes, own, strict=True)
         }
 
     def _learn(self, query: Crossing, key: Crossing, lines: Tensor) -> None:
@@ -130,9 +138,9 @@ class MocoServer(Server):
 
     def _contrast(self, query: Crossing, key: Crossing, lines: Tensor) -> tuple[Tensor, Tensor]:
         part = self.ctx.part
-        q = unit(part("projector")(through(part("server"), query)), self._queue.keys)
+        q = unit(part("projector")(part("server")(query)), self._queue.keys)
         with torch.no_grad():
-            k = unit(part("projector_momentum")(through(part("server_momentum"), key)), self._queue.keys)
+            k = unit(part("projector_momentum")(part("server_momentum")(key)), self._queue.keys)
         return info_nce(q, k, self._queue.cosines(q, lines), self.ctx.config.temperature), k
 
     def close_round(self) -> None:
@@ -150,15 +158,6 @@ class MocoServer(Server):
         super().load_state_dict(state)
         self._queue.load(state["queue"])
         self._saving.load(state["saving"], self.ctx.blueprint.device)
-
-
-def _rows(values: Crossing, rows: slice) -> Crossing:
-    """A client's rows of what all crossed with."""
-    return tuple(each[rows] for each in values) if isinstance(values, tuple) else values[rows]
-
-
-def _times(values: Crossing, factor: float) -> Crossing:
-    return tuple(each * factor for each in values) if isinstance(values, tuple) else values * factor
 
 
 @register("moco_sfl")
@@ -207,9 +206,9 @@ class MocoSFL(Algorithm):
             query = model(one)
             with torch.no_grad():
                 key = average(two)
-            reply = yield ask("smashed", **pack("query", query), **pack("key", key))
+            reply = yield ask("smashed", query=query, key=key)
             if FROZEN not in down:
-                optimizer.update(query, unpack(reply, "grad"))
+                optimizer.update(query, crossed(reply, "grad"))
                 follow(average, model, ctx.config.client_momentum)
         return {} if FROZEN in down else ctx.dump("client")
 
@@ -219,35 +218,29 @@ class MocoSFL(Algorithm):
         return config.together == "auto" and config.local_steps == 1
 
     @staticmethod
-    def together(cohort: Cohort, down: Payload) -> Generator[Asked, dict[int, Reply], Payload]:
+    def together(cohort: Cohort, down: Payload) -> Generator[Asked, dict[int, Reply], Fields]:
         """The same round, of clients that begin it with the same weights and take one step: chunks of many clients."""
         if not down:
             return {}
         cohort.load(down)
         model, average, optimizer = cohort.part("client"), cohort.part("client_momentum"), cohort.optimizer("client")
-        sent: dict[int, Payload] = {}
+        sent: dict[int, Fields] = {}
         graphs: list[tuple[list[int], Crossing]] = []
         for chunk, one, two in cohort.views():
             query = model(one)
             with torch.no_grad():
                 key = average(two)
             graphs.append((chunk, query))
-            start = 0
-            for client in chunk:
-                stop = start + cohort.sizes[client]
-                rows = slice(start, stop)
-                sent[client] = {**pack("query", _rows(query, rows)), **pack("key", _rows(key, rows))}
-                start = stop
+            sizes = [cohort.sizes[client] for client in chunk]
+            for client, own, other in zip(chunk, divided(query, sizes), divided(key, sizes), strict=True):
+                sent[client] = {"query": own, "key": other}
         replies = yield Asked("smashed", sent)
         if FROZEN in down:
             return {}
         optimizer.zero_grad()
         for chunk, query in graphs:
             # The mean of the clients' steps is the step along their gradients' mean: each as its average weighs.
-            along = joined([_times(unpack(replies[client], "grad"), cohort.share(client)) for client in chunk])
-            pairs = zip(floating(query), floating(along), strict=True)
-            learnt = [(value, gradient) for value, gradient in pairs if value.requires_grad]  # none of a frozen part
-            if learnt:
-                torch.autograd.backward([value for value, _ in learnt], [gradient for _, gradient in learnt])
+            along = [scaled(crossed(replies[client], "grad"), cohort.share(client)) for client in chunk]
+            backward(query, joined(along))
         optimizer.step()
         return cohort.dump("client")

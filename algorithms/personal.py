@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow, cross_entropy
-from cutlayer.models import through
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.blueprint import Layout
@@ -22,7 +21,7 @@ def train(ctx: ClientContext, *trained: str, stream: str = "batches", epochs: in
         part.requires_grad_(name in trained)
     optimizer = ctx.optimizer(*trained)
     for x, y in ctx.batches(stream, epochs):
-        loss = cross_entropy(through(head, body(x)), y)
+        loss = cross_entropy(head(body(x)), y)
         optimizer.update(loss)
         ctx.log("loss", loss)
 

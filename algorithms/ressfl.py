@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import Algorithm, cross_entropy, detached
-from cutlayer.models import through
+from cutlayer.algorithms.base import Algorithm, cross_entropy
 from cutlayer.models.similarity import ssim
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload
+from cutlayer.runtime.messages.crossing import detached
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext
 from cutlayer.runtime.parties.optim import OptimizerConfig, PartOptimizer, make_optimizer
@@ -69,10 +69,10 @@ class ResSFL(Algorithm):
         for x, y in ctx.batches():
             images = ctx.pixels(x)
             z = client(x)
-            attacking.update(1 - ssim(through(attacker, detached(z)), images).mean())
+            attacking.update(1 - ssim(attacker(detached(z)), images).mean())
             attacker.requires_grad_(False)
-            likeness = ssim(through(attacker, z), images).mean()
-            loss = cross_entropy(through(server, z), y)
+            likeness = ssim(attacker(z), images).mean()
+            loss = cross_entropy(server(z), y)
             optimizer.update(loss + config.alpha * (likeness - config.target_ssim).clamp(min=0))
             attacker.requires_grad_(True)
             ctx.log("loss", loss)

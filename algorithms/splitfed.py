@@ -8,7 +8,8 @@ from torch import nn
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow, SplitServer
-from cutlayer.runtime.messages.boundary import ClientProgram, Payload, Reply, Upload, ask, pack, unflatten, unpack
+from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Upload, ask, unflatten
+from cutlayer.runtime.messages.crossing import crossed
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
 from cutlayer.runtime.parties.optim import PartOptimizer
@@ -38,8 +39,8 @@ class SplitFedV2(Algorithm):
         model, optimizer = ctx.part("client"), ctx.optimizer("client")
         for x, y in ctx.batches():
             z = model(x)
-            reply = yield ask("smashed", **pack("z", z), y=y)
-            optimizer.update(z, unpack(reply, "grad"))
+            reply = yield ask("smashed", z=z, y=y)
+            optimizer.update(z, crossed(reply, "grad"))
         return ctx.dump("client")
 
 
@@ -54,7 +55,7 @@ class ReplicaServer(SplitServer):
         super().open_round(cohort)
         self._replicas.clear()
 
-    def on_smashed(self, client: int, message: Payload) -> Reply:
+    def on_smashed(self, client: int, message: Payload) -> Fields:
         if client not in self._replicas:
             self._replicas[client] = self.ctx.replica("server")
         return self.train(*self._replicas[client], message)

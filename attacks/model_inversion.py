@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cutlayer.datasets import Source
-from cutlayer.models import build_attacker, through
+from cutlayer.models import build_attacker
+from cutlayer.models.cutting import Crossing, tensors
 from cutlayer.models.similarity import mse, psnr, ssim
 from cutlayer.runtime.after.saved import owned, read_config, restore
 from cutlayer.runtime.evaluation.scores import evaluating
@@ -188,7 +189,7 @@ class _Attacker:
             assert isinstance(total, Tensor)
             found, shown = self._test(client, data.train, target, None)
             mean, _ = self._test(client, data.train, target, total / len(own))
-            shape = [list(each.shape[1:]) for each in self._seen(client, data.train, target)]
+            shape = [list(each.shape[1:]) for each in tensors(self._seen(client, data.train, target))]
         return Inversion(federation.round, shape, len(own), len(target), loss, found, mean), shown
 
     def _some(self, indices: Tensor) -> Tensor:
@@ -197,15 +198,15 @@ class _Attacker:
 
     def _pairs(
         self, client: Any, source: Source, indices: Tensor, *, shuffle: bool
-    ) -> Generator[tuple[Tensor, tuple[Tensor, ...]]]:
+    ) -> Generator[tuple[Tensor, Crossing]]:
         """Batches of images [b, c, h, w] with values 0..1, and what crosses the cut for them."""
         size = self._config.batch_size if shuffle else min(_TEST_BATCH, len(indices))
         for x, _ in source.batches(indices, batch_size=size, shuffle=shuffle, generator=self._generator):
             with torch.no_grad():
                 z = client(x)
-            yield source.pixels(x), z if isinstance(z, tuple) else (z,)
+            yield source.pixels(x), z
 
-    def _seen(self, client: Any, source: Source, indices: Tensor) -> tuple[Tensor, ...]:
+    def _seen(self, client: Any, source: Source, indices: Tensor) -> Crossing:
         return next(self._pairs(client, source, indices[:2], shuffle=False))[1]
 
     def _train(self, client: Any, source: Source, indices: Tensor) -> float:
@@ -216,7 +217,7 @@ class _Attacker:
         for epoch in range(config.epochs):
             total = torch.zeros((), device=self._federation.device, dtype=torch.float64)
             for images, z in self._pairs(client, source, indices, shuffle=True):
-                loss = mse(through(self._decoder, z), images).mean()
+                loss = mse(self._decoder(z), images).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -236,7 +237,7 @@ class _Attacker:
         first: tuple[Tensor, Tensor] | None = None
         self._decoder.eval()
         for images, z in self._pairs(client, source, indices, shuffle=False):
-            guess = through(self._decoder, z) if always is None else always.expand_as(images)
+            guess = self._decoder(z) if always is None else always.expand_as(images)
             first = first or (images[:_COLUMNS].float().cpu(), guess[:_COLUMNS].float().cpu())
             for name, measure in _MEASURES.items():
                 values[name].append(measure(guess, images).double().cpu())

@@ -11,7 +11,6 @@ from cutlayer.models.config import (
     PartConfig,
     PersonalConfig,
 )
-from cutlayer.models.cutting import Chain, through
 from cutlayer.models.decoder import Decoder, build_attacker
 from cutlayer.models.features import Projector, feature_width, give_features, leave_out
 from cutlayer.models.fitting import input_channels
@@ -25,7 +24,6 @@ __all__ = [
     "AuxiliaryConfig",
     "AuxiliaryHeads",
     "AuxiliaryHeadsConfig",
-    "Chain",
     "Decoder",
     "ModelConfig",
     "PartConfig",
@@ -52,5 +50,4 @@ __all__ = [
     "names",
     "register",
     "split",
-    "through",
 ]

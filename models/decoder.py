@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cutlayer.models.cutting import Crossing, tensors
 from cutlayer.models.shapes import trace
 
 if TYPE_CHECKING:
@@ -80,20 +81,20 @@ class Decoder(nn.Module):
         self.grow = nn.Sequential(*grow)
         self.leave = nn.Conv2d(width, channels, 3, padding=1)
 
-    def forward(self, *z: Tensor) -> Tensor:
+    def forward(self, z: Crossing) -> Tensor:
         x = self.grow(self.blocks(self.enter(joined(z))))
         if list(x.shape[2:]) != self.size:
             x = F.interpolate(x, self.size, mode="nearest")
         return torch.sigmoid(self.leave(x))
 
 
-def joined(z: Sequence[Tensor]) -> Tensor:
+def joined(z: Crossing) -> Tensor:
     """All floating-point values that cross a cut as one: [b, c, h, w], [b, t, d] or [b, d].
 
     Of several, maps are brought to the largest one's size and put together by channel, tokens of one number by feature;
     any others are put together as vectors.
     """
-    values = [each if each.dim() in (3, 4) else each.flatten(1) for each in z if each.is_floating_point()]
+    values = [each if each.dim() in (3, 4) else each.flatten(1) for each in tensors(z) if each.is_floating_point()]
     if len(values) == 1:
         return values[0]
     if all(each.dim() == 4 for each in values):
@@ -107,7 +108,7 @@ def joined(z: Sequence[Tensor]) -> Tensor:
 def build_attacker(info: DatasetInfo, client: nn.Module, width: int = WIDTH, blocks: int = BLOCKS) -> Decoder:
     """A fresh decoder from what the client part gives to the dataset's images; weights from torch's generator."""
     z = trace(client, torch.empty(2, *info.shape, dtype=next(client.parameters()).dtype, device="meta"))
-    return Decoder(joined(z if isinstance(z, tuple) else (z,)).shape[1:], info.shape, width, blocks)
+    return Decoder(joined(z).shape[1:], info.shape, width, blocks)
 
 
 def _doubling(width: int) -> nn.ConvTranspose2d:

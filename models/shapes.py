@@ -16,7 +16,7 @@ def trace(module: nn.Module, x: Crossing) -> Any:
     """What `module` gives for `x`, both on the meta device: shape only, and the module's own state is not touched."""
     state = {name: t.to("meta") for name, t in chain(module.named_parameters(), module.named_buffers())}
     with torch.no_grad():
-        return functional_call(module, state, x if isinstance(x, tuple) else (x,))
+        return functional_call(module, state, (x,))
 
 
 def features(output: Tensor) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cutlayer.models.config import ModelConfig
-from cutlayer.models.cutting import Crossing
+from cutlayer.models.cutting import Crossing, tensors
 from cutlayer.models.registry import entry
 from cutlayer.models.shapes import trace
 from cutlayer.models.splitting import cuts, named, split_in_three
@@ -76,6 +76,4 @@ def build_personal(config: ModelConfig, info: DatasetInfo, thirds: Thirds) -> li
 
 def _shapes(crossing: Crossing) -> str:
     """The shapes of what crosses for one sample, as text."""
-    return " and ".join(
-        str(list(each.shape[1:])) for each in (crossing if isinstance(crossing, tuple) else (crossing,))
-    )
+    return " and ".join(str(list(each.shape[1:])) for each in tensors(crossing))

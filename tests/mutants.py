@@ -25,7 +25,7 @@ DATA = "distributions apportion partition normalize augment colour batching seed
 BYTES = ("cse_fsl", "fsl_sage", "scaffold", "sl_multi_server")
 ONE_GRAPH = "test_all_parts_against_one_graph"
 TRIED = "distributions apportion partition_files batches moco shape splitting whole laws"
-LEARNING = "fsmkd moco_sfl fl_moco contrastive saving ressfl"
+LEARNING = "fsmkd moco_sfl fl_moco contrastive byte_saving ressfl"
 
 # Modules, and the tests that are meant to catch what is wrong in them.
 GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -172,7 +172,17 @@ def test_a_run_prints_what_the_readme_shows_and_its_results_can_be_drawn(tmp_pat
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with the files that docs/adding_your_own.md tells to write."""
     copy = tmp_path_factory.mktemp("copy")
-    for name in ("algorithms", "attacks", "datasets", "hydra_config", "models", "plotting", "runtime", "tests"):
+    for name in (
+        "algorithms",
+        "attacks",
+        "cutlayer",
+        "datasets",
+        "hydra_config",
+        "models",
+        "plotting",
+        "runtime",
+        "tests",
+    ):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("main.py", "pyproject.toml"):
         shutil.copy(ROOT / name, copy / name)
@@ -191,12 +201,15 @@ def in_copy(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_worked_example_runs_from_the_command_line(extended: Path) -> None:
-    (words,) = [words for words in commands(ROOT / "docs" / "adding_your_own.md") if words[1] == "main.py"]
-    given = [word for word in words[1:] if not word.startswith("rounds=")]
-    done = in_copy(extended, *given, "rounds=2", "num_clients=2", "progress=lines")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^sl_noise \w+ digits-iid: round 2/2", done.stdout, re.MULTILINE), done.stdout
-    assert "down: smashed" in done.stdout, done.stdout
+    found = [words for words in commands(ROOT / "docs" / "adding_your_own.md") if words[1] == "main.py"]
+    # The second of them at a cut that several tensors cross.
+    assert [word for word in found[1] if word.startswith("model")] == ["model=resnet20", "model.cut=layer1.0.conv1"]
+    for words in found:
+        given = [word for word in words[1:] if not word.startswith("rounds=")]
+        done = in_copy(extended, *given, "rounds=2", "num_clients=2", "batch_size=300", "progress=lines")
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^sl_noise \w+ digits-iid: round 2/2", done.stdout, re.MULTILINE), done.stdout
+        assert "down: smashed" in done.stdout, done.stdout
     wrong = in_copy(extended, "main.py", "algorithm=sl_noise", "algorithm.scale=-1")
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("algorithm.scale=-1"), wrong.stderr

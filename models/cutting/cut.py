@@ -18,7 +18,7 @@ def split_module(
 ) -> list[Part]:
     """Cut ``model`` at the end of each module in ``cuts``: len(cuts) + 1 parts, made of its own tensors.
 
-    ``parts[1](*parts[0](x))`` and so on is ``model(x)``: outputs and gradients, in training and in evaluation mode, for
+    ``parts[1](parts[0](x))`` and so on is ``model(x)``: outputs and gradients, in training and in evaluation mode, for
     any batch size. What an earlier layer gave and a later part uses (a skip connection) crosses as a further tensor.
 
     Args:

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from cutlayer.models.cutting.crossing import as_crossing
 from cutlayer.models.cutting.recording import INPUT, Source
-
-Crossing = Tensor | tuple[Tensor, ...]
-"""What crosses a cut: the one tensor that most cuts have, or several."""
 
 
 class Reached(Exception):
@@ -211,8 +209,9 @@ class Capture:
 class Part(nn.Module):
     """One part of a cut model.
 
-    The first takes the model's inputs, each other what crossed the cut before it. All but the last return what crosses
-    the cut after them; the last returns the model's output. Parameters and buffers have the model's own names.
+    The first takes the model's inputs, each other what crossed the cut before it, of several tensors all as one tuple
+    or as arguments of their own. All but the last return what crosses the cut after them; the last returns the model's
+    output. Parameters and buffers have the model's own names.
     """
 
     skeleton: nn.Module
@@ -243,6 +242,8 @@ class Part(nn.Module):
             TypeError, ValueError: what was received does not fit.
         """
         plan, wire = self._plans[self.training], self._wire
+        if not plan.first and len(received) == 1 and isinstance(received[0], tuple):
+            received = received[0]
         wire.open(plan, () if plan.first else received)
         try:
             if not plan.first:
@@ -254,8 +255,7 @@ class Part(nn.Module):
                     wire.values[value] = inputs[value.path.removeprefix(INPUT)]
             return self.skeleton(**{**plan.constants, **inputs})
         except Reached:
-            given = tuple(wire.values[value] for value in plan.gives)
-            return given[0] if len(given) == 1 else given
+            return as_crossing(tuple(wire.values[value] for value in plan.gives))
         finally:
             wire.close()
 
@@ -313,17 +313,3 @@ def _load_nothing(
     """What a ghost loads of a state dict; it has no place for anything."""
     if strict:
         unexpected += [key for key in state if key.startswith(prefix) and key not in unexpected]
-
-
-def through(module: nn.Module, crossed: Crossing) -> Any:
-    """What a module gives for what crossed: one tensor, or several as arguments of their own."""
-    return module(*crossed) if isinstance(crossed, tuple) else module(crossed)
-
-
-class Chain(nn.ModuleList):
-    """Parts one after another, as one module."""
-
-    def forward(self, x: Any) -> Any:
-        for part in self:
-            x = through(part, x)
-        return x

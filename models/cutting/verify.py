@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cutlayer.models.cutting.parts import through
 from cutlayer.models.cutting.recording import tensors
 from cutlayer.models.cutting.splitter import BATCHES, CutError, Recording, build, example
 
@@ -20,7 +19,7 @@ def composed(parts: Sequence[nn.Module], **inputs: Any) -> Any:
     """The parts one after another on the model's inputs."""
     crossed: Any = parts[0](**inputs)
     for part in parts[1:]:
-        crossed = through(part, crossed)
+        crossed = part(crossed)
     return crossed
 
 

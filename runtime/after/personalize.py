@@ -21,7 +21,7 @@ import numpy as np
 from torch import nn
 
 from cutlayer.datasets import Partition
-from cutlayer.models import Chain, body_and_head
+from cutlayer.models import body_and_head
 from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig, fine_tune
 from cutlayer.runtime.evaluation.scores import Score, spread
 from cutlayer.runtime.ground import rng
@@ -190,7 +190,7 @@ def divided(parts: Parts, part: str | None, shape: Sequence[int]) -> tuple[nn.Mo
         return body_and_head(modules[0], shape)
     if part != "full":
         raise ConfigError("personalize.part", part, "full, as it is not known where this model's classifier begins")
-    return Chain(modules), nn.Identity()
+    return nn.Sequential(*modules), nn.Identity()
 
 
 @contextlib.contextmanager

@@ -16,17 +16,16 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Column, Table
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cutlayer import algorithms
 from cutlayer.datasets import Dataset, load
-from cutlayer.models import build_model, candidates, input_channels, through
+from cutlayer.models import build_model, candidates, input_channels
+from cutlayer.models.cutting import tensors
 from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.screen import Screen
 from cutlayer.runtime.ground.units import format_bytes
-from cutlayer.runtime.messages.boundary import pack
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
 
@@ -128,10 +127,10 @@ def _cost(name: str, federation: Federation) -> Cut:
     shapes: list[tuple[int, ...]] = []
     for part, module in blueprint.parts(_TWO).items():
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            x = through(module.eval(), x)
+            x = module.eval()(x)
         flops[part] = counter.get_total_flops()
         if part == "client":
-            shapes = [tuple(value.shape[1:]) for value in pack("z", x).values() if isinstance(value, Tensor)]
+            shapes = [tuple(value.shape[1:]) for value in tensors(x)]
     return Cut(
         name,
         client_parameters=blueprint.parameters("client"),

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from cutlayer.algorithms.base import Flow
-from cutlayer.models import through
+from cutlayer.models.cutting import tensors
 from cutlayer.runtime.ground import rng
-from cutlayer.runtime.messages.boundary import MODEL, SCALAR_BYTES, pack, payload_bytes
+from cutlayer.runtime.messages.boundary import MODEL, SCALAR_BYTES, payload_bytes
 from cutlayer.runtime.parties.blueprint import state_bytes
 from cutlayer.runtime.rounds.federation import Federation
 
@@ -89,8 +89,8 @@ def crossing_bytes(federation: Federation) -> dict[str, int]:
     x: Any = torch.zeros(_SAMPLES, *federation.dataset.info.shape, dtype=dtype, device=device)
     with torch.no_grad(), federation.blueprint.autocast(), rng.TorchStream(0, device):
         for field, part in zip(sizes, federation.blueprint.parts(whole[:-1]).values(), strict=False):
-            x = through(part, x)
-            sizes[field] = sum(payload_bytes(value) for value in pack(field, x).values()) // _SAMPLES
+            x = part(x)
+            sizes[field] = sum(payload_bytes(value) for value in tensors(x)) // _SAMPLES
     return sizes
 
 

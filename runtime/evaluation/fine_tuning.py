@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cutlayer.models import through
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.parties.optim import PartOptimizer
 
@@ -80,5 +79,5 @@ def fine_tune(
         for x, y in epoch():
             with torch.set_grad_enabled(trains_body):
                 z = body(x)
-            optimizer.update(F.cross_entropy(through(head, z), y))
+            optimizer.update(F.cross_entropy(head(z), y))
         done += 1

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cutlayer.datasets import Source
-from cutlayer.models import through
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.parties.blueprint import BATCH_NORM, Blueprint
 from cutlayer.runtime.records.history import ClientRow
@@ -93,7 +92,7 @@ def evaluating(modules: Sequence[nn.Module], *, batch_statistics: Sequence[bool]
 
     def forward(x: Tensor) -> Tensor:
         for module in modules:
-            x = through(module, x)
+            x = module(x)
         return x
 
     try:

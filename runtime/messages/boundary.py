@@ -15,11 +15,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from cutlayer.runtime.messages.crossing import packed
+
 Value: TypeAlias = Tensor | int | float | bool
 Payload: TypeAlias = Mapping[str, Value]
 Reply: TypeAlias = dict[str, Value]
-Crossing: TypeAlias = Tensor | tuple[Tensor, ...]
-"""What crosses a cut: one tensor for most cuts, several where layers behind it use what earlier ones gave."""
+Fields: TypeAlias = Mapping[str, Value | tuple[Tensor, ...]]
+"""What a party writes into a message; several tensors that cross a cut are one field, and several entries of a payload.
+"""
 
 MODEL = "model"
 """Kind of the message that opens a client's round and of the upload that ends it."""
@@ -49,21 +52,21 @@ class Upload:
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
-ClientProgram: TypeAlias = Generator[Message, Reply, Payload | None]
+ClientProgram: TypeAlias = Generator[Message, Reply, Fields | None]
 
 
 class ClientDroppedError(Exception):
     """A client left in the middle of its round: what it staged is discarded, the others go on."""
 
 
-def ask(kind: str, /, **fields: Value) -> Message:
+def ask(kind: str, /, **fields: Value | tuple[Tensor, ...]) -> Message:
     """A message that waits for the server's reply: ``reply = yield ask("smashed", z=z, y=y)``."""
-    return Message(kind, fields, expects_reply=True)
+    return Message(kind, packed(fields), expects_reply=True)
 
 
-def tell(kind: str, /, **fields: Value) -> Message:
+def tell(kind: str, /, **fields: Value | tuple[Tensor, ...]) -> Message:
     """A one-way message: ``yield tell("smashed", z=z, y=y)``."""
-    return Message(kind, fields, expects_reply=False)
+    return Message(kind, packed(fields), expects_reply=False)
 
 
 def owned(payload: Payload) -> Reply:
@@ -108,37 +111,3 @@ def unflatten(payload: Payload) -> dict[str, dict[str, Tensor]]:
         if separator and isinstance(value, Tensor):
             parts.setdefault(part, {})[name] = value
     return parts
-
-
-def pack(name: str, value: Crossing) -> dict[str, Value]:
-    """What crosses a cut as payload entries: ``name`` of one tensor, ``name/0``, ``name/1`` and so on of several."""
-    if isinstance(value, Tensor):
-        return {name: value}
-    return {f"{name}/{index}": each for index, each in enumerate(value)}
-
-
-def unpack(payload: Payload, name: str) -> Crossing:
-    """What ``pack`` made: a tensor, or several.
-
-    Raises:
-        KeyError, TypeError: as ``tensor``.
-    """
-    if f"{name}/0" not in payload:
-        return tensor(payload, name)
-    count = sum(key.startswith(f"{name}/") for key in payload)
-    return tuple(tensor(payload, f"{name}/{index}") for index in range(count))
-
-
-def tensor(payload: Payload, name: str) -> Tensor:
-    """A tensor out of a received payload.
-
-    Raises:
-        KeyError: if the message has no such field.
-        TypeError: if the field holds a number.
-    """
-    if name not in payload:
-        raise KeyError(f"message has no field {name!r}; it has {', '.join(payload) or 'none'}")
-    value = payload[name]
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"field {name!r} is a {type(value).__name__}, expected a tensor")
-    return value

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cutlayer.runtime.messages.boundary import Payload, Value
+from cutlayer.runtime.messages.boundary import Fields, Payload, Value
 from cutlayer.runtime.parties.client_data import Drawn, views
 from cutlayer.runtime.parties.contexts import ClientContext
 from cutlayer.runtime.parties.optim import PartOptimizer
@@ -22,7 +22,7 @@ class Asked(NamedTuple):
     """What each client of a cohort sends, and waits for the server's reply to."""
 
     kind: str
-    fields: Mapping[int, Payload]
+    fields: Mapping[int, Fields]
 
 
 class Cohort:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+from cutlayer.models.cutting import Crossing, SeveralError
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.crossing import backward
 
 _OPTIMIZERS = {
     name.lower(): kind
@@ -151,29 +153,25 @@ class PartOptimizer:
 
     def update(
         self,
-        output: Tensor | Sequence[Tensor],
-        gradient: Tensor | Sequence[Tensor] | None = None,
+        output: Crossing,
+        gradient: Crossing | None = None,
         *,
         reset: bool = True,
     ) -> None:
-        """One step down ``output`` (a loss), or along ``gradient`` when ``output`` is not a scalar.
+        """One step down ``output`` (a loss), or, of what crossed a cut, along ``gradient``: see `crossing.backward`.
 
-        The gradient has the output's shape; of several outputs there is one for each that has floating-point values.
-        Outputs that need no gradient are left out. ``reset`` False adds to the gradients that the parameters hold.
-        Autocast is for forward passes: backward pass and step are computed without, each in the types it was given.
+        ``reset`` False adds to the gradients that the parameters hold. Autocast is for forward passes: backward pass
+        and step are computed without, each in the types it was given.
         """
-        if not isinstance(output, Tensor):
-            assert gradient is not None
-            given = [gradient] if isinstance(gradient, Tensor) else gradient
-            pairs = zip((each for each in output if each.is_floating_point()), given, strict=True)
-            used = [(each, along) for each, along in pairs if each.requires_grad]
-            output, gradient = [each for each, _ in used], [along for _, along in used]
         if reset:
             self.zero_grad()
-        # Of a part that is frozen nothing follows the gradient.
-        if gradient is None or (output.requires_grad if isinstance(output, Tensor) else output):
-            with self._without_autocast():
-                torch.autograd.backward(output, gradient)
+        with self._without_autocast():
+            if gradient is not None:
+                backward(output, gradient)
+            elif isinstance(output, Tensor):
+                torch.autograd.backward(output)
+            else:
+                raise SeveralError.by("a loss", len(output))
         self.step()
 
     def _without_autocast(self) -> torch.autocast:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
-from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Message, Payload, Reply, Upload
+from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Fields, Message, Reply, Upload
+from cutlayer.runtime.messages.crossing import packed
 from cutlayer.runtime.parties.cohort import Asked, Cohort
 from cutlayer.runtime.rounds.session import Channel, ServerParty, Session, Workplace
 
@@ -187,20 +188,20 @@ def compute_together(
     report = RoundReport()
     opened = {client: channel.down(client, MODEL, server.down(client)) for client in cohort}
     with workplace.working():
-        running: Generator[Asked, dict[int, Reply], Payload] = program(cohort, next(iter(opened.values())))
+        running: Generator[Asked, dict[int, Reply], Fields] = program(cohort, next(iter(opened.values())))
     answers: dict[int, Reply] | None = None
     while True:
         try:
             with workplace.working():
                 asked = next(running) if answers is None else running.send(answers)
         except StopIteration as end:
-            fields: Payload = end.value
+            fields: Fields = end.value
             break
-        inbox = {client: channel.up(client, asked.kind, fields) for client, fields in asked.fields.items()}
+        inbox = {client: channel.up(client, asked.kind, packed(fields)) for client, fields in asked.fields.items()}
         replies = server.serve(asked.kind, inbox)
         answers = {client: channel.reply(client, asked.kind, reply or {}) for client, reply in replies.items()}
     for client in cohort:
-        upload = channel.upload(client, Upload(fields, cohort.samples(client)))
+        upload = channel.upload(client, Upload(packed(fields), cohort.samples(client)))
         server.absorb(client, upload)
         report.finished(client, upload)
     return report

@@ -10,7 +10,18 @@ from typing import Any, Protocol
 
 from cutlayer.algorithms.base import Algorithm, Server
 from cutlayer.runtime.ground import rng
-from cutlayer.runtime.messages.boundary import METRICS, MODEL, ClientProgram, Message, Payload, Reply, Upload, owned
+from cutlayer.runtime.messages.boundary import (
+    METRICS,
+    MODEL,
+    ClientProgram,
+    Fields,
+    Message,
+    Payload,
+    Reply,
+    Upload,
+    owned,
+)
+from cutlayer.runtime.messages.crossing import packed
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.parties.blueprint import Blueprint
 from cutlayer.runtime.parties.contexts import ClientContext
@@ -94,9 +105,9 @@ class LocalSession:
         except StopIteration as end:
             return self._upload(end.value)
 
-    def _upload(self, fields: Payload | None) -> Upload:
+    def _upload(self, fields: Fields | None) -> Upload:
         self._ctx.leave()
-        return Upload(fields or {}, self._ctx.samples, self._ctx.means.read())
+        return Upload(packed(fields or {}), self._ctx.samples, self._ctx.means.read())
 
     def close(self) -> None:
         if self._program is not None:
@@ -150,11 +161,12 @@ class ServerParty:
 
     def down(self, client: int) -> Payload:
         with self._workplace.working():
-            return self.server.down(client)
+            return packed(self.server.down(client))
 
     def serve(self, kind: str, inbox: Mapping[int, Payload]) -> dict[int, Payload | None]:
         with self._workplace.working():
-            return self.server.serve(kind, inbox)
+            replies = self.server.serve(kind, inbox)
+        return {client: None if reply is None else packed(reply) for client, reply in replies.items()}
 
     def absorb(self, client: int, upload: Upload) -> None:
         with self._workplace.working():

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from cutlayer import algorithms
 from cutlayer.datasets import Dataset, Partition, batch_sizes, load, own_partition, partition
-from cutlayer.models import check_model, input_channels, through
+from cutlayer.models import check_model, input_channels
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.messages.boundary import Crossing
+from cutlayer.runtime.messages.crossing import joined
 from cutlayer.runtime.parties.blueprint import DTYPES, Blueprint, Parts
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.settings import RunConfig
@@ -176,10 +176,10 @@ class Setup:
             x: Any = torch.zeros(1, *self.dataset.info.shape, dtype=blueprint.dtype, device=self.device)
             z = x
             for name in path:
-                z = _twice(x) if several and name not in layout.client else x
-                x = through(parts[name], z)
+                z = joined([x, x]) if several and name not in layout.client else x
+                x = parts[name](z)
             if "auxiliary" in parts:
-                through(parts["auxiliary"], z)
+                parts["auxiliary"](z)
 
     def client_states(self, client: int, path: Sequence[str] | None = None) -> dict[str, Mapping[str, Tensor]]:
         """The parts of the model that a client uses, in order: its own ones, and for the others the server's.
@@ -198,10 +198,3 @@ class Setup:
     def is_own(self, part: str) -> bool:
         """Whether a client may have a part for itself: by the method, or because the server has none."""
         return part in self.personal or part not in self.held
-
-
-def _twice(crossing: Crossing) -> Crossing:
-    """What crosses for one sample, for two."""
-    if isinstance(crossing, tuple):
-        return tuple(torch.cat([each, each]) for each in crossing)
-    return torch.cat([crossing, crossing])

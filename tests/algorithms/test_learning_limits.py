@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cutlayer.algorithms.contrastive import Queue, info_nce, joined, unit
+from cutlayer.algorithms.contrastive import Queue, info_nce, unit
 from cutlayer.algorithms.fl_moco import FLMocoConfig
 from cutlayer.algorithms.fsmkd import FSMKDConfig
 from cutlayer.algorithms.moco_sfl import MocoSFL, MocoSFLConfig
@@ -83,16 +83,6 @@ def test_keys_and_losses_are_where_the_features_are() -> None:
         queue.move(query)
         assert (queue.keys.device, queue.keys.dtype, queue.keys.shape) == (meta, torch.float64, (lines, 5, 3))
     assert info_nce(query, query, query, 0.2).device == meta
-
-
-def test_what_crossed_in_several_parts_is_joined_part_by_part() -> None:
-    one, two = torch.arange(6.0).view(2, 3), torch.arange(3.0).view(1, 3)
-    assert torch.equal(joined([one, two]), torch.cat([one, two]))  # type: ignore[arg-type]
-    first, second = joined([(one, -one), (two, -two)])
-    assert torch.equal(first, torch.cat([one, two]))
-    assert torch.equal(second, -first)
-    with pytest.raises(ValueError, match="shorter"):
-        joined([(one, -one), (two,)])
 
 
 @given(

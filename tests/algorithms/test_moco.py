@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from cutlayer.algorithms.byte_saving import NO_GRADIENTS, OFF, SILENT
 from cutlayer.algorithms.contrastive import Queue, info_nce
-from cutlayer.algorithms.saving import NO_GRADIENTS, OFF, SILENT
 from cutlayer.runtime.costs.traffic import expected_bytes, expected_round_trips
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.ledger import CONTROL_KINDS, Traffic

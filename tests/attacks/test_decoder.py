@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cutlayer.datasets import DatasetInfo
-from cutlayer.models import Decoder, build_attacker, through
+from cutlayer.models import Decoder, build_attacker
 from cutlayer.models.decoder import joined
 
 
@@ -42,14 +42,14 @@ def test_width_and_blocks_are_what_they_say() -> None:
 
 def test_several_values_that_cross_are_joined() -> None:
     small, large, vector = torch.rand(2, 3, 4, 4), torch.rand(2, 1, 8, 6), torch.rand(2, 5)
-    one = joined([small, torch.zeros(2, 3, dtype=torch.int64)])
+    one = joined((small, torch.zeros(2, 3, dtype=torch.int64)))
     assert one is small, "what cannot have a gradient shows nothing"
-    both = joined([small, large])
+    both = joined((small, large))
     assert both.shape == (2, 4, 8, 6)
     assert torch.equal(both[:, :3], F.interpolate(small, (8, 6)))
     assert torch.equal(both[:, 3:], large)
-    assert torch.equal(joined([small, vector]), torch.cat([small.flatten(1), vector], 1))
-    assert joined([torch.rand(2, 7, 3), torch.rand(2, 7, 4)]).shape == (2, 7, 7)
+    assert torch.equal(joined((small, vector)), torch.cat([small.flatten(1), vector], 1))
+    assert joined((torch.rand(2, 7, 3), torch.rand(2, 7, 4))).shape == (2, 7, 7)
 
 
 def test_an_attacker_fits_its_client_part() -> None:
@@ -63,7 +63,7 @@ def test_an_attacker_fits_its_client_part() -> None:
 
     client = Two()
     attacker = build_attacker(DatasetInfo("any", 3, 9, 9, 2, ("a", "b")), client, width=4, blocks=1)
-    assert through(attacker, client(torch.rand(2, 3, 9, 9))).shape == (2, 3, 9, 9)
+    assert attacker(client(torch.rand(2, 3, 9, 9))).shape == (2, 3, 9, 9)
 
 
 def test_it_learns_to_show_what_it_is_given() -> None:

@@ -2,17 +2,25 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
 
+from cutlayer import algorithms
+from cutlayer.algorithms.base import SplitServer
+from cutlayer.algorithms.splitfed import SplitFedV2
 from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import MODEL_FILE
-from cutlayer.runtime.messages.boundary import pack, unpack
+from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, ask
+from cutlayer.runtime.messages.crossing import tensor
 from cutlayer.runtime.messages.ledger import CONTROL_KINDS
+from cutlayer.runtime.parties.contexts import ClientContext
 from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
@@ -120,15 +128,79 @@ def test_a_cut_that_is_none_gives_one_line(configure: Configure, model: tuple[st
     assert "\n" not in str(error.value)
 
 
-def test_values_that_cross_are_packed_and_unpacked() -> None:
-    one, several = torch.ones(2), (torch.zeros(1), torch.ones(3))
-    assert pack("z", one).keys() == {"z"}
-    assert pack("z", several).keys() == {"z/0", "z/1"}
-    payload = {**pack("z", several), **pack("grad", one), "y": torch.arange(2)}
-    assert unpack(payload, "grad") is one
-    assert unpack(payload, "z") == several
-    with pytest.raises(KeyError, match="message has no field 'x'"):
-        unpack(payload, "x")
+# What each method that cuts is run with here; those with an auxiliary model are refused, as it takes one tensor.
+EVERY_CUT = {
+    "fsmkd": ("model.cut=[inner,outer]",),
+    "moco_sfl": ("algorithm.loss_threshold=1000", "algorithm.loss_interval=1", "rounds=4"),
+    "ressfl": ("algorithm.attacker_width=4",),
+}
+CUTTING = [name for name in algorithms.names() if algorithms.get(name).layout.cut]
+
+
+@pytest.mark.parametrize("name", CUTTING)
+def test_every_method_that_cuts_runs_where_several_tensors_cross(configure: Configure, name: str) -> None:
+    """Or it is one with an auxiliary model, which takes one tensor, and says so in one line."""
+    setting = (f"algorithm={name}", *SKIPPING, *EVERY_CUT.get(name, ()))
+    if "auxiliary" in algorithms.get(name).layout.parts:
+        with pytest.raises(ConfigError, match=r"model\.cut=inner: expected a cut that one value crosses, as 2 do here"):
+            Federation(configure(*setting))
+        return
+    federation = Federation(configure(*setting))
+    start = weights(federation)
+    end = weights(play(federation))
+    assert not any(same({"": end[key]}, {"": value}) for key, value in start.items() if key.startswith("client/"))
+    assert all(bool(value.isfinite().all()) for value in end.values())
+
+
+class Naive(SplitFedV2):
+    """A client that treats what crosses as one tensor, each time in another way."""
+
+    use: Callable[[Any], Any]
+
+    @classmethod
+    def client(cls, ctx: ClientContext, down: Payload) -> ClientProgram:  # type: ignore[override]
+        ctx.load(down)
+        for x, y in ctx.batches():
+            z = ctx.part("client")(x)
+            yield ask("smashed", z=cls.use(z), y=y)
+        return ctx.dump("client")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda z: z + 1.0,
+        lambda z: 2 * z,
+        lambda z: -z,
+        lambda z: z.detach(),
+        lambda z: z.grad,
+        lambda z: z + torch.randn_like(z),
+        lambda z: z.requires_grad_(),
+        F.relu,
+        lambda z: torch.empty_like(z).exponential_(),
+        nn.Linear(2, 2),
+    ],
+)
+def test_what_treats_several_tensors_as_one_gives_one_line(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, use: Callable[[Any], Any]
+) -> None:
+    """And runs at a cut of one, if it is right at all: no method gives other figures without a word."""
+    monkeypatch.setattr(Naive, "use", staticmethod(use), raising=False)
+    monkeypatch.setitem(algorithms.ALGORITHMS, "sl_single_server", Naive)
+    with pytest.raises(ConfigError, match=r"^model\.cut: expected another cut, as 2 tensors cross this one") as error:
+        play(Federation(configure("algorithm=sl_single_server", *SKIPPING, "rounds=1")))
+    assert "\n" not in str(error.value)
+
+
+class OneTensor(SplitServer):
+    def on_smashed(self, client: int, message: Payload) -> Fields:
+        return {"grad": tensor(message, "z")}
+
+
+def test_a_server_that_takes_one_tensor_gives_one_line(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SplitFedV2, "Server", OneTensor)
+    with pytest.raises(ConfigError, match=r"2 tensors cross .* takes one \(tensor\(message, 'z'\)\)"):
+        play(Federation(configure("algorithm=sl_single_server", *SKIPPING, "rounds=1")))
 
 
 # ------------------------------------------------------------------ in three

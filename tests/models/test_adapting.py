@@ -13,7 +13,7 @@ from model_cases import NARROW, config, images, info
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cutlayer.models import ModelConfig, build_auxiliary, build_model, check_model, split, through
+from cutlayer.models import ModelConfig, build_auxiliary, build_model, check_model, split
 from cutlayer.models.adapting import StandardisedConv2d, groups
 from cutlayer.models.config import AuxiliaryConfig
 from cutlayer.models.cutting import Part
@@ -193,7 +193,7 @@ def test_a_bottleneck_is_narrow_and_of_any_size(dataset: str, name: str, cut: st
     z = client(x)
     channels, stride = (int(number) for number in text[1:].split("S"))
     assert z.shape == (2, channels, *((side + stride - 1) // stride for side in wide.shape[2:]))
-    assert torch.equal(through(server, z), model(x))
+    assert torch.equal(server(z), model(x))
     where = model.get_submodule(cut)
     seen: list[Tensor] = []
     where.register_forward_hook(lambda _m, _a, output: seen.append(output))

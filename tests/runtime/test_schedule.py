@@ -5,7 +5,8 @@ import torch
 
 from cutlayer.algorithms.base import Algorithm, Server
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.messages.boundary import ClientDroppedError, Message, ask, tell, tensor
+from cutlayer.runtime.messages.boundary import ClientDroppedError, Message, ask, tell
+from cutlayer.runtime.messages.crossing import tensor
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import play, same, weights

@@ -1,4 +1,4 @@
-"""When a self-supervised method may do without bytes: by how far its loss has fallen lately."""
+"""Saving bytes: which messages a self-supervised method may leave out, by how far its loss has fallen lately."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cutlayer.runtime.messages.boundary import Crossing, pack, unpack
+from cutlayer.models.cutting import Crossing
+from cutlayer.runtime.messages.crossing import crossed, detached, packed
 
 OFF, NO_GRADIENTS, SILENT = range(3)
 
@@ -21,7 +22,7 @@ class Step(NamedTuple):
     lines: Tensor
 
 
-class Saving:
+class ByteSaving:
     """The three states of loss-based saving, and what the server learns from in the last.
 
     After each interval of rounds the mean loss is compared with that of the interval before. Where it has fallen by
@@ -73,9 +74,7 @@ class Saving:
         self._sum = self._sum + loss.detach()
         self._steps += 1
         if self.frozen:
-            payload = {**pack("query", query), **pack("key", key)}
-            held = {name: value.detach() for name, value in payload.items() if isinstance(value, Tensor)}
-            self._stored.append(Step(unpack(held, "query"), unpack(held, "key"), lines))
+            self._stored.append(Step(detached(query), detached(key), lines))
             del self._stored[: -self._capacity]
 
     def replayed(self, steps: int) -> Iterator[Step]:
@@ -95,16 +94,14 @@ class Saving:
             "next": self._next,
             "sum": torch.as_tensor(self._sum),
             "before": self._before,
-            "stored": [
-                {**pack("query", step.query), **pack("key", step.key), "lines": step.lines} for step in self._stored
-            ],
+            "stored": [packed(step._asdict()) for step in self._stored],
         }
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Take up what ``state`` gave, on the device."""
+        """Restore what ``state`` gave, on the device."""
         self.level, self._rounds, self._steps = state["level"], state["rounds"], state["steps"]
         self._next, self._before = state["next"], state["before"]
         self._sum = state["sum"].to(device)
         for each in state["stored"]:
-            crossed = {name: value.to(device) for name, value in each.items() if name != "lines"}
-            self._stored.append(Step(unpack(crossed, "query"), unpack(crossed, "key"), each["lines"]))
+            moved = {name: value.to(device) for name, value in each.items() if name != "lines"}
+            self._stored.append(Step(crossed(moved, "query"), crossed(moved, "key"), each["lines"]))

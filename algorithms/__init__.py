@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from cutlayer.algorithms.base import Algorithm
-from cutlayer.runtime.ground.config import ConfigError, build
+from cutlayer.runtime.ground.config import build
+from cutlayer.runtime.ground.registry import Registry, import_modules
 
-ALGORITHMS: dict[str, type[Algorithm]] = {}
+ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm")
 
 
 def register(name: str) -> Callable[[type[Algorithm]], type[Algorithm]]:
     """Class decorator: makes an algorithm available as ``algorithm=<name>``."""
 
     def add(algorithm: type[Algorithm]) -> type[Algorithm]:
-        assert name not in ALGORITHMS, f"two algorithms are called {name}"
+        ALGORITHMS.add(name, algorithm)
         algorithm.name = name
-        ALGORITHMS[name] = algorithm
         return algorithm
 
     return add
@@ -27,7 +25,7 @@ def register(name: str) -> Callable[[type[Algorithm]], type[Algorithm]]:
 
 def names() -> tuple[str, ...]:
     """The registered names, in alphabetical order."""
-    return tuple(sorted(ALGORITHMS))
+    return ALGORITHMS.names()
 
 
 def get(name: str) -> type[Algorithm]:
@@ -36,9 +34,7 @@ def get(name: str) -> type[Algorithm]:
     Raises:
         ConfigError: there is none.
     """
-    if name not in ALGORITHMS:
-        raise ConfigError("algorithm", name, "a registered algorithm", names())
-    return ALGORITHMS[name]
+    return ALGORITHMS.find(name, "algorithm")
 
 
 def algorithm_config(name: str, values: Mapping[str, Any]) -> Any:
@@ -50,5 +46,4 @@ def algorithm_config(name: str, values: Mapping[str, Any]) -> Any:
     return build(get(name).Config, values, "algorithm")
 
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_modules(__name__, __path__)

@@ -1,6 +1,7 @@
 """Data: loading, partitioning among clients, augmentation, and batches on the device.
 
-A dataset is one function, registered by name, that returns uint8 images and labels; all else is shared::
+A dataset is one function, registered by name, that returns uint8 images and labels; all else is shared. Every module
+of this package is imported, so that a new file registers itself::
 
     dataset = load(config, seed=0, device=torch.device("cpu"), dtype=torch.float32)
     parts = partition(dataset.train.labels, 10, config, seed=0, groups=dataset.groups)
@@ -8,8 +9,6 @@ A dataset is one function, registered by name, that returns uint8 images and lab
         ...
 """
 
-# The modules named last register their datasets when they are imported.
-from cutlayer.datasets import embedded, femnist, folders, ham10000, published  # noqa: F401
 from cutlayer.datasets.batching import DropLast, batch_count, batch_sizes
 from cutlayer.datasets.config import DatasetConfig
 from cutlayer.datasets.info import Dataset, DatasetInfo
@@ -17,6 +16,7 @@ from cutlayer.datasets.loading import load
 from cutlayer.datasets.partition import Partition, apply_partition, own_partition, partition, partition_by_group
 from cutlayer.datasets.registry import names, register
 from cutlayer.datasets.source import Source
+from cutlayer.runtime.ground.registry import import_modules
 
 __all__ = [
     "Dataset",
@@ -35,3 +35,5 @@ __all__ = [
     "partition_by_group",
     "register",
 ]
+
+import_modules(__name__, __path__)

@@ -1,16 +1,14 @@
 """The `dataset` section of the configuration."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cutlayer import distributions
 from cutlayer.datasets.registry import check_options
-from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.config import ConfigError, plain
 
-Distribution = Literal[
-    "iid", "noniid_dirichlet", "dirichlet", "shards", "class_major", "quantity_skew", "natural", "own"
-]
 Augment = Literal["none", "flip", "crop", "crop_flip", "resized_crop_flip", "moco"]
 Normalize = Literal["dataset", "imagenet", "none"]
 
@@ -23,8 +21,9 @@ class DatasetConfig:
         name: a registered dataset.
         root: folder that holds the data; a dataset uses (and a download fills) its own folder in it. For the datasets
             that torchvision knows it is what torchvision calls root. `image_folder` reads the folder itself, or a zip.
-        distribution: how training samples are given to clients; see `cutlayer.datasets.distributions`.
+        distribution: how training samples are given to clients: one that is registered, see `cutlayer.distributions`.
             ``own``: with transport=grpc only, every client trains on all the data on its machine.
+        distribution_options: the distribution's own options, of those that have some.
         alpha: Dirichlet concentration of noniid_dirichlet, dirichlet and quantity_skew; small is far from iid.
         classes_per_client: distinct classes that each client holds (shards).
         major_share: share of a client's samples that is of its major class (class_major).
@@ -52,7 +51,8 @@ class DatasetConfig:
 
     name: str
     root: Path = Path("data")
-    distribution: Distribution = "iid"
+    distribution: str = "iid"
+    distribution_options: dict[str, Any] = field(default_factory=dict)
     alpha: float = 0.5
     classes_per_client: int = 2
     major_share: float = 0.8
@@ -84,4 +84,21 @@ class DatasetConfig:
             raise ConfigError("validation", self.validation, "a number >= 0 and < 1")
         if self.workers < 0:
             raise ConfigError("workers", self.workers, "an integer >= 0")
+        own = distributions.check_options(self.distribution, self.distribution_options)
+        # With the values that were left out, so that a run's configuration says what shaped its clients.
+        object.__setattr__(self, "distribution_options", plain(own))
         check_options(self.name, self.options)
+
+    @property
+    def divided(self) -> bool:
+        """Whether one data set is divided among the clients; else each has data of its own."""
+        return distributions.get(self.distribution).divide is not None
+
+    @property
+    def by_group(self) -> bool:
+        """Whether clients are groups of the data."""
+        return distributions.get(self.distribution).by_group
+
+    def evenly(self) -> "DatasetConfig":
+        """The same data in equal parts at random, in as many as there are clients with or without samples."""
+        return replace(self, distribution="iid", distribution_options={}, min_samples=0)

@@ -80,7 +80,7 @@ def _checked_shape(config: DatasetConfig, raw: RawDataset) -> tuple[int, int, in
         raise ConfigError("dataset.options", config.options, "training and test images of one size; give a size")
     if config.augment == "moco" and shape[0] not in (1, 3):
         raise ConfigError("dataset.augment", config.augment, f"one without colours for images of {shape[0]} channels")
-    if config.distribution == "own" and config.normalize == "dataset" and not raw.mean:
+    if not config.divided and config.normalize == "dataset" and not raw.mean:
         expected = "imagenet or none with dataset.distribution=own: each machine would measure a mean of its own"
         raise ConfigError("dataset.normalize", config.normalize, expected)
     return shape

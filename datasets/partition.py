@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cutlayer import distributions
 from cutlayer.datasets.config import DatasetConfig
-from cutlayer.datasets.distributions import DISTRIBUTIONS, Request
 from cutlayer.datasets.seeding import derived
 from cutlayer.runtime.ground.config import ConfigError
 
@@ -90,6 +90,7 @@ def partition(
     Raises:
         ConfigError: more clients than samples, `min_samples` impossible, `natural` without groups, or a
             `classes_per_client` that cannot be.
+        ValueError: what the distribution gives are no owners.
     """
     labels = np.asarray(labels, dtype=np.int64)
     n = len(labels)
@@ -102,7 +103,12 @@ def partition(
             "dataset.min_samples", config.min_samples, f"at most {n // num_clients}: {n} samples, {num_clients} clients"
         )
     rng = derived(seed, "partition")
-    owner = DISTRIBUTIONS[config.distribution](Request(labels, num_clients, config, rng, groups))
+    divide = distributions.get(config.distribution).divide
+    assert divide is not None, "each client has data of its own"
+    owner = divide(distributions.Request(labels, num_clients, config, rng, groups))
+    told = f"distribution {config.distribution} has to give int64 [{n}], each -1 or a client below {num_clients}"
+    if owner.shape != (n,) or owner.dtype != np.int64 or not ((owner >= -1) & (owner < num_clients)).all():
+        raise ValueError(told)
     return Partition.from_owner(owner, num_clients)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cutlayer.datasets.images import EncodedImages
-from cutlayer.runtime.ground.config import ConfigError, build
+from cutlayer.runtime.ground.config import build
+from cutlayer.runtime.ground.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,14 @@ class ReadContext:
 
 
 Reader = Callable[[ReadContext], RawDataset]
-_READERS: dict[str, tuple[Reader, type[Any]]] = {}
+_READERS: Registry[tuple[Reader, type[Any]]] = Registry("dataset")
 
 
 def register(name: str, options: type[Any] = NoOptions) -> Callable[[Reader], Reader]:
     """Register the decorated reader as dataset `name`; `options` is the frozen dataclass of its own options."""
 
     def add(reader: Reader) -> Reader:
-        assert name not in _READERS, f"dataset {name} is registered twice"
-        _READERS[name] = (reader, options)
+        _READERS.add(name, (reader, options))
         return reader
 
     return add
@@ -82,14 +82,12 @@ def register(name: str, options: type[Any] = NoOptions) -> Callable[[Reader], Re
 
 def names() -> tuple[str, ...]:
     """All registered datasets, sorted."""
-    return tuple(sorted(_READERS))
+    return _READERS.names()
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> Any:
     """The options of dataset `name` as its own dataclass; ConfigError for an unknown name, key or value."""
-    if name not in _READERS:
-        raise ConfigError("name", name, "a registered dataset", names())
-    return build(_READERS[name][1], options, "options")
+    return build(_READERS.find(name, "name")[1], options, "options")
 
 
 def read(name: str, root: Path, options: Mapping[str, Any], seed: int, *, download: bool = True) -> RawDataset:

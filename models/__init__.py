@@ -1,6 +1,8 @@
-"""Models: whole networks by name, their cut into a client and a server part, and auxiliary models for the client."""
+"""Models: whole networks by name, their cut into a client and a server part, and auxiliary models for the client.
 
-from cutlayer.models import mobilenet, resnet, small, sources, vgg, vit  # noqa: F401  (they register their models)
+Every module of this package is imported, so that a new file registers itself.
+"""
+
 from cutlayer.models.auxiliary import build_auxiliary
 from cutlayer.models.building import build_model, check_model
 from cutlayer.models.config import (
@@ -18,6 +20,7 @@ from cutlayer.models.heads import AuxiliaryHeads, build_auxiliary_heads, forward
 from cutlayer.models.registry import default_cut, names, register
 from cutlayer.models.splitting import body_and_head, candidates, classifier, cuts, split
 from cutlayer.models.three import build_personal, divide
+from cutlayer.runtime.ground.registry import import_modules
 
 __all__ = [
     "AUXILIARY_SIZES",
@@ -51,3 +54,5 @@ __all__ = [
     "register",
     "split",
 ]
+
+import_modules(__name__, __path__)

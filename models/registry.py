@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.registry import Registry
 
 if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
@@ -70,8 +71,8 @@ class Entry:
         return self.cuts(options) if callable(self.cuts) else self.cuts
 
 
-_ENTRIES: dict[str, Entry] = {}
-_SOURCES: dict[str, Source] = {}
+_ENTRIES: Registry[Entry] = Registry("model")
+_SOURCES: Registry[Source] = Registry("source of models")
 
 
 def register(
@@ -93,8 +94,7 @@ def register(
     """
 
     def add(build: Builder) -> Builder:
-        assert name not in _ENTRIES, f"model {name} is registered twice"
-        _ENTRIES[name] = Entry(name, build, cut, options, thinning, blocks, cuts, variants)
+        _ENTRIES.add(name, Entry(name, build, cut, options, thinning, blocks, cuts, variants))
         return build
 
     return add
@@ -104,8 +104,7 @@ def register_source(name: str) -> Callable[[Source], Source]:
     """Register `find(inner, options)`, which gives the builder of model `<name>/<inner>` or raises a `ConfigError`."""
 
     def add(find: Source) -> Source:
-        assert name not in _SOURCES, f"source {name} is registered twice"
-        _SOURCES[name] = find
+        _SOURCES.add(name, find)
         return find
 
     return add
@@ -113,7 +112,7 @@ def register_source(name: str) -> Callable[[Source], Source]:
 
 def names() -> tuple[str, ...]:
     """The registered models, sorted."""
-    return tuple(sorted(_ENTRIES))
+    return _ENTRIES.names()
 
 
 def is_known(name: str) -> bool:
@@ -129,7 +128,7 @@ def choices() -> tuple[str, ...]:
 
 def sources() -> tuple[str, ...]:
     """The registered sources of further models, sorted."""
-    return tuple(sorted(_SOURCES))
+    return _SOURCES.names()
 
 
 def entry(name: str) -> Entry:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cutlayer.distributions import DISTRIBUTIONS
 from cutlayer.plotting.content import JSON_BYTES, METRICS, check_results, read_file, reason
 from cutlayer.plotting.foreign import CODE, read_foreign
 from cutlayer.plotting.personalized import Evaluations, read_personalized
@@ -26,24 +27,10 @@ Array = NDArray[np.float64]
 CONFIG = "config.yaml"
 
 ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
-# The settings that shape a distribution; others are without effect on it and are not told.
-_SHAPES = {
-    "noniid_dirichlet": {"alpha": ALPHA},
-    "dirichlet": {"alpha": ALPHA},
-    "quantity_skew": {"alpha": ALPHA},
-    "shards": {"classes_per_client": "classes per client"},
-    "class_major": {"major_share": "major share"},
-}
-SPREAD_KEYS = frozenset({"dataset.distribution", *(f"dataset.{key}" for keys in _SHAPES.values() for key in keys)})
+SHAPING_KEYS = frozenset(f"dataset.{key}" for each in DISTRIBUTIONS.values() for key in each.shaping)
+"""The keys that shape a distribution; those of another one are without effect and are not told."""
+SPREAD_KEYS = SHAPING_KEYS | {"dataset.distribution"}
 """The keys that together say how the data is spread over clients."""
-_DISTRIBUTIONS = {
-    "iid": "IID",
-    "noniid_dirichlet": "Dirichlet",
-    "dirichlet": "Dirichlet, unequal sizes",
-    "shards": "shards",
-    "class_major": "majority class",
-    "quantity_skew": "quantity skew",
-}
 # Keys that do not decide a run's result, or repeat for averaging. What was measured after training, and how, is told
 # by the evaluations themselves.
 _IRRELEVANT = (
@@ -86,14 +73,16 @@ class Run:
     def distribution(self) -> str:
         """How the data is spread over clients, e.g. "noniid_dirichlet-alpha=0.1"; with what has an effect only."""
         name = str(self.get("dataset.distribution"))
-        return "-".join([name, *(f"{key}={short(self.get(f'dataset.{key}'))}" for key in self._shape)])
+        shape = (f"{key.rpartition('.')[2]}={short(self.get(f'dataset.{key}'))}" for key in self._shape)
+        return "-".join([name, *shape])
 
     @property
     def distribution_label(self) -> str:
         """The same for people, e.g. "Dirichlet α=0.1"."""
         name = str(self.get("dataset.distribution"))
         shape = [f"{label}={short(self.get(f'dataset.{key}'))}" for key, label in self._shape.items()]
-        return " ".join([_DISTRIBUTIONS.get(name, shortened(name)), ", ".join(shape)]).strip()
+        label = DISTRIBUTIONS[name].label if name in DISTRIBUTIONS else name
+        return " ".join([shortened(label), ", ".join(shape)]).strip()
 
     @property
     def alpha(self) -> float | None:
@@ -103,20 +92,26 @@ class Run:
         return float(value) if is_one else None
 
     @property
+    def is_even(self) -> bool:
+        """Whether all clients have the same mixture of classes."""
+        name = str(self.get("dataset.distribution"))
+        return name in DISTRIBUTIONS and DISTRIBUTIONS[name].even
+
+    @property
     def _shape(self) -> dict[str, str]:
         """The keys below `dataset` that shape the distribution, with their names for people."""
-        return _SHAPES.get(str(self.get("dataset.distribution")), {})
+        name = str(self.get("dataset.distribution"))
+        return DISTRIBUTIONS[name].shaping if name in DISTRIBUTIONS else {}
 
     @cached_property
     def setting(self) -> dict[str, Any]:
         """Everything that may explain a difference between two runs, but the seed; values as text."""
-        shapes = {f"dataset.{key}" for keys in _SHAPES.values() for key in keys}
         effective = {f"dataset.{key}" for key in self._shape}
-        ignored = (shapes - effective) | {"dataset.root", "dataset.storage", "dataset.workers"}
+        ignored = (SHAPING_KEYS - effective) | {"dataset.root", "dataset.storage", "dataset.workers"}
         return {
             key: json.dumps(_whole(value), default=str)
             for key, value in self.flat.items()
-            if key.split(".")[0] not in _IRRELEVANT and key not in ignored
+            if key.split(".")[0] not in _IRRELEVANT and key not in ignored and value != {}
         }
 
     def bytes(self, without_fields: tuple[str, ...] = ()) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cutlayer.distributions import DISTRIBUTIONS
 from cutlayer.plotting.experiments import Comparison, PlotConfig
 from cutlayer.plotting.runs import ALPHA, Found, Run, short
 from cutlayer.runtime.ground.config import ConfigError, nearest
@@ -43,7 +44,8 @@ def automatic(runs: Sequence[Run], config: PlotConfig) -> tuple[Comparison, ...]
     wanted = _OVER_ALPHA if config.figures == "auto" else tuple(set(_OVER_ALPHA) & set(config.figures))
     for dataset, model, kind in [key for key, values in alphas.items() if len(values) > 1 and wanted]:
         # Evenly spread data is where alpha leads to as it grows.
-        where = {"dataset.name": dataset, "model.name": model, "dataset.distribution": [kind, "iid"]}
+        even = [name for name, each in DISTRIBUTIONS.items() if each.even]
+        where = {"dataset.name": dataset, "model.name": model, "dataset.distribution": [kind, *even]}
         name = _name(dataset, model, f"{kind}-alpha")
         groups[dataset, model, f"{kind}-alpha"] = Comparison(
             name, f"{dataset}, {model}, by Dirichlet {ALPHA}", where, figures=wanted

@@ -149,7 +149,7 @@ def _connected(federation: Federation, folder: RunFolder, accuracy: float | None
 
 
 def _save_partition(federation: Federation, folder: Path) -> None:
-    if federation.config.dataset.distribution == "own":
+    if not federation.config.dataset.divided:
         return
     info, labels = federation.dataset.info, federation.dataset.train.labels
     save_partition(folder, federation.partition, labels, info.classes, info.class_names)

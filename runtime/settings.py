@@ -155,9 +155,9 @@ class RunConfig:
             for key in ("server", "client_id"):
                 if getattr(self, key) is not None:
                     raise ConfigError(key, getattr(self, key), "null, or role=client to go with it")
-            if self.dataset.distribution == "own" and not over_network:
+            if not self.dataset.divided and not over_network:
                 expected = "one that divides one data set, or transport=grpc and clients with data of their own"
-                raise ConfigError("dataset.distribution", "own", expected)
+                raise ConfigError("dataset.distribution", self.dataset.distribution, expected)
             return
         if self.server is None:
             raise ConfigError("server", None, "HOST:PORT of the server")
@@ -209,6 +209,9 @@ class RunConfig:
         """16 hexadecimal digits of a hash over everything that decides the result; equal in every process."""
         deciding = {key: value for key, value in self.to_mapping().items() if key not in _NOT_DECIDING}
         deciding["transport"] = self.transport.name
+        if not self.dataset.distribution_options:
+            # A run that was begun before there were any is the same.
+            del deciding["dataset"]["distribution_options"]
         text = json.dumps(deciding, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -119,6 +119,7 @@ RULES: Mapping[str, Rule] = {
     "model.options.*": Rule(4096, WORD, 64),
     "dataset.name": _CHOICE,
     "dataset.distribution": _CHOICE,
+    "dataset.distribution_options.*": Rule(1e6, WORD, 64),
     "dataset.alpha": _MANY,
     "dataset.classes_per_client": _MANY,
     "dataset.major_share": _MANY,

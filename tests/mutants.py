@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 REFERENCES = ("tests/algorithms/test_references.py", "tests/algorithms/test_personal_references.py")
 METHODS = "base fed_avg scaffold splitfed auxiliary personal ditto per_fed_avg mhmd reference"
-DATA = "distributions apportion partition normalize augment colour batching seeding source"
+DATA = "partition normalize augment colour batching seeding source"
 BYTES = ("cse_fsl", "fsl_sage", "scaffold", "sl_multi_server")
 ONE_GRAPH = "test_all_parts_against_one_graph"
 TRIED = "distributions apportion partition_files batches moco shape splitting whole laws"
@@ -62,7 +62,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "data": (
-        tuple(f"datasets/{name}.py" for name in DATA.split()),
+        (
+            *(f"datasets/{name}.py" for name in DATA.split()),
+            *(path.relative_to(ROOT).as_posix() for path in (ROOT / "distributions").glob("[!_]*.py")),
+        ),
         tuple(f"tests/datasets/test_datasets_{name}.py" for name in TRIED.split()),
     ),
 }
@@ -112,7 +115,7 @@ def copied(work: Path, group: str) -> None:
     )  # fmt: skip
     modules, tests = GROUPS[group]
     settings = {
-        "source_paths": ["algorithms", "datasets", "runtime"],
+        "source_paths": ["algorithms", "datasets", "distributions", "runtime"],
         "only_mutate": list(modules),
         "also_copy": sorted({name.split("/")[0] for name in listed.stdout.split()} - {"tests"}),
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "-p", "no:xdist"],

@@ -20,7 +20,10 @@ from cutlayer.runtime.records.loggers import LOGGERS
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
-PACKAGES = ("algorithms", "attacks", "benchmarks", "datasets", "hydra_plugins", "models", "plotting", "runtime")
+PACKAGES = (
+    *("algorithms", "attacks", "benchmarks", "datasets", "distributions", "hydra_plugins", "models", "plotting"),
+    "runtime",
+)
 PROGRAMS = ("attack.py", "certificates.py", "main.py", "personalize.py", "plot_results.py", "probe.py", "status.py")
 # Import names that are not the distribution's own.
 DISTRIBUTIONS = {

@@ -19,8 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import plot_results
-from cutlayer import algorithms, datasets, models
-from cutlayer.datasets.distributions import DISTRIBUTIONS
+from cutlayer import algorithms, datasets, distributions, models
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, options
 from cutlayer.runtime.launching.hydra_support import load_config, plain_values, preprocess
 from cutlayer.runtime.records.loggers import LOGGERS
@@ -30,6 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # Shapes of what needs files; a synthetic set of that shape stands in for it.
 SHAPES = {"digits": (1, 8, 10), "mnist": (1, 28, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100)}
+FOLDERS = (
+    *("algorithms", "attacks", "cutlayer", "datasets", "distributions", "hydra_config", "hydra_plugins", "models"),
+    *("plotting", "runtime", "tests"),
+)
 SMALL = ("rounds=1", "num_clients=2", "batch_size=8", "local_epochs=1", "device=cpu")
 
 
@@ -172,17 +175,7 @@ def test_a_run_prints_what_the_readme_shows_and_its_results_can_be_drawn(tmp_pat
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with the files that docs/adding_your_own.md tells to write."""
     copy = tmp_path_factory.mktemp("copy")
-    for name in (
-        "algorithms",
-        "attacks",
-        "cutlayer",
-        "datasets",
-        "hydra_config",
-        "models",
-        "plotting",
-        "runtime",
-        "tests",
-    ):
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("main.py", "pyproject.toml"):
         shutil.copy(ROOT / name, copy / name)
@@ -282,7 +275,7 @@ def shown_value(text: str) -> Any:
         ("README.md", algorithms.names()),
         ("docs/algorithms.md", algorithms.names()),
         ("docs/datasets.md", datasets.names()),
-        ("docs/datasets.md", tuple(DISTRIBUTIONS)),
+        ("docs/datasets.md", distributions.names()),
         ("docs/configuration.md", models.names()),
         ("docs/reproducing.md", options("experiment")),
     ],

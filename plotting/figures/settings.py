@@ -38,7 +38,7 @@ _SMALLEST, _LARGEST, _PLAIN = 4.0, 11.0, 7.0
 
 def alpha_of(run: Run) -> float | None:
     """Dirichlet alpha of a run's data; infinity where it is spread evenly, None for any other way to spread it."""
-    if run.get(DISTRIBUTION) == "iid":
+    if run.is_even:
         return _IID
     return run.alpha
 
@@ -50,7 +50,7 @@ def with_alpha(curves: Sequence[Curve]) -> list[Curve]:
     return [
         curve
         for curve in curves
-        if alpha_of(curve.runs[0]) is not None and curve.runs[0].get(DISTRIBUTION) in (kind, "iid")
+        if alpha_of(curve.runs[0]) is not None and (curve.runs[0].is_even or curve.runs[0].get(DISTRIBUTION) == kind)
     ]
 
 

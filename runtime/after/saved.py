@@ -214,7 +214,7 @@ def restore(run: Path, saved: Saved) -> Federation:
     device, dtype = config.torch_device(), DTYPES[config.precision]
     data = load(config.dataset, seed=config.seed, device=device, dtype=dtype, download=saved.download)
     federation = Federation(config, run, data, saved.limit)
-    if saved.over_network and (federation.personal or config.dataset.distribution == "own"):
+    if saved.over_network and (federation.personal or not config.dataset.divided):
         raise ConfigError(
             "run", str(run), "a run in one process: this one's clients have their data or parts elsewhere"
         )

@@ -69,15 +69,16 @@ class Evaluator:
             ConfigError: clients are groups, and the source has samples of none of theirs.
         """
         federation, config, train = self._federation, self._federation.config, self._dataset.train
-        distribution = config.dataset.distribution
-        if distribution == "own":
+        if not config.dataset.divided:
             return own_partition(len(source), federation.population, config.client_id)
-        if distribution != "natural" or federation.algorithm.pooled or train.groups is None or source.groups is None:
+        if not config.dataset.by_group or federation.algorithm.pooled or train.groups is None or source.groups is None:
             return apply_partition(federation.partition, train.labels, source.labels, seed=config.seed)
         shares = partition_by_group(federation.partition, train.groups, source.groups)
         if not len(shares.order):
             reason = f"another for {asked}, as whole groups are held out of training and no client has any of them"
-            raise ConfigError("dataset.distribution", distribution, reason + " (test_by in docs/datasets.md)")
+            raise ConfigError(
+                "dataset.distribution", config.dataset.distribution, reason + " (test_by in docs/datasets.md)"
+            )
         return shares
 
     def evaluate(self) -> Evaluation:

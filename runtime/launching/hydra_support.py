@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _PARTS = r"model\.(?:client|server|auxiliary|body|head|tail|personal|projector)"
 # Mappings that take any key: which ones are right depends on a name in them, and the typed configuration checks it.
-_BELOW_OPEN = re.compile(rf"(?:{_PARTS}\.)?(?:optimizer|scheduler)\.[^=]+=|(?:model|dataset)\.options(?:\.[^=]+)?=")
+_OPTIONS = r"(?:model\.options|dataset\.options|dataset\.distribution_options)"
+_BELOW_OPEN = re.compile(rf"(?:{_PARTS}\.)?(?:optimizer|scheduler)\.[^=]+=|{_OPTIONS}(?:\.[^=]+)?=")
 _SHORTHANDS = {
     re.compile(r"^(model\.auxiliary)=(?=[^{])"): "size",
     re.compile(rf"^({_PARTS}\.(?:optimizer|scheduler))=(?=[^{{])"): "name",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -83,9 +82,9 @@ class Setup:
     def _partition(self) -> Partition:
         config = self.config.dataset
         if self.algorithm.pooled:
-            config = replace(config, distribution="iid", min_samples=0)
+            config = config.evenly()
         labels = self.dataset.train.labels.numpy()
-        if config.distribution == "own":
+        if not config.divided:
             return own_partition(len(labels), self.population, self.config.client_id)
         return partition(labels, self.population, config, seed=self.config.seed, groups=self.dataset.groups)
 
@@ -121,7 +120,7 @@ class Setup:
     @property
     def _apart(self) -> bool:
         """Whether each client has data of its own, of which the others, and the server, know nothing."""
-        return self.config.dataset.distribution == "own" and not self.algorithm.pooled
+        return not self.config.dataset.divided and not self.algorithm.pooled
 
     def _with_batches(self, least: int) -> np.ndarray:
         """Which clients have a batch of at least ``least`` samples: bool [clients].

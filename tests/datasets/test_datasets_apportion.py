@@ -11,9 +11,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cutlayer.datasets import DatasetConfig, Partition, batch_count, batch_sizes, own_partition, partition
-from cutlayer.datasets.apportion import bounded, dirichlet, equal_sizes, fill, raise_to, softmax, split_one, split_rows
 from cutlayer.datasets.normalize import moments
 from cutlayer.datasets.seeding import derived
+from cutlayer.distributions.apportion import (
+    bounded,
+    dirichlet,
+    equal_sizes,
+    fill,
+    raise_to,
+    softmax,
+    split_one,
+    split_rows,
+)
 
 quick = settings(max_examples=60, deadline=None)
 SEEDS = st.integers(0, 10**6)

@@ -239,10 +239,10 @@ def always_of_class_0(totals: np.ndarray, shares: np.ndarray, rng: np.random.Gen
 
 
 def test_what_rounding_leaves_lacking_is_given_at_random_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cutlayer.datasets.apportion import fill
+    from cutlayer.distributions.apportion import fill
 
     # Rounding that asks for a class that is used up, each time anew.
-    monkeypatch.setattr("cutlayer.datasets.apportion.split_rows", always_of_class_0)
+    monkeypatch.setattr("cutlayer.distributions.apportion.split_rows", always_of_class_0)
     rand, totals, supply = np.random.default_rng(4), np.array([3, 0, 5, 4]), np.array([2, 12, 0, 6])
     tables = np.stack([fill(np.zeros((4, 4)), totals, supply, rand) for _ in range(600)])
     assert tables.min() >= 0

@@ -337,7 +337,7 @@ def test_the_examples_in_the_configuration_work(tmp_path: Path) -> None:
 
 
 def test_every_key_is_documented() -> None:
-    text = (ROOT / "docs" / "cutlayer.plotting.md").read_text()
+    text = (ROOT / "docs" / "plotting.md").read_text()
     for cls in (PlotConfig, Comparison, Link):
         for name in cls.__dataclass_fields__:
             assert f"`{name}`" in text, name
@@ -370,6 +370,7 @@ def test_the_command_fails_with_one_line(
 
 
 def test_drawing_needs_no_torch() -> None:
-    code = "import sys, plotting.compose, plotting.report; print('torch' in sys.modules, 'pandas' in sys.modules)"
+    imported = "sys, cutlayer.plotting.compose, cutlayer.plotting.report"
+    code = f"import {imported}; print('torch' in sys.modules, 'pandas' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

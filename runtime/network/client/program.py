@@ -101,7 +101,7 @@ class _Client:
             "config": fingerprint(shared(site.config)),
             "samples": site.samples,
             "trains": site.has_batches(self._id),
-            "data": data_facts(site.dataset, divided=site.config.dataset.distribution != "own"),
+            "data": data_facts(site.dataset, divided=site.config.dataset.divided),
         }
         link.send(What.HELLO, facts)
         samples, title = site.samples, site.config.title

@@ -68,7 +68,7 @@ class Expected:
 def rehearse(config: RunConfig, dataset: Dataset) -> Expected:
     """Play a few rounds of the configured run on a handful of the data, and note what clients send."""
     seen: list[dict[str, list[Layout]]] = []
-    divided = replace(config.dataset, distribution="iid", min_samples=0, drop_last="auto")
+    divided = replace(config.dataset.evenly(), drop_last="auto")
     local = replace(config, transport=LocalTransport(), role=None, comm_threshold_mb=None, dataset=divided)
     try:
         for batch in _BATCHES:

@@ -64,7 +64,7 @@ class RemoteClients(Clients):
         super().__init__(federation)
         self._config, self._run = config, run
         self._shared = shared(federation.config)
-        self._divided = federation.config.dataset.distribution != "own"
+        self._divided = federation.config.dataset.divided
         self._data = data_facts(federation.dataset, divided=self._divided)
         self._last: dict[int, int] = {}  # the last round of each client that counted, if it keeps a state
         self._durable: dict[int, int] = {}  # the same, at the last checkpoint

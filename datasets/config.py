@@ -53,7 +53,7 @@ class DatasetConfig:
     root: Path = Path("data")
     distribution: str = "iid"
     distribution_options: dict[str, Any] = field(default_factory=dict)
-    alpha: float = 0.5
+    alpha: float = 0.1
     classes_per_client: int = 2
     major_share: float = 0.8
     min_samples: int = 1

@@ -228,6 +228,23 @@ def test_the_worked_example_is_in_the_style_of_the_house(extended: Path) -> None
 # ---------------------------------------------------------------------- completeness of the documents
 
 
+def tables(text: str) -> Iterator[list[str]]:
+    """The blocks of lines that begin with a bar, outside of code."""
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for block in re.split(r"\n(?!\|)", outside):
+        yield from ([rows] if (rows := [line for line in block.split("\n") if line.startswith("|")]) else [])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_row_is_of_a_table(path: Path) -> None:
+    """A line that is empty, or a bar too many, would end a table, and the rest would be shown as text."""
+    for rows in tables(path.read_text(encoding="utf-8")):
+        columns = [len(re.split(r"(?<!\\)\|", row)) for row in rows]
+        assert len(rows) > 2, rows[0]
+        assert re.fullmatch(r"[|:-]+", rows[1].replace(" ", "")), rows[0]
+        assert [row for row, count in zip(rows, columns, strict=True) if count != columns[0]] == []
+
+
 def leaves(values: Any, above: str = "") -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, dict) and value:

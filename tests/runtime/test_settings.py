@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cutlayer import algorithms, datasets, models
 from cutlayer.runtime.ground.config import ConfigError, build, plain
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, groups, options
 from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.records.loggers import LOGGERS
 from cutlayer.runtime.settings import PARTS, RunConfig, resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +54,27 @@ def test_the_values_of_an_algorithms_yaml_are_its_defaults() -> None:
     for name in algorithms.names():
         kind = algorithms.get(name).Config
         assert load_config([f"algorithm={name}"]).algorithm == build(kind, {}), name
+
+
+def other_defaults(config: Any, where: str = "") -> Iterator[str]:
+    """Keys of nested configurations whose value is not the default of their dataclass."""
+    for field in fields(config):
+        value, found = getattr(config, field.name), f"{where}.{field.name}"
+        if is_dataclass(value):
+            yield from other_defaults(value, found)
+        elif field.default_factory is not MISSING:
+            yield from [found] if value != field.default_factory() else []
+        elif field.default is not MISSING and value != field.default:
+            yield found
+
+
+@pytest.mark.parametrize("choice", ["dataset=digits", "transport=grpc", *(f"logger={name}" for name in LOGGERS)])
+def test_a_key_has_one_default(choice: str) -> None:
+    """What a dataclass has by itself is what its yaml says."""
+    config = load_config(["algorithm=fed_avg", choice, *(["role=server"] if choice == "transport=grpc" else [])])
+    sections = {name: getattr(config, name) for name in ("model", "dataset", "aggregate", "personalize", "monitor")}
+    sections |= {"probe": config.probe, "transport": config.transport, "logger": config.logger[0]}
+    assert [key for name, section in sections.items() for key in other_defaults(section, name)] == []
 
 
 def test_the_papers_setting() -> None:

@@ -14,8 +14,10 @@ from tests.test_house import ROOT, SOURCES
 # From the bottom. Rooms of one floor do not know each other. docs/architecture.md shows the same picture.
 FLOORS = (
     ("runtime.ground",),
-    ("runtime.messages", "datasets"),
+    ("distributions",),
+    ("datasets",),
     ("models",),
+    ("runtime.messages",),
     ("runtime.parties",),
     ("algorithms", "runtime.records"),
     ("runtime.evaluation", "runtime.transport"),
@@ -108,7 +110,17 @@ def test_the_picture_in_the_docs_shows_the_floors() -> None:
     assert shown == [", ".join(rooms) for rooms in reversed(FLOORS)]
 
 
-PACKAGES = ("algorithms", "attacks", "benchmarks", "datasets", "deploy", "fuzz", "hydra_config", "hydra_plugins")
+PACKAGES = (
+    "algorithms",
+    "attacks",
+    "benchmarks",
+    "datasets",
+    "deploy",
+    "distributions",
+    "fuzz",
+    "hydra_config",
+    "hydra_plugins",
+)
 PACKAGES += ("models", "plotting", "runtime", "tests")
 
 

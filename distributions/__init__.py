@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from cutlayer.runtime.ground.config import build
 from cutlayer.runtime.ground.registry import Registry, import_modules
-
-if TYPE_CHECKING:
-    from cutlayer.datasets.config import DatasetConfig
 
 OPTIONS = "distribution_options"
 """The key below `dataset` that holds a distribution's own options."""
@@ -27,13 +24,32 @@ class NoOptions:
     """A distribution without options of its own."""
 
 
+class Keys(Protocol):
+    """The keys below `dataset` that distributions share, as their configuration has them."""
+
+    @property
+    def distribution(self) -> str: ...
+    @property
+    def distribution_options(self) -> Mapping[str, Any]: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def classes_per_client(self) -> int: ...
+    @property
+    def major_share(self) -> float: ...
+    @property
+    def min_samples(self) -> int: ...
+    @property
+    def drop_unassigned(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Request:
     """What a distribution works from: labels int64 [n], groups int64 [n] or None."""
 
     labels: np.ndarray
     clients: int
-    config: DatasetConfig
+    config: Keys
     rng: np.random.Generator
     groups: np.ndarray | None
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cutlayer import algorithms, datasets, models
+from cutlayer import algorithms, datasets, distributions, models
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = ("fuzz", "tests", "typings")  # which the rules for what is used do not hold for
@@ -21,8 +21,8 @@ SOURCES = sorted(
         ),
     ]
 )
-# "imagenet" is also a choice of dataset.normalize, where branching on it is right.
-REGISTERED = {*algorithms.names(), *models.names(), *datasets.names()} - {"imagenet"}
+# Also choices of dataset.normalize and of model.client_norm, where branching on them is right.
+REGISTERED = {*algorithms.names(), *models.names(), *datasets.names(), *distributions.names()} - {"imagenet", "own"}
 
 
 def branches_on(tree: ast.AST, names: set[str]) -> list[tuple[int, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cutlayer.plotting.compose import Composed, compose
 from cutlayer.plotting.experiments import read_config
+from cutlayer.plotting.figures import FIGURES
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.streams import run_program
 from cutlayer.runtime.ground.text import complain, tell
@@ -15,7 +16,12 @@ from cutlayer.runtime.ground.text import complain, tell
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw what the configuration asks for and tell what was made; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Draw figures and tables of finished runs.")
+    figures = "\n".join(f"  {name}: {kind.caption}" for name, kind in FIGURES.items())
+    parser = argparse.ArgumentParser(
+        description="Draw figures and tables of finished runs.",
+        epilog=f"figures:\n{figures}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--saves", type=Path, default=Path("saves"), help="folder with runs (default: saves)")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the figures (default: figures)")
     parser.add_argument("--config", type=Path, help="what to draw (default: exp_configs.yaml beside this file)")

@@ -13,6 +13,7 @@ from cutlayer.plotting.curves import Curve, default_budget, default_target, make
 from cutlayer.plotting.experiments import Comparison, PlotConfig
 from cutlayer.plotting.figures import FIGURES, Options, make_figure, save_figure
 from cutlayer.plotting.runs import Found, Run, find_runs, short
+from cutlayer.plotting.saving import as_svg
 from cutlayer.plotting.selection import NoRuns, automatic, outside, resolve_key, select
 from cutlayer.plotting.style import applied
 from cutlayer.plotting.tables import as_csv, as_latex, as_markdown, table_rows
@@ -138,10 +139,14 @@ def _draw(job: _Job) -> tuple[list[Path], list[str]]:
     files: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
+    pictures: dict[str, bytes] = {}
     with applied():
         for name in drawn:
             try:
-                files += save_figure(make_figure(name, curves, options), folder / name, job.formats)
+                figure = make_figure(name, curves, options)
+                files += save_figure(figure, folder / name, job.formats)
+                if comparison.report and not FIGURES[name].charted:
+                    pictures[name] = as_svg(figure)
             except _ODD as error:  # of one figure: the others and the tables hold all the same
                 failed.append(f"{name}: it cannot be drawn ({type(error).__name__}: {one_line(error)})")
     rows = table_rows(curves, options)
@@ -156,9 +161,10 @@ def _draw(job: _Job) -> tuple[list[Path], list[str]]:
             files.append(path)
     if comparison.report:
         # Its libraries take long to import, and not everyone asks for it.
-        from cutlayer.plotting.report import write_report
+        from cutlayer.plotting.report import Picture, write_report
 
-        files.append(write_report(folder / "report.html", curves, options, rows, job.left_out))
+        shown = [Picture(name, FIGURES[name].caption, svg) for name, svg in pictures.items()]
+        files.append(write_report(folder / "report.html", curves, options, rows, job.left_out, shown))
     left_out = [f"{name}: it needs {FIGURES[name].needs}" for name in wanted if name not in drawn and names != "auto"]
     return files, [f"comparison {comparison.name}: no figure {text}" for text in left_out + failed]
 

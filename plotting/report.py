@@ -64,12 +64,32 @@ class PageTable:
     notes: list[str]
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A figure that the page shows as it is: its name, its caption, and the content of its SVG file."""
+
+    name: str
+    caption: str
+    svg: bytes
+
+    @property
+    def heading(self) -> str:
+        """The name in words."""
+        return self.name.replace("_", " ").capitalize()
+
+    @property
+    def source(self) -> str:
+        """The picture as the address of an image; what is in it can run nothing."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
+
+
 def write_report(
     path: Path,
     curves: Sequence[Curve],
     options: Options,
     rows: Sequence[dict[str, Any]],
     left_out: Sequence[str] = (),
+    pictures: Sequence[Picture] = (),
 ) -> Path:
     """Write the page of a comparison; the same input gives the same bytes.
 
@@ -79,6 +99,7 @@ def write_report(
         options: the same as of the figures.
         rows: `tables.table_rows` of the curves.
         left_out: what is not in it, one line each.
+        pictures: figures that it has no chart of.
 
     Returns:
         `path`.
@@ -100,6 +121,7 @@ def write_report(
         packed=packed,
         charts=charts,
         drawn={"charts": {chart.name: chart.spec() for chart in charts}, "on_dark": _colors_on_dark(charts)},
+        pictures=pictures,
         tables=[_table(rows, options), *map(_tuning_table, tuning_tables(curves))],
         curves=[(label_of(curve), [_told(run, shared, differing) for run in curve.runs]) for curve in curves],
         shared=printable(shared),

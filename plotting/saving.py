@@ -49,6 +49,12 @@ def save_figure(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS) ->
     return paths
 
 
+def as_svg(figure: Figure) -> bytes:
+    """The figure as the content of an SVG file, as `save_figure` saves it."""
+    with tempfile.TemporaryDirectory(prefix="cutlayer-figure-") as folder:
+        return save_figure(figure, Path(folder) / "figure", ("svg",))[0].read_bytes()
+
+
 def _svg(figure: Figure, path: Path) -> None:
     FigureCanvasSVG(figure).print_svg(str(path), metadata={"Date": None})
 

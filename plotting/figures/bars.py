@@ -82,7 +82,7 @@ def _any_traffic(curves: Sequence[Curve], options: Options) -> bool:
     return any(traffic_of(curve, options.without_fields) for curve in curves)
 
 
-@register("traffic_kinds", "a run that recorded its bytes by kind", _any_traffic)
+@register("traffic_kinds", "a run that recorded its bytes by kind", _any_traffic, charted=True)
 def traffic_kinds(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     """Bytes of the whole run by kind of message and direction, for each method."""
     found = [(curve, traffic_of(curve, options.without_fields)) for curve in curves]

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.figures.layout import new_figure, put_title
 from cutlayer.plotting.timing import Link
+from cutlayer.runtime.ground.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,31 @@ class FigureKind:
     """One kind of figure.
 
     draw: fills an empty figure, its legend included. applies: whether the curves have what it shows; never raises.
-    needs: in a few words, what that is.
+    needs: in a few words, what that is. charted: whether the report draws it itself; the others are pictures there.
     """
 
     draw: Draw
     applies: Applies
     needs: str
+    charted: bool = False
+
+    @property
+    def caption(self) -> str:
+        """What it shows, in one line: the first of its function's documentation."""
+        return (self.draw.__doc__ or "").strip().partition("\n")[0]
 
 
-FIGURES: dict[str, FigureKind] = {}
+FIGURES: Registry[FigureKind] = Registry("figure")
 
 
-def register(name: str, needs: str, applies: Applies) -> Callable[[Draw], Draw]:
-    """Make a figure available under `figures` in `exp_configs.yaml`; the name is its file's name too."""
+def register(name: str, needs: str, applies: Applies, *, charted: bool = False) -> Callable[[Draw], Draw]:
+    """Make a figure available under `figures` in `exp_configs.yaml`; the name is its file's name too.
+
+    The first line of the function's documentation is its caption in the report and in the program's help.
+    """
 
     def decorate(draw: Draw) -> Draw:
-        if name in FIGURES:
-            raise ValueError(f"figure {name!r} is registered twice")
-        FIGURES[name] = FigureKind(draw, applies, needs)
+        FIGURES.add(name, FigureKind(draw, applies, needs, charted))
         return draw
 
     return decorate

@@ -39,7 +39,9 @@ def _several_epochs(curves: Sequence[Curve], _: Options) -> bool:
     return any(len(each.points) > 1 for each in make_tuned(curves))
 
 
-@register("fine_tuning", "a run whose clients were evaluated after several numbers of epochs", _several_epochs)
+@register(
+    "fine_tuning", "a run whose clients were evaluated after several numbers of epochs", _several_epochs, charted=True
+)
 def fine_tuning(figure: Figure, curves: Sequence[Curve], _: Options) -> None:
     """Mean accuracy of the clients' models against epochs of fine-tuning."""
     tuned = make_tuned(curves)

@@ -37,7 +37,7 @@ def _any_time(curves: Sequence[Curve], _: Options) -> bool:
     return any(curve.seconds is not None for curve in curves)
 
 
-@register("accuracy_communication", "a run", _any)
+@register("accuracy_communication", "a run", _any, charted=True)
 def accuracy_communication(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     """A metric against cumulative payload bytes; methods that send nothing are levels."""
     axes = figure.add_subplot()
@@ -57,7 +57,7 @@ def accuracy_communication(figure: Figure, curves: Sequence[Curve], options: Opt
     _legend(figure, axes, curves, costs, note)
 
 
-@register("accuracy_rounds", "a run", _any)
+@register("accuracy_rounds", "a run", _any, charted=True)
 def accuracy_rounds(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     """A metric against completed rounds."""
     axes = figure.add_subplot()
@@ -69,7 +69,7 @@ def accuracy_rounds(figure: Figure, curves: Sequence[Curve], options: Options) -
     _legend(figure, axes, curves)
 
 
-@register("accuracy_time", "a run that recorded its seconds, bytes and round trips", _any_time)
+@register("accuracy_time", "a run that recorded its seconds, bytes and round trips", _any_time, charted=True)
 def accuracy_time(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     """A metric against simulated time over the given link; methods that send nothing are levels."""
     axes = figure.add_subplot()

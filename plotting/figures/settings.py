@@ -59,7 +59,7 @@ def _several_alphas(curves: Sequence[Curve], _: Options) -> bool:
     return len(found) > 1 and found != {_IID}
 
 
-@register("metric_alpha", "runs that differ in Dirichlet alpha", _several_alphas)
+@register("metric_alpha", "runs that differ in Dirichlet alpha", _several_alphas, charted=True)
 def metric_alpha(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     """The final metric against Dirichlet alpha, with evenly spread data at the right end."""
     axes = figure.add_subplot()
@@ -96,7 +96,9 @@ def _swept(group: Group, key: str) -> list[Run]:
     return runs if len({hashable(run.get(key)) for run in runs}) > 1 else []
 
 
-@register("ablation", "runs of a method that differ in one key, or in the one that `over` names", _has_sweep)
+@register(
+    "ablation", "runs of a method that differ in one key, or in the one that `over` names", _has_sweep, charted=True
+)
 def ablation(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     """The final and the best metric against a swept key; methods that have one value of it, or none, are levels."""
     key = options.over or swept_key(curves)

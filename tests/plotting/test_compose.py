@@ -6,17 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 import plot_results
 from cutlayer.plotting.compose import compose
+from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.experiments import Comparison, PlotConfig, read_config
-from cutlayer.plotting.figures import FIGURES
+from cutlayer.plotting.figures import FIGURES, Options, register
 from cutlayer.plotting.timing import Link
 from cutlayer.runtime.ground.config import ConfigError
 from tests.plotting.conftest import WriteRun
@@ -341,8 +344,6 @@ def test_every_key_is_documented() -> None:
     for cls in (PlotConfig, Comparison, Link):
         for name in cls.__dataclass_fields__:
             assert f"`{name}`" in text, name
-    for name in FIGURES:
-        assert f"`{name}`" in text, name
     listed = (ROOT / "exp_configs.yaml").read_text()
     for name in PlotConfig.__dataclass_fields__:
         assert f"\n{name}:" in listed, name
@@ -374,3 +375,45 @@ def test_drawing_needs_no_torch() -> None:
     code = f"import {imported}; print('torch' in sys.modules, 'pandas' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_figure_is_one_registration(write_run: WriteRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is registered is drawn, named in the help, checked in the configuration and shown in the report."""
+    write_run("fed_avg")
+    name = "rounds_run"
+
+    def draw(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
+        """Rounds that each method ran.
+
+        Not in the caption.
+        """
+        figure.add_subplot().bar([curve.method for curve in curves], [len(curve.rounds) for curve in curves])
+
+    try:
+        register(name, "a run", lambda curves, options: bool(curves))(draw)
+        made = compose(tmp_path / "saves", tmp_path / "out", PlotConfig(figures=(name,), formats=("png",)))
+        assert f"{name}.png" in [path.name for path in made.files]
+        report = next(path for path in made.files if path.name == "report.html").read_text()
+        assert '<h2 id="rounds_run-heading">Rounds run</h2>' in report
+        assert "<figcaption>Rounds that each method ran.</figcaption>" in report
+        assert report.count('<img src="data:image/svg+xml;base64,') == 1
+        with pytest.raises(ConfigError, match="did you mean rounds_run"):
+            PlotConfig(figures=("round_run",))
+        with pytest.raises(SystemExit):
+            plot_results.main(["--help"])
+        assert "rounds_run: Rounds that each method ran.\n" in capsys.readouterr().out
+    finally:
+        FIGURES.pop(name, None)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_has_a_caption_and_what_it_needs(name: str) -> None:
+    kind = FIGURES[name]
+    assert kind.caption.endswith(".")
+    assert kind.needs
+
+
+def test_the_document_has_a_row_for_every_figure() -> None:
+    text = (ROOT / "docs" / "plotting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \|[^|]*\|$", text.partition("## Figures")[2], re.MULTILINE)
+    assert set(FIGURES) <= set(rows), "docs/plotting.md, the table of figures: a row for each"

@@ -10,7 +10,8 @@ import pytest
 
 from cutlayer.runtime.ground.config import ConfigError, plain
 from cutlayer.runtime.records import loggers
-from cutlayer.runtime.records.loggers import LOGGERS, build_loggers, check_loggers, flatten, logger_config, mlflow_key
+from cutlayer.runtime.records.loggers import LOGGERS, build_loggers, check_loggers, logger_config
+from cutlayer.runtime.records.loggers.mlflow import flatten, mlflow_key
 from cutlayer.runtime.records.results import RoundRecord
 
 CONFIG = {"lr": 0.1, "dataset": {"name": "digits", "options": {}}, "tags": ["a"], "init": None}

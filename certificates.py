@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+from cutlayer.runtime.ground.extras import install
 from cutlayer.runtime.ground.streams import run_program
 from cutlayer.runtime.ground.text import complain, tell
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         folder, given = _read(parser.parse_args(arguments).argument)
         if importlib.util.find_spec("cryptography") is None:
-            raise ConfigError("", NO_VALUE, 'the package cryptography is not installed: pip install -e ".[grpc]"')
+            raise ConfigError("", NO_VALUE, f"the package cryptography is not installed: {install('grpc')}")
         from cutlayer.runtime.network.certificates.authority import make_certificates  # late: it imports that package
 
         order = _order(given)

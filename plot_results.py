@@ -6,12 +6,16 @@ import argparse
 import os
 from pathlib import Path
 
+from cutlayer import HOME
 from cutlayer.plotting.compose import Composed, compose
 from cutlayer.plotting.experiments import read_config
 from cutlayer.plotting.figures import FIGURES
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.streams import run_program
 from cutlayer.runtime.ground.text import complain, tell
+
+CONFIG = Path("exp_configs.yaml")
+PACKAGED = HOME / CONFIG
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--saves", type=Path, default=Path("saves"), help="folder with runs (default: saves)")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the figures (default: figures)")
-    parser.add_argument("--config", type=Path, help="what to draw (default: exp_configs.yaml beside this file)")
+    parser.add_argument("--config", type=Path, help=f"what to draw (default: {CONFIG} here, else {PACKAGED})")
     parser.add_argument("--only", metavar="NAME", help="draw the comparison of this name alone")
     options = parser.parse_args(arguments)
     try:
@@ -32,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError("--config", options.config, "a file")
         if not options.saves.is_dir():
             raise ConfigError("--saves", options.saves, "a folder with runs")
-        config = read_config(options.config or Path(__file__).with_name("exp_configs.yaml"))
+        config = read_config(options.config or (CONFIG if CONFIG.is_file() else PACKAGED))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         made = compose(options.saves, options.out, config, options.only, processes=cores)
     except ConfigError as error:

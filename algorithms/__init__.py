@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ != "cutlayer.algorithms":
+    from cutlayer.names import refuse
+
+    refuse(__name__)
+
 from collections.abc import Callable, Mapping
 from typing import Any
 

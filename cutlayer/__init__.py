@@ -3,16 +3,16 @@
 In a checkout these are the folders beside this one, which `__path__` takes in; in an installed wheel they are inside.
 """
 
-import sys
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 HOME = _HERE if (_HERE / "runtime").is_dir() else _HERE.parent
 """The folder in which the packages and `hydra_config/` are."""
+IN_CHECKOUT = HOME != _HERE
+"""Whether this is a checkout, or an editable install of one; else it is an installed wheel."""
 
-if HOME != _HERE:
+if IN_CHECKOUT:
     __path__.append(str(HOME))
-    # A program of the root, or `python -c` in it, has the root first on the path, where `datasets/` would hide the
-    # package of that name of Hugging Face. What is looked for there, such as a module of one's own, is found last.
-    if any(Path(entry or ".").resolve() == HOME for entry in sys.path):
-        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HOME] + [str(HOME)]
+    from cutlayer.names import leave_to_others
+
+    leave_to_others()

@@ -9,6 +9,11 @@ of this package is imported, so that a new file registers itself::
         ...
 """
 
+if __name__ != "cutlayer.datasets":
+    from cutlayer.names import give_way
+
+    give_way(__name__)  # what follows is left to no one then
+
 from cutlayer.datasets.batching import DropLast, batch_count, batch_sizes
 from cutlayer.datasets.config import DatasetConfig
 from cutlayer.datasets.info import Dataset, DatasetInfo

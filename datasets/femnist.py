@@ -15,6 +15,7 @@ import torch
 from cutlayer.datasets.registry import RawDataset, RawSplit, ReadContext, register
 from cutlayer.datasets.splitting import fixed_test
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.extras import install
 
 CLASS_NAMES = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 URL = "https://github.com/TalwalkarLab/leaf (data/femnist, preprocess.sh)"
@@ -150,7 +151,7 @@ def _read_hdf5(file: Path) -> Iterator[Writer]:
     try:
         h5py: Any = import_module("h5py")
     except ImportError:
-        raise ConfigError("dataset.root", file, 'h5py to read it: pip install -e ".[hdf5]"') from None
+        raise ConfigError("dataset.root", file, f"h5py to read it: {install('hdf5')}") from None
 
     def of(group: Any, names: tuple[str, ...]) -> Any:
         return next((group[name][()] for name in names if isinstance(group.get(name), h5py.Dataset)), None)

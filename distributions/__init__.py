@@ -6,6 +6,11 @@ figures of runs reads the registry too.
 
 from __future__ import annotations
 
+if __name__ != "cutlayer.distributions":
+    from cutlayer.names import refuse
+
+    refuse(__name__)
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol

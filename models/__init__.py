@@ -3,6 +3,11 @@
 Every module of this package is imported, so that a new file registers itself.
 """
 
+if __name__ != "cutlayer.models":
+    from cutlayer.names import refuse
+
+    refuse(__name__)
+
 from cutlayer.models.auxiliary import build_auxiliary
 from cutlayer.models.building import build_model, check_model
 from cutlayer.models.config import (

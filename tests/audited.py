@@ -10,7 +10,8 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.places import ROOT
+
 MARK = "h0stile"
 # Where what is installed lies, and what the kernel tells of this process and machine.
 _INSTALLED = (

@@ -13,6 +13,8 @@ from typing import NoReturn
 
 import cutlayer.runtime.experiment
 import cutlayer.runtime.job  # noqa: F401
+from cutlayer import main
+from tests.places import program
 
 
 def run(arguments: Sequence[str], environment: dict[str, str], out: str, err: str) -> NoReturn:
@@ -20,10 +22,11 @@ def run(arguments: Sequence[str], environment: dict[str, str], out: str, err: st
     for stream, path in ((0, os.devnull), (1, out), (2, err)):
         os.dup2(os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT), stream)
     os.environ.update(environment)
-    sys.argv, sys.orig_argv = ["main.py", *arguments], [sys.executable, "main.py", *arguments]
+    start = program("main")
+    sys.argv, sys.orig_argv = [main.__file__, *arguments], [*start, *arguments]
     status = 0
     try:
-        runpy.run_path("main.py", run_name="__main__")
+        runpy.run_path(main.__file__, run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from cutlayer import algorithms, datasets, distributions, models
+from tests.places import checkout
 
-ROOT = Path(__file__).parents[1]
+ROOT = checkout()
 ELSEWHERE = ("fuzz", "tests", "typings")  # which the rules for what is used do not hold for
 SOURCES = sorted(
     [
@@ -90,11 +91,15 @@ def test_every_program_of_the_root_is_checked() -> None:
 
 
 def test_algorithms_import_the_boundary_and_never_the_loop() -> None:
-    allowed = {"aggregate", "blueprint", "boundary", "cohort", "config", "contexts", "optim"}
+    parties = ("aggregate", "blueprint", "cohort", "contexts", "optim")
+    allowed = {"ground.config", "messages.boundary", *(f"parties.{name}" for name in parties)}
+    imported: set[str] = set()
     for path in (ROOT / "algorithms").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("runtime."):
-                assert node.module.removeprefix("runtime.") in allowed, f"{path.name} imports {node.module}"
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cutlayer.runtime"):
+                imported.add(node.module.removeprefix("cutlayer.runtime."))
+                assert imported <= allowed, f"{path.name} imports {node.module}"
+    assert imported == allowed
 
 
 def test_nothing_unpickles() -> None:

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
+from cutlayer import HOME
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.job import choose_folder
 from cutlayer.runtime.launching.hydra_errors import check_options, explain
 from cutlayer.runtime.launching.hydra_support import load_config, preprocess
 from cutlayer.runtime.records.run_folder import RunFolder, is_locked, read_status
+from tests.places import ROOT, program
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["dataset=digits", "model=mlp", "progress=none"]
 ALONE = "hydra.launcher.n_jobs=1"
 QUICK = ["algorithm=fed_avg", "num_clients=3", "rounds=1", "device=cpu"]
@@ -30,7 +31,7 @@ def command(save_dir: Path, *arguments: str) -> list[str]:
     """The command line; a setting of QUICK is left out where `arguments` has its own."""
     given = {argument.partition("=")[0] for argument in arguments}
     quick = [setting for setting in QUICK if setting.partition("=")[0] not in given]
-    return [sys.executable, "main.py", *SMALL, *quick, f"save_dir={save_dir}", *arguments]
+    return [*program("main"), *SMALL, *quick, f"save_dir={save_dir}", *arguments]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -59,7 +60,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
         def run(save_dir: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
             full = command(save_dir, *arguments)
             out, err = (folder / f"{next(numbers)}" for _ in range(2))
-            task = {"arguments": full[2:], "environment": more, "out": str(out), "err": str(err)}
+            task = {"arguments": full[len(program("main")) :], "environment": more, "out": str(out), "err": str(err)}
             server.stdin.write(json.dumps(task) + "\n")
             server.stdin.flush()
             status = int(server.stdout.readline())
@@ -306,7 +307,7 @@ def test_the_folder_to_resume_is_never_removed(forked: Forked, tmp_path: Path) -
 
 
 def test_main_is_short() -> None:
-    assert len((ROOT / "main.py").read_text().splitlines()) < 60
+    assert len((HOME / "main.py").read_text().splitlines()) < 60
 
 
 def test_status_of_a_failed_run_names_the_error(tmp_path: Path) -> None:

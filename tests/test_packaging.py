@@ -16,13 +16,14 @@ import yaml
 
 from cutlayer.runtime.launching.model_names import SOURCES
 from cutlayer.runtime.records.loggers import LOGGERS
+from tests.places import checkout
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = checkout()
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 PACKAGES = (
     *("algorithms", "attacks", "benchmarks", "datasets", "distributions", "hydra_plugins", "models", "plotting"),
-    "runtime",
+    *("runtime", "cutlayer"),
 )
 PROGRAMS = ("attack.py", "certificates.py", "main.py", "personalize.py", "plot_results.py", "probe.py", "status.py")
 # Import names that are not the distribution's own.
@@ -97,7 +98,7 @@ def test_every_import_is_declared_and_every_declaration_is_imported() -> None:
     imported: set[str] = set()
     for path in sources():
         found = third_party(path)
-        on_network = path.parent.name == "network" or path == ROOT / "benchmarks" / "echo.py"
+        on_network = ROOT / "runtime" / "network" in path.parents or path == ROOT / "benchmarks" / "echo.py"
         optional = network if on_network else trackers if path.parent.name == "loggers" else set[str]()
         undeclared = found - REQUIRED - optional
         assert not undeclared, f"{path.relative_to(ROOT)} imports {undeclared}"

@@ -25,12 +25,11 @@ from cutlayer.datasets import DatasetInfo, augment, boxes
 from cutlayer.datasets.normalize import IMAGENET_MEAN, IMAGENET_STD
 from cutlayer.datasets.registry import RawSplit, read
 from cutlayer.models import ModelConfig, build_model
+from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.parties.optim import learning_options
 from cutlayer.runtime.settings import RunConfig
-
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
+from tests.places import SHARED, checkout
 
 # ---------------------------------------------------------------------- the table
 
@@ -249,7 +248,7 @@ def test_values_of_an_experiment(name: str, values: dict[str, Any], source: str)
 
 
 def files() -> Iterator[tuple[str, Path]]:
-    folder = ROOT / "hydra_config" / "experiment"
+    folder = CONFIG_DIR / "experiment"
     for path in folder.rglob("*.yaml"):
         yield path.relative_to(folder).with_suffix("").as_posix(), path
 
@@ -282,7 +281,7 @@ def test_cells_are_what_their_names_say() -> None:
 
 @pytest.mark.parametrize(("name", "values"), SWEEPS, ids=[row[0] for row in SWEEPS])
 def test_what_an_experiment_sweeps_over(name: str, values: dict[str, str]) -> None:
-    found = yaml.safe_load((ROOT / "hydra_config" / "experiment" / f"{name}.yaml").read_text())
+    found = yaml.safe_load((CONFIG_DIR / "experiment" / f"{name}.yaml").read_text())
     assert {key: str(value) for key, value in found["hydra"]["sweeper"]["params"].items()} == values
 
 
@@ -447,7 +446,7 @@ def rows(text: str) -> Iterator[list[str]]:
 
 
 def test_published_figures_in_the_documentation() -> None:
-    text = (ROOT / "docs" / "reproducing.md").read_text()
+    text = (checkout() / "docs" / "reproducing.md").read_text()
     found = list(rows(text))
     for name, gib in NEEDED.items():
         assert any(row[1:] == [name, f"{gib} GiB"] for row in found), f"{name}: {SAGE}"

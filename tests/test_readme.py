@@ -18,14 +18,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import plot_results
-from cutlayer import algorithms, datasets, distributions, models
+from cutlayer import algorithms, datasets, distributions, models, plot_results
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, options
 from cutlayer.runtime.launching.hydra_support import load_config, plain_values, preprocess
 from cutlayer.runtime.records.loggers import LOGGERS
 from cutlayer.runtime.rounds.federation import Federation
+from tests.places import checkout
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = checkout()
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # Shapes of what needs files; a synthetic set of that shape stands in for it.
 SHAPES = {"digits": (1, 8, 10), "mnist": (1, 28, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100)}
@@ -308,20 +308,3 @@ def test_links_and_pictures_between_the_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
-
-
-# ---------------------------------------------------------------------- names that others use too
-
-
-def test_our_datasets_package_does_not_break_transformers_and_peft() -> None:
-    """The top-level package `datasets` shadows Hugging Face's of that name for whoever runs from the project root."""
-    for package in ("transformers", "peft"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    code = (
-        "import datasets, transformers, peft; from transformers import GPT2LMHeadModel, Trainer; "
-        f"assert datasets.__file__.startswith({str(ROOT)!r}), datasets.__file__"
-    )
-    environ = {**environment(), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

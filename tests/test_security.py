@@ -1,11 +1,11 @@
 """SECURITY.md says what the code allows."""
 
 import re
-from pathlib import Path
 
 from cutlayer.runtime import trust
+from tests.places import checkout
 
-TEXT = (Path(__file__).parents[1] / "SECURITY.md").read_text(encoding="utf-8")
+TEXT = (checkout() / "SECURITY.md").read_text(encoding="utf-8")
 
 
 def described(rule: trust.Rule) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cutlayer.runtime.records.results import Results, RoundRecord
-from tests.test_main import ROOT, command, environment
+from tests.places import ROOT, program
+from tests.test_main import command, environment
 
 # Shell's words after the command; each is tried by a small program, and some of them by whole runs.
 WAYS = {
@@ -90,12 +91,12 @@ def test_the_other_programs_do_their_work_too(tmp_path: Path) -> None:
     results.finish()
     config = tmp_path / "config.yaml"
     config.write_text("{figures: [], report: false}")
-    plot = [sys.executable, "plot_results.py", "--saves", str(tmp_path / "saves"), "--out", str(tmp_path / "out")]
+    plot = [*program("plot_results"), "--saves", str(tmp_path / "saves"), "--out", str(tmp_path / "out")]
     assert shell([*plot, "--config", str(config)], "<&- >&- 2>/dev/full") == 0
     assert len(list((tmp_path / "out").rglob("table.csv"))) == 1
     (tmp_path / "n").mkdir()
     (tmp_path / "n" / "network.json").write_text('{"clients": [{}, {}]}')
-    assert shell([sys.executable, "status.py", str(tmp_path / "n")], ">/dev/full 2>&-") == 0
+    assert shell([*program("status"), str(tmp_path / "n")], ">/dev/full 2>&-") == 0
     # A mistake is one, whether or not anybody reads it.
-    for program in ("probe.py", "attack.py", "personalize.py", "certificates.py", "status.py"):
-        assert shell([sys.executable, program, "nowhere=1"], ">&- 2>&-") == 1, program
+    for name in ("probe", "attack", "personalize", "certificates", "status"):
+        assert shell([*program(name), "nowhere=1"], ">&- 2>&-") == 1, name

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +21,8 @@ from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.launching.sweeps import job_process as sweep_job
 from cutlayer.runtime.launching.sweeps.sweep import JobFolder
 from cutlayer.runtime.records.run_folder import read_status
+from tests.places import ROOT, program
 
-ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 40
 SETTING = (
     *("dataset=digits", "model=mlp", "num_clients=3", f"rounds={ROUNDS}", "batch_size=100", "device=cpu"),
@@ -37,7 +36,7 @@ def start(saves: Path, *arguments: str, **environment: str) -> subprocess.Popen[
     """A sweep in a process group of its own, as a terminal gives it."""
     arguments = arguments or SWEEP
     return subprocess.Popen(
-        [sys.executable, "main.py", "-m", *SETTING, f"save_dir={saves}", *arguments],
+        [*program("main"), "-m", *SETTING, f"save_dir={saves}", *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0", **environment},
         stdout=subprocess.PIPE,

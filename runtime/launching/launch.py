@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import site
 import sys
 from collections.abc import Callable, Generator
 from concurrent.futures.process import BrokenProcessPool
@@ -134,7 +135,8 @@ def launch(main: Callable[[], Any]) -> None:
     os.environ[TRACEBACKS] = os.environ.get(_FULL_ERROR, "0")
     os.environ[_FULL_ERROR] = "1"
     os.environ[LAUNCHER] = str(os.getpid())
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    if str(_ROOT) not in (*site.getsitepackages(), site.getusersitepackages()):  # which hide what Python comes with
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     given = [*sys.argv[1:]]
     try:
         for what in (_CUTS, _COSTS):

@@ -46,9 +46,12 @@ def describe_environment() -> dict[str, Any]:
 
 
 def git_revision(folder: Path) -> tuple[str | None, bool | None]:
-    """The commit that `folder` is at, and whether its tree differs from it; None and None outside git."""
+    """The commit that `folder` is at, and whether its tree differs from it; None and None where git tracks none of it.
+
+    An environment with this package in it may well lie in somebody's repository, whose commit says nothing of it.
+    """
     revision = _output("git", "-C", str(folder), "rev-parse", "--verify", "HEAD")
-    if revision is None:
+    if revision is None or not _output("git", "-C", str(folder), "ls-files", "--", "."):
         return None, None
     status = _output("git", "-C", str(folder), "status", "--porcelain")
     return revision, None if status is None else bool(status)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import attack as command
 from cutlayer import algorithms
+from cutlayer import attack as command
 from cutlayer.attacks.model_inversion import Inversion, InversionConfig, _picture, invert
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError

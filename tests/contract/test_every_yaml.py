@@ -11,17 +11,17 @@ import torch
 from cutlayer.datasets import Dataset, DatasetConfig
 from cutlayer.datasets import load as load_dataset
 from cutlayer.runtime.experiment import run
+from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
 
-ROOT = Path(__file__).parents[2] / "hydra_config"
 GROUPS = ("algorithm", "model", "dataset", "optimizer", "scheduler", "transport", "experiment")
 CHOICES = [
-    f"{group}={file.relative_to(ROOT / group).with_suffix('').as_posix()}"
+    f"{group}={file.relative_to(CONFIG_DIR / group).with_suffix('').as_posix()}"
     for group in GROUPS
-    for file in sorted((ROOT / group).rglob("*.yaml"))
+    for file in sorted((CONFIG_DIR / group).rglob("*.yaml"))
     if not file.name.startswith("_")
 ]
 # Deep networks are narrowed: the yaml is what is tested here, the arithmetic is in tests/models.
@@ -47,7 +47,7 @@ def tiny(config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch
 
 
 def test_every_group_is_covered() -> None:
-    groups = {file.relative_to(ROOT).parts[0] for file in ROOT.rglob("*.yaml") if file.parent != ROOT}
+    groups = {file.relative_to(CONFIG_DIR).parts[0] for file in CONFIG_DIR.rglob("*.yaml") if file.parent != CONFIG_DIR}
     assert groups <= {*GROUPS, "logger", "hydra"}
     assert len(CHOICES) > 45
 
@@ -81,7 +81,7 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("default")  # trackers warn about their own dependencies
-@pytest.mark.parametrize("logger", [file.stem for file in sorted((ROOT / "logger").glob("*.yaml"))])
+@pytest.mark.parametrize("logger", [file.stem for file in sorted((CONFIG_DIR / "logger").glob("*.yaml"))])
 def test_every_logger_follows_a_run(logger: str, tmp_path: Path) -> None:
     if logger != "csv":
         pytest.importorskip(logger, reason=f"{logger} is an optional extra")

@@ -31,8 +31,8 @@ from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
 from tests.conftest import play, same, weights
 from tests.contract.elsewhere import Net
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 OWN = "model=import/tests.contract.elsewhere.Net"
 WHOLE = [name for name in algorithms.names() if algorithms.get(name).layout.whole == ("model",)]
 HEADED = [name for name in algorithms.names() if algorithms.get(name).layout.whole == ("body", "head")]

@@ -22,9 +22,9 @@ from cutlayer.datasets import Dataset, DatasetConfig, load, names
 from cutlayer.datasets.images import EncodedImages, Shape, decode
 from cutlayer.datasets.trees import FolderTree
 from cutlayer.runtime.ground.config import ConfigError
+from tests.places import SHARED
 
 CPU = torch.device("cpu")
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def loaded(name: str, root: Path, **values: Any) -> Dataset:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from cutlayer.runtime.records.run_folder import read_status
-from tests.launchers.namespace import ROOT, Namespace, sweep_command
+from tests.launchers.namespace import Namespace, sweep_command
+from tests.places import ROOT
 
 SHORT = ("num_clients=2,3,100000", "rounds=2")
 """Three jobs, the last of which cannot run."""

@@ -6,15 +6,14 @@ Slurm and Ray listen on every address of their machine and run what they are tol
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.places import ROOT, program
 from tests.unshared import first_process
 
-ROOT = Path(__file__).resolve().parents[2]
 NODE = "cutlayer-node"
 ADDRESS = "127.0.0.2"
 _KINDS = ("--net", "--pid", "--uts", "--mount")
@@ -111,7 +110,7 @@ def sweep_command(saves: Path | str, launcher: str, *arguments: str) -> list[str
     """A sweep of short jobs."""
     setting = ("dataset=digits", "model=mlp", "algorithm=fed_avg", "device=cpu", "batch_size=100")
     chosen = [f"hydra/launcher={launcher}", *setting, f"save_dir={saves}", *arguments]
-    return [sys.executable, str(ROOT / "main.py"), "-m", *chosen]
+    return [*program("main"), "-m", *chosen]
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str, str]:

@@ -143,7 +143,7 @@ def test_an_interrupt_empties_the_queue(slurm: Slurm, tmp_path: Path) -> None:
     command = sweep_command(saves, "submitit_slurm", *LONG)
     process = slurm.namespace.start(command, **slurm.environment)
     in_mid_run(saves, process)
-    slurm.run("pkill", "-INT", "-f", "main.py -m hydra/launcher=submitit_slurm")
+    slurm.run("pkill", "-INT", "-f", "main.* -m hydra/launcher=submitit_slurm")
     result = finish(process)
     assert result[0] == 130, describe(result)
     assert [job["state"] for job in jobs(saves)] == ["interrupted", "interrupted"]

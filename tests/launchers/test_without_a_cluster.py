@@ -16,10 +16,12 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.launching.clusters.base import ClusterLauncher
 from cutlayer.runtime.launching.clusters.ray import RayLauncher, secure
 from cutlayer.runtime.launching.clusters.slurm import SlurmLauncher, last_words, task_states
+from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
 from cutlayer.runtime.launching.sweeps.sweep import JobFolder
-from tests.launchers.namespace import ROOT, sweep_command
+from tests.launchers.namespace import sweep_command
+from tests.places import ROOT, program
 
-CONFIGS = ROOT / "hydra_config" / "hydra" / "launcher"
+CONFIGS = CONFIG_DIR / "hydra" / "launcher"
 LAUNCHERS: dict[str, type[ClusterLauncher]] = {"ray": RayLauncher, "submitit_slurm": SlurmLauncher}
 
 
@@ -54,7 +56,7 @@ def test_a_sweep_without_the_extra_says_so_and_leaves_nothing(name: str, tmp_pat
 
 
 def test_a_start_imports_neither_package() -> None:
-    command = [sys.executable, "-X", "importtime", "main.py", "--cfg", "job"]
+    command = [sys.executable, "-X", "importtime", *program("main")[1:], "--cfg", "job"]
     imported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr
     modules = {line.rpartition("|")[2].strip() for line in imported.splitlines()}
     assert {"cutlayer.runtime.launching.clusters.ray", "cutlayer.runtime.launching.clusters.slurm"} <= modules

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from tests.network.programs import ROOT, Program, Traffic, bound_to_test
+from tests.network.programs import Program, Traffic, bound_to_test
 from tests.network.shaping import Conditions, encode
+from tests.places import ROOT
 from tests.unshared import first_process
 
 _KINDS = ("--net", "--pid", "--mount")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.places import ROOT
+
 PATIENCE_S = 90.0
 """What is waited for at most, unless said otherwise; it only bounds a test that fails."""
 _TAIL = 4000

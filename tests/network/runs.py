@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from cutlayer.runtime.experiment import run
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.records.run_folder import RunFolder
 from tests.killing import left
-from tests.network.programs import PATIENCE_S, ROOT, Network, Program
+from tests.network.programs import PATIENCE_S, Network, Program
+from tests.places import ROOT, program
 
 SETTING = (
     *("dataset=digits", "model=mlp", "model.projector.hidden=16", "model.projector.width=16", "batch_size=100"),
@@ -54,7 +54,7 @@ class Federation:
     def _certify(self) -> None:
         made, clients = self.folder / "certs", len(self.network.clients)
         order = (f"server={self.network.listen}", f"clients={clients}")
-        subprocess.run([sys.executable, "certificates.py", made, *order], cwd=ROOT, capture_output=True, check=True)
+        subprocess.run([*program("certificates"), made, *order], cwd=ROOT, capture_output=True, check=True)
         for party in ("server", *(f"client-{client}" for client in range(clients))):
             own = self.folder / f"certs-{party}"
             own.mkdir()
@@ -77,7 +77,7 @@ class Federation:
         network = self.network
         here = ("role=server", f"transport.host={network.listen}", f"transport.port={network.port}")
         self.server = network.server.start(
-            [sys.executable, "main.py", *here, *self._both("server"), *self._settings],
+            [*program("main"), *here, *self._both("server"), *self._settings],
             self.folder / "server.txt",
         )
 
@@ -86,7 +86,7 @@ class Federation:
         address, port = self.network.dial(client)
         here = ("role=client", f"server={address}:{port}", f"client_id={client}", *self._data(client))
         self.clients[client] = self.network.clients[client].start(
-            [sys.executable, "main.py", *here, *self._both(f"client-{client}")],
+            [*program("main"), *here, *self._both(f"client-{client}")],
             self.folder / f"client-{client}.txt",
         )
 
@@ -140,8 +140,8 @@ class Federation:
     def finish(self, seconds: float = PATIENCE_S) -> Path:
         """Wait for the end of the run, which all parties have to see; the folder with what it left."""
         self.wait(lambda: self.server.status is not None, "over", seconds)
-        for program in (self.server, *self.clients.values()):
-            program.finish(20)
+        for each in (self.server, *self.clients.values()):
+            each.finish(20)
         assert self.results is not None
         return self.results
 

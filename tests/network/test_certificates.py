@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import certificates
+from cutlayer import certificates
 from cutlayer.runtime.ground.config import ConfigError
 
 pytest.importorskip("cryptography", reason="the extra grpc is not installed")

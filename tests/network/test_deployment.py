@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-import certificates
+from cutlayer import certificates
 from cutlayer.runtime.launching.hydra_support import load_config, plain_values
+from tests.places import checkout
 from tests.test_readme import blocks, commands, compose_with_hydra
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = checkout()
 DOCUMENT = ROOT / "docs" / "deployment.md"
 DEPLOY = ROOT / "deploy"
 UNITS = ("cutlayer-server.service", "cutlayer-client@.service")

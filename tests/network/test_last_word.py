@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import status
+from cutlayer import status
 from cutlayer.runtime import experiment
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.job import claim

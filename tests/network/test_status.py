@@ -12,7 +12,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import termios
 import threading
 import time
@@ -28,7 +27,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-import status as program
+from cutlayer import status as viewer
 from cutlayer.runtime import network
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import replace_file
@@ -39,9 +38,7 @@ from cutlayer.runtime.network.server.status import NETWORK, Seen, Status, read_s
 from cutlayer.runtime.network.server.status_file import StatusFile
 from cutlayer.runtime.records.run_folder import LOCK
 from cutlayer.runtime.rounds.federation import Federation
-from tests.test_readme import blocks
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.places import ROOT, checkout, program
 
 
 def until(what: Callable[[], Any], seconds: float = 120.0) -> None:
@@ -144,7 +141,7 @@ def test_a_file_that_no_server_wrote_is_refused_in_one_line(tmp_path: Path, text
     (tmp_path / NETWORK).write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=NETWORK):
         read_status_of(tmp_path)
-    assert program.main([str(tmp_path)]) == 1
+    assert viewer.main([str(tmp_path)]) == 1
     shown = capsys.readouterr()
     assert (shown.out, len(shown.err.splitlines())) == ("", 1)
 
@@ -177,7 +174,7 @@ def a_run(**changes: Any) -> Status:
 
 
 def shown(folder: Path, capsys: Any) -> list[str]:
-    assert program.main([str(folder), "once=true"]) == 0
+    assert viewer.main([str(folder), "once=true"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     return [" ".join(line.split()) for line in captured.out.splitlines()]
@@ -218,14 +215,14 @@ def test_without_a_name_it_is_the_run_that_lives_or_else_that_wrote_last(tmp_pat
         path = write(tmp_path / "saves" / name, a_run(title=name)) / NETWORK
         os.utime(path, (1000 + number, 1000 + number))
     save_dir = f"save_dir={tmp_path / 'saves'}"
-    assert program.main([save_dir]) == 0
+    assert viewer.main([save_dir]) == 0
     assert capsys.readouterr().out.startswith("c/new")
     lock = FileLock.take(tmp_path / "saves" / "b" / "alive" / LOCK)
     assert lock is not None
-    assert program.main([save_dir]) == 0
+    assert viewer.main([save_dir]) == 0
     assert capsys.readouterr().out.startswith("b/alive")
     lock.release()
-    assert program.main([f"run={tmp_path / 'saves' / 'a'}"]) == 0
+    assert viewer.main([f"run={tmp_path / 'saves' / 'a'}"]) == 0
     assert capsys.readouterr().out.startswith("a/old")
 
 
@@ -240,7 +237,7 @@ def test_without_a_name_it_is_the_run_that_lives_or_else_that_wrote_last(tmp_pat
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], line: str, capsys: Any) -> None:
-    assert program.main(arguments) == 1
+    assert viewer.main(arguments) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith(line)
     assert (captured.out, len(captured.err.splitlines())) == ("", 1)
@@ -251,7 +248,7 @@ def test_a_folder_of_another_user_is_one_line(tmp_path: Path, monkeypatch: Any, 
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "is_dir", refuse)
-    assert program.main([str(tmp_path)]) == 1
+    assert viewer.main([str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"run={tmp_path}: expected a folder that this user may read\n"
 
 
@@ -307,7 +304,7 @@ def test_it_is_refreshed_on_a_terminal_until_ctrl_c_or_the_runs_end(tmp_path: Pa
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         environment = {**os.environ, "TERM": "xterm"}
-        command = [sys.executable, str(ROOT / "status.py"), str(folder)]
+        command = [*program("status"), str(folder)]
         process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
         os.close(theirs)
         seen: list[bytes] = []
@@ -345,10 +342,13 @@ def _drain(terminal: int, seen: list[bytes]) -> None:
 
 
 def test_the_documents_show_what_the_program_shows(tmp_path: Path, capsys: Any) -> None:
-    (block,) = [block for block in blocks(ROOT / "docs" / "deployment.md", "text") if "last word" in block]
+    docs = checkout() / "docs"
+    from tests.test_readme import blocks  # late: it needs a checkout
+
+    (block,) = [block for block in blocks(docs / "deployment.md", "text") if "last word" in block]
     heads = shown(write(tmp_path, a_run()), capsys)[-4]
     assert heads in [" ".join(line.split()) for line in block.splitlines()]
-    described = (ROOT / "docs" / "results_format.md").read_text(encoding="utf-8")
+    described = (docs / "results_format.md").read_text(encoding="utf-8")
     for name in (*asdict(Status()), *asdict(Seen())):
         assert f"`{name}`" in described, name
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import status as program
+from cutlayer import status as program
 from cutlayer.runtime.network.server.status import NETWORK, Seen, Status
 
 _ANY = st.one_of(

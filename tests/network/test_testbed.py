@@ -10,8 +10,9 @@ import pytest
 
 from tests.network import hosts, namespaces
 from tests.network.namespaces import NamespaceHost, Namespaces
-from tests.network.programs import ROOT, Network, Program, until
+from tests.network.programs import Network, Program, until
 from tests.network.shaping import Conditions, Line
+from tests.places import ROOT
 
 TALK = (sys.executable, "-m", "tests.network.talk")
 FOR_EVER = 10**6

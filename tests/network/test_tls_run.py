@@ -4,7 +4,6 @@ import dataclasses
 import os
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Generator
 from pathlib import Path
@@ -20,6 +19,7 @@ from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.transport import GrpcTransport
 from tests.conftest import same, weights
 from tests.network.serving import END_S, served, start_client
+from tests.places import ROOT, program
 
 pytest.importorskip("cryptography", reason="the extra grpc is not installed")
 grpc = pytest.importorskip("grpc", reason="the extra grpc is not installed")
@@ -28,7 +28,6 @@ from cutlayer.runtime.network.certificates.authority import Order, make_certific
 from cutlayer.runtime.network.links import METHOD, SERVICE  # noqa: E402
 from cutlayer.runtime.network.server.hub import Greeting, Hub  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTING = ("algorithm=sl_single_server", "num_clients=2", "rounds=3", "batch_size=400", "eval_interval=1")
 
 
@@ -82,7 +81,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Generator[Told]:
             hub = federation.clients.hub
             where = (f"server=127.0.0.1:{hub.port}", "client_id=1", f"save_dir={folder / 'earlier'}", "device=cpu")
             earlier = subprocess.Popen(
-                [sys.executable, "main.py", "transport=grpc", "role=client", *where, secured],
+                [*program("main"), "transport=grpc", "role=client", *where, secured],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

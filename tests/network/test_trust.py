@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import certificates
+from cutlayer import certificates
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.bounds import Limits
 from cutlayer.runtime.network.certificates.revoked import REVOKED, Revoked, read_revoked

@@ -15,16 +15,16 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
-import plot_results
+from cutlayer import HOME, plot_results
 from cutlayer.plotting.compose import compose
 from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.experiments import Comparison, PlotConfig, read_config
 from cutlayer.plotting.figures import FIGURES, Options, register
 from cutlayer.plotting.timing import Link
 from cutlayer.runtime.ground.config import ConfigError
+from tests.places import ROOT, checkout
 from tests.plotting.conftest import WriteRun
 
-ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"report": False, "formats": ["svg"], "figures": ["accuracy_rounds"]}
 
 
@@ -326,11 +326,11 @@ def test_mistakes_that_only_the_runs_show_are_told(
 
 
 def test_the_configuration_that_comes_with_the_project_is_the_default() -> None:
-    assert read_config(ROOT / "exp_configs.yaml") == PlotConfig() == read_config(ROOT / "no_such_file.yaml")
+    assert read_config(HOME / "exp_configs.yaml") == PlotConfig() == read_config(HOME / "no_such_file.yaml")
 
 
 def test_the_examples_in_the_configuration_work(tmp_path: Path) -> None:
-    lines = (ROOT / "exp_configs.yaml").read_text().splitlines()
+    lines = (HOME / "exp_configs.yaml").read_text().splitlines()
     start = lines.index("# comparisons:")
     path = tmp_path / "exp_configs.yaml"
     path.write_text("\n".join(line.removeprefix("# ") for line in lines[start:] if line.startswith("# ")))
@@ -340,11 +340,11 @@ def test_the_examples_in_the_configuration_work(tmp_path: Path) -> None:
 
 
 def test_every_key_is_documented() -> None:
-    text = (ROOT / "docs" / "plotting.md").read_text()
+    text = (checkout() / "docs" / "plotting.md").read_text()
     for cls in (PlotConfig, Comparison, Link):
         for name in cls.__dataclass_fields__:
             assert f"`{name}`" in text, name
-    listed = (ROOT / "exp_configs.yaml").read_text()
+    listed = (HOME / "exp_configs.yaml").read_text()
     for name in PlotConfig.__dataclass_fields__:
         assert f"\n{name}:" in listed, name
 
@@ -371,8 +371,8 @@ def test_the_command_fails_with_one_line(
 
 
 def test_drawing_needs_no_torch() -> None:
-    imported = "sys, cutlayer.plotting.compose, cutlayer.plotting.report"
-    code = f"import {imported}; print('torch' in sys.modules, 'pandas' in sys.modules)"
+    code = "import sys; from cutlayer.plotting import compose, report; "
+    code += "print('torch' in sys.modules, 'pandas' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
@@ -414,6 +414,6 @@ def test_every_figure_has_a_caption_and_what_it_needs(name: str) -> None:
 
 
 def test_the_document_has_a_row_for_every_figure() -> None:
-    text = (ROOT / "docs" / "plotting.md").read_text(encoding="utf-8")
+    text = (checkout() / "docs" / "plotting.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| [^|]+ \|[^|]*\|$", text.partition("## Figures")[2], re.MULTILINE)
     assert set(FIGURES) <= set(rows), "docs/plotting.md, the table of figures: a row for each"

@@ -16,9 +16,8 @@ from cutlayer.plotting.curves import make_curves
 from cutlayer.plotting.figures import Options, make_figure
 from cutlayer.plotting.runs import find_runs
 from cutlayer.plotting.style import METHODS, applied, method_style
+from tests.places import ROOT
 from tests.plotting.conftest import WriteRun
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_methods_look_different_and_always_the_same() -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
-import plot_results
+from cutlayer import plot_results
 from cutlayer.plotting.curves import make_curves
 from cutlayer.plotting.runs import find_runs
 from tests.plotting.conftest import WriteRun

@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
+from cutlayer import HOME
 from cutlayer.plotting.compose import compose
 from cutlayer.plotting.curves import make_curves
 from cutlayer.plotting.experiments import PlotConfig
@@ -30,9 +31,10 @@ from cutlayer.plotting.runs import Run
 from cutlayer.plotting.style import METHODS, dashes, method_style, shade
 from cutlayer.plotting.tables import as_markdown, table_rows
 from cutlayer.plotting.timing import Link
+from tests.places import ROOT
 from tests.plotting.making import make_run
 
-PLOTTING = Path(__file__).resolve().parents[2] / "plotting"
+PLOTTING = HOME / "plotting"
 HOSTILE = '</script><img src=x onerror="window.hacked=1">\'%{y}'
 
 
@@ -357,7 +359,7 @@ write_report(Path(sys.argv[2]), curves, options, table_rows(curves, options))
     for seed in ("1", "2"):
         path = tmp_path / f"{seed}.html"
         command = [sys.executable, "-c", code, str(tmp_path / "saves"), str(path)]
-        subprocess.run(command, cwd=PLOTTING.parent, env={"PYTHONHASHSEED": seed}, check=True, timeout=120)
+        subprocess.run(command, cwd=ROOT, env={"PYTHONHASHSEED": seed}, check=True, timeout=120)
         contents.append(path.read_bytes())
     assert contents[0] == contents[1]
 

@@ -21,8 +21,8 @@ from cutlayer.runtime.records.results import Results
 from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import same, weights
 from tests.full_disk import disk
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 SETTING = ("algorithm=scaffold", "model=mlp", "num_clients=3", "rounds=3", "lr=0.05")
 
 

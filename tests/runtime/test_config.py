@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, nearest, plain, show
 from cutlayer.runtime.ground.text import printable
+from tests.places import ROOT
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,7 @@ def test_any_value_is_shown_in_one_short_line(value: object) -> None:
 def test_needs_no_torch() -> None:
     code = "import sys; from cutlayer.runtime.ground import config; from cutlayer.runtime.records import run_folder; "
     code += "from cutlayer.runtime.launching import launch; sys.exit('torch' in sys.modules)"
-    root = Path(__file__).resolve().parents[2]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @given(st.text(st.characters(exclude_categories=())), st.binary())

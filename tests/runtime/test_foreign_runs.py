@@ -13,11 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-import attack
-import personalize
-import plot_results
-import probe
-import status
+from cutlayer import attack, personalize, plot_results, probe, status
 from cutlayer.runtime.after.saved import read_config, restore
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import personalize as command
 from cutlayer import algorithms
+from cutlayer import personalize as command
 from cutlayer.runtime.after.personalize import folder_of, personalize, read
 from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.experiment import run

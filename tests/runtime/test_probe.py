@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import probe as command
 from cutlayer import algorithms
+from cutlayer import probe as command
 from cutlayer.algorithms.fed_avg import FedAvg
 from cutlayer.models import leave_out
 from cutlayer.runtime.after.personalize import personalize

@@ -25,8 +25,8 @@ from cutlayer.runtime.records.run_folder import (
     unique_name,
     what_differs,
 )
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # Claims a folder, says which, and holds it until told to end.
 CLAIM = """
 import sys; from pathlib import Path; from cutlayer.runtime.records.run_folder import RunFolder

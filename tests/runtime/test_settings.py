@@ -20,8 +20,8 @@ from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, groups, options
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.records.loggers import LOGGERS
 from cutlayer.runtime.settings import PARTS, RunConfig, resolve_device
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE = load_config(["algorithm=fed_avg"]).to_mapping()
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cutlayer.runtime.launching.sweeps.slots import VISIBLE, Gpu, gpu_slot, visible_gpus
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GPUS = [Gpu("GPU-a", "H100"), Gpu("GPU-b", "H100")]
 # Takes a slot, says when and of which GPU, holds it for as long as it is told, and says when it lets go.
 HOLD = """

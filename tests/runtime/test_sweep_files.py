@@ -18,6 +18,7 @@ from rich.console import Console
 from cutlayer.runtime.launching.sweeps.display import Display, outcome, shared_overrides, show_table, tally
 from cutlayer.runtime.launching.sweeps.supervise import start, threads_of
 from cutlayer.runtime.launching.sweeps.sweep import DONE, Job, JobFolder, Progress, Sweep, read_progress
+from tests.places import ROOT
 
 HEADER = "round,test_acc,test_loss,train_loss,comm_load,comm_up,comm_down,comm_framed,clients,time_wall\n"
 
@@ -197,8 +198,7 @@ def test_a_job_may_have_data_workers_of_its_own(tmp_path: Path, folder: str) -> 
     (tmp_path / folder).mkdir()
     code = f"from tests.runtime.test_sweep_files import start_loading; start_loading({str(tmp_path)!r})"
     environment = {**os.environ, "TMPDIR": str(tmp_path / folder), "PYTHONPATH": "."}
-    root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True, timeout=200)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=200)
     assert (tmp_path / "total").read_text() == str(sum(range(100)))
 
 

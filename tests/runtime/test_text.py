@@ -36,7 +36,7 @@ from cutlayer.runtime.launching.sweeps.display import distinct, outcome, show_ta
 from cutlayer.runtime.launching.sweeps.sweep import Job, JobFolder, Sweep
 from cutlayer.runtime.records.console import summary_table
 from cutlayer.runtime.records.results import RunSummary
-from tests.test_house import ROOT, SOURCES
+from tests.places import checkout
 
 # Weighted towards what terminals, spreadsheets and readers of logs obey.
 SIGNS = "\x1b\x07\x08\r\n\t\x00\x7f\x9b\x85\u2028\u202e\u2066\u200f\u200b\ud800=+-@|$%&#_{}\\[]<>\"'`~^,; a9é"
@@ -242,9 +242,12 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def test_text_is_printed_and_written_in_one_place() -> None:
+    root = checkout()
+    from tests.test_house import SOURCES  # late: it needs a checkout
+
     found: list[tuple[str, str, int]] = []
     for path in SOURCES:
-        name = path.relative_to(ROOT).as_posix()
+        name = path.relative_to(root).as_posix()
         if not name.startswith("benchmarks/"):  # they print what they measured themselves
             called = calls(ast.parse(path.read_text()))
             found += [(name, *each) for each in called if name not in ONLY.get(each[0], name)]

@@ -17,6 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+from cutlayer.runtime.ground.extras import install
 from cutlayer.runtime.launching.sweeps.sweep import ALIVE, JobFolder, read_progress
 
 
@@ -74,7 +75,7 @@ class ClusterLauncher(Launcher):
             ConfigError: the package is not installed.
         """
         if importlib.util.find_spec(self.package) is None:
-            advice = f'needs the extra: pip install -e ".[{self.extra}]"'
+            advice = f"needs the extra: {install(self.extra)}"
             raise ConfigError(f"hydra/launcher={self.name}", NO_VALUE, advice)
         self._work = Work(hydra_context, config, task_function, {})
         self._sweep = Path(str(config.hydra.sweep.dir)).absolute()

@@ -23,6 +23,7 @@ from typing import Any, NoReturn, cast
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
+from cutlayer import IN_CHECKOUT
 from cutlayer.datasets.facts import read_facts
 from cutlayer.runtime.after import personalize, probe
 from cutlayer.runtime.after.saved import personalize_run, probe_run
@@ -54,7 +55,8 @@ def main(folder: str) -> None:
     _take_output(job.path / OUTPUT)
     _end_with_parent()
     content = job.read_job()
-    sys.argv = sys.orig_argv = ["python", "main.py", *content["overrides"]]  # for env.json: the same run, on its own
+    program = ["main.py"] if IN_CHECKOUT else ["-m", "cutlayer.main"]
+    sys.argv = sys.orig_argv = ["python", *program, *content["overrides"]]  # for env.json: the same run, on its own
     plain_logs()
     configure_log(cast(DictConfig, OmegaConf.create(content["logging"])), content["verbose"])
     job.update(pid=os.getpid())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.extras import install
 from cutlayer.runtime.network.certificates.revoked import REVOKED, read_revoked, serial_text
 from cutlayer.runtime.network.certificates.tls import KEY, file_state, peer_client
 
@@ -49,7 +50,7 @@ class Trust:
 
     def __init__(self, folder: Path) -> None:
         if importlib.util.find_spec("cryptography") is None:
-            raise ConfigError(KEY, folder, 'the packages of the extra, with cryptography: pip install -e ".[grpc]"')
+            raise ConfigError(KEY, folder, f"the packages of the extra, with cryptography: {install('grpc')}")
         self._folder = folder
         self._state = file_state(folder / REVOKED)
         self._revoked = read_revoked(folder)

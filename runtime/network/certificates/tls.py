@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.extras import install
 
 if TYPE_CHECKING:
     import grpc
@@ -234,5 +235,5 @@ def client_of(certificate: x509.Certificate) -> int | None:
 
 def _grpc() -> Any:
     if importlib.util.find_spec("grpc") is None:
-        raise ConfigError("transport", "grpc", 'the packages of the extra: pip install -e ".[grpc]"')
+        raise ConfigError("transport", "grpc", f"the packages of the extra: {install('grpc')}")
     return importlib.import_module("grpc")

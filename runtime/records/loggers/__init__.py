@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, join
+from cutlayer.runtime.ground.extras import install
 from cutlayer.runtime.ground.registry import Registry, import_modules
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def check_loggers(configs: Iterable[LoggerConfig]) -> None:
     for config in configs:
         for package in LOGGERS[config.name].packages:
             if importlib.util.find_spec(package) is None:
-                advice = f'an installed tracker; {package} is missing: pip install -e ".[{config.name}]"'
+                advice = f"an installed tracker; {package} is missing: {install(config.name)}"
                 raise ConfigError("logger", config.name, advice)
 
 

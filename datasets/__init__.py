@@ -41,4 +41,4 @@ __all__ = [
     "register",
 ]
 
-import_modules(__name__, __path__)
+import_modules("cutlayer.datasets", __path__)

@@ -2,9 +2,9 @@
 
     python -m tests.mutants methods --sample 40
 
-works on a copy of the checkout, so that nothing in it changes. Of each module of the group a sample of mutants is
-drawn from the seed, and each is tried on those of the group's tests that reach it. The copy is kept: what survived is
-tried again, with the tests as they are then, by `--again`.
+works on a copy of the checkout, so that nothing in it changes. Of each module of the group a sample of mutants is drawn
+from the seed, and each is tried on those of the group's tests that reach it. The copy is kept: what survived is tried
+again, with the tests as they are then, by `--again`.
 """
 
 import argparse
@@ -15,10 +15,16 @@ import random
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.places import checkout
+
+ROOT = checkout()
+# What lies inside of `cutlayer/` in a wheel does in the copy: mutmut knows a module's name by its path.
+_TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+INSIDE: list[str] = _TOOLS["hatch"]["build"]["targets"]["wheel"]["hooks"]["custom"]["inside"]
 REFERENCES = ("tests/algorithms/test_references.py", "tests/algorithms/test_personal_references.py")
 METHODS = "base fed_avg scaffold splitfed auxiliary personal ditto per_fed_avg mhmd reference"
 DATA = "partition normalize augment colour batching seeding source"
@@ -46,16 +52,16 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "tests/algorithms/test_learning_limits.py",
         ),
     ),
-    "averages": (("runtime/aggregate.py",), ("tests/runtime/test_aggregate.py",)),
+    "averages": (("runtime/parties/aggregate.py",), ("tests/runtime/test_aggregate.py",)),
     "rounds": (
-        ("runtime/schedule.py",),
+        ("runtime/rounds/schedule.py",),
         (
             *("tests/runtime/test_schedule_order.py", "tests/runtime/test_schedule.py"),
             "tests/algorithms/test_moco.py::test_a_cohort_computed_as_one_is_its_clients",
         ),
     ),
     "evaluation": (
-        ("runtime/evaluation.py", "runtime/evaluator.py"),
+        ("runtime/evaluation/scores.py", "runtime/evaluation/evaluator.py"),
         (
             *("tests/runtime/test_evaluation.py", "tests/runtime/test_evaluator.py", "tests/runtime/test_cohorts.py"),
             *("tests/contract/test_reported.py", "tests/algorithms/test_fsmkd.py::test_both_paths_are_tested"),
@@ -115,9 +121,9 @@ def copied(work: Path, group: str) -> None:
     )  # fmt: skip
     modules, tests = GROUPS[group]
     settings = {
-        "source_paths": ["algorithms", "datasets", "distributions", "runtime"],
-        "only_mutate": list(modules),
-        "also_copy": sorted({name.split("/")[0] for name in listed.stdout.split()} - {"tests"}),
+        "source_paths": ["cutlayer"],
+        "only_mutate": [f"cutlayer/{name}" for name in modules],
+        "also_copy": ["hydra_plugins"],
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "-p", "no:xdist"],
         "pytest_add_cli_args_test_selection": [*tests, "-k", " and ".join(f"not {name}" for name in SLOW)],
         "timeout_multiplier": 5.0,
@@ -126,7 +132,7 @@ def copied(work: Path, group: str) -> None:
     }
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     for name in filter(lambda name: (ROOT / name).is_file(), listed.stdout.split("\n")):
-        content, target = (ROOT / name).read_bytes(), work / name
+        content, target = (ROOT / name).read_bytes(), work / placed(name)
         if name == "pyproject.toml":
             content += "\n".join(["\n[tool.mutmut]", *lines, ""]).encode()
         if not target.is_file() or target.read_bytes() != content:
@@ -135,6 +141,11 @@ def copied(work: Path, group: str) -> None:
     for beside in (work.parent, work):  # mutmut runs the tests one folder further down
         if not (beside / "shared").exists() and (ROOT.parent / "shared").exists():
             (beside / "shared").symlink_to(ROOT.parent / "shared")
+
+
+def placed(name: str) -> str:
+    """Where a file of the checkout lies in the copy."""
+    return f"cutlayer/{name}" if name.split("/")[0] in INSIDE else name
 
 
 def sampled(count: int, seed: int, *, again: bool) -> list[str]:

@@ -16,6 +16,7 @@ import yaml
 
 from cutlayer.runtime.launching.model_names import SOURCES
 from cutlayer.runtime.records.loggers import LOGGERS
+from tests.mutants import GROUPS
 from tests.places import checkout
 
 ROOT = checkout()
@@ -247,3 +248,11 @@ def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
     assert done.returncode != 0
     (line,) = done.stderr.splitlines()
     assert "Python 3.11 or newer is needed" in line
+
+
+def test_mutants_are_made_of_modules_that_there_are_and_tried_by_tests_that_there_are() -> None:
+    for modules, tests in GROUPS.values():
+        for name in (*modules, *tests):
+            path, *inside = name.split("::")
+            assert (ROOT / path).is_file(), name
+            assert not inside or inside[0].partition("[")[0] in (ROOT / path).read_text(encoding="utf-8"), name

@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--saves", type=Path, default=Path("saves"), help="folder with runs (default: saves)")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the figures (default: figures)")
-    parser.add_argument("--config", type=Path, help=f"what to draw (default: {CONFIG} here, else {PACKAGED})")
+    parser.add_argument(
+        "--config", type=Path, help="what to draw (default: exp_configs.yaml, here or beside this file)"
+    )
     parser.add_argument("--only", metavar="NAME", help="draw the comparison of this name alone")
     options = parser.parse_args(arguments)
     try:

@@ -1,6 +1,7 @@
 """The rules of the house that a program can check."""
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -134,3 +135,11 @@ def test_no_large_file_is_tracked() -> None:
         pytest.skip("not a git checkout")
     files = [ROOT / name for name in listed.stdout.split("\0") if name]
     assert [path.name for path in files if path.is_file() and path.stat().st_size > 1_000_000] == []
+
+
+def test_every_test_learns_from_one_place_whether_there_is_a_checkout() -> None:
+    """So that what it starts and reads is there, or it is skipped, where only a wheel is installed."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.name != "places.py":
+            found = re.findall(r'Path\(__file__\)|sys\.executable, "\w+\.py"', path.read_text(encoding="utf-8"))
+            assert path.name == "test_house.py" or not found, f"{path.relative_to(ROOT)}: see tests/places.py"

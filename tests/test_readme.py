@@ -23,7 +23,7 @@ from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, options
 from cutlayer.runtime.launching.hydra_support import load_config, plain_values, preprocess
 from cutlayer.runtime.records.loggers import LOGGERS
 from cutlayer.runtime.rounds.federation import Federation
-from tests.places import checkout
+from tests.places import checkout, program
 
 ROOT = checkout()
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -148,7 +148,7 @@ def environment() -> dict[str, str]:
 
 def test_a_run_prints_what_the_readme_shows_and_its_results_can_be_drawn(tmp_path: Path) -> None:
     saves, figures = tmp_path / "saves", tmp_path / "figures"
-    command = [sys.executable, "main.py", "rounds=2", "num_clients=2", "algorithm.align_epochs=1", f"save_dir={saves}"]
+    command = [*program("main"), "rounds=2", "num_clients=2", "algorithm.align_epochs=1", f"save_dir={saves}"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (shown,) = [block for block in blocks(ROOT / "README.md", "text") if "final accuracy" in block]

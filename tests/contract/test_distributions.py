@@ -16,13 +16,13 @@ from cutlayer.distributions import DISTRIBUTIONS, NoOptions, Request
 from cutlayer.plotting.runs import Run
 from cutlayer.runtime.ground.config import ConfigError, build
 from cutlayer.runtime.launching.hydra_support import load_config
+from tests.places import checkout
 
 DIVIDING = [name for name, each in DISTRIBUTIONS.items() if each.divide is not None]
 every_distribution = pytest.mark.parametrize("name", DIVIDING)
 # Ten classes of 100 samples, in 40 groups.
 LABELS, GROUPS = np.arange(1000) % 10, np.arange(1000) // 25
 KEYS = ("alpha", "classes_per_client", "major_share", "drop_unassigned")
-DOCUMENT = Path(__file__).parents[2] / "docs" / "datasets.md"
 
 
 def config(name: str, **values: Any) -> DatasetConfig:
@@ -120,7 +120,13 @@ def test_figures_tell_it_from_the_others_with_the_values_that_shape_it(name: str
 
 
 def test_the_document_has_each_with_the_keys_that_it_reads() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \|([^|]*)\|$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE))
+    rows = dict(
+        re.findall(
+            r"^\| `(\w+)` \| [^|]+ \|([^|]*)\|$",
+            (checkout() / "docs" / "datasets.md").read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
+    )
     for name, known in DISTRIBUTIONS.items():
         assert name in rows, f"docs/datasets.md, the table of distributions: a row for {name}"
         assert sorted(re.findall(r"`([\w.]+)`", rows[name])) == sorted(known.keys), f"docs/datasets.md: keys of {name}"

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Reply, Upload, unflatten
+from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Upload, unflatten
 from cutlayer.runtime.messages.crossing import crossed, gradients, require_gradients, tensor
 from cutlayer.runtime.parties.aggregate import Average
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
-from cutlayer.runtime.parties.optim import OptimizerConfig, PartOptimizer
+from cutlayer.runtime.parties.optim import PartOptimizer
 
 if TYPE_CHECKING:
-    from cutlayer.runtime.parties.cohort import Asked, Cohort
+    pass
 
 cross_entropy = F.cross_entropy
 """Mean cross-entropy over a batch: logits [b, classes], labels int64 [b]."""
@@ -32,21 +32,36 @@ class NoConfig:
 class Flow:
     """One arrow of a method's pseudocode: what crosses, in which direction, and how often.
 
-    Each entry of ``fields`` is the name of a part (its whole state), ``smashed`` (the cut layer's output for one
-    batch), ``body_output`` (that of the server part between two cuts) or ``labels`` (one int64 per sample). ``per``
-    says whether it crosses once per client and round or with each batch; ``every`` and ``rounds`` name the keys of the
-    algorithm's config that thin it out: every q-th local step, every l-th round. Of each l rounds that is the ``start``
-    (with ``first``, also a client's own first round), the ``end``, or the client's first one among them (``join``).
+    Nothing is sent by it: the bytes that it says beforehand are compared with those that the channel counts.
     """
 
     direction: Literal["up", "down"]
+    """``up`` is from a client to the server, ``down`` the other way."""
+
     kind: str
+    """The kind of the message: ``model`` opens and ends a client's round, others are the method's own."""
+
     fields: tuple[str, ...]
+    """What is in it.
+
+    The name of a part is its whole state, ``smashed`` the cut layer's output for a batch, ``body_output`` that of the
+    server part between two cuts, ``labels`` one int64 for each sample.
+    """
+
     per: Literal["round", "batch"] = "round"
+    """Whether it crosses once in a client's round, or with each batch."""
+
     every: str | None = None
+    """The key of the method's configuration with q, where it crosses in every q-th local step only."""
+
     rounds: str | None = None
-    first: bool = False
+    """The key of the method's configuration with l, where it crosses in one of l rounds only."""
+
     when: Literal["start", "join", "end"] = "start"
+    """Which of these l rounds: the first, the last, or the first one in which the client takes part (``join``)."""
+
+    first: bool = False
+    """With ``start``: in the client's very first round too."""
 
     def interval(self, config: Any) -> int:
         """Local steps from one crossing to the next."""
@@ -65,19 +80,29 @@ class Flow:
 
 
 class Server:
-    """The server of an algorithm: answers messages, averages what travels.
+    """The server of an algorithm: answers messages, and averages what travels.
 
-    Message handlers are methods named ``on_<kind>(client, message)`` that return the reply's fields, or None for a
-    one-way message. In a lockstep schedule ``on_<kind>_cohort(inbox)`` sees all clients' messages together and
-    returns a reply per client.
+    A method's own server adds a handler for each kind of message. ``on_<kind>(client, message)`` returns the reply's
+    fields, or None where the client waits for none. In a lockstep schedule ``on_<kind>_cohort(inbox)`` gets the
+    messages of all clients, by client, and returns a reply for each.
+
+    In a round the engine calls, in this order: ``open_round``; for each client ``down``, the handlers and ``absorb``,
+    or ``forget`` where it dropped out; ``close_round``.
     """
+
+    gathers: ClassVar[bool] = False
+    """It takes the batches of a whole cohort as one, so that a client's may be of a single sample."""
 
     def __init__(self, ctx: ServerContext) -> None:
         self.ctx = ctx
         self._averages: dict[str, Average] = {}
 
     def open_round(self, cohort: Sequence[int]) -> None:
-        """Called before the first client of a round starts."""
+        """Prepare for a round: forget what was averaged before.
+
+        Args:
+            cohort: its clients, in the order in which they are served.
+        """
         self._averages = {}
 
     def down(self, client: int) -> Fields:
@@ -85,7 +110,11 @@ class Server:
         return self.ctx.dump(*self.ctx.shared)
 
     def serve(self, kind: str, inbox: Mapping[int, Payload]) -> dict[int, Fields | None]:
-        """Answer the messages of one kind of one or several clients."""
+        """Answer the messages of one kind, of one client or of several, by client.
+
+        Raises:
+            ValueError: there is no handler for this kind.
+        """
         together = getattr(self, f"on_{kind}_cohort", None)
         if together is not None:
             return dict(together(inbox))
@@ -95,19 +124,23 @@ class Server:
         return {client: handler(client, message) for client, message in inbox.items()}
 
     def absorb(self, client: int, upload: Upload) -> None:
-        """Take in the upload that ends a client's round."""
+        """Add the upload that ends a client's round to the averages, with the client's weight."""
         self.average(unflatten(upload.fields), self.ctx.weight(client, upload.samples))
 
     def average(self, states: Mapping[str, Mapping[str, Tensor]], weight: float) -> None:
-        """Take states (by part) into the averages that the round's end loads."""
+        """Add states, by part, to the averages that the round's end loads.
+
+        Args:
+            weight: of these states, unnormalised.
+        """
         for name, state in states.items():
             self._averages.setdefault(name, Average()).add(state, weight)
 
     def forget(self, client: int) -> None:
-        """A client dropped out: release what was held for it."""
+        """Release what is held for a client that dropped out."""
 
     def close_round(self) -> None:
-        """Called when the last client of a round has ended; with no survivors the parts stay as they were."""
+        """Load the averages into the parts, once the last client has ended; of no survivors there is none."""
         for name, average in self._averages.items():
             if name in self.ctx.parts and len(average):
                 self.ctx.load(name, average.result())
@@ -118,7 +151,7 @@ class Server:
         return self.ctx.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a checkpoint."""
+        """Restore what ``state_dict`` gave."""
         self.ctx.load_state_dict(state)
 
 
@@ -139,45 +172,52 @@ class SplitServer(Server):
 
 
 class Algorithm:
-    """An algorithm: both parties' programs and the facts that the engine needs to run them.
+    """An algorithm: both parties' programs, and the facts that the engine needs to run them.
 
-    Attributes:
-        layout: the parts that each party holds.
-        shared: the parts that travel down and up each round.
-        schedule: ``sequential`` runs one client after another through the round, ``lockstep`` moves the whole cohort
-            on by one message at a time.
-        personal: parts of the model that each client has for itself, kept in its state under the part's name.
-        paths: further ways through the parts, each tested with every client's own parts: the metrics of ``name`` are
-            ``name_acc`` and, on the client's share of the test set, ``name_local_acc``.
-        evaluates_features: the model gives features [b, d] instead of logits, and is tested by a kNN on them.
-        evaluates: ``global`` tests the server's model, ``clients`` each client's own; follows from ``personal``.
-        gathers: the server takes the batches of a whole cohort as one, so that a client's may be of one sample.
-        pooled: one client holds all the data.
-        in_turn: a round's clients can only work one after the other, as each starts from what the one before left.
-        traffic: the arrows of the method, from which its bytes follow in closed form.
+    What only a few methods have is in `algorithms/mixins.py`.
     """
 
     name: ClassVar[str] = ""
+    """What the registry calls it: ``algorithm=<name>``."""
+
     Config: ClassVar[type[Any]] = NoConfig
+    """A frozen dataclass, the schema of the method's own keys ``algorithm.<key>``."""
+
     layout: ClassVar[Layout]
-    shared: ClassVar[tuple[str, ...]] = ()
-    schedule: ClassVar[Literal["sequential", "lockstep"]] = "sequential"
-    personal: ClassVar[tuple[str, ...]] = ()
-    paths: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    evaluates_features: ClassVar[bool] = False
-    evaluates: ClassVar[Literal["global", "clients"]] = "global"
-    gathers: ClassVar[bool] = False
-    pooled: ClassVar[bool] = False
-    in_turn: ClassVar[bool] = False
-    traffic: ClassVar[tuple[Flow, ...]] = ()
+    """The parts that each party holds."""
+
     Server: ClassVar[type[Server]] = Server
+    """The server's program."""
 
-    def __init_subclass__(cls) -> None:
-        cls.evaluates = "clients" if cls.personal else "global"
+    shared: ClassVar[tuple[str, ...]] = ()
+    """The parts that travel down and up each round."""
 
-    @classmethod
-    def check_optimizer(cls, optimizer: OptimizerConfig) -> None:
-        """Raises ConfigError if the method's equations do not hold for a client's optimizer."""
+    personal: ClassVar[tuple[str, ...]] = ()
+    """Parts of the model that each client has for itself, kept in its state under the part's name.
+
+    Where there are any, a round's test is of each client's own model.
+    """
+
+    traffic: ClassVar[tuple[Flow, ...]] = ()
+    """The arrows of the method, from which its bytes follow in closed form."""
+
+    schedule: ClassVar[Literal["sequential", "lockstep"]] = "sequential"
+    """``sequential`` runs one client after another through the round, ``lockstep`` all of them by one message each."""
+
+    in_turn: ClassVar[bool] = False
+    """A client starts from what the one before it in the round has left, so that none can begin ahead of its turn."""
+
+    pooled: ClassVar[bool] = False
+    """One client holds all the data."""
+
+    evaluates_features: ClassVar[bool] = False
+    """The model gives features [b, d] in the place of logits, and is tested by a kNN on them."""
+
+    paths: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Further ways through the parts, by name, each tested with every client's own parts.
+
+    The metrics are ``<name>_acc`` and, on the client's share of the test set, ``<name>_local_acc``.
+    """
 
     @classmethod
     def arrows(cls, config: Any, round: int, *, before: int | None) -> tuple[Flow, ...]:
@@ -188,34 +228,13 @@ class Algorithm:
         """
         return tuple(flow for flow in cls.traffic if flow.crosses(config, round, before=before))
 
-    @classmethod
-    def kept(cls, config: Any) -> tuple[str, ...]:  # noqa: ARG003  (for those that override it)
-        """The parts of the model that clients have for themselves under this configuration, see ``personal``."""
-        return cls.personal
-
-    @classmethod
-    def steps(cls, config: Any, client: int, num_clients: int, sizes: Sequence[int]) -> list[int]:  # noqa: ARG003
-        """The batches of a client's round, as numbers of samples.
-
-        Args:
-            sizes: those of its local epochs.
-        """
-        return [*sizes]
-
-    @classmethod
-    def computes_together(cls, config: Any) -> bool:  # noqa: ARG003
-        """Whether ``together`` may stand for the clients' programs: they hold the same weights and take one step."""
-        return False
-
-    @staticmethod
-    def together(cohort: Cohort, down: Payload) -> Generator[Asked, dict[int, Reply], Fields]:
-        """The round of a whole cohort of equal weights: yields what each client asks, returns what each uploads."""
-        raise NotImplementedError
-
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> ClientProgram | Fields:
         """The client's part of a round: a generator that yields messages and returns its upload.
 
         A client that sends nothing before its upload may be a plain function.
+
+        Args:
+            down: what the server's ``down`` gave for this client.
         """
         raise NotImplementedError

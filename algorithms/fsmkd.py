@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow, Server, cross_entropy
+from cutlayer.algorithms.mixins import KeepsByConfig
 from cutlayer.models.cutting import Crossing
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, ask
@@ -107,7 +108,7 @@ class SharedBodyServer(Server):
 
 
 @register("fsmkd")
-class FSMKD(Algorithm):
+class FSMKD(KeepsByConfig, Algorithm):
     """FSMKD (Luo & Zhang): mutual distillation of a shared body and personal ones over a U-shaped cut.
 
     Client part and tail are at the client, so labels never leave it. The local path goes through the client's personal

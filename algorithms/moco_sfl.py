@@ -13,6 +13,7 @@ from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow, Server
 from cutlayer.algorithms.byte_saving import ByteSaving
 from cutlayer.algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, unit
+from cutlayer.algorithms.mixins import ComputesTogether, OwnSteps
 from cutlayer.models.cutting import Crossing
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Reply, ask
@@ -83,6 +84,8 @@ class MocoServer(Server):
 
     It sees the smashed data of two views of each image, no image and no label.
     """
+
+    gathers = True
 
     def __init__(self, ctx: ServerContext) -> None:
         super().__init__(ctx)
@@ -161,7 +164,7 @@ class MocoServer(Server):
 
 
 @register("moco_sfl")
-class MocoSFL(Algorithm):
+class MocoSFL(OwnSteps, ComputesTogether, Algorithm):
     """MocoSFL (Li et al., ICLR 2023): self-supervised split learning for many clients with little data each.
 
     A client sends the client part's outputs for two augmented views of its images, one through the online copy and one
@@ -177,7 +180,6 @@ class MocoSFL(Algorithm):
     )
     shared = ("client",)
     schedule = "lockstep"
-    gathers = True
     evaluates_features = True
     traffic = (
         Flow("down", "model", ("client", "client_momentum")),

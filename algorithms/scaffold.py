@@ -9,6 +9,7 @@ import torch
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow, Server, cross_entropy
+from cutlayer.algorithms.mixins import ChecksOptimizer
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload, Upload, flatten, unflatten
 from cutlayer.runtime.parties.blueprint import Layout
@@ -52,7 +53,7 @@ class ScaffoldServer(Server):
 
 
 @register("scaffold")
-class Scaffold(Algorithm):
+class Scaffold(ChecksOptimizer, Algorithm):
     """SCAFFOLD (Karimireddy et al., ICML 2020, algorithm 1, option II), with a global step of 1.
 
     Local steps follow g - c_i + c; afterwards c_i becomes c_i - c + (x - y_i) / (K lr) over K local steps. Option II

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cutlayer.algorithms.mixins import ComputesTogether, OwnSteps
 from cutlayer.datasets import batch_sizes
 from cutlayer.models.cutting import is_ghost
 from cutlayer.runtime.evaluation.scores import ClientScores
@@ -55,7 +56,9 @@ class Seats:
         setup, config = self._setup, self._setup.config
         samples = int(setup.partition.sizes[client])
         sizes = config.local_epochs * batch_sizes(samples, config.batch_size, config.dataset.drop_last)
-        return setup.algorithm.steps(config.algorithm, client, setup.population, sizes)
+        if issubclass(setup.algorithm, OwnSteps):
+            return setup.algorithm.steps(config.algorithm, client, setup.population, sizes)
+        return [*sizes]
 
     def open(self, client: int) -> LocalSession:
         """Begin a client's round, on a seat that is free."""
@@ -165,25 +168,28 @@ class Clients(Seats):
         The method has to say that clients hold equal weights; their step has to be linear in the gradient, as that of
         SGD is, and no sample may depend on another's, as through BatchNorm, or on a random number, as with dropout.
         """
-        federation = self._federation
-        names = federation.algorithm.layout.client
+        federation, algorithm = self._federation, self._federation.algorithm
+        if not issubclass(algorithm, ComputesTogether):
+            return False
+        names = algorithm.layout.client
         modules = chain.from_iterable(part.modules() for part in federation.blueprint.parts(names).values())
         return (
-            federation.algorithm.computes_together(federation.config.algorithm)
+            algorithm.computes_together(federation.config.algorithm)
             and federation.config.optimizer_for(names[0]).name == "sgd"
             and not any(_depends(module) for module in modules if not is_ghost(module))
         )
 
     def train_together(self, cohort: list[int], server: ServerParty, channel: Channel) -> RoundReport:
         """One round of a cohort of equal weights, on one seat."""
-        federation, seat = self._federation, self._seat()
+        federation, algorithm, seat = self._federation, self._federation.algorithm, self._seat()
+        assert issubclass(algorithm, ComputesTogether), "see compute_together"
         contexts = [self._context(client, seat) for client in cohort]
         weights = [federation.server.ctx.weight(context.id, context.samples) for context in contexts]
         seed = rng.derive(federation.config.seed, round=federation.round, stream="cohort's work")
         work = Workplace(federation.blueprint, seed)
         try:
             together = Cohort(contexts, weights, federation.device)
-            return compute_together(federation.algorithm.together, together, work, server, channel)
+            return compute_together(algorithm.together, together, work, server, channel)
         finally:
             seat.taken = False
             federation.seconds["client"] += work.seconds

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cutlayer import algorithms
+from cutlayer.algorithms.mixins import ChecksOptimizer, KeepsByConfig
 from cutlayer.datasets import Dataset, Partition, batch_sizes, load, own_partition, partition
 from cutlayer.models import check_model, input_channels
 from cutlayer.runtime.ground import rng
@@ -43,8 +44,9 @@ class Setup:
         from cutlayer.runtime.costs.cuts import within_budget  # it compares federations
 
         self.algorithm = algorithms.get(config.algorithm_name)
-        for part in self.algorithm.layout.client:
-            self.algorithm.check_optimizer(config.optimizer_for(part))
+        if issubclass(self.algorithm, ChecksOptimizer):
+            for part in self.algorithm.layout.client:
+                self.algorithm.check_optimizer(config.optimizer_for(part))
         self.device = config.torch_device()
         if dataset is None:
             dataset = load(config.dataset, seed=config.seed, device=self.device, dtype=DTYPES[config.precision])
@@ -53,7 +55,9 @@ class Setup:
         self.config = config = within_budget(config, dataset)
         self.dataset: Dataset = dataset.repeated(input_channels(config.model, dataset.info))
         check_model(config.model, self.dataset.info, self.algorithm.layout.parts)
-        self.personal = self.algorithm.kept(config.algorithm)
+        self.personal = self.algorithm.personal
+        if issubclass(self.algorithm, KeepsByConfig):
+            self.personal = self.algorithm.kept(config.algorithm)
         self.population = 1 if self.algorithm.pooled else config.num_clients
         self.partition = self._partition()
         self.blueprint = self.make_blueprint(config)
@@ -170,7 +174,7 @@ class Setup:
         """A sample through every path of the model, and through the auxiliary model behind the last but one part."""
         layout = self.algorithm.layout
         parts = blueprint.parts(layout.parts)
-        several = self.algorithm.gathers and max(self.config.batch_size, self.config.frac * self.population) > 1
+        several = self.algorithm.Server.gathers and max(self.config.batch_size, self.config.frac * self.population) > 1
         for path in (layout.whole, *self.algorithm.paths.values()):
             x: Any = torch.zeros(1, *self.dataset.info.shape, dtype=blueprint.dtype, device=self.device)
             z = x

@@ -16,7 +16,7 @@ from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
 
 QUICK = {"ressfl": ("algorithm.attacker_width=4",), "fl_moco": ("algorithm.symmetric=false", "algorithm.queue=64")}
-WHOLE = [n for n in algorithms.names() if algorithms.get(n).evaluates == "global" or algorithms.get(n).pooled]
+WHOLE = [n for n in algorithms.names() if not algorithms.get(n).personal or algorithms.get(n).pooled]
 
 
 @pytest.mark.parametrize("name", WHOLE)

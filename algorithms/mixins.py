@@ -1,0 +1,63 @@
+"""What a few methods have beyond the contract: a class to inherit beside `Algorithm` for each.
+
+The engine asks whether a method is a subclass of one of these, and goes its usual way where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cutlayer.runtime.messages.boundary import Fields, Payload, Reply
+from cutlayer.runtime.parties.optim import OptimizerConfig
+
+if TYPE_CHECKING:
+    from cutlayer.runtime.parties.cohort import Asked, Cohort
+
+
+class OwnSteps:
+    """A method whose clients' batches are not those of ``local_epochs`` passes over their data."""
+
+    @classmethod
+    def steps(cls, config: Any, client: int, num_clients: int, sizes: Sequence[int]) -> list[int]:
+        """The batches of a client's round, as numbers of samples.
+
+        Args:
+            sizes: those of its local epochs.
+        """
+        raise NotImplementedError
+
+
+class ComputesTogether:
+    """A method whose clients hold equal weights as a round begins, so that a whole cohort can be computed as one.
+
+    The messages, the bytes and, but for rounding, the results are those of the clients' own programs.
+    """
+
+    @classmethod
+    def computes_together(cls, config: Any) -> bool:
+        """Whether ``together`` may stand for the clients' programs: they hold the same weights and take one step."""
+        raise NotImplementedError
+
+    @staticmethod
+    def together(cohort: Cohort, down: Payload) -> Generator[Asked, dict[int, Reply], Fields]:
+        """The round of a whole cohort of equal weights: yields what each client asks, returns what each uploads."""
+        raise NotImplementedError
+
+
+class KeepsByConfig:
+    """A method whose configuration says which parts of the model clients have for themselves."""
+
+    @classmethod
+    def kept(cls, config: Any) -> tuple[str, ...]:
+        """These parts, in the place of ``Algorithm.personal``."""
+        raise NotImplementedError
+
+
+class ChecksOptimizer:
+    """A method whose equations do not hold for every optimizer."""
+
+    @classmethod
+    def check_optimizer(cls, optimizer: OptimizerConfig) -> None:
+        """Raises ConfigError if they do not hold for this one, of a client's part."""
+        raise NotImplementedError

@@ -13,6 +13,9 @@ from cutlayer.runtime.messages.crossing import crossed, detached, packed
 
 OFF, NO_GRADIENTS, SILENT = range(3)
 
+FROZEN = "frozen"
+"""The field by which a client learns that no gradient will come down, and that its part stays as it is."""
+
 
 class Step(NamedTuple):
     """The smashed data of one server step: of both views, and the line of the queue of each sample."""

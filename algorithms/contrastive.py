@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cutlayer.models.cutting import Crossing
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.crossing import detached
 
 
 def info_nce(query: Tensor, key: Tensor, other: Tensor, temperature: float) -> Tensor:
@@ -27,6 +29,39 @@ def info_nce(query: Tensor, key: Tensor, other: Tensor, temperature: float) -> T
 def unit(z: Tensor, like: Tensor) -> Tensor:
     """The rows of z [b, d] divided by their lengths, in the precision of a weight whatever that of z."""
     return F.normalize(z.to(like.dtype), dim=1)
+
+
+def contrast(
+    online: Callable[[Crossing], Tensor],
+    average: Callable[[Crossing], Tensor],
+    query: Crossing,
+    key: Crossing,
+    queue: Queue,
+    lines: Tensor,
+    *,
+    temperature: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of momentum contrast over a batch, the keys that the queue is to take, and the line of each.
+
+    Args:
+        online, average: the projection [b, d] of a view, by the copy that learns and by its moving average.
+        query, key: two views of the same images, or what crosses a cut for them.
+        lines: int64 [b], the line of the queue of each image.
+        symmetric: the views change places too, and the losses of both directions are added.
+    """
+
+    def one_way(query: Crossing, key: Crossing) -> tuple[Tensor, Tensor]:
+        q = unit(online(query), queue.keys)
+        with torch.no_grad():
+            k = unit(average(key), queue.keys)
+        return info_nce(q, k, queue.cosines(q, lines), temperature), k
+
+    loss, keys = one_way(query, key)
+    if not symmetric:
+        return loss, keys, lines
+    other, more = one_way(key, detached(query))
+    return loss + other, torch.cat([keys, more]), lines.repeat(2)
 
 
 @torch.no_grad()
@@ -77,7 +112,7 @@ class Queue:
         return {"keys": self.keys, "next": self.next}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state`` gave."""
+        """Restore what ``state`` gave."""
         self.keys, self.next = state["keys"].to(self.keys.device).clone(), state["next"].cpu().clone()
 
 

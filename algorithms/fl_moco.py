@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow
-from cutlayer.algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, unit
+from cutlayer.algorithms.contrastive import Queue, check_positive, check_unit, contrast, follow
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.blueprint import Layout
@@ -75,21 +74,21 @@ class FLMoco(Algorithm):
             queue.load(kept)
         line = torch.zeros(1, dtype=torch.int64)
 
-        def contrast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-            q = unit(online[1](online[0](query)), queue.keys)
-            with torch.no_grad():
-                k = unit(average[1](average[0](key)), queue.keys)
-            return info_nce(q, k, queue.cosines(q, line.expand(len(q))), config.temperature), k
-
         for one, two in ctx.views(ctx.steps):
-            loss, keys = contrast(one, two)
-            if config.symmetric:
-                other, more = contrast(two, one)
-                loss, keys = loss + other, torch.cat([keys, more])
+            loss, *keys = contrast(
+                lambda x: online[1](online[0](x)),
+                lambda x: average[1](average[0](x)),
+                one,
+                two,
+                queue,
+                line.expand(len(one)),
+                temperature=config.temperature,
+                symmetric=config.symmetric,
+            )
             optimizer.update(loss)
             for mean, module in zip(average, online, strict=True):
                 follow(mean, module, config.momentum)
-            queue.push(keys, line.expand(len(keys)))
+            queue.push(*keys)
             ctx.log("loss", loss)
         ctx.state.put("queue", queue.state())
         return ctx.dump(*_NAMES)

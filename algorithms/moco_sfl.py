@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,16 +11,15 @@ from torch import Tensor
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow, Server
-from cutlayer.algorithms.byte_saving import ByteSaving
-from cutlayer.algorithms.contrastive import Queue, check_positive, check_unit, follow, info_nce, unit
-from cutlayer.algorithms.mixins import ComputesTogether, OwnSteps
+from cutlayer.algorithms.byte_saving import FROZEN, ByteSaving
+from cutlayer.algorithms.contrastive import Queue, check_positive, check_unit, contrast, follow
+from cutlayer.algorithms.mixins import OwnSteps
+from cutlayer.algorithms.moco_together import MocoTogether
 from cutlayer.models.cutting import Crossing
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Reply, ask
+from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, ask
 from cutlayer.runtime.messages.crossing import (
-    backward,
     crossed,
-    detached,
     divided,
     gradients,
     joined,
@@ -28,10 +27,7 @@ from cutlayer.runtime.messages.crossing import (
     scaled,
 )
 from cutlayer.runtime.parties.blueprint import Layout
-from cutlayer.runtime.parties.cohort import Asked, Cohort
 from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
-
-FROZEN = "frozen"
 
 
 @dataclass(frozen=True)
@@ -128,23 +124,23 @@ class MocoServer(Server):
     def _learn(self, query: Crossing, key: Crossing, lines: Tensor) -> None:
         """One optimizer step of the online copies, one step of the averages, the new keys into the queue."""
         config: MocoSFLConfig = self.ctx.config
-        loss, keys = self._contrast(query, key, lines)
-        if config.symmetric:
-            other, more = self._contrast(key, detached(query), lines)
-            loss, keys, lines = loss + other, torch.cat([keys, more]), lines.repeat(2)
+        part = self.ctx.part
+        loss, *keys = contrast(
+            lambda z: part("projector")(part("server")(z)),
+            lambda z: part("projector_momentum")(part("server_momentum")(z)),
+            query,
+            key,
+            self._queue,
+            lines,
+            temperature=config.temperature,
+            symmetric=config.symmetric,
+        )
         self.ctx.optimizer("server", "projector").update(loss)
         for name in ("server", "projector"):
-            follow(self.ctx.part(f"{name}_momentum"), self.ctx.part(name), config.momentum)
-        self._queue.push(keys, lines)
-        self._saving.note(loss, query, key, lines[: len(lines) // (1 + config.symmetric)])
+            follow(part(f"{name}_momentum"), part(name), config.momentum)
+        self._queue.push(*keys)
+        self._saving.note(loss, query, key, lines)
         self.ctx.log("loss", loss)
-
-    def _contrast(self, query: Crossing, key: Crossing, lines: Tensor) -> tuple[Tensor, Tensor]:
-        part = self.ctx.part
-        q = unit(part("projector")(part("server")(query)), self._queue.keys)
-        with torch.no_grad():
-            k = unit(part("projector_momentum")(part("server_momentum")(key)), self._queue.keys)
-        return info_nce(q, k, self._queue.cosines(q, lines), self.ctx.config.temperature), k
 
     def close_round(self) -> None:
         """The averaged client part, and its moving average as after a round's steps towards that."""
@@ -164,7 +160,7 @@ class MocoServer(Server):
 
 
 @register("moco_sfl")
-class MocoSFL(OwnSteps, ComputesTogether, Algorithm):
+class MocoSFL(OwnSteps, MocoTogether, Algorithm):
     """MocoSFL (Li et al., ICLR 2023): self-supervised split learning for many clients with little data each.
 
     A client sends the client part's outputs for two augmented views of its images, one through the online copy and one
@@ -213,36 +209,3 @@ class MocoSFL(OwnSteps, ComputesTogether, Algorithm):
                 optimizer.update(query, crossed(reply, "grad"))
                 follow(average, model, ctx.config.client_momentum)
         return {} if FROZEN in down else ctx.dump("client")
-
-    @classmethod
-    def computes_together(cls, config: MocoSFLConfig) -> bool:
-        """After every step clients have the same weights again."""
-        return config.together == "auto" and config.local_steps == 1
-
-    @staticmethod
-    def together(cohort: Cohort, down: Payload) -> Generator[Asked, dict[int, Reply], Fields]:
-        """The same round, of clients that begin it with the same weights and take one step: chunks of many clients."""
-        if not down:
-            return {}
-        cohort.load(down)
-        model, average, optimizer = cohort.part("client"), cohort.part("client_momentum"), cohort.optimizer("client")
-        sent: dict[int, Fields] = {}
-        graphs: list[tuple[list[int], Crossing]] = []
-        for chunk, one, two in cohort.views():
-            query = model(one)
-            with torch.no_grad():
-                key = average(two)
-            graphs.append((chunk, query))
-            sizes = [cohort.sizes[client] for client in chunk]
-            for client, own, other in zip(chunk, divided(query, sizes), divided(key, sizes), strict=True):
-                sent[client] = {"query": own, "key": other}
-        replies = yield Asked("smashed", sent)
-        if FROZEN in down:
-            return {}
-        optimizer.zero_grad()
-        for chunk, query in graphs:
-            # The mean of the clients' steps is the step along their gradients' mean: each as its average weighs.
-            along = [scaled(crossed(replies[client], "grad"), cohort.share(client)) for client in chunk]
-            backward(query, joined(along))
-        optimizer.step()
-        return cohort.dump("client")

@@ -312,7 +312,7 @@ def seeds() -> list[bytes]:
         asks: list[tuple[Any, Any, str]] = [(What.ASK, {"z": z, "y": y}, "smashed")] * (2 if which == 0 else 0)
         said = [(Head(what, 1, kind), body) for what, body, kind in asks + done]
         if which == 2:
-            scores = {name: [*each] for name, each in arena.federation.evaluator.of_client(HONEST).items()}
+            scores = {name: each.to_json() for name, each in arena.federation.evaluator.of_client(HONEST).items()}
             said.append((Head(What.EVALUATED, 2), scores))
         pieces = [piece for head, body in said for piece in wire.outgoing(head, body)]
         made.append(bytes([which]) + join(pieces))

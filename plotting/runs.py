@@ -36,7 +36,7 @@ SPREAD_KEYS = SHAPING_KEYS | {"dataset.distribution"}
 _IRRELEVANT = (
     *("seed", "save_dir", "resume", "data_changed", "logger", "checkpoint_interval", "progress", "device", "transport"),
     *("role", "server", "client_id"),
-    *("threads", "state_memory_mb", "personalize", "probe"),
+    *("threads", "state_memory_mb", "personalize", "probe", "evaluations"),
 )
 _UNREADABLE = (OSError, ValueError, RecursionError)
 # Beyond this a metric is as good as not finite, and sums and scales of it are no longer numbers.

@@ -12,6 +12,7 @@ import torch
 
 from cutlayer.algorithms import algorithm_config
 from cutlayer.datasets import DatasetConfig
+from cutlayer.evaluations import EVALUATIONS
 from cutlayer.models import ModelConfig
 from cutlayer.runtime.evaluation.classifiers import MonitorConfig, ProbeConfig
 from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
@@ -63,6 +64,7 @@ class RunConfig:
         model, dataset, aggregate, personalize, monitor, probe: see their classes.
         optimizer, scheduler: what every part of the model inherits; `optimizer_for` and `scheduler_for` give a part's.
         transport: how messages travel; see its classes.
+        evaluations: what the rounds' tests measure beside accuracy and loss: names of `cutlayer.evaluations`.
         logger: trackers beside the run's own files.
         num_clients: clients in the population. frac: share of them in each round's cohort, 0 < frac <= 1.
         rounds, local_epochs, batch_size: as in the papers. lr: learning rate that the optimizer takes up.
@@ -118,6 +120,7 @@ class RunConfig:
     server: str | None = None
     client_id: int | None = None
     data_changed: Changed = "refuse"
+    evaluations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         counts = "num_clients rounds local_epochs batch_size eval_interval eval_batch_size checkpoint_interval"
@@ -139,6 +142,8 @@ class RunConfig:
             raise ConfigError("state_memory_mb", self.state_memory_mb, "a number > 0")
         if self.threads != "auto" and self.threads < 1:
             raise ConfigError("threads", self.threads, "auto, or an integer >= 1")
+        for name in self.evaluations:
+            EVALUATIONS.find(name, "evaluations")
         self.aggregate.check(self.num_clients)
         self._check_network()
         for part in PARTS:
@@ -209,9 +214,11 @@ class RunConfig:
         """16 hexadecimal digits of a hash over everything that decides the result; equal in every process."""
         deciding = {key: value for key, value in self.to_mapping().items() if key not in _NOT_DECIDING}
         deciding["transport"] = self.transport.name
+        # A run that was begun before there were these keys is the same.
         if not self.dataset.distribution_options:
-            # A run that was begun before there were any is the same.
             del deciding["dataset"]["distribution_options"]
+        if not self.evaluations:
+            del deciding["evaluations"]
         text = json.dumps(deciding, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -167,6 +167,7 @@ RULES: Mapping[str, Rule] = {
     "seed": Rule(2**63),
     "precision": _CHOICE,
     "eval_interval": _ANY,
+    "evaluations": Rule(text=WORD, length=64),
     "eval_batch_size": Rule(65_536),
     "comm_threshold_mb": _ANY,
     "checkpoint_interval": _ANY,

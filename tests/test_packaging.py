@@ -23,8 +23,8 @@ ROOT = checkout()
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 PACKAGES = (
-    *("algorithms", "attacks", "benchmarks", "datasets", "distributions", "hydra_plugins", "models", "plotting"),
-    *("runtime", "cutlayer"),
+    *("algorithms", "attacks", "benchmarks", "datasets", "distributions", "evaluations", "hydra_plugins", "models"),
+    *("plotting", "runtime", "cutlayer"),
 )
 PROGRAMS = ("attack.py", "certificates.py", "main.py", "personalize.py", "plot_results.py", "probe.py", "status.py")
 # Import names that are not the distribution's own.

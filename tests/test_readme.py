@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from cutlayer import algorithms, datasets, distributions, models, plot_results
+from cutlayer.evaluations import EVALUATIONS
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, options
 from cutlayer.runtime.launching.hydra_support import load_config, plain_values, preprocess
 from cutlayer.runtime.records.loggers import LOGGERS
@@ -30,8 +31,8 @@ DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # Shapes of what needs files; a synthetic set of that shape stands in for it.
 SHAPES = {"digits": (1, 8, 10), "mnist": (1, 28, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100)}
 FOLDERS = (
-    *("algorithms", "attacks", "cutlayer", "datasets", "distributions", "hydra_config", "hydra_plugins", "models"),
-    *("plotting", "runtime", "tests"),
+    *("algorithms", "attacks", "cutlayer", "datasets", "distributions", "evaluations", "hydra_config", "hydra_plugins"),
+    *("models", "plotting", "runtime", "tests"),
 )
 SMALL = ("rounds=1", "num_clients=2", "batch_size=8", "local_epochs=1", "device=cpu")
 
@@ -294,6 +295,7 @@ def shown_value(text: str) -> Any:
         ("docs/datasets.md", datasets.names()),
         ("docs/datasets.md", distributions.names()),
         ("docs/configuration.md", models.names()),
+        ("docs/configuration.md", EVALUATIONS.names()),
         ("docs/reproducing.md", options("experiment")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -21,9 +21,10 @@ import numpy as np
 from torch import nn
 
 from cutlayer.datasets import Partition
+from cutlayer.evaluations import Score
 from cutlayer.models import body_and_head
 from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig, fine_tune
-from cutlayer.runtime.evaluation.scores import Score, spread
+from cutlayer.runtime.evaluation.scores import spread
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import PERSONALIZED, make_folder, named, replace_file, sync_file, temporary_name

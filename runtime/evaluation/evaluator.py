@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from cutlayer.datasets import Partition, Source, apply_partition, own_partition, partition_by_group
+from cutlayer.evaluations import Score, measure
 from cutlayer.runtime.evaluation.features import KnnMonitor
-from cutlayer.runtime.evaluation.scores import ClientScores, Evaluation, Score, evaluate, mean, spread_over_clients
+from cutlayer.runtime.evaluation.scores import (
+    ClientScores,
+    Evaluation,
+    Measured,
+    evaluate,
+    mean,
+    mean_values,
+    spread_over_clients,
+)
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.parties.blueprint import Blueprint
 from cutlayer.runtime.records.history import ClientRow
@@ -85,6 +94,7 @@ class Evaluator:
         """The test of a round."""
         self.forget()
         federation, rows, metrics = self._federation, list[ClientRow](), dict[str, float]()
+        values = dict[str, float]()
         clients: dict[int, ClientScores] = {}
         if self._own_only or self.local_test is not None or federation.personal or federation.algorithm.paths:
             assert self._scores is not None
@@ -94,14 +104,18 @@ class Evaluator:
             found = {client: scores[metric] for client, scores in clients.items() if metric in scores}
             if metric not in (VALIDATION, own) or (metric == own and (self._own_only or len(found) > 1)):
                 rows += [(metric, client, each.samples, each.accuracy) for client, each in found.items()]
+            # Of each client's own model they are the run's; the others are told with the name of what they are of.
+            prefix = "" if metric == own else f"{metric}/"
+            values |= {prefix + name: value for name, value in mean_values(list(found.values())).items()}
         if own is not None:
             accuracy, loss = _mean(clients, own)
         else:
-            accuracy, loss = self._of_all(self._dataset.test).both
+            tested = self._measured(self._of_all(self._dataset.test))
+            accuracy, loss, values = tested.accuracy, tested.loss, values | tested.values
         if self._dataset.validation is not None:
             validated = self._of_all(self._dataset.validation).both if own is None else _mean(clients, VALIDATION)
             metrics = dict(zip(("val_acc", "val_loss"), validated, strict=True))
-        return Evaluation(accuracy, loss, metrics | spread_over_clients(rows), rows)
+        return Evaluation(accuracy, loss, metrics | values | spread_over_clients(rows), rows)
 
     def forget(self) -> None:
         """Forget what was found of models that have changed since."""
@@ -119,19 +133,24 @@ class Evaluator:
             if not self._own_only:
                 score = self._of_client(client, test, path)
                 if name or federation.personal:
-                    found[f"{name}acc" if name else "client_acc"] = score.measured
+                    found[f"{name}acc" if name else "client_acc"] = self._measured(score)
                 if share is not None:
-                    found[f"{name}local_acc"] = score.of(share).measured
+                    found[f"{name}local_acc"] = self._measured(score.of(share))
             elif share is not None:
-                found[f"{name}local_acc"] = self._of_client(client, test, path, share).measured
+                found[f"{name}local_acc"] = self._measured(self._of_client(client, test, path, share))
         validation = self._dataset.validation
         if validation is not None and self._local_validation is not None:
             share = self._local_validation.indices(client)
             if len(share):
-                found[VALIDATION] = self._of_client(client, validation, self._whole, share).measured
+                found[VALIDATION] = _plainly(self._of_client(client, validation, self._whole, share))
         elif validation is not None and federation.personal:
-            found[VALIDATION] = self._of_client(client, validation, self._whole).measured
+            found[VALIDATION] = _plainly(self._of_client(client, validation, self._whole))
         return found
+
+    def _measured(self, score: Score) -> Measured:
+        """What is told of a score, with what the evaluations that are asked for find of it."""
+        values = measure(self._federation.config.evaluations, score, self._dataset.info)
+        return Measured(len(score.labels), *score.both, values)
 
     def score_client(
         self, client: int, source: Source, samples: Tensor | None = None, path: Path | None = None
@@ -191,6 +210,11 @@ class Evaluator:
         if key not in self._seen:
             self._seen[key] = test()
         return self._seen[key]
+
+
+def _plainly(score: Score) -> Measured:
+    """A score without evaluations."""
+    return Measured(len(score.labels), *score.both)
 
 
 def _mean(clients: Mapping[int, ClientScores], metric: str) -> tuple[float, float]:

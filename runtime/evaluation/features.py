@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.datasets import Source
+from cutlayer.evaluations import Score
 from cutlayer.models import build_model, classifier, leave_out
 from cutlayer.models.cutting import is_ghost
 from cutlayer.runtime.evaluation.classifiers import MonitorConfig, drawn, entropies, knn_scores
-from cutlayer.runtime.evaluation.scores import How, Score, gather
+from cutlayer.runtime.evaluation.scores import How, gather
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.rng import TorchStream, torch_generator
 from cutlayer.runtime.parties.blueprint import Blueprint
@@ -108,4 +109,4 @@ class KnnMonitor:
         bank, labels = features(modules, self._train, blueprint, **{**how, "samples": self._bank})
         config = self._config
         scores = knn_scores(bank, labels, queries, self._classes, k=config.k, temperature=config.temperature)
-        return Score(entropies(scores, wanted).double().cpu(), (scores.argmax(1) == wanted).cpu())
+        return Score(entropies(scores, wanted).double().cpu(), scores.argmax(1).cpu(), wanted.cpu())

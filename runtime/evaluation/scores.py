@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, Unpack
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cutlayer.datasets import Source
+from cutlayer.evaluations import Score
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.parties.blueprint import BATCH_NORM, Blueprint
 from cutlayer.runtime.records.history import ClientRow
@@ -20,44 +20,17 @@ from cutlayer.runtime.records.history import ClientRow
 Forward = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Score:
-    """Samples that were tested: their cross-entropies, and which were right (float64 and bool [n], on the CPU)."""
-
-    losses: Tensor
-    correct: Tensor
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the samples that were right, in [0, 1]."""
-        return float(self.correct.double().mean())
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy."""
-        return float(self.losses.mean())
-
-    @property
-    def both(self) -> tuple[float, float]:
-        """Accuracy and loss."""
-        return self.accuracy, self.loss
-
-    @property
-    def measured(self) -> Measured:
-        """What is told of the score."""
-        return Measured(len(self.correct), *self.both)
-
-    def of(self, samples: Tensor) -> Score:
-        """The score on some of the samples: int64 [k], positions among those that were tested."""
-        return Score(self.losses[samples], self.correct[samples])
-
-
 class Measured(NamedTuple):
-    """Samples that were tested, and mean accuracy and loss on them."""
+    """Samples that were tested, mean accuracy and loss on them, and what evaluations found, by metric."""
 
     samples: int
     accuracy: float
     loss: float
+    values: dict[str, float] = {}  # noqa: RUF012  (never changed)
+
+    def to_json(self) -> list[Any]:
+        """As a client sends it; what evaluations found only if there are some."""
+        return [*self] if self.values else [*self[:3]]
 
 
 ClientScores: TypeAlias = dict[str, Measured]
@@ -128,14 +101,19 @@ def evaluate(
     Args:
         modules: applied one after the other; the last gives logits [b, classes].
     """
-    losses, correct = gather(
-        lambda logits, y: (F.cross_entropy(logits, y, reduction="none"), logits.argmax(1) == y),
+    losses, predicted = gather(
+        lambda logits, y: (F.cross_entropy(logits, y, reduction="none"), logits.argmax(1)),
         modules,
         source,
         blueprint,
         **how,
     )
-    return Score(losses.double().cpu(), correct.cpu())
+    return Score(losses.double().cpu(), predicted.cpu(), tested_labels(source, how.get("samples")))
+
+
+def tested_labels(source: Source, samples: Tensor | None) -> Tensor:
+    """The labels of a source, or of some of its samples: int64 [n], on the CPU."""
+    return source.labels if samples is None else source.labels[samples]
 
 
 @torch.no_grad()
@@ -195,6 +173,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def mean(values: Sequence[float]) -> float:
     """The mean of at least one value."""
     return sum(values) / len(values)
+
+
+def mean_values(found: Sequence[Measured]) -> dict[str, float]:
+    """The means of what evaluations found, each over the clients that it was found of."""
+    names = dict.fromkeys(name for each in found for name in each.values)
+    return {name: mean([each.values[name] for each in found if name in each.values]) for name in names}
 
 
 def spread_over_clients(rows: Sequence[ClientRow]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.trust import OWN_KEYS, OWN_SECTIONS, check, check_made, covered
 
 PROTOCOL = 1
-_PACKAGES = ("algorithms", "datasets", "distributions", "models", "runtime")
+_PACKAGES = ("algorithms", "datasets", "distributions", "evaluations", "models", "runtime")
 
 # Sections whose choice sets many keys; on a client's command line only the name is compared.
 _GROUPS = ("algorithm", "model", "dataset", "optimizer", "scheduler")

@@ -219,6 +219,7 @@ def test_identity_differs_when_any_key_that_decides_differs_and_only_then() -> N
         "data_changed": "accept",
         "progress": "none",
         "communication_by": "round",
+        "evaluations": ["class_acc"],
         "dataset__validation": 0.25,
         "dataset__major_share": 0.25,
     }

@@ -161,7 +161,7 @@ class _Client:
                 try:
                     if opening.head.what is What.EVALUATE:
                         scores = site.scores(opening.body)
-                        link.send(What.EVALUATED, {name: list(each) for name, each in scores.items()}, session)
+                        link.send(What.EVALUATED, {name: each.to_json() for name, each in scores.items()}, session)
                     else:
                         self._train(link, session, _number(order, "round") or 0, opening.body)
                 except _GivenUpError:

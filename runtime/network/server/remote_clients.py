@@ -42,6 +42,7 @@ T = TypeVar("T")
 
 _NAMED = 20  # clients in a line of the log
 _WORST = 1e39  # of a loss: more than any float32
+_VALUES = 4096  # of evaluations of one client's test
 _UNUSABLE = (AssertionError, LookupError, TypeError, ValueError, RuntimeError)  # what a handler raises at a bad message
 _LONGEST_PAUSE_S = 37.0  # of a client that tries again, and a little more
 
@@ -361,13 +362,23 @@ class RemoteClients(Clients):
         for name, each in body.items():
             if name not in known:
                 raise WireError(f"scores of {shown(name)}, which is not tested")
-            if not isinstance(each, list) or [type(value) for value in cast(list[Any], each)] != [int, float, float]:
-                raise WireError("scores that are no numbers")
-            scores[name] = Measured(*cast(list[Any], each))
-            samples, accuracy, loss = scores[name]
-            if not (0 < samples < 2**48 and 0 <= accuracy <= 1 and abs(loss) <= _WORST):
-                raise WireError("scores that cannot be")
+            scores[name] = self._score_of(each)
         return scores
+
+    def _score_of(self, told: object) -> Measured:
+        each = cast(list[Any], told) if isinstance(told, list) else []
+        asked = self._federation.config.evaluations
+        if [type(value) for value in each] not in ([int, float, float], [int, float, float, dict][: 4 if asked else 3]):
+            raise WireError("scores that are no numbers")
+        score = Measured(*each)
+        if not (0 < score.samples < 2**48 and 0 <= score.accuracy <= 1 and abs(score.loss) <= _WORST):
+            raise WireError("scores that cannot be")
+        for name, value in score.values.items():
+            if name.partition("/")[0] not in asked or len(score.values) > _VALUES:
+                raise WireError(f"an evaluation {shown(name)}, which is not asked for")
+            if type(value) is not float or not abs(value) <= _WORST:
+                raise WireError("evaluations that are no numbers")
+        return score
 
     # ------------------------------------------------------------------ checkpoints and the end
 

@@ -1,0 +1,83 @@
+"""The registry of evaluations: what a round's test measures beside accuracy and loss, `evaluations=[<name>]`.
+
+Every module of this package is imported, so that a new file registers itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cutlayer.datasets import DatasetInfo
+from cutlayer.runtime.ground.registry import Registry, import_modules
+
+
+@dataclass(frozen=True)
+class Score:
+    """Samples that were tested, on the CPU: their cross-entropies (float64 [n]), and what was and is their class.
+
+    Attributes:
+        predicted, labels: int64 [n].
+    """
+
+    losses: Tensor
+    predicted: Tensor
+    labels: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        """Which samples were right, bool [n]."""
+        return self.predicted == self.labels
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the samples that were right, in [0, 1]."""
+        return float(self.correct.double().mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return float(self.losses.mean())
+
+    @property
+    def both(self) -> tuple[float, float]:
+        """Accuracy and loss."""
+        return self.accuracy, self.loss
+
+    def of(self, samples: Tensor) -> Score:
+        """The score on some of the samples: int64 [k], positions among those that were tested."""
+        return Score(self.losses[samples], self.predicted[samples], self.labels[samples])
+
+
+Evaluate = Callable[[Score, DatasetInfo], Mapping[str, float]]
+"""Gives figures by name, of samples that were tested: at least one, perhaps of some of the classes only."""
+
+EVALUATIONS: Registry[Evaluate] = Registry("evaluation")
+
+
+def register(name: str) -> Callable[[Evaluate], Evaluate]:
+    """Register the decorated function as evaluation `name`; a figure that it calls `k` is the metric `name/k`.
+
+    Figures that are not finite are left out. What is a share of samples, from 0 to 1, has a name that ends in `acc`,
+    and is shown in percent.
+    """
+
+    def add(evaluate: Evaluate) -> Evaluate:
+        EVALUATIONS.add(name, evaluate)
+        return evaluate
+
+    return add
+
+
+def measure(names: Iterable[str], score: Score, info: DatasetInfo) -> dict[str, float]:
+    """The metrics of these evaluations, on samples that were tested."""
+    found: dict[str, float] = {}
+    for name in names:
+        found |= {f"{name}/{key}": float(value) for key, value in EVALUATIONS[name](score, info).items()}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+import_modules(__name__, __path__)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cutlayer import distributions
+import cutlayer.distributions as distributions
 from cutlayer.datasets.registry import check_options
 from cutlayer.runtime.ground.config import ConfigError, plain
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutlayer import distributions
+import cutlayer.distributions as distributions
 from cutlayer.datasets.config import DatasetConfig
 from cutlayer.datasets.seeding import derived
 from cutlayer.runtime.ground.config import ConfigError

@@ -18,7 +18,7 @@ from rich import box
 from rich.table import Column, Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from cutlayer import algorithms
+import cutlayer.algorithms as algorithms
 from cutlayer.datasets import Dataset, load
 from cutlayer.models import build_model, candidates, input_channels
 from cutlayer.models.cutting import tensors

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutlayer import algorithms
+import cutlayer.algorithms as algorithms
 from cutlayer.algorithms.mixins import ChecksOptimizer, KeepsByConfig
 from cutlayer.datasets import Dataset, Partition, batch_sizes, load, own_partition, partition
 from cutlayer.models import check_model, input_channels

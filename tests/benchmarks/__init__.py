@@ -1,0 +1,3 @@
+from tests.places import checkout
+
+checkout()  # the programs of `benchmarks/` are no part of a wheel

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from cutlayer.runtime.after.over_runs import Measure, over_runs
-from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.config import plain, show
 from cutlayer.runtime.ground.streams import run_program
 from cutlayer.runtime.ground.text import tell
 
-ATTACKS = ("model_inversion",)
+DEFAULT = "model_inversion"
 LINE_INTERVAL = 5.0
 
 
@@ -25,24 +25,30 @@ def main(arguments: list[str] | None = None) -> int:
     return over_runs(
         arguments,
         "Measure how well an attacker sees a client's images in what a finished run's clients send.",
-        "Keys: attack=model_inversion, attack.epochs=50, attack.lr=0.001, attack.batch_size=128, attack.client=0, "
-        "attack.samples=null, attack.width=64, attack.blocks=4; device, threads, dataset.root and others that only say "
-        "where to compute.",
+        _keys,
         "50 or null",
         _measure,
     )
 
 
+def _keys() -> str:
+    """The keys of every attack, with their defaults."""
+    from cutlayer.attacks import ATTACKS  # late, as below
+
+    keys = [
+        ", ".join([f"attack={name}", *(f"attack.{key}={show(value)}" for key, value in plain(each.config()).items())])
+        for name, each in ATTACKS.items()
+    ]
+    return f"Keys: {'; '.join(keys)}; device, threads, dataset.root and others that only say where to compute."
+
+
 def _measure() -> Measure:
-    from cutlayer.attacks.model_inversion import attack_run  # late: a mistake in the keys need not wait for torch
+    from cutlayer.attacks.running import attack_run  # late: a mistake in the keys need not wait for torch
 
     def attack(run: Path, changes: Mapping[str, Any]) -> None:
-        kind = changes.get("attack", ATTACKS[0])
-        if kind not in ATTACKS:
-            raise ConfigError("attack", kind, "an attack", ATTACKS)
         tell(f"attacking {run}")
         given = {key: value for key, value in changes.items() if key != "attack"}
-        found, folder = attack_run(run, given, _Lines())
+        found, folder = attack_run(changes.get("attack", DEFAULT), run, given, _Lines())
         tell(*found.table().split("\n"), f"results  {folder}")
 
     return attack
@@ -54,10 +60,10 @@ class _Lines:
     def __init__(self) -> None:
         self._last = time.monotonic()
 
-    def __call__(self, done: int, of: int, loss: float) -> None:
+    def __call__(self, done: int, of: int, what: str) -> None:
         if time.monotonic() - self._last >= LINE_INTERVAL:
             self._last = time.monotonic()
-            tell(f"epoch {done}/{of}, mean squared error {loss:.5f}")
+            tell(f"epoch {done}/{of}, {what}")
 
 
 if __name__ == "__main__":

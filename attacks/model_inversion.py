@@ -8,11 +8,9 @@ smashed data of the target's training images.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Generator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +19,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from cutlayer.attacks import Found, Told, register
 from cutlayer.datasets import Source
 from cutlayer.models import build_attacker
 from cutlayer.models.cutting import Crossing, tensors
 from cutlayer.models.similarity import mse, psnr, ssim
-from cutlayer.runtime.after.saved import owned, read_config, restore
 from cutlayer.runtime.evaluation.scores import evaluating
 from cutlayer.runtime.ground import rng
-from cutlayer.runtime.ground.config import ConfigError, build
-from cutlayer.runtime.ground.files import make_folder, replace_file, written_whole
-from cutlayer.runtime.ground.process import prepare_process, set_threads
-from cutlayer.runtime.records.run_folder import safe_component
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.files import written_whole
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.session import Workplace
 
-FOLDER, NAME = "attacks", "model_inversion"
-SUMMARY, PICTURE = "summary.json", "reconstructions.png"
-KNOWS = "weights of the client part; test images with their smashed data"
+PICTURE = "reconstructions.png"
 _COLUMNS, _GAP, _LEAST_SIDE = 10, 2, 64
 _TEST_BATCH = 250
 _MEASURES = {"mse": mse, "ssim": ssim, "psnr": psnr}
-
-Told = Callable[[int, int, float], None]
-"""Told the number of epochs that are done, of all, and the last one's mean squared error."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +65,15 @@ class InversionConfig:
         if self.samples is not None and self.samples < 1:
             raise ConfigError("samples", self.samples, "an integer >= 1, or null for all")
 
-    @property
-    def setting(self) -> str:
-        """The attack in one path component."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["samples"] = "all" if self.samples is None else self.samples
-        return safe_component(",".join(f"{key}={value}" for key, value in values.items()))
-
 
 @dataclass(frozen=True)
-class Inversion:
+class Inversion(Found):
     """What the attack found.
 
     ``found`` has ``mse``, ``ssim`` and ``psnr`` (dB) of the reconstructions, means over the client's images;
     ``mean_image`` the same where every reconstruction is the mean of the attacker's images, which needs no smashed
     data. ``train_mse`` is the decoder's loss on its own images in the last epoch; ``shape`` is that of what one image
-    becomes, of each value that crosses.
+    becomes, of each value that crosses; ``shown`` are some of the images and their reconstructions.
     """
 
     round: int
@@ -99,11 +83,18 @@ class Inversion:
     train_mse: float
     found: dict[str, float]
     mean_image: dict[str, float]
+    shown: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
-    def to_json(self, config: InversionConfig) -> dict[str, Any]:
-        """The content of ``summary.json``."""
-        values = dict(vars(self))
-        return {"attack": NAME, "knows": KNOWS, **vars(config), **values.pop("found"), **values, "finished": True}
+    def to_json(self) -> dict[str, Any]:
+        """The measures, and what they are of."""
+        values = {key: value for key, value in vars(self).items() if key != "shown"}
+        return {**values.pop("found"), **values}
+
+    def save(self, folder: Path) -> None:
+        """Write the picture."""
+        assert self.shown is not None
+        with written_whole(folder / PICTURE) as picture:
+            _picture(*self.shown).save(picture, "PNG")
 
     def table(self) -> str:
         """The measures beside those of the mean image, as lines."""
@@ -113,54 +104,22 @@ class Inversion:
         return "\n".join(lines)
 
 
-def attack_run(run: Path, changes: Mapping[str, Any], told: Told = lambda *_: None) -> tuple[Inversion, Path]:
-    """Attack a saved run; gives what was found and the folder it was written to.
-
-    Args:
-        changes: keys of the attack as ``attack.<key>``, and those that `cutlayer.runtime.after.saved` lets change.
-
-    Raises:
-        ConfigError: a wrong key or value, a run that cannot be taken up, or a method that sends no smashed data.
-    """
-    own = {key.removeprefix("attack."): value for key, value in changes.items() if key.startswith("attack.")}
-    attack = build(InversionConfig, own, "attack")
-    saved = read_config(run, {key: value for key, value in changes.items() if not key.startswith("attack.")})
-    config = saved.config
-    with owned(run):
-        prepare_process(config.torch_device())
-        federation = restore(run, saved)
-        set_threads(config.threads, federation.device, federation.parameters)
-        return invert(federation, attack, run, told)
-
-
-def invert(
-    federation: Federation, config: InversionConfig, run: Path, told: Told = lambda *_: None
-) -> tuple[Inversion, Path]:
-    """Attack a federation; writes ``summary.json`` and ``reconstructions.png`` below the run's folder.
-
-    Both appear when the attack is over, the summary last; a failure leaves nothing. The same federation gives the
-    same bits again on the same device.
+@register("model_inversion", InversionConfig, "weights of the client part; test images with their smashed data")
+def model_inversion(federation: Federation, config: InversionConfig, told: Told) -> Inversion:
+    """A decoder that is trained on the attacker's own images shows a client's images from its smashed data.
 
     Raises:
         ConfigError: the method sends no smashed data, there is no such client, or the decoder diverges.
     """
     if "client" not in federation.algorithm.layout.whole:
         name = federation.config.algorithm_name
-        raise ConfigError("run", str(run), f"a run of a method that cuts the model, with a client part; this is {name}")
+        raise ConfigError("algorithm", name, "a run of a method that cuts the model, with a client part")
     if config.client >= federation.population:
         raise ConfigError("attack.client", config.client, f"a client of the run: 0 to {federation.population - 1}")
     target = federation.partition.indices(config.client)
     if not len(target):
         raise ConfigError("attack.client", config.client, "a client with training samples")
-    folder = run / FOLDER / NAME / config.setting
-    with _removed_if_empty(folder, run):
-        attacker = _Attacker(federation, config, told)
-        found, shown = attacker.attack(target)
-        make_folder(run, folder)
-        with written_whole(folder / PICTURE) as picture:
-            _picture(*shown).save(picture, "PNG")
-        replace_file(folder / SUMMARY, json.dumps(found.to_json(config), allow_nan=False, indent=1) + "\n")
-    return found, folder
+    return _Attacker(federation, config, told).attack(target)
 
 
 class _Attacker:
@@ -179,8 +138,8 @@ class _Attacker:
             decoder = build_attacker(federation.dataset.info, self._client, config.width, config.blocks)
             self._decoder: nn.Module = decoder.to(federation.device, blueprint.dtype)
 
-    def attack(self, target: Tensor) -> tuple[Inversion, tuple[Tensor, Tensor]]:
-        """Train, then test on the target's images; gives also some of them and their reconstructions."""
+    def attack(self, target: Tensor) -> Inversion:
+        """Train, then test on the target's images."""
         data, federation = self._federation.dataset, self._federation
         own, target = self._some(torch.arange(len(data.test))), self._some(target)
         with self._work.working(), evaluating([self._client], batch_statistics=[self._statistics]) as client:
@@ -190,7 +149,7 @@ class _Attacker:
             found, shown = self._test(client, data.train, target, None)
             mean, _ = self._test(client, data.train, target, total / len(own))
             shape = [list(each.shape[1:]) for each in tensors(self._seen(client, data.train, target))]
-        return Inversion(federation.round, shape, len(own), len(target), loss, found, mean), shown
+        return Inversion(federation.round, shape, len(own), len(target), loss, found, mean, shown)
 
     def _some(self, indices: Tensor) -> Tensor:
         """As many of the indices as the attack uses, drawn at random."""
@@ -225,7 +184,7 @@ class _Attacker:
             mean = float(total) / len(indices)
             if not math.isfinite(mean):
                 raise ConfigError("attack.lr", config.lr, f"a rate that converges: the loss is {mean}")
-            self._told(epoch + 1, config.epochs, mean)
+            self._told(epoch + 1, config.epochs, f"mean squared error {mean:.5f}")
         return mean
 
     @torch.no_grad()
@@ -258,15 +217,3 @@ def _picture(originals: Tensor, guesses: Tensor) -> Image.Image:
         top, left = row * (height + _GAP), column * (width + _GAP)
         canvas[top : top + height, left : left + width] = pixels[row, column]
     return Image.fromarray(canvas)
-
-
-@contextlib.contextmanager
-def _removed_if_empty(folder: Path, above: Path) -> Generator[None]:
-    """After a failure, remove `folder` and those between it and `above` that hold nothing."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            for each in (folder, *(parent for parent in folder.parents if above in parent.parents)):
-                each.rmdir()
-        raise

@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from cutlayer import algorithms, datasets, distributions, models, plot_results
+from cutlayer.attacks import ATTACKS
 from cutlayer.evaluations import EVALUATIONS
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, options
 from cutlayer.runtime.launching.hydra_support import load_config, plain_values, preprocess
@@ -296,6 +297,7 @@ def shown_value(text: str) -> Any:
         ("docs/datasets.md", distributions.names()),
         ("docs/configuration.md", models.names()),
         ("docs/configuration.md", EVALUATIONS.names()),
+        ("docs/privacy.md", ATTACKS.names()),
         ("docs/reproducing.md", options("experiment")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,17 +19,23 @@ Measure = Callable[[Path, Mapping[str, Any]], object]
 
 
 def over_runs(
-    arguments: Sequence[str] | None, description: str, epilog: str, values: str, measure: Callable[[], Measure]
+    arguments: Sequence[str] | None,
+    description: str,
+    epilog: str | Callable[[], str],
+    values: str,
+    measure: Callable[[], Measure],
 ) -> int:
     """Measure every run that a command line names; returns the exit status. A run that fails leaves the others alone.
 
     Args:
         arguments: of the program; None takes those of the process.
-        description, epilog: of its help.
+        description, epilog: of its help; an epilog that takes long to make is made for the help alone.
         values: examples of values, for a key whose value cannot be read.
         measure: gives the function, and may import what takes long: it is called when the arguments have been read.
     """
-    parser = argparse.ArgumentParser(description=description, epilog=epilog)
+    helped = {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments)
+    text = epilog if isinstance(epilog, str) else epilog() if helped else ""
+    parser = argparse.ArgumentParser(description=description, epilog=text)
     parser.add_argument("run", nargs="+", help="folder of a run or above several, also as run=<folder>; and key=value")
     given: list[str] = parser.parse_args(arguments).run
     try:

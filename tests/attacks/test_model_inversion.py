@@ -1,8 +1,9 @@
 """Model inversion: what it finds against figures that are known, what it leaves, and what it refuses."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from sklearn.datasets import load_digits
 
 from cutlayer import algorithms
 from cutlayer import attack as command
-from cutlayer.attacks.model_inversion import Inversion, InversionConfig, _picture, invert
+from cutlayer.attacks import ATTACKS, Found, Told, register
+from cutlayer.attacks.model_inversion import Inversion, InversionConfig, _picture
+from cutlayer.attacks.running import attack
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.locks import FileLock
@@ -23,6 +26,12 @@ from tests.conftest import play, same, weights
 QUICK = InversionConfig(epochs=1, samples=40, width=8, blocks=1)
 KEYS = ("attack.epochs=2", "attack.samples=60", "attack.width=8", "attack.blocks=1")
 CUT = [name for name in algorithms.names() if "client" in algorithms.get(name).layout.whole]
+
+
+def invert(federation: Federation, config: InversionConfig, run: Path) -> tuple[Inversion, Path]:
+    found, folder = attack("model_inversion", federation, config, run)
+    assert isinstance(found, Inversion)
+    return found, folder
 
 
 def finished(configure, tmp_path: Path, *overrides: str) -> Path:
@@ -214,3 +223,42 @@ def test_a_client_without_images_is_refused(configure, tmp_path: Path) -> None:
 def test_the_table_shows_the_measures() -> None:
     found = Inversion(3, [[4]], 5, 6, 0.1, {"mse": 0.25, "ssim": 0.5, "psnr": 6.02}, {"mse": 1, "ssim": 0, "psnr": 0})
     assert "0.2500    0.5000   6.02 dB" in found.table()
+
+
+# ---------------------------------------------------------------------- another attack
+
+
+def test_an_attack_is_one_registration(configure, tmp_path: Path, capsys) -> None:
+    @dataclass(frozen=True)
+    class Keys:
+        guesses: int = 3
+
+    class Counted(Found):
+        def to_json(self) -> dict[str, Any]:
+            return {"hits": 2}
+
+        def table(self) -> str:
+            return "2 hits"
+
+    def count(federation: Federation, config: Keys, told: Told) -> Found:
+        told(1, 1, f"{config.guesses} guesses")
+        return Counted()
+
+    path = finished(configure, tmp_path, "algorithm=fed_avg")
+    try:
+        register("counted", Keys, "nothing")(count)
+        assert command.main(["attack=counted", str(path), "attack.guesses=5"]) == 0
+        assert "2 hits" in capsys.readouterr().out
+        (folder,) = (path / "attacks" / "counted").iterdir()
+        assert folder.name == "guesses=5"
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary == {"attack": "counted", "knows": "nothing", "guesses": 5, "hits": 2, "finished": True}
+        assert command.main(["attack=count", str(path)]) == 1
+        assert "did you mean counted?" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            command.main(["--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "attack=counted, attack.guesses=3" in shown
+        assert "attack=model_inversion, attack.epochs=50" in shown
+    finally:
+        ATTACKS.pop("counted", None)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import algorithms
-from cutlayer.attacks.model_inversion import InversionConfig, invert
+from cutlayer.attacks.model_inversion import InversionConfig
+from cutlayer.attacks.running import attack
 from cutlayer.runtime.after.personalize import personalize
 from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.parties.blueprint import Blueprint
@@ -81,8 +82,9 @@ def test_fine_tuning_and_an_attack_learn_in_bf16(configure, tmp_path: Path) -> N
         federation = play(Federation(configure(*cut, "optimizer=sgd", "lr=0.1", f"precision={precision}")))
         tuned = personalize(federation, PersonalizeConfig("full", (0, 3), 0.05), tmp_path / precision)
         gained[precision] = tuned.mean[1] - tuned.mean[0]
-        found, _ = invert(federation, InversionConfig(20, 0.003, 32, samples=200, width=8, blocks=1), tmp_path)
-        error[precision] = found.found["mse"]
+        config = InversionConfig(20, 0.003, 32, samples=200, width=8, blocks=1)
+        found, _ = attack("model_inversion", federation, config, tmp_path)
+        error[precision] = found.to_json()["mse"]
     assert gained["fp32"] > 0.2
     assert gained["bf16"] == pytest.approx(gained["fp32"], abs=ACCURACY)
     assert error["bf16"] == pytest.approx(error["fp32"], rel=0.05)

@@ -111,12 +111,13 @@ def model_inversion(federation: Federation, config: InversionConfig, told: Told)
     Raises:
         ConfigError: the method sends no smashed data, there is no such client, or the decoder diverges.
     """
-    if "client" not in federation.algorithm.layout.whole:
-        name = federation.config.algorithm_name
+    setup = federation.setup
+    if "client" not in setup.algorithm.layout.whole:
+        name = setup.config.algorithm_name
         raise ConfigError("algorithm", name, "a run of a method that cuts the model, with a client part")
-    if config.client >= federation.population:
-        raise ConfigError("attack.client", config.client, f"a client of the run: 0 to {federation.population - 1}")
-    target = federation.partition.indices(config.client)
+    if config.client >= setup.population:
+        raise ConfigError("attack.client", config.client, f"a client of the run: 0 to {setup.population - 1}")
+    target = setup.partition.indices(config.client)
     if not len(target):
         raise ConfigError("attack.client", config.client, "a client with training samples")
     return _Attacker(federation, config, told).attack(target)
@@ -127,20 +128,21 @@ class _Attacker:
 
     def __init__(self, federation: Federation, config: InversionConfig, told: Told) -> None:
         self._federation, self._config, self._told = federation, config, told
-        blueprint, seed = federation.blueprint, federation.config.seed
+        setup = federation.setup
+        blueprint, seed = setup.blueprint, setup.config.seed
         self._client = blueprint.parts(["client"])["client"].requires_grad_(False)
-        self._client.load_state_dict(federation.client_states(config.client, ["client"])["client"])
+        self._client.load_state_dict(federation.learnt.client_states(config.client, ["client"])["client"])
         # As the evaluation normalises it: by the statistics of the batch where running ones are not shared.
-        self._statistics = federation.evaluator.batch_statistics[federation.algorithm.layout.whole.index("client")]
+        self._statistics = federation.evaluator.batch_statistics[setup.algorithm.layout.whole.index("client")]
         self._work = Workplace(blueprint, rng.derive(seed, client=config.client, stream="attack"))
         self._generator = rng.torch_generator(seed, client=config.client, stream="attack batches")
         with self._work.working():
-            decoder = build_attacker(federation.dataset.info, self._client, config.width, config.blocks)
-            self._decoder: nn.Module = decoder.to(federation.device, blueprint.dtype)
+            decoder = build_attacker(setup.dataset.info, self._client, config.width, config.blocks)
+            self._decoder: nn.Module = decoder.to(setup.device, blueprint.dtype)
 
     def attack(self, target: Tensor) -> Inversion:
         """Train, then test on the target's images."""
-        data, federation = self._federation.dataset, self._federation
+        data, federation = self._federation.setup.dataset, self._federation
         own, target = self._some(torch.arange(len(data.test))), self._some(target)
         with self._work.working(), evaluating([self._client], batch_statistics=[self._statistics]) as client:
             loss = self._train(client, data.test, own)
@@ -174,7 +176,7 @@ class _Attacker:
         optimizer = torch.optim.Adam(self._decoder.parameters(), lr=config.lr)
         mean = math.nan
         for epoch in range(config.epochs):
-            total = torch.zeros((), device=self._federation.device, dtype=torch.float64)
+            total = torch.zeros((), device=self._federation.setup.device, dtype=torch.float64)
             for images, z in self._pairs(client, source, indices, shuffle=True):
                 loss = mse(self._decoder(z), images).mean()
                 optimizer.zero_grad()

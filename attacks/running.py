@@ -37,7 +37,7 @@ def attack_run(name: str, run: Path, changes: Mapping[str, Any], told: Told = la
     with owned(run):
         prepare_process(config.torch_device())
         federation = restore(run, saved)
-        set_threads(config.threads, federation.device, federation.parameters)
+        set_threads(config.threads, federation.setup.device, federation.setup.parameters)
         return attack(name, federation, keys, run, told)
 
 

@@ -44,7 +44,7 @@ def run_once(options: argparse.Namespace) -> tuple[float, float]:
         )
     )
     federation.step()
-    seconds, _ = timed(federation.device, lambda: [federation.step() for _ in range(options.rounds)])
+    seconds, _ = timed(federation.setup.device, lambda: [federation.step() for _ in range(options.rounds)])
     return seconds.wall, peak_mb()
 
 

@@ -47,7 +47,7 @@ def compare(algorithm: str, options: argparse.Namespace) -> tuple[str, bool]:
     same = True
     for index in range(options.repeats + 1):
         first, second = (many, few) if index % 2 else (few, many)
-        (one, a), (other, b) = timed(first.device, first.step), timed(second.device, second.step)
+        (one, a), (other, b) = timed(first.setup.device, first.step), timed(second.setup.device, second.step)
         same &= a[0].comm_load == b[0].comm_load
         ratios.append(one.wall / other.wall if first is many else other.wall / one.wall)
     ratio = Spread.of(ratios[1:])  # the first lets caches and the allocator settle

@@ -54,13 +54,13 @@ def measure(case: Case, options: argparse.Namespace) -> str:
     training: list[float] = []
     evaluating: list[float] = []
     for _ in range(options.rounds or case.rounds):
-        training.append(timed(federation.device, federation.step)[0].wall)
-        evaluating.append(timed(federation.device, federation.evaluate)[0].wall)
+        training.append(timed(federation.setup.device, federation.step)[0].wall)
+        evaluating.append(timed(federation.setup.device, federation.evaluate)[0].wall)
     # Rounds differ in work (an alignment every tenth): the share is that of all rounds together.
     share = sum(evaluating) / (sum(training) + sum(evaluating))
     times = (Spread.of(seconds).show(1e3, 1, " ms") for seconds in (training, evaluating))
     return (
-        f"{federation.config.algorithm_name}, {federation.config.model.name}: "
+        f"{federation.setup.config.algorithm_name}, {federation.setup.config.model.name}: "
         + "training {}  evaluation {}  ratio {:.1%} of a round".format(*times, share)
     )
 

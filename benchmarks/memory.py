@@ -48,8 +48,8 @@ def run_once(algorithm: str, clients: int, disk: bool, options: argparse.Namespa
     with tempfile.TemporaryDirectory() as folder:
         federation = Federation(config, Path(folder) if disk else None)
         if disk:
-            labels, info = federation.dataset.train.labels, federation.dataset.info
-            save_partition(Path(folder), federation.partition, labels, info.classes, info.class_names)
+            labels, info = federation.setup.dataset.train.labels, federation.setup.dataset.info
+            save_partition(Path(folder), federation.setup.partition, labels, info.classes, info.class_names)
         federation.resume()
         while not federation.done:
             federation.step()

@@ -89,8 +89,8 @@ class Race:
     def __init__(self, platform: Federation, results: Results | None = None) -> None:
         self._platform = platform
         self._results = results
-        blueprint, config = platform.blueprint, platform.config
-        self._names = platform.algorithm.layout.server
+        blueprint, config = platform.setup.blueprint, platform.setup.config
+        self._names = platform.setup.algorithm.layout.server
         parts = blueprint.parts(self._names)
         modules = {id(part): name for name, part in parts.items()}
 
@@ -98,7 +98,7 @@ class Race:
             return make_optimizer(config.optimizer_for(modules[id(part)]), part.parameters())
 
         def autocast() -> torch.autocast:
-            return torch.autocast(platform.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+            return torch.autocast(platform.setup.device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
         self._bare = BARE[config.algorithm_name](parts, optimizer, autocast)
 
@@ -110,7 +110,7 @@ class Race:
         def bare() -> dict[str, State]:
             return self._bare.round(start, cohort)
 
-        device = self._platform.device
+        device = self._platform.setup.device
         if platform_first:
             ours, _ = timed(device, self._step)
             theirs, reached = timed(device, bare)
@@ -123,7 +123,7 @@ class Race:
         record, traffic = self._platform.step()
         if self._results is not None:
             self._results.record(record, traffic)
-            if self._platform.round % self._platform.config.checkpoint_interval == 0:
+            if self._platform.round % self._platform.setup.config.checkpoint_interval == 0:
                 self._platform.checkpoint(self._results.state())
 
     def _weights(self) -> dict[str, State]:
@@ -131,11 +131,11 @@ class Race:
 
     def _cohort(self) -> list[Batches]:
         """The batches that the platform is about to use, in its order of clients, ready on the device."""
-        platform, config = self._platform, self._platform.config
+        platform, config = self._platform, self._platform.setup.config
         return [
             list(
-                platform.dataset.train.batches(
-                    platform.partition.indices(client),
+                platform.setup.dataset.train.batches(
+                    platform.setup.partition.indices(client),
                     batch_size=config.batch_size,
                     epochs=config.local_epochs,
                     shuffle=config.dataset.shuffle,
@@ -173,7 +173,7 @@ def compare(case: Case, algorithm: str, options: argparse.Namespace) -> tuple[st
         platform = federation(case, algorithm, options, folder)
         if results is not None:
             platform.resume()
-            results.start(platform.config.to_mapping())
+            results.start(platform.setup.config.to_mapping())
         race = Race(platform, results)
         race.round(platform_first=True)  # lets caches, pools and the allocator settle
         rounds = [race.round(platform_first=index % 2 == 0) for index in range(options.repeats)]

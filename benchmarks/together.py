@@ -78,15 +78,17 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
 
 
 def _passes(one: Federation, options: argparse.Namespace, show: Callable[[str], None]) -> None:
-    (part,) = one.blueprint.parts(["client"]).values()
-    x = torch.randn(options.clients * options.batch, 3, 32, 32, device=one.device, dtype=one.blueprint.dtype)
+    (part,) = one.setup.blueprint.parts(["client"]).values()
+    x = torch.randn(
+        options.clients * options.batch, 3, 32, 32, device=one.setup.device, dtype=one.setup.blueprint.dtype
+    )
     along = torch.randn_like(part(x))
     for size in options.chunks:
         ratios: list[float] = []
         for _ in range(options.repeats + 1):
             twins = [copy.deepcopy(part) for _ in range(2)]
-            alone, _ = timed(one.device, lambda twin=twins[0]: passes(twin, x, along, options.batch))
-            chunked, _ = timed(one.device, lambda twin=twins[1], size=size: passes(twin, x, along, size))
+            alone, _ = timed(one.setup.device, lambda twin=twins[0]: passes(twin, x, along, options.batch))
+            chunked, _ = timed(one.setup.device, lambda twin=twins[1], size=size: passes(twin, x, along, size))
             ratios.append(alone.wall / chunked.wall)
         show(f"  forward and backward, chunks of {size:<4} ratio {Spread.of(ratios[1:]).show()}")
 
@@ -112,7 +114,7 @@ def _gap(one: Federation, each: Federation) -> float:
         torch.cat([tensor.flatten() for tensor in state.values()])
         for state in (
             *(federation.server.ctx.part("client").state_dict() for federation in (one, each)),
-            one.blueprint.initial["client"],
+            one.setup.blueprint.initial["client"],
         )
     )
     return float((found - wanted).abs().max() / (wanted - start).abs().max())

@@ -81,7 +81,7 @@ def make() -> list[Path]:
 
     results = Results(folder)
     results.start(config.to_mapping())
-    data_record.record_data(folder, federation.dataset.facts)
+    data_record.record_data(folder, federation.setup.dataset.facts)
     _save_partition(federation, folder)
     for _ in range(2):
         results.record(*federation.step())

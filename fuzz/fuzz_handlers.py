@@ -36,7 +36,8 @@ from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.messages.boundary import owned
 from cutlayer.runtime.network.agreement import PROTOCOL, data_facts, fingerprint, shared, version
 from cutlayer.runtime.network.wire import Head, What
-from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.federation import Federation, make_server
+from cutlayer.runtime.rounds.local_clients import Seats
 from fuzz import fuzz_wire
 from fuzz.harness import join, run, split
 
@@ -121,27 +122,36 @@ class Here:
 class Pair(remote.RemoteClients):
     """One client at the other end of a stream, and one in this process."""
 
-    def _open(self, client: int, until: float) -> Any:
-        return Here(self.open(client)) if client == HONEST else super()._open(client, until)
+    def __init__(self, setup: Any, store: Any) -> None:
+        super().__init__(setup, "fuzz")
+        self._seats = Seats(setup, store)
 
-    def _ask(self, clients: list[int]) -> Any:
-        found = super()._ask([client for client in clients if client != HONEST])
-        return found | {HONEST: self._federation.evaluator.of_client(HONEST)}
+    def _open(self, client: int, until: float) -> Any:
+        return Here(self._seats.open(client, self._round)) if client == HONEST else super()._open(client, until)
+
+    def scores(self, evaluator: Any) -> Any:
+        self._evaluator = evaluator
+        return super().scores(evaluator)
+
+    def _ask(self, clients: list[int], held: Any) -> Any:
+        found = super()._ask([client for client in clients if client != HONEST], held)
+        return found | {HONEST: self._evaluator.of_client(HONEST)}
 
 
 class Arena:
     """A federation of an honest and a hostile client, played from its first round for each input."""
 
     def __init__(self, *overrides: str) -> None:
-        self.federation = Federation(load_config([*SETTING, *overrides]))
+        self.federation = Federation(load_config([*SETTING, *overrides]), clients=Pair)
         self.served: list[int] = []
         self._watch()
-        self.clients = self.federation.clients = Pair(self.federation, self.federation.config.transport, "fuzz")
+        self.clients: Any = self.federation.clients
+        self.clients.listen(0)
         self.facts = {
-            "config": fingerprint(shared(self.federation.config)),
-            "samples": int(self.federation.partition.sizes[HOSTILE]),
+            "config": fingerprint(shared(self.federation.setup.config)),
+            "samples": int(self.federation.setup.partition.sizes[HOSTILE]),
             "trains": True,
-            "data": data_facts(self.federation.dataset, divided=True),
+            "data": data_facts(self.federation.setup.dataset, divided=True),
         }
         self.limits = self.clients._admit(HOSTILE, self.facts)
         self.ledger = self.federation.ledger.state_dict()
@@ -153,7 +163,7 @@ class Arena:
 
     def _watch(self) -> None:
         """Note whose messages the server takes in."""
-        served, method = self.served, self.federation.algorithm
+        served, method = self.served, self.federation.setup.algorithm
 
         class Watched(method.Server):
             def open_round(self, cohort: Any) -> None:
@@ -168,12 +178,12 @@ class Arena:
                 served.append(client)
                 super().absorb(client, upload)
 
-        self.federation.algorithm = type("Watched", (method,), {"Server": Watched})
+        self.federation.setup.algorithm = type("Watched", (method,), {"Server": Watched})
 
     def fresh(self) -> None:
         """Before the first round."""
         federation = self.federation
-        federation.round, federation.server = 0, federation._build_server()
+        federation.round, federation.server = 0, make_server(federation.setup, federation.stores["server"])
         federation.ledger.load_state_dict(self.ledger)
         for store in federation.stores.values():
             store.restore([], 0)
@@ -226,7 +236,7 @@ class Arena:
         except (hub.RefusedError, bounds.WireError) as error:
             fuzz_wire.one_line(error)
         else:
-            assert connection.facts["samples"] == self.federation.partition.sizes[connection.client]
+            assert connection.facts["samples"] == self.federation.setup.partition.sizes[connection.client]
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

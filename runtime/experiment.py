@@ -2,35 +2,74 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from cutlayer.datasets.partition_files import save_partition
 from cutlayer.plotting import first_picture
-from cutlayer.runtime.after import probe
 from cutlayer.runtime.after.personalize import Personalized, own_tests, personalize, tunable
-from cutlayer.runtime.evaluation.features import feature_parts
+from cutlayer.runtime.after.probe import Probed, feature_parts, probe
+from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import MODEL_FILE, make_folder
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.serial import save_tensors
-from cutlayer.runtime.network.server.status import is_told
-from cutlayer.runtime.network.server.status_file import StatusFile, announce
+from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.console import Progress, RunFiles, show_summary
 from cutlayer.runtime.records.data_record import record_data
 from cutlayer.runtime.records.loggers import build_loggers
 from cutlayer.runtime.records.results import Results, RunSummary
 from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.rounds.clients import Clients
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.local_clients import LocalClients
+from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import LocalTransport
 
 log = logging.getLogger(__name__)
+
+
+class Place(Protocol):
+    """Where the clients of a run are."""
+
+    def clients(self, setup: Setup, store: Store) -> Clients:
+        """The clients of the run's federation, see ``MakeClients``."""
+        ...
+
+    def check(self, setup: Setup) -> None:
+        """Raise ConfigError for what cannot be measured with clients there."""
+        ...
+
+    def connected(self, federation: Federation, accuracy: float | None) -> AbstractContextManager[None]:
+        """Clients take part within the block; ``accuracy`` is that of the last test, if there was one."""
+        ...
+
+
+class _Here:
+    """In this process."""
+
+    def clients(self, setup: Setup, store: Store) -> Clients:
+        return LocalClients(setup, store)
+
+    def check(self, setup: Setup) -> None:
+        pass
+
+    def connected(self, federation: Federation, accuracy: float | None) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def _place(config: RunConfig, folder: RunFolder) -> Place:
+    if isinstance(config.transport, LocalTransport):
+        return _Here()
+    from cutlayer.runtime.network.server.elsewhere import Elsewhere  # late: it needs an extra
+
+    return Elsewhere(config, folder)
 
 
 def run(config: RunConfig, folder: RunFolder) -> RunSummary:
@@ -39,33 +78,21 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     Raises:
         ConfigError: what cannot be built as configured.
     """
-    if config.role == "server":
-        announce(folder.path, config)
+    place = _place(config, folder)
     prepare_process(config.torch_device())
-    federation = Federation(config, folder.path)
-    set_threads(config.threads, federation.device, federation.parameters)
-    if config.personalize.part is not None:  # a model that cannot be divided is a mistake before training, not after
-        tunable(federation, config.personalize.part)
-        own_tests(federation)
-    if config.probe.after:
-        feature_parts(federation)
-    if config.role == "server":
-        _check_after(federation)
-    loggers = build_loggers(config.logger, folder.path, folder.resumed)
-    results = Results(folder.path, loggers, by_client=config.communication_by == "client")
-    if federation.resume(results.restore) is not None:
-        log.info("resumed after round %d", federation.round)
-    results.start(config.to_mapping())
-    record_data(folder.path, federation.dataset.facts)
-    _save_partition(federation, folder.path)
-    federation.tell_idle()
-    log.info("%s on %s, %d threads, in %s", config.title, federation.device, torch.get_num_threads(), folder.path)
+    chosen, dataset = prepared(config)
+    federation = Federation(chosen, folder.path, dataset=dataset, clients=place.clients)
+    set_threads(config.threads, federation.setup.device, federation.setup.parameters)
+    _check_after(federation)
+    place.check(federation.setup)
+    results = _begin(config, folder, federation)
     try:
         with (
-            _connected(federation, folder, results.summary().final_acc),
+            place.connected(federation, results.summary().final_acc),
             Progress(config.rounds, config.title, config.progress, done=federation.round) as progress,
         ):
-            _rounds(federation, results, progress)
+            while not federation.done:
+                _round(federation, results, progress)
             personal = _personalized(federation, folder.path, progress)
             probed = _probed(federation, folder.path, progress)
     except BaseException:
@@ -82,78 +109,63 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     return summary
 
 
+def _check_after(federation: Federation) -> None:
+    """Raise ConfigError for what cannot be measured of this model: a mistake before training, not after."""
+    config = federation.setup.config
+    if config.personalize.part is not None:
+        tunable(federation.setup, config.personalize.part)
+        own_tests(federation)
+    if config.probe.after:
+        feature_parts(federation)
+
+
+def _begin(config: RunConfig, folder: RunFolder, federation: Federation) -> Results:
+    """Write what a run's folder has from its beginning, or go on with it."""
+    loggers = build_loggers(config.logger, folder.path, folder.resumed)
+    results = Results(folder.path, loggers, by_client=config.communication_by == "client")
+    if federation.resume(results.restore) is not None:
+        log.info("resumed after round %d", federation.round)
+    results.start(config.to_mapping())
+    setup = federation.setup
+    record_data(folder.path, setup.dataset.facts)
+    _save_partition(federation, folder.path)
+    setup.tell_idle()
+    log.info("%s on %s, %d threads, in %s", config.title, setup.device, torch.get_num_threads(), folder.path)
+    return results
+
+
+def _round(federation: Federation, results: Results, progress: Progress) -> None:
+    record, traffic = federation.step()
+    start, config = time.perf_counter(), federation.setup.config
+    results.record(record, traffic)
+    progress.update(record)
+    if record.train_loss is not None and record.train_loss != record.train_loss:
+        raise ConfigError("lr", config.lr, f"a rate that converges: the loss is NaN in round {record.round}")
+    if federation.done or federation.round % config.checkpoint_interval == 0:
+        federation.checkpoint(results.state())
+    federation.seconds["wall"] += time.perf_counter() - start
+
+
 def _personalized(federation: Federation, folder: Path, progress: Progress) -> Personalized | None:
-    config = federation.config.personalize
+    config = federation.setup.config.personalize
     if config.part is None:
         return None
-    log.info("personalising: %d clients, %s", federation.population, config.setting)
+    log.info("personalising: %d clients, %s", federation.setup.population, config.setting)
     return personalize(federation, config, folder, progress.clients)
 
 
-def _probed(federation: Federation, folder: Path, progress: Progress) -> probe.Probed | None:
-    config = federation.config.probe
-    return probe.probe(federation, config, folder, progress.doing) if config.after else None
-
-
-def _rounds(federation: Federation, results: Results, progress: Progress) -> None:
-    while not federation.done:
-        record, traffic = federation.step()
-        start = time.perf_counter()
-        results.record(record, traffic)
-        progress.update(record)
-        if record.train_loss is not None and record.train_loss != record.train_loss:
-            raise ConfigError(
-                "lr", federation.config.lr, f"a rate that converges: the loss is NaN in round {record.round}"
-            )
-        if federation.done or federation.round % federation.config.checkpoint_interval == 0:
-            federation.checkpoint(results.state())
-        federation.seconds["wall"] += time.perf_counter() - start
-
-
-def _check_after(federation: Federation) -> None:
-    """Raise ConfigError for what cannot be measured after training where clients are elsewhere."""
-    config, where = (
-        federation.config,
-        "with transport=grpc, where clients keep their data and their parts for themselves",
-    )
-    if config.personalize.part is not None:
-        raise ConfigError("personalize.part", config.personalize.part, f"null {where}")
-    if config.probe.after and federation.personal:
-        raise ConfigError("probe.after", True, f"false {where}")
-
-
-@contextlib.contextmanager
-def _connected(federation: Federation, folder: RunFolder, accuracy: float | None) -> Generator[None]:
-    """With a transport to clients elsewhere: they can join within the block."""
-    transport = federation.config.transport
-    if isinstance(transport, LocalTransport):
-        yield
-        return
-    from cutlayer.runtime.network.server.remote_clients import RemoteClients  # late: it needs an extra
-
-    told, over = is_told(folder.path), federation.done
-    clients = RemoteClients(federation, transport, folder.path.name, folder.path)
-    federation.clients = clients
-    log.info("listening on %s port %d for %d clients", transport.host, clients.hub.port, federation.population)
-    with StatusFile(folder.path, federation, clients, accuracy):
-        try:
-            yield
-        except BaseException:
-            clients.hub.close("the server has stopped", later=True)
-            raise
-        try:
-            if not (over and told):
-                clients.see_off(everyone=over)
-        finally:
-            clients.hub.close("the run is over")
+def _probed(federation: Federation, folder: Path, progress: Progress) -> Probed | None:
+    config = federation.setup.config.probe
+    return probe(federation, config, folder, progress.doing) if config.after else None
 
 
 def _save_partition(federation: Federation, folder: Path) -> None:
-    if not federation.config.dataset.divided:
+    setup, local_test = federation.setup, federation.evaluator.local_test
+    if not setup.config.dataset.divided:
         return
-    info, labels = federation.dataset.info, federation.dataset.train.labels
-    save_partition(folder, federation.partition, labels, info.classes, info.class_names)
-    if federation.evaluator.local_test is not None:
+    info, labels = setup.dataset.info, setup.dataset.train.labels
+    save_partition(folder, setup.partition, labels, info.classes, info.class_names)
+    if local_test is not None:
         make_folder(folder, folder / "local_test")
-        test = federation.dataset.test.labels
-        save_partition(folder / "local_test", federation.evaluator.local_test, test, info.classes, info.class_names)
+        labels = setup.dataset.test.labels
+        save_partition(folder / "local_test", local_test, labels, info.classes, info.class_names)

@@ -35,6 +35,7 @@ from cutlayer.runtime.parties.blueprint import Parts
 from cutlayer.runtime.records.console import Section
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.session import Workplace
+from cutlayer.runtime.rounds.setup import Setup
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def read(run: Path, config: PersonalizeConfig) -> Personalized | None:
 
 
 def personalize(
-    federation: Federation, config: PersonalizeConfig, run: Path, shown: Shown | None = None
+    federation: Federation, config: PersonalizeConfig, run: Path, shown: Shown = lambda _done, _all: None
 ) -> Personalized:
     """Fine-tune and test every client; writes ``summary.json`` and ``clients.csv`` below the run's folder.
 
@@ -122,53 +123,69 @@ def personalize(
     make_folder(run, folder)
     path = temporary_name(folder / CLIENTS)
     path.unlink(missing_ok=True)
-    epochs = config.tested_after
-    accuracies: list[list[float]] = [[] for _ in epochs]
-    losses: list[list[float]] = [[] for _ in epochs]
+    over = _Over(config)
     clients = tuner.shares.sizes.nonzero()[0].tolist()
     with named(path), _nothing_left_by_failure(path), path.open("w", encoding="utf-8", newline="") as file:
         file.write(csv_text([_COLUMNS]))
         for done, client in enumerate(clients):
-            if shown is not None:
-                shown(done, len(clients))
-            for at, (epoch, score) in enumerate(zip(epochs, tuner.scores(client), strict=True)):
-                if not math.isfinite(score.loss):
-                    found = f"a rate that converges: client {client}'s loss is {score.loss} after {epoch} epochs"
-                    raise ConfigError("personalize.lr", config.lr, found)
-                accuracies[at].append(score.accuracy)
-                losses[at].append(score.loss)
+            shown(done, len(clients))
+            for epoch, score in zip(config.tested_after, tuner.scores(client), strict=True):
+                over.add(client, epoch, score)
                 file.write(csv_text([(client, len(score.correct), epoch, score.accuracy, score.loss)]))
-    over = [spread(values) for values in accuracies]
-    found = Personalized(
-        part=config.part,
-        lr=config.lr,
-        epochs=list(epochs),
-        round=federation.round,
-        clients=len(clients),
-        skipped=federation.population - len(clients),
-        mean=[values["mean"] for values in over],
-        std=[values["std"] for values in over],
-        worst_decile=[values["worst_decile"] for values in over],
-        loss=[sum(values) / len(values) for values in losses],
-        counts=[np.histogram(values, bins=_BINS, range=(0.0, 1.0))[0].tolist() for values in accuracies],
-    )
+    found = over.found(config.part, federation.round, federation.setup.population)
     sync_file(path)
     path.replace(folder / CLIENTS)
     replace_file(folder / SUMMARY, json.dumps(found.to_json(), allow_nan=False) + "\n")
     return found
 
 
-def tunable(federation: Federation, part: str | None) -> tuple[Parts, nn.Module, nn.Module]:
-    """Fresh parts of a federation's model, and its body and head made of them, see ``divided``.
+class _Over:
+    """Scores over clients, by the number of epochs."""
+
+    def __init__(self, config: PersonalizeConfig) -> None:
+        self._lr = config.lr
+        self._accuracies: dict[int, list[float]] = {epoch: [] for epoch in config.tested_after}
+        self._losses: dict[int, list[float]] = {epoch: [] for epoch in config.tested_after}
+
+    def add(self, client: int, epoch: int, score: Score) -> None:
+        """Take in a client's score after so many epochs."""
+        if not math.isfinite(score.loss):
+            found = f"a rate that converges: client {client}'s loss is {score.loss} after {epoch} epochs"
+            raise ConfigError("personalize.lr", self._lr, found)
+        self._accuracies[epoch].append(score.accuracy)
+        self._losses[epoch].append(score.loss)
+
+    def found(self, part: str, round: int, population: int) -> Personalized:
+        """What comes of them."""
+        accuracies, losses = [*self._accuracies.values()], [*self._losses.values()]
+        over = [spread(values) for values in accuracies]
+        clients = len(accuracies[0])
+        return Personalized(
+            part=part,
+            lr=self._lr,
+            epochs=[*self._accuracies],
+            round=round,
+            clients=clients,
+            skipped=population - clients,
+            mean=[values["mean"] for values in over],
+            std=[values["std"] for values in over],
+            worst_decile=[values["worst_decile"] for values in over],
+            loss=[sum(values) / len(values) for values in losses],
+            counts=[np.histogram(values, bins=_BINS, range=(0.0, 1.0))[0].tolist() for values in accuracies],
+        )
+
+
+def tunable(setup: Setup, part: str | None) -> tuple[Parts, nn.Module, nn.Module]:
+    """Fresh parts of a run's model, and its body and head made of them, see ``divided``.
 
     Raises:
         ConfigError: there is no classifier, or the head cannot be told and ``part`` needs it.
     """
-    if federation.algorithm.evaluates_features:
+    if setup.algorithm.evaluates_features:
         expected = "null after a method that learns features and no classifier; probe.after=true measures these"
         raise ConfigError("personalize.part", part, expected)
-    parts = federation.blueprint.parts(federation.algorithm.layout.whole)
-    return parts, *divided(parts, part, federation.dataset.info.shape)
+    parts = setup.blueprint.parts(setup.algorithm.layout.whole)
+    return parts, *divided(parts, part, setup.dataset.info.shape)
 
 
 def divided(parts: Parts, part: str | None, shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
@@ -214,7 +231,7 @@ def own_tests(federation: Federation) -> Partition:
         ConfigError: no client has any.
     """
     evaluator = federation.evaluator
-    return evaluator.local_test or evaluator.shares(federation.dataset.test)
+    return evaluator.local_test or evaluator.shares(federation.setup.dataset.test)
 
 
 class _Tuner:
@@ -223,35 +240,36 @@ class _Tuner:
     def __init__(self, federation: Federation, config: PersonalizeConfig) -> None:
         self._federation, self._config = federation, config
         self.shares = own_tests(federation)
-        self._parts, self._body, self._head = tunable(federation, config.part)
+        self._parts, self._body, self._head = tunable(federation.setup, config.part)
 
     def scores(self, client: int) -> Iterator[Score]:
         """The client's scores on its own test data after each number of epochs in the list."""
         federation, wanted = self._federation, self._config.tested_after
-        for name, state in federation.client_states(client).items():
+        for name, state in federation.learnt.client_states(client).items():
             self._parts[name].load_state_dict(state)
         own = self.shares.indices(client)
-        work = Workplace(federation.blueprint, rng.derive(federation.config.seed, client=client, stream="personalize"))
+        setup = federation.setup
+        work = Workplace(setup.blueprint, rng.derive(setup.config.seed, client=client, stream="personalize"))
         tuning = self._tuning(client)
         for epochs in range(wanted[-1] + 1):
             with work.working():
                 next(tuning)
             if epochs in wanted:
-                yield federation.evaluator.score(list(self._parts.values()), federation.dataset.test, own)
+                yield federation.evaluator.score(list(self._parts.values()), setup.dataset.test, own)
 
     def _tuning(self, client: int) -> Iterator[int]:
-        federation, config = self._federation, self._config
+        setup, config = self._federation.setup, self._config
         part = config.part
         assert part is not None
         trained = {"body": [self._body], "head": [self._head], "full": [self._body, self._head]}[part]
         for module in (self._body, self._head):
             module.requires_grad_(module in trained)
-        generator = rng.torch_generator(federation.config.seed, client=client, stream="personalize batches")
+        generator = rng.torch_generator(setup.config.seed, client=client, stream="personalize batches")
         return fine_tune(
             self._body,
             self._head,
             part,
-            federation.blueprint.fine_tuner(trained, config.lr),
-            lambda: federation.clients.epoch(client, generator),
-            keep_statistics=not any(federation.evaluator.batch_statistics),
+            setup.blueprint.fine_tuner(trained, config.lr),
+            lambda: setup.epoch(client, generator),
+            keep_statistics=not any(self._federation.evaluator.batch_statistics),
         )

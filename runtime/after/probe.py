@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from cutlayer.datasets import Source
+from cutlayer.models import build_model, classifier, leave_out
+from cutlayer.models.cutting import is_ghost
 from cutlayer.runtime.evaluation.classifiers import ProbeConfig, balanced, drawn, knn_accuracy, linear_accuracy
-from cutlayer.runtime.evaluation.features import OUTPUT, feature_parts, features
+from cutlayer.runtime.evaluation.features import features
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 from cutlayer.runtime.ground.files import PROBED, make_folder, replace_file
 from cutlayer.runtime.ground.reading import read_json
+from cutlayer.runtime.ground.rng import TorchStream
 from cutlayer.runtime.ground.units import format_percent
 from cutlayer.runtime.records.console import Section
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.setup import Setup
 
 SUMMARY = "summary.json"
+OUTPUT = "output"
+"""Where the features of a method are that learns nothing else."""
 
 Shown = Callable[[str], None]
 """Told what is being done."""
@@ -84,7 +95,7 @@ def read(run: Path, config: ProbeConfig) -> Probed | None:
         return None
 
 
-def probe(federation: Federation, config: ProbeConfig, run: Path, shown: Shown | None = None) -> Probed:
+def probe(federation: Federation, config: ProbeConfig, run: Path, shown: Shown = lambda _: None) -> Probed:
     """Measure the features of the model that the server holds; writes ``summary.json`` below the run's folder.
 
     The training samples' features are the kNN's bank and what the linear classifiers are trained on, without
@@ -93,51 +104,22 @@ def probe(federation: Federation, config: ProbeConfig, run: Path, shown: Shown |
     Raises:
         ConfigError: each client has a model of its own, or features are not finite.
     """
-
-    def tell(text: str) -> None:
-        if shown is not None:
-            shown(text)
-
     modules, where = feature_parts(federation)
-    dataset, seed = federation.dataset, federation.config.seed
-    found: list[Any] = []
-    for name, source, count in (
-        ("training", dataset.train, config.train_samples),
-        ("test", dataset.test, config.test_samples),
-    ):
-        tell(f"features of {name} samples")
-        found += features(
-            modules,
-            source,
-            federation.blueprint,
-            batch_size=federation.config.eval_batch_size,
-            batch_statistics=federation.evaluator.batch_statistics,
-            samples=drawn(len(source), count, rng.torch_generator(seed, stream=f"probe {name}")),
-        )
-        if not found[-2].isfinite().all():
-            raise ConfigError("model", NO_VALUE, f"its features of {name} samples are not finite")
-    train, train_labels, test, test_labels = found
-    classes, knn = dataset.info.classes, None
+    dataset, classes, knn = federation.setup.dataset, federation.setup.dataset.info.classes, None
+    train = _features(federation, modules, "training", dataset.train, config.train_samples, shown)
+    test = _features(federation, modules, "test", dataset.test, config.test_samples, shown)
     if config.knn:
-        tell("kNN")
-        knn = knn_accuracy(train, train_labels, test, test_labels, classes, config.k, config.temperature)
-    linear: dict[str, float] = {}
-    labels: dict[str, int] = {}
-    for share in config.labels:
-        tell(f"linear classifier, {100 * share:.4g}% of the labels")
-        # A generator of its own for each share, so that a smaller one is part of a larger one.
-        generator = rng.torch_generator(seed, stream="probe labels")
-        chosen = balanced(train_labels.cpu(), share, classes, generator).to(train.device)
-        key = str(float(share))
-        linear[key] = linear_accuracy(train[chosen], train_labels[chosen], test, test_labels, classes, config.l2)
-        labels[key] = len(chosen)
+        shown("kNN")
+        knn = knn_accuracy(*train, *test, classes, config.k, config.temperature)
+    linear, labels = _linear(config, train, test, classes, federation.setup.config.seed, shown)
+    (bank, _), (queries, _) = train, test
     probed = Probed(
         features=where if where == OUTPUT else f"input of {where}",
         round=federation.round,
-        dimension=train.shape[1],
-        train_samples=len(train),
-        test_samples=len(test),
-        k=min(config.k, len(train)),
+        dimension=bank.shape[1],
+        train_samples=len(bank),
+        test_samples=len(queries),
+        k=min(config.k, len(bank)),
         temperature=config.temperature,
         l2=config.l2,
         knn=knn,
@@ -148,3 +130,81 @@ def probe(federation: Federation, config: ProbeConfig, run: Path, shown: Shown |
     make_folder(run, folder)
     replace_file(folder / SUMMARY, json.dumps(probed.to_json(), allow_nan=False) + "\n")
     return probed
+
+
+def _features(
+    federation: Federation, modules: Sequence[nn.Module], name: str, source: Source, count: int | None, shown: Shown
+) -> tuple[Tensor, Tensor]:
+    """Features, float32 [n, d], and labels, int64 [n], of ``count`` samples of a source, drawn by the run's seed."""
+    shown(f"features of {name} samples")
+    setup = federation.setup
+    found, labels = features(
+        modules,
+        source,
+        setup.blueprint,
+        batch_size=setup.config.eval_batch_size,
+        batch_statistics=federation.evaluator.batch_statistics,
+        samples=drawn(len(source), count, rng.torch_generator(setup.config.seed, stream=f"probe {name}")),
+    )
+    if not found.isfinite().all():
+        raise ConfigError("model", NO_VALUE, f"its features of {name} samples are not finite")
+    return found, labels
+
+
+def _linear(
+    config: ProbeConfig,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    classes: int,
+    seed: int,
+    shown: Shown,
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Accuracies of linear classifiers by the share of the labels that they learn from, and how many labels that is."""
+    (bank, known), linear, labels = train, dict[str, float](), dict[str, int]()
+    for share in config.labels:
+        shown(f"linear classifier, {100 * share:.4g}% of the labels")
+        # A generator of its own for each share, so that a smaller one is part of a larger one.
+        generator = rng.torch_generator(seed, stream="probe labels")
+        chosen = balanced(known.cpu(), share, classes, generator).to(bank.device)
+        key = str(float(share))
+        linear[key] = linear_accuracy(bank[chosen], known[chosen], *test, classes, config.l2)
+        labels[key] = len(chosen)
+    return linear, labels
+
+
+def feature_parts(federation: Federation) -> tuple[list[nn.Module], str]:
+    """Copies of the parts that the server holds, which composed give features [b, d], and where these are in the model.
+
+    Of a method with personal parts they are the shared ones, of one client alone its own; a head that clients keep is
+    behind the features.
+
+    Raises:
+        ConfigError: each client has a model of its own, and none is shared.
+    """
+    setup, held = federation.setup, federation.learnt.held
+    algorithm = setup.algorithm
+    names, alone = algorithm.layout.whole, setup.population == 1
+    apart = {*setup.personal} - {*algorithm.shared, "head"}
+    if apart.intersection(names) and not alone:
+        expected = "a method with features that all clients share; in this one each client has its own"
+        raise ConfigError("algorithm.name", algorithm.name, expected)
+    parts = setup.blueprint.parts(names)
+    states = federation.learnt.client_states(0) if alone else {name: held[name].state_dict() for name in names}
+    for name, part in parts.items():
+        part.load_state_dict(states[name])
+    modules = list(parts.values())
+    return modules, OUTPUT if algorithm.evaluates_features else _classifier_left_out(setup, modules)
+
+
+def _classifier_left_out(setup: Setup, parts: Sequence[nn.Module]) -> str:
+    """Make the parts of a model give what its classifier takes; returns the classifier's name."""
+    info = setup.dataset.info
+    with TorchStream(0, torch.device("cpu")):
+        name = classifier(build_model(setup.config.model, info), info.shape)
+    # Modules have the same name in a part as in the model; parts may also have stand-ins for those of others.
+    found: list[nn.Module] = []
+    for part in parts:
+        with contextlib.suppress(AttributeError):
+            found.append(part.get_submodule(name))
+    leave_out([module for module in found if not is_ghost(module)][-1])
+    return name

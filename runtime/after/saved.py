@@ -10,18 +10,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from cutlayer.datasets import load
 from cutlayer.runtime.after.personalize import Personalized, personalize
 from cutlayer.runtime.after.personalize import folder_of as personalized_in
 from cutlayer.runtime.after.probe import Probed, probe
 from cutlayer.runtime.after.probe import folder_of as probed_in
+from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.evaluation.classifiers import ProbeConfig
 from cutlayer.runtime.ground.config import ConfigError, plain, show
 from cutlayer.runtime.ground.files import MODEL_FILE, RESULTS
 from cutlayer.runtime.ground.locks import FileLock
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.reading import MissingError, check_links, inside, read_text, read_yaml
-from cutlayer.runtime.parties.blueprint import DTYPES
 from cutlayer.runtime.records.console import Progress, show_rows
 from cutlayer.runtime.records.run_folder import IDENTITY, LOCK
 from cutlayer.runtime.rounds.federation import CHECKPOINT_FOLDER, Federation
@@ -210,11 +209,10 @@ def restore(run: Path, saved: Saved) -> Federation:
     Raises:
         ConfigError: nothing is left of what was learnt, or what is left is not of such a run.
     """
-    config = saved.config
-    device, dtype = config.torch_device(), DTYPES[config.precision]
-    data = load(config.dataset, seed=config.seed, device=device, dtype=dtype, download=saved.download)
-    federation = Federation(config, run, data, saved.limit)
-    if saved.over_network and (federation.personal or not config.dataset.divided):
+    config, data = prepared(saved.config, limit=saved.limit, download=saved.download)
+    federation = Federation(config, run, dataset=data)
+    setup = federation.setup
+    if saved.over_network and (setup.personal or not config.dataset.divided):
         raise ConfigError(
             "run", str(run), "a run in one process: this one's clients have their data or parts elsewhere"
         )
@@ -231,10 +229,10 @@ def restore(run: Path, saved: Saved) -> Federation:
         raise ConfigError("run", str(run), expected) from error
     if resumed:
         return federation
-    if not (run / MODEL_FILE).is_file() or (federation.personal and federation.population > 1):
+    if not (run / MODEL_FILE).is_file() or (setup.personal and setup.population > 1):
         raise ConfigError("run", str(run), f"a run with its {CHECKPOINT_FOLDER} folder, which this one lacks")
     init = inside(run, MODEL_FILE)
-    return Federation(replace(config, model=replace(config.model, init=init)), dataset=data, limit=saved.limit)
+    return Federation(replace(config, model=replace(config.model, init=init)), dataset=data)
 
 
 @contextlib.contextmanager
@@ -248,7 +246,7 @@ def taken_up(run: Path, saved: Saved) -> Generator[tuple[Federation, Progress]]:
     with owned(run):
         prepare_process(config.torch_device())
         federation = restore(run, saved)
-        set_threads(config.threads, federation.device, federation.parameters)
+        set_threads(config.threads, federation.setup.device, federation.setup.parameters)
         with Progress(federation.round, config.title, config.progress, done=federation.round) as progress:
             yield federation, progress
 

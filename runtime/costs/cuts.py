@@ -26,8 +26,9 @@ from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.screen import Screen
 from cutlayer.runtime.ground.units import format_bytes
-from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.setup import Setup, load_data
 from cutlayer.runtime.settings import RunConfig
+from cutlayer.runtime.trust import Limit, check_size
 
 log = logging.getLogger(__name__)
 
@@ -79,20 +80,38 @@ def list_cuts(config: RunConfig, dataset: Dataset | None = None) -> Iterator[Cut
     if dataset is None:
         dataset = load(config.dataset, seed=config.seed, device=torch.device("cpu"), dtype=torch.float32)
     info = dataset.repeated(input_channels(config.model, dataset.info)).info
-    federation: Federation | None = None
+    setup: Setup | None = None
     plain = replace(config.model, client_norm="own", bottleneck=None, init=None)
     for name in candidates(build_model(plain, info), info.shape):
         chosen = replace(config, device="cpu", model=replace(config.model, cut=name))
         try:
-            if federation is None:
-                federation = Federation(chosen, dataset=dataset)
-            else:
-                federation.blueprint = federation.make_blueprint(chosen, compare=False)
+            setup = Setup(chosen, dataset) if setup is None else setup.with_model(chosen)
         except ConfigError as error:
             if error.key not in ("model.cut", "model.auxiliary.size", "model.bottleneck"):
                 raise
             continue  # what the general rule takes for a cut, and is none
-        yield _cost(name, federation)
+        yield _cost(name, setup)
+
+
+def prepared(
+    config: RunConfig, dataset: Dataset | None = None, *, limit: Limit | None = None, download: bool = True
+) -> tuple[RunConfig, Dataset]:
+    """What a federation is made of: a configuration whose cut is chosen, and its data.
+
+    Args:
+        dataset: the configured one, where it is loaded already.
+        limit: how large the model may be; None for any size. It is checked before anything is made of the model.
+        download: whether published data that are not here may be downloaded.
+
+    Raises:
+        ConfigError: the data or the method cannot be as configured, the model is too large, or no cut is within the
+            budget.
+    """
+    if dataset is None:
+        dataset = load_data(config, download=download)
+    if limit is not None:
+        check_size(config.model, dataset.info, limit)
+    return within_budget(config, dataset), dataset
 
 
 def within_budget(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -120,9 +139,9 @@ def within_budget(config: RunConfig, dataset: Dataset) -> RunConfig:
     return replace(config, model=replace(config.model, cut=name))
 
 
-def _cost(name: str, federation: Federation) -> Cut:
-    blueprint = federation.blueprint
-    x: Any = torch.zeros(1, *federation.dataset.info.shape, dtype=blueprint.dtype)
+def _cost(name: str, setup: Setup) -> Cut:
+    blueprint = setup.blueprint
+    x: Any = torch.zeros(1, *setup.dataset.info.shape, dtype=blueprint.dtype)
     flops: dict[str, int] = {}
     shapes: list[tuple[int, ...]] = []
     for part, module in blueprint.parts(_TWO).items():
@@ -138,7 +157,7 @@ def _cost(name: str, federation: Federation) -> Cut:
         client_flops=flops["client"],
         server_flops=flops["server"],
         shapes=tuple(shapes),
-        bytes=sum(expected_bytes(federation, range(1)).values()),
+        bytes=sum(expected_bytes(setup, range(1)).values()),
     )
 
 

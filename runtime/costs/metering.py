@@ -23,15 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cutlayer.datasets import Dataset, Partition
-from cutlayer.runtime.ground import rng
+from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.ground.screen import Screen
 from cutlayer.runtime.ground.units import format_bytes
 from cutlayer.runtime.messages.boundary import Message, Reply, Upload
-from cutlayer.runtime.messages.ledger import CONTROL_KINDS
+from cutlayer.runtime.messages.ledger import CONTROL_KINDS, Ledger
 from cutlayer.runtime.parties.blueprint import Parts, state_bytes
-from cutlayer.runtime.rounds.federation import Federation
-from cutlayer.runtime.rounds.schedule import SCHEDULES
-from cutlayer.runtime.rounds.session import Channel, ServerParty, Session, Workplace
+from cutlayer.runtime.rounds.session import Channel, Session
+from cutlayer.runtime.rounds.setup import Setup, configured_shares
+from cutlayer.runtime.rounds.trial import Trial
 from cutlayer.runtime.settings import RunConfig
 
 Bytes = Mapping[str, int]
@@ -82,7 +82,7 @@ def measure(config: RunConfig, dataset: Dataset | None = None) -> Costs:
     Raises:
         ConfigError: what cannot be built as configured.
     """
-    return _Trial(replace(config, local_epochs=1), dataset=dataset).measure()
+    return _Metered(replace(config, local_epochs=1), dataset).measure()
 
 
 class _Kept:
@@ -205,19 +205,17 @@ class _MeteredSession:
         self._session.close()
 
 
-class _Trial(Federation):
-    """The configured federation, each client with no more data than a batch."""
+class _Metered:
+    """A round of the configured run in which each client has no more data than a batch."""
 
-    def _partition(self) -> Partition:
-        full, size = super()._partition(), self.config.batch_size
-        sizes = np.minimum(full.sizes, size)
-        order = [full.order[start : start + count] for start, count in zip(full.offsets[:-1], sizes, strict=True)]
-        return Partition(np.concatenate(order), np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+    def __init__(self, config: RunConfig, dataset: Dataset | None) -> None:
+        self._trial = Trial(*prepared(config, dataset), _a_batch_each)
+        self._setup, self._ledger = self._trial.setup, Ledger()
 
     def measure(self) -> Costs:
         """A round of one client, or of two that go in lockstep, of which the first is metered."""
-        sizes = self.partition.sizes
-        count = _TOGETHER if self.algorithm.schedule == "lockstep" else 1
+        sizes = self._setup.partition.sizes
+        count = _TOGETHER if self._setup.algorithm.schedule == "lockstep" else 1
         cohort = [int(client) for client in np.argsort(-sizes, kind="stable")[:count]]
         client = cohort[0]
         parts, meter = self._play(cohort)
@@ -237,31 +235,35 @@ class _Trial(Federation):
         )
 
     def _play(self, cohort: Sequence[int]) -> tuple[Parts, Meter]:
-        """A round of the cohort but for its end; the first client's parts, and its meter."""
-        meters: list[Meter] = []
+        """A round of the cohort; the first client's parts, and its meter."""
+        meters, seats = list[Meter](), self._trial.seats
 
         def open(client: int) -> Session:
-            session = self.clients.open(client)
+            session = seats.open(client, 0)
             if client != cohort[0]:
                 return session
-            meters.append(Meter(self.clients.seats[0].parts))
+            meters.append(Meter(seats.seats[0].parts))
             return _MeteredSession(session, meters[0])
 
-        server = ServerParty(self.server, Workplace(self.blueprint, rng.derive(self.config.seed, stream="server")))
-        self.server.ctx.open_round(0)
-        server.open_round([*cohort])
-        SCHEDULES[self.algorithm.schedule]([*cohort], open, self._discard, server, Channel(self.ledger))
-        return self.clients.seats[0].parts, meters[0]
+        self._trial.play([*cohort], 0, Channel(self._ledger), open)
+        return seats.seats[0].parts, meters[0]
 
     def _traffic(self, client: int) -> tuple[Bytes, Bytes]:
         """What has crossed with the client's batch, and the rest."""
-        flows = self.algorithm.arrows(self.config.algorithm, 0, before=None)
+        flows = self._setup.algorithm.arrows(self._setup.config.algorithm, 0, before=None)
         with_batch = {flow.kind for flow in flows if flow.per == "batch"}
         step, once = {"up": 0, "down": 0}, {"up": 0, "down": 0}
-        for line in self.ledger.close_round(0):
+        for line in self._ledger.close_round(0):
             if line.client == client and line.kind not in CONTROL_KINDS:
                 (step if line.kind in with_batch else once)[line.direction] += line.payload
         return step, once
+
+
+def _a_batch_each(setup: Setup) -> Partition:
+    full = configured_shares(setup)
+    sizes = np.minimum(full.sizes, setup.config.batch_size)
+    order = [full.order[start : start + count] for start, count in zip(full.offsets[:-1], sizes, strict=True)]
+    return Partition(np.concatenate(order), np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
 
 
 def show_costs(config: RunConfig) -> None:

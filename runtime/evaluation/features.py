@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
-import torch
 from torch import Tensor, nn
 
 from cutlayer.datasets import Source
 from cutlayer.evaluations import Score
-from cutlayer.models import build_model, classifier, leave_out
-from cutlayer.models.cutting import is_ghost
 from cutlayer.runtime.evaluation.classifiers import MonitorConfig, drawn, entropies, knn_scores
 from cutlayer.runtime.evaluation.scores import How, gather
-from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.rng import TorchStream, torch_generator
+from cutlayer.runtime.ground.rng import torch_generator
 from cutlayer.runtime.parties.blueprint import Blueprint
-
-if TYPE_CHECKING:
-    from cutlayer.runtime.rounds.federation import Federation
-
-OUTPUT = "output"
-"""Where the features of a method are that learns nothing else."""
 
 
 def features(
@@ -41,43 +30,6 @@ def features(
         float32 [n, d] and the labels int64 [n], both on the modules' device, in the samples' order.
     """
     return gather(lambda output, y: (output.flatten(1).float(), y), modules, source, blueprint, **how)
-
-
-def feature_parts(federation: Federation) -> tuple[list[nn.Module], str]:
-    """Copies of the parts that the server holds, which composed give features [b, d], and where these are in the model.
-
-    Of a method with personal parts they are the shared ones, of one client alone its own; a head that clients keep is
-    behind the features.
-
-    Raises:
-        ConfigError: each client has a model of its own, and none is shared.
-    """
-    algorithm, held = federation.algorithm, federation.server.ctx.parts
-    names, alone = algorithm.layout.whole, federation.population == 1
-    apart = {*federation.personal} - {*algorithm.shared, "head"}
-    if apart.intersection(names) and not alone:
-        expected = "a method with features that all clients share; in this one each client has its own"
-        raise ConfigError("algorithm.name", algorithm.name, expected)
-    parts = federation.blueprint.parts(names)
-    states = federation.client_states(0) if alone else {name: held[name].state_dict() for name in names}
-    for name, part in parts.items():
-        part.load_state_dict(states[name])
-    modules = list(parts.values())
-    return modules, OUTPUT if algorithm.evaluates_features else _classifier_left_out(federation, modules)
-
-
-def _classifier_left_out(federation: Federation, parts: Sequence[nn.Module]) -> str:
-    """Make the parts of a model give what its classifier takes; returns the classifier's name."""
-    info = federation.dataset.info
-    with TorchStream(0, torch.device("cpu")):
-        name = classifier(build_model(federation.config.model, info), info.shape)
-    # Modules have the same name in a part as in the model; parts may also have stand-ins for those of others.
-    found: list[nn.Module] = []
-    for part in parts:
-        with contextlib.suppress(AttributeError):
-            found.append(part.get_submodule(name))
-    leave_out([module for module in found if not is_ghost(module)][-1])
-    return name
 
 
 class KnnMonitor:

@@ -4,48 +4,50 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from cutlayer.algorithms.base import Server
 from cutlayer.datasets import Dataset
-from cutlayer.runtime.evaluation.evaluator import Evaluator
 from cutlayer.runtime.evaluation.scores import Evaluation
 from cutlayer.runtime.ground import rng
-from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import DamagedError
 from cutlayer.runtime.messages.ledger import Ledger, Traffic
-from cutlayer.runtime.parties.blueprint import Parts
 from cutlayer.runtime.parties.contexts import ServerContext
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.data_record import check_data
 from cutlayer.runtime.records.history import RoundRecord
 from cutlayer.runtime.rounds.checkpoint import Checkpoint, Found, Manifest
-from cutlayer.runtime.rounds.local_clients import Clients
+from cutlayer.runtime.rounds.clients import MakeClients
+from cutlayer.runtime.rounds.evaluator import Evaluator
+from cutlayer.runtime.rounds.learnt import Learnt
+from cutlayer.runtime.rounds.local_clients import LocalClients
 from cutlayer.runtime.rounds.schedule import RoundLostError, RoundReport
 from cutlayer.runtime.rounds.session import ServerParty, Workplace
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.settings import RunConfig
-from cutlayer.runtime.trust import Limit
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FOLDER = "checkpoint"
 
 
-class Federation(Setup):
+class Federation:
     """A run that moves on by one round at a time.
 
     Args:
         config: the whole configuration.
         folder: where checkpoints and evicted client state go; None keeps everything in memory.
         dataset: the configured one, where it is loaded already.
-        limit: how large the model may be; None for any size.
+        clients: makes its clients.
+
+    Attributes:
+        round: the number of rounds that are over.
+        seconds: that were spent so far, in all and by party.
 
     Raises:
         ConfigError: what cannot be built as configured.
@@ -55,56 +57,35 @@ class Federation(Setup):
         self,
         config: RunConfig,
         folder: Path | None = None,
+        *,
         dataset: Dataset | None = None,
-        limit: Limit | None = None,
+        clients: MakeClients = LocalClients,
     ) -> None:
-        super().__init__(config, dataset, limit)
+        self.setup = setup = Setup(config, dataset)
+        self.round = 0
+        self.seconds = {"wall": 0.0, "client": 0.0, "server": 0.0, "eval": 0.0}
         self._folder = folder or Path()
-        self._checkpoint = None if folder is None else Checkpoint(folder / CHECKPOINT_FOLDER)
+        rows = None if folder is None else folder / CHECKPOINT_FOLDER
+        self._checkpoint = None if rows is None else Checkpoint(rows)
+        limit = config.state_memory_mb * 1e6
         self.stores = {
-            name: Store(
-                None if folder is None else folder / CHECKPOINT_FOLDER,
-                name,
-                device=self.device,
-                memory_limit=self.config.state_memory_mb * 1e6,
-            )
-            for name in ("clients", "server")
+            name: Store(rows, name, device=setup.device, memory_limit=limit) for name in ("clients", "server")
         }
         self.ledger = Ledger()
-        self.server = self._build_server()
-        self.clients = Clients(self)
-        self.evaluator = Evaluator(self, lambda: self.clients.scores())
-
-    def can_train(self, client: int) -> bool:
-        return self.clients.can_train(client)
-
-    @property
-    def held(self) -> Parts:
-        return self.server.ctx.parts
-
-    def _build_server(self) -> Any:
-        layout = self.algorithm.layout
-        context = ServerContext(
-            blueprint=self.blueprint,
-            parts=self.blueprint.parts(layout.server),
-            config=self.config.algorithm,
-            shared=self.algorithm.shared,
-            num_clients=self.population,
-            aggregate=self.config.aggregate,
-            seed=self.config.seed,
-            store=self.stores["server"],
-        )
-        return self.algorithm.Server(context)
+        self.server = make_server(setup, self.stores["server"])
+        self.clients = clients(setup, self.stores["clients"])
+        self.learnt = Learnt(setup, lambda: self.server.ctx.parts, self.stores["clients"])
+        self.evaluator = Evaluator(setup, self.learnt)
 
     # ------------------------------------------------------------------ rounds
 
     @property
     def done(self) -> bool:
         """Whether the last round is over, or the communication budget is spent."""
-        limit = self.config.comm_threshold_mb
+        limit = self.setup.config.comm_threshold_mb
         # Divided, as the number that was written is the nearest one to its quotient, but a product may be a byte off.
         spent = limit is not None and self.ledger.training().payload / 1e6 >= limit
-        return self.round >= self.config.rounds or spent
+        return self.round >= self.setup.config.rounds or spent
 
     def step(self) -> tuple[RoundRecord, list[Traffic]]:
         """Run one round: train, commit, evaluate if it is time to."""
@@ -119,7 +100,7 @@ class Federation(Setup):
         if report.dropped:
             metrics["dropped"] = float(len(report.dropped))
         found: Evaluation | None = None
-        if self.done or self.round % self.config.eval_interval == 0:
+        if self.done or self.round % self.setup.config.eval_interval == 0:
             begin = time.perf_counter()
             found = self.evaluate()
             metrics |= found.metrics
@@ -141,71 +122,67 @@ class Federation(Setup):
             time_eval=self.seconds["eval"],
             clients=len(report.survivors),
             round_trips=self.ledger.round_trips,
-            in_turn=self.algorithm.in_turn,
+            in_turn=self.setup.algorithm.in_turn,
             metrics=metrics,
             client_rows=[] if found is None else found.clients,
         )
         self.clients.recorded(record)
         return record, lines
 
+    def cohort(self, round: int) -> list[int]:
+        """The clients of a round (from 0), in the order in which they are served; see ``Setup.cohort``."""
+        return [client for client in self.setup.cohort(round) if self.clients.can_train(client)]
+
     def _train(self) -> RoundReport:
         cohort = self.cohort(self.round)
-        if self.algorithm.schedule == "lockstep" and self.clients.here and not self.clients.compute_together:
-            self._check_memory(len(cohort))
-        before = (
-            copy.deepcopy((self.server.state_dict(), self.ledger.state_dict())) if self.clients.may_repeat else None
-        )
+        state = (self.server.state_dict(), self.ledger.state_dict()) if self.clients.may_repeat else None
+        before = copy.deepcopy(state)
         while True:
-            self.clients.gather(cohort)
-            cohort = [client for client in cohort if self.can_train(client)]
+            self.clients.gather(cohort, self.round)
+            cohort = [client for client in cohort if self.clients.can_train(client)]
+            server = self._server_party()
             try:
-                return self._attempt(cohort)
+                server.open_round(self.round, cohort)
+                report = self.clients.train(cohort, self.round, self._discard, server, self.ledger)
+                server.close_round()
             except RoundLostError as lost:
                 assert before is not None
                 log.warning("round %d is repeated from its start: %s", self.round + 1, lost)
-                for store in self.stores.values():
-                    store.discard_all()
-                self.server = self._build_server()
                 # A copy: an optimizer goes on with the very tensors that it is given, and the round may be lost again.
-                self._take_up(*copy.deepcopy(before))
+                self._forget_round(*copy.deepcopy(before))
+                continue
+            self.seconds["server"] += server.seconds
+            self.seconds["client"] += report.seconds
+            return report
 
-    def _attempt(self, cohort: list[int]) -> RoundReport:
-        seed = rng.derive(self.config.seed, round=self.round, stream="server")
-        server = ServerParty(self.server, Workplace(self.blueprint, seed))
-        self.server.ctx.open_round(self.round)
-        server.open_round(cohort)
-        report = self.clients.train(cohort, self._discard, server, self.ledger)
-        server.close_round()
-        self.seconds["server"] += server.seconds
-        return report
+    def _server_party(self) -> ServerParty:
+        seed = rng.derive(self.setup.config.seed, round=self.round, stream="server")
+        return ServerParty(self.server, Workplace(self.setup.blueprint, seed))
+
+    def _forget_round(self, server: Any, ledger: Mapping[str, Any]) -> None:
+        """Be as before the round that was lost."""
+        for store in self.stores.values():
+            store.discard_all()
+        self.server = make_server(self.setup, self.stores["server"])
+        self._take_up(server, ledger)
 
     def _discard(self, client: int) -> None:
         for store in self.stores.values():
             store.discard(client)
 
-    def _check_memory(self, clients: int) -> None:
-        needed = clients * self.blueprint.training_bytes(self.algorithm.layout.client)
-        available = _available_memory(self.device)
-        if needed > available:
-            raise ConfigError(
-                "frac",
-                self.config.frac,
-                f"a cohort that fits in memory: {clients} clients in lockstep need about {needed / 1e9:.1f} GB, "
-                f"{available / 1e9:.1f} GB are free",
-            )
-
     # ------------------------------------------------------------------ what was learnt
 
     def evaluate(self) -> Evaluation:
         """Test what the algorithm says is to be tested."""
-        return self.evaluator.evaluate()
+        return self.evaluator.evaluate(lambda: self.clients.scores(self.evaluator))
 
     def full_model(self) -> dict[str, Tensor] | None:
         """The state of one whole model under the model's own names; None where each client has its own."""
-        elsewhere = not self.clients.here and any(self.is_own(name) for name in self.algorithm.layout.whole)
-        if elsewhere or (self.personal and self.population > 1):
+        setup, learnt = self.setup, self.learnt
+        elsewhere = not self.clients.here and any(learnt.is_own(name) for name in setup.algorithm.layout.whole)
+        if elsewhere or (setup.personal and setup.population > 1):
             return None
-        states = self.client_states(0).values()
+        states = learnt.client_states(0).values()
         return {name: tensor.detach().cpu().contiguous().clone() for state in states for name, tensor in state.items()}
 
     # ------------------------------------------------------------------ checkpoints
@@ -215,7 +192,7 @@ class Federation(Setup):
         assert self._checkpoint is not None, "a federation without a folder has no checkpoints"
         generation = self.stores["clients"].version
         manifest = Manifest(
-            identity=self.config.identity(),
+            identity=self.setup.config.identity(),
             round=self.round,
             generation=generation,
             rows={name: tuple(store.checkpoint()) for name, store in self.stores.items()},
@@ -245,7 +222,7 @@ class Federation(Setup):
         if self._checkpoint is not None and (
             found or restore is None
         ):  # else the run begins, with the data that there are
-            check_data(self._folder, lambda: self.dataset.facts, self.config.data_changed)
+            check_data(self._folder, lambda: self.setup.dataset.facts, self.setup.config.data_changed)
         if self._checkpoint is None or not found:
             for store in self.stores.values():
                 store.clear()
@@ -261,7 +238,7 @@ class Federation(Setup):
                 raise DamagedError.unreadable(self._folder / CHECKPOINT_FOLDER, error) from error
             results = found.manifest.results
 
-        self._checkpoint.read(recorded or self.config.identity(), take_up, fall_back=restore is not None)
+        self._checkpoint.read(recorded or self.setup.config.identity(), take_up, fall_back=restore is not None)
         return results
 
     def _restore(self, found: Found, server_state: Any) -> None:
@@ -271,7 +248,8 @@ class Federation(Setup):
                 store.restore(manifest.rows[name], manifest.generation + 1)
             else:
                 store.take_up(found.first[name], manifest.generation + 1)
-        self.server = self._build_server()  # as new: a damaged checkpoint may have been taken up in part
+        # As new: a damaged checkpoint may have been taken up in part.
+        self.server = make_server(self.setup, self.stores["server"])
         self.round = manifest.round
         self._take_up(server_state, manifest.ledger)
         self.clients.load_state_dict(manifest.clients)
@@ -284,7 +262,17 @@ class Federation(Setup):
         self.ledger.load_state_dict(ledger)
 
 
-def _available_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def make_server(setup: Setup, store: Store) -> Server:
+    """The algorithm's server as at the start of a run; what it keeps for clients is in the store."""
+    layout, config = setup.algorithm.layout, setup.config
+    context = ServerContext(
+        blueprint=setup.blueprint,
+        parts=setup.blueprint.parts(layout.server),
+        config=config.algorithm,
+        shared=setup.algorithm.shared,
+        num_clients=setup.population,
+        aggregate=config.aggregate,
+        seed=config.seed,
+        store=store,
+    )
+    return setup.algorithm.Server(context)

@@ -10,15 +10,19 @@ from typing import Any, Protocol
 from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Fields, Message, Reply, Upload
 from cutlayer.runtime.messages.crossing import packed
 from cutlayer.runtime.parties.cohort import Asked, Cohort
-from cutlayer.runtime.rounds.session import Channel, ServerParty, Session, Workplace
+from cutlayer.runtime.rounds.session import Channel, Serving, Session, Workplace
 
 
 @dataclass
 class RoundReport:
-    """What came of a round: who finished, who dropped out, and the finishers' metrics (mean weighted by samples)."""
+    """What came of a round: who finished, who dropped out, and the finishers' metrics (mean weighted by samples).
+
+    ``seconds`` are those that clients computed.
+    """
 
     survivors: list[int] = field(default_factory=list[int])
     dropped: list[int] = field(default_factory=list[int])
+    seconds: float = 0.0
     _sums: dict[str, float] = field(default_factory=dict[str, float])
     _weights: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -48,11 +52,11 @@ class Schedule(Protocol):
     """Runs one round of a cohort to its end."""
 
     def __call__(
-        self, cohort: list[int], open: Opener, drop: Dropper, server: ServerParty, channel: Channel
+        self, cohort: list[int], open: Opener, drop: Dropper, server: Serving, channel: Channel
     ) -> RoundReport: ...
 
 
-def sequential(cohort: list[int], open: Opener, drop: Dropper, server: ServerParty, channel: Channel) -> RoundReport:
+def sequential(cohort: list[int], open: Opener, drop: Dropper, server: Serving, channel: Channel) -> RoundReport:
     """One client after another through the whole round; memory of one client, and of those that work ahead."""
     report = RoundReport()
     waiting, opened = iter(cohort), dict[int, Session]()
@@ -91,13 +95,13 @@ def sequential(cohort: list[int], open: Opener, drop: Dropper, server: ServerPar
     return report
 
 
-def lockstep(cohort: list[int], open: Opener, drop: Dropper, server: ServerParty, channel: Channel) -> RoundReport:
+def lockstep(cohort: list[int], open: Opener, drop: Dropper, server: Serving, channel: Channel) -> RoundReport:
     """The whole cohort moves on by one message at a time; the server sees all messages of a kind together."""
     return _Lockstep(cohort, open, drop, server, channel).run()
 
 
 class _Lockstep:
-    def __init__(self, cohort: list[int], open: Opener, drop: Dropper, server: ServerParty, channel: Channel) -> None:
+    def __init__(self, cohort: list[int], open: Opener, drop: Dropper, server: Serving, channel: Channel) -> None:
         self.cohort, self.drop, self.server, self.channel = cohort, drop, server, channel
         self.report = RoundReport()
         self.waiting: dict[int, Message] = {}
@@ -165,16 +169,16 @@ class _Lockstep:
         self.sessions.pop(client).close()
 
 
-def _finish(client: int, upload: Upload, server: ServerParty, channel: Channel, report: RoundReport) -> None:
+def _finish(client: int, upload: Upload, server: Serving, channel: Channel, report: RoundReport) -> None:
     received = channel.upload(client, upload)
     server.absorb(client, received)
     report.finished(client, received)
 
 
-def _drop(client: int, drop: Dropper, server: ServerParty, report: RoundReport) -> None:
+def _drop(client: int, drop: Dropper, server: Serving, report: RoundReport) -> None:
     """Discard what the client staged; server steps already taken on its messages remain."""
     drop(client)
-    server.server.forget(client)
+    server.forget(client)
     report.dropped.append(client)
 
 
@@ -182,7 +186,7 @@ SCHEDULES: dict[str, Schedule] = {"sequential": sequential, "lockstep": lockstep
 
 
 def compute_together(
-    program: Any, cohort: Cohort, workplace: Workplace, server: ServerParty, channel: Channel
+    program: Any, cohort: Cohort, workplace: Workplace, server: Serving, channel: Channel
 ) -> RoundReport:
     """One round of the cohort by its program; every message is charged and handed over as that of its client."""
     report = RoundReport()

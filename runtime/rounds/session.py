@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from inspect import isgenerator
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 from cutlayer.algorithms.base import Algorithm, Server
 from cutlayer.runtime.ground import rng
@@ -89,21 +89,18 @@ class LocalSession:
         self._inbox = message
 
     def receive(self) -> Message | Upload:
-        message, self._inbox = self._inbox, {}
+        message: Reply | None = self._inbox
+        self._inbox = {}
         with self._workplace.working():
-            if self._program is not None:
-                return self._step(self._program.send, message)
-            result = self._algorithm.client(self._ctx, message)
-            if isgenerator(result):
-                self._program = result
-                return self._step(next, self._program)
-            return self._upload(result)  # type: ignore[arg-type]
-
-    def _step(self, move: Any, argument: Reply | ClientProgram) -> Message | Upload:
-        try:
-            return move(argument)
-        except StopIteration as end:
-            return self._upload(end.value)
+            if self._program is None:
+                result = self._algorithm.client(self._ctx, message)
+                if not isgenerator(result):
+                    return self._upload(cast("Fields | None", result))
+                self._program, message = result, None  # what a generator is begun with
+            try:
+                return self._program.send(cast(Reply, message))
+            except StopIteration as end:
+                return self._upload(end.value)
 
     def _upload(self, fields: Fields | None) -> Upload:
         self._ctx.leave()
@@ -152,33 +149,48 @@ class Channel:
         return Upload(self.up(client, MODEL, upload.fields), upload.samples, dict(upload.metrics))
 
 
+class Serving(Protocol):
+    """The server as a round's schedule sees it; see ``algorithms.base.Server``."""
+
+    def down(self, client: int) -> Payload: ...
+    def serve(self, kind: str, inbox: Mapping[int, Payload]) -> dict[int, Payload | None]: ...
+    def absorb(self, client: int, upload: Upload) -> None: ...
+    def forget(self, client: int) -> None: ...
+
+
 class ServerParty:
     """The server at work: the algorithm's server with its own random stream, precision and clock."""
 
     def __init__(self, server: Server, workplace: Workplace) -> None:
-        self.server = server
+        self._server = server
         self._workplace = workplace
 
     def down(self, client: int) -> Payload:
         with self._workplace.working():
-            return packed(self.server.down(client))
+            return packed(self._server.down(client))
 
     def serve(self, kind: str, inbox: Mapping[int, Payload]) -> dict[int, Payload | None]:
         with self._workplace.working():
-            replies = self.server.serve(kind, inbox)
+            replies = self._server.serve(kind, inbox)
         return {client: None if reply is None else packed(reply) for client, reply in replies.items()}
 
     def absorb(self, client: int, upload: Upload) -> None:
         with self._workplace.working():
-            self.server.absorb(client, upload)
+            self._server.absorb(client, upload)
 
-    def open_round(self, cohort: list[int]) -> None:
+    def forget(self, client: int) -> None:
+        self._server.forget(client)
+
+    def open_round(self, round: int, cohort: list[int]) -> None:
+        """Begin a round (from 0): its learning rates, and what the algorithm does before any client comes."""
+        self._server.ctx.open_round(round)
         with self._workplace.working():
-            self.server.open_round(cohort)
+            self._server.open_round(cohort)
 
     def close_round(self) -> None:
+        """End the round: the algorithm averages what it has absorbed."""
         with self._workplace.working():
-            self.server.close_round()
+            self._server.close_round()
 
     @property
     def seconds(self) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,67 +13,74 @@ import torch
 from torch import Tensor
 
 import cutlayer.algorithms as algorithms
-from cutlayer.algorithms.mixins import ChecksOptimizer, KeepsByConfig
+from cutlayer.algorithms import Algorithm
+from cutlayer.algorithms.mixins import ChecksOptimizer, KeepsByConfig, OwnSteps
 from cutlayer.datasets import Dataset, Partition, batch_sizes, load, own_partition, partition
 from cutlayer.models import check_model, input_channels
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.crossing import joined
-from cutlayer.runtime.parties.blueprint import DTYPES, Blueprint, Parts
-from cutlayer.runtime.parties.store import Store
+from cutlayer.runtime.parties.blueprint import DTYPES, Blueprint
+from cutlayer.runtime.parties.client_data import ClientData
 from cutlayer.runtime.settings import RunConfig
-from cutlayer.runtime.trust import Limit, check_size
 
 log = logging.getLogger(__name__)
 
 
-class Setup:
-    """A configuration made real, as far as it is the same at every party.
+def load_data(config: RunConfig, *, download: bool = True) -> Dataset:
+    """The data of a configuration; what is wrong with its method is found first.
 
     Args:
-        config: the whole configuration.
+        download: whether published data that are not here may be downloaded.
+
+    Raises:
+        ConfigError: there are no such data, or the method does not go with an optimizer.
+    """
+    _method(config)
+    device, dtype = config.torch_device(), DTYPES[config.precision]
+    return load(config.dataset, seed=config.seed, device=device, dtype=dtype, download=download)
+
+
+def _method(config: RunConfig) -> type[Algorithm]:
+    algorithm = algorithms.get(config.algorithm_name)
+    if issubclass(algorithm, ChecksOptimizer):
+        for part in algorithm.layout.client:
+            algorithm.check_optimizer(config.optimizer_for(part))
+    return algorithm
+
+
+class Setup:
+    """A configuration made real, as far as it is the same at every party; it does not change.
+
+    Args:
+        config: the whole configuration; a budget of its cut has led to one, see ``costs.cuts.prepared``.
         dataset: the configured one, where it is loaded already.
-        limit: how large the model may be; None for any size.
+        divide: gives the clients' shares of the data, of a setup that has all but these and what follows from them.
 
     Raises:
         ConfigError: what cannot be built as configured.
     """
 
-    stores: Mapping[str, Store]
-
-    def __init__(self, config: RunConfig, dataset: Dataset | None = None, limit: Limit | None = None) -> None:
-        from cutlayer.runtime.costs.cuts import within_budget  # it compares federations
-
-        self.algorithm = algorithms.get(config.algorithm_name)
-        if issubclass(self.algorithm, ChecksOptimizer):
-            for part in self.algorithm.layout.client:
-                self.algorithm.check_optimizer(config.optimizer_for(part))
+    def __init__(
+        self, config: RunConfig, dataset: Dataset | None = None, divide: Callable[[Setup], Partition] | None = None
+    ) -> None:
+        assert config.model.budget is None, "the cut is not chosen yet"
+        self.config = config
+        self.algorithm = _method(config)
         self.device = config.torch_device()
-        if dataset is None:
-            dataset = load(config.dataset, seed=config.seed, device=self.device, dtype=DTYPES[config.precision])
-        if limit is not None:
-            check_size(config.model, dataset.info, limit)
-        self.config = config = within_budget(config, dataset)
+        dataset = load_data(config) if dataset is None else dataset
         self.dataset: Dataset = dataset.repeated(input_channels(config.model, dataset.info))
         check_model(config.model, self.dataset.info, self.algorithm.layout.parts)
         self.personal = self.algorithm.personal
         if issubclass(self.algorithm, KeepsByConfig):
             self.personal = self.algorithm.kept(config.algorithm)
         self.population = 1 if self.algorithm.pooled else config.num_clients
-        self.partition = self._partition()
-        self.blueprint = self.make_blueprint(config)
+        self.partition = (divide or configured_shares)(self)
+        self.blueprint = self._blueprint(config)
         self.parameters = sum(self.blueprint.parameters(name) for name in self.algorithm.layout.whole)
         self._able = self._with_batches(2 if self._needs_two() else 1)
-        self.round = 0
-        self.seconds = {"wall": 0.0, "client": 0.0, "server": 0.0, "eval": 0.0}
 
-    @property
-    def held(self) -> Parts:
-        """The parts that the server holds, as far as this party knows them."""
-        raise NotImplementedError
-
-    def make_blueprint(self, config: RunConfig, *, compare: bool = True) -> Blueprint:
-        """The blueprint of a configuration of this method, on this data; ``compare`` as of ``models.split``."""
+    def _blueprint(self, config: RunConfig, *, compare: bool = True) -> Blueprint:
         return Blueprint(
             config,
             self.algorithm.layout,
@@ -83,34 +91,55 @@ class Setup:
             compare=compare,
         )
 
-    def _partition(self) -> Partition:
-        config = self.config.dataset
-        if self.algorithm.pooled:
-            config = config.evenly()
-        labels = self.dataset.train.labels.numpy()
-        if not config.divided:
-            return own_partition(len(labels), self.population, self.config.client_id)
-        return partition(labels, self.population, config, seed=self.config.seed, groups=self.dataset.groups)
+    def with_model(self, config: RunConfig) -> Setup:
+        """The same with the model of another configuration, whose parts are not compared with the whole model.
+
+        Raises:
+            ConfigError: there is no such model.
+        """
+        twin = copy.copy(self)
+        twin.config, twin.blueprint = config, self._blueprint(config, compare=False)
+        return twin
 
     def cohort(self, round: int) -> list[int]:
         """The clients of a round, in the order in which they are served, drawn among those that have a batch.
 
         A function of the configuration alone. Where each client has data of its own, all are drawn from, as who has no
-        batch is known only once they are there; those are left out then.
+        batch is known only once they are there.
         """
         able = np.arange(self.population) if self._apart else self._able.nonzero()[0]
         size = min(len(able), max(1, math.ceil(self.config.frac * self.population - 1e-9)))
         generator = rng.numpy_generator(self.config.seed, round=round, stream="cohort")
-        chosen = able[generator.choice(len(able), size, replace=False)]
-        return [int(client) for client in chosen if self.can_train(int(client))]
-
-    def can_train(self, client: int) -> bool:
-        """Whether the client takes part in rounds."""
-        return self.has_batches(client)
+        return [int(client) for client in able[generator.choice(len(able), size, replace=False)]]
 
     def has_batches(self, client: int) -> bool:
         """Whether a client has a batch that can be trained on."""
         return bool(self._able[client])
+
+    def data(self, client: int) -> ClientData:
+        """A client's training data."""
+        config = self.config
+        return ClientData(
+            self.dataset.train,
+            self.partition.indices(client),
+            seed=config.seed,
+            client=client,
+            batch_size=config.batch_size,
+            local_epochs=config.local_epochs,
+            config=config.dataset,
+        )
+
+    def epoch(self, client: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over a client's training data; no batch where the client has none to train on."""
+        return self.data(client).batches(generator, 1) if self.has_batches(client) else iter(())
+
+    def steps(self, client: int) -> list[int]:
+        """Samples in each batch of a round of the client."""
+        config, samples = self.config, int(self.partition.sizes[client])
+        sizes = config.local_epochs * batch_sizes(samples, config.batch_size, config.dataset.drop_last)
+        if issubclass(self.algorithm, OwnSteps):
+            return self.algorithm.steps(config.algorithm, client, self.population, sizes)
+        return [*sizes]
 
     def tell_idle(self) -> None:
         """Log how many clients have no batch to train on, if any."""
@@ -184,20 +213,13 @@ class Setup:
             if "auxiliary" in parts:
                 parts["auxiliary"](z)
 
-    def client_states(self, client: int, path: Sequence[str] | None = None) -> dict[str, Mapping[str, Tensor]]:
-        """The parts of the model that a client uses, in order: its own ones, and for the others the server's.
 
-        Args:
-            path: names of the parts; None for those that make up the whole model.
-        """
-        states: dict[str, Mapping[str, Tensor]] = {}
-        held, initial = self.held, self.blueprint.for_client(client).initial
-        for name in path or self.algorithm.layout.whole:
-            own = self.stores["clients"].get(client, name) if self.is_own(name) else None
-            shared = held[name].state_dict() if name in held else initial[name]
-            states[name] = shared if own is None else own
-        return states
-
-    def is_own(self, part: str) -> bool:
-        """Whether a client may have a part for itself: by the method, or because the server has none."""
-        return part in self.personal or part not in self.held
+def configured_shares(setup: Setup) -> Partition:
+    """The clients' shares of the training data as configured."""
+    config = setup.config.dataset
+    if setup.algorithm.pooled:
+        config = config.evenly()
+    labels = setup.dataset.train.labels.numpy()
+    if not config.divided:
+        return own_partition(len(labels), setup.population, setup.config.client_id)
+    return partition(labels, setup.population, config, seed=setup.config.seed, groups=setup.dataset.groups)

@@ -25,8 +25,8 @@ class Drawn:
     """Cohorts and batches of a federation whose training images are not augmented."""
 
     def __init__(self, federation: Federation) -> None:
-        self.config, self.partition = federation.config, federation.partition
-        source = federation.dataset.train
+        self.config, self.partition = federation.setup.config, federation.setup.partition
+        source = federation.setup.dataset.train
         ((self.x, self.y),) = source.batches(torch.arange(len(source)), batch_size=len(source))
 
     def generator(self, round: int, client: int, stream: str) -> torch.Generator:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from cutlayer.algorithms.base import Flow
 from cutlayer.algorithms.fsmkd import FSMKD, FSMKDConfig, divergence, mutual_losses
 from cutlayer.runtime.after.personalize import personalize
-from cutlayer.runtime.costs.traffic import expected_bytes, expected_round_trips
+from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.evaluation.scores import mean
 from cutlayer.runtime.messages.boundary import Message
 from cutlayer.runtime.messages.ledger import CONTROL_KINDS
@@ -22,6 +22,7 @@ from cutlayer.runtime.rounds.session import Channel
 from cutlayer.runtime.settings import RunConfig
 from tests.algorithms.drawing import Drawn
 from tests.conftest import play, same, weights
+from tests.round_trips import expected_round_trips
 
 TWO_BODIES = "model.personal.variants=[{},{hidden:[128,32,64]}]"
 
@@ -75,9 +76,9 @@ class Bare:
     """The equations in one graph for both parties, with torch's optimizers; cohorts and batches are drawn here."""
 
     def __init__(self, federation: Federation) -> None:
-        self.federation, self.config = federation, federation.config
-        self.drawn, self.falls = Drawn(federation), federation.config.scheduler is not None
-        self.clients = range(federation.population)
+        self.federation, self.config = federation, federation.setup.config
+        self.drawn, self.falls = Drawn(federation), federation.setup.config.scheduler is not None
+        self.clients = range(federation.setup.population)
         self.head, self.server, self.tail = self._parts(0, "client", "server", "tail")
         self.bodies = [self._parts(client, "personal")[0] for client in self.clients]
         self.optimizer = self._optimizer(self.server)
@@ -87,7 +88,7 @@ class Bare:
 
     def reported(self, round: int) -> tuple[float, float]:
         """The round's losses of the global and the local path: clients' means, weighted by their samples."""
-        sizes, losses = self.federation.partition.sizes, self.losses[round]
+        sizes, losses = self.federation.setup.partition.sizes, self.losses[round]
         total = sum(sizes[client] for client in losses)
         means = {
             client: [sum(each) / len(each) for each in zip(*found, strict=True)] for client, found in losses.items()
@@ -96,7 +97,7 @@ class Bare:
         return whole, local
 
     def _parts(self, client: int, *names: str) -> list[nn.Module]:
-        return list(self.federation.blueprint.for_client(client).parts(names).values())
+        return list(self.federation.setup.blueprint.for_client(client).parts(names).values())
 
     def _optimizer(self, *modules: nn.Module) -> torch.optim.Optimizer:
         kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[self.config.optimizer.name]
@@ -145,7 +146,7 @@ class Bare:
 
     def _average(self, cohort: list[int]) -> None:
         """Of those that take part in the round; others keep what they hold until they do again."""
-        sizes = self.federation.partition.sizes
+        sizes = self.federation.setup.partition.sizes
         for at, shared in enumerate((self.head, self.tail)):
             states = {client: parts[at].state_dict() for client, parts in ((c, self.own[c]) for c in cohort)}
             for key, value in shared.state_dict().items():
@@ -182,21 +183,21 @@ def test_all_parts_against_one_graph(configure, setting: tuple[str, ...], weight
                                       f"algorithm.shared_gradient={gradient}", *setting))  # fmt: skip
     bare = Bare(federation)
     bare.play()
-    records = [federation.step()[0] for _ in range(federation.config.rounds)]
+    records = [federation.step()[0] for _ in range(federation.setup.config.rounds)]
     for round, record in enumerate(records):
         found = record.train_loss, record.metrics["local_loss"]
         assert found == pytest.approx(bare.reported(round), rel=1e-9)
     trained = {client for losses in bare.losses.values() for client in losses}
     for name, module in {"client": bare.head, "server": bare.server, "tail": bare.tail}.items():
         found = federation.server.ctx.part(name).state_dict()
-        check(found, module, federation.blueprint.initial[name], name)
+        check(found, module, federation.setup.blueprint.initial[name], name)
     for client in sorted(trained):
-        initial = federation.blueprint.for_client(client).initial
-        states = federation.client_states(client, ("client", "personal", "tail"))
+        initial = federation.setup.blueprint.for_client(client).initial
+        states = federation.learnt.client_states(client, ("client", "personal", "tail"))
         check(states["personal"], bare.bodies[client], initial["personal"], f"{client}/personal")
         for name, module in zip(("client", "tail"), bare.own.get(client, ()), strict=False):
             check(states[name], module, initial[name], f"{client}/{name}")
-    assert bool(bare.own) == (federation.config.algorithm.aggregate_interval == 2)
+    assert bool(bare.own) == (federation.setup.config.algorithm.aggregate_interval == 2)
 
 
 @pytest.mark.parametrize("model", [("model=mlp",), ("model=resnet20", "model.options.width=4", "batch_size=400")])
@@ -263,7 +264,7 @@ def test_the_test_of_labels_sees_them(configure, monkeypatch) -> None:
     assert leaks(Federation(configure("algorithm=sl_single_server")), monkeypatch) == {"smashed/y"}
     for kind in (torch.int64, torch.float32):
         federation = Federation(configure("algorithm=fsmkd"))
-        original = federation.algorithm.client
+        original = federation.setup.algorithm.client
 
         def careless(ctx, down, kind=kind, original=original):
             seen: list[torch.Tensor] = []
@@ -296,8 +297,8 @@ def test_clients_have_bodies_of_their_own_and_keep_them(configure) -> None:
         if row is not None:
             assert list(row) == shapes[client % 2]
             assert row["fc2.weight"].shape == ((64, 128) if client % 2 == 0 else (32, 128))
-        initial = federation.blueprint.for_client(client).initial["personal"]
-        used = federation.client_states(client, ("client", "personal", "tail"))["personal"]
+        initial = federation.setup.blueprint.for_client(client).initial["personal"]
+        used = federation.learnt.client_states(client, ("client", "personal", "tail"))["personal"]
         assert same(dict(used), dict(row or initial))
         assert not same(dict(row), initial) if row is not None else True
     assert "personal" not in {field for _, _, field, _ in federation.ledger.totals()}
@@ -320,14 +321,14 @@ def test_bodies_survive_an_interruption_to_the_same_bits(configure, tmp_path, in
         play(resumed)
         for client in range(4):
             for path in (("client", "server", "tail"), ("client", "personal", "tail")):
-                ours, theirs = (f.client_states(client, path) for f in (whole, resumed))
+                ours, theirs = (f.learnt.client_states(client, path) for f in (whole, resumed))
                 assert all(same(dict(ours[name]), dict(theirs[name])) for name in path)
         assert whole.ledger.state_dict() == resumed.ledger.state_dict()
         assert whole.evaluate() == resumed.evaluate()
 
 
 def accuracy(modules: list[nn.Module], federation: Federation, samples: torch.Tensor | None = None) -> float:
-    test = federation.dataset.test
+    test = federation.setup.dataset.test
     chosen = torch.arange(len(test)) if samples is None else samples
     x, y = next(test.batches(chosen, batch_size=len(chosen)))
     with torch.no_grad():
@@ -342,11 +343,11 @@ def test_both_paths_are_tested(configure, interval: int) -> None:
     found = federation.evaluate()
     expected: dict[str, list[float]] = {}
     for client in range(4):
-        blueprint, own = federation.blueprint.for_client(client), federation.evaluator.local_test
+        blueprint, own = federation.setup.blueprint.for_client(client), federation.evaluator.local_test
         assert own is not None
         for prefix, path in (("", ("client", "server", "tail")), ("personal_", ("client", "personal", "tail"))):
             modules = blueprint.parts(path)
-            for name, state in federation.client_states(client, path).items():
+            for name, state in federation.learnt.client_states(client, path).items():
                 modules[name].load_state_dict(state)
             score = accuracy(list(modules.values()), federation)
             local = accuracy(list(modules.values()), federation, own.indices(client))
@@ -373,7 +374,7 @@ def test_clients_that_never_trained_are_tested_with_the_body_that_they_start_fro
     assert len(untrained) == 3
     expected = {}
     for client in untrained:
-        (body,) = federation.blueprint.for_client(client).parts(["personal"]).values()
+        (body,) = federation.setup.blueprint.for_client(client).parts(["personal"]).values()
         expected[client] = accuracy([parts["client"], body, parts["tail"]], federation)
     assert {client: found[client] for client in untrained} == expected
     assert len(set(expected.values())) == 2, "two architectures"
@@ -394,7 +395,7 @@ def test_personalisation_starts_from_the_global_path(configure, tmp_path, interv
                                            "personalize.part=full", "personalize.epochs=[0,1]",
                                            f"algorithm.aggregate_interval={interval}")))  # fmt: skip
     before = weights(federation)
-    found = personalize(federation, federation.config.personalize, tmp_path)
+    found = personalize(federation, federation.setup.config.personalize, tmp_path)
     assert found.mean[0] == pytest.approx(federation.evaluate().metrics["local_acc/mean"])
     assert found.mean[1] != found.mean[0]
     assert same(weights(federation), before)
@@ -441,12 +442,12 @@ def test_bytes_between_two_averagings_equal_the_closed_form(configure, frac: flo
     for way, kind, _, count in federation.ledger.totals():
         if kind not in CONTROL_KINDS:
             measured[way, kind] = measured.get((way, kind), 0) + count.payload
-    assert measured == expected_bytes(federation, range(8))
-    assert federation.ledger.round_trips == expected_round_trips(federation, range(8))
+    assert measured == expected_bytes(federation.setup, range(8))
+    assert federation.ledger.round_trips == expected_round_trips(federation.setup, range(8))
     rounds = [set(federation.cohort(round)) for round in range(8)]
     joins = sum(len(set.union(*rounds[start : start + 3])) for start in (0, 3, 6))
     part = sum(tensor.numel() * 4 for name in ("client", "tail") for tensor in
-               federation.blueprint.initial[name].values())  # fmt: skip
+               federation.setup.blueprint.initial[name].values())  # fmt: skip
     assert measured["down", "model"] == joins * part
 
 

@@ -143,7 +143,7 @@ def test_scaffold_second_option_is_the_mean_gradient(configure) -> None:
     """With c = c_i = 0, c_i becomes (x - y_i) / (K lr): the mean of the K gradients of plain SGD."""
     federation = Federation(configure("algorithm=scaffold", "lr=0.1", "precision=fp64", "rounds=1", "num_clients=1"))
     start = {name: w.clone() for name, w in federation.server.ctx.part("model").named_parameters()}
-    steps = len(list(federation.clients.data(0).batches(torch.Generator().manual_seed(0))))
+    steps = len(list(federation.setup.data(0).batches(torch.Generator().manual_seed(0))))
     play(federation)
     row = federation.stores["clients"].get(0, "control")
     for name, w in federation.server.ctx.part("model").named_parameters():
@@ -217,7 +217,7 @@ def test_buffer_policies(configure, buffers: str) -> None:
             "eval_interval=1",
         )
     )
-    initial = federation.blueprint.initial["model"]
+    initial = federation.setup.blueprint.initial["model"]
     record, _ = federation.step()
     travels = any(name.endswith("running_mean") for name in federation.server.down(0))
     moved = {
@@ -238,7 +238,7 @@ def test_without_shared_statistics_the_order_of_the_test_set_does_not_matter(con
     setting = ("model=resnet20", "model.options.width=4", "aggregate.buffers=reset", "eval_batch_size=36", "rounds=4")
     federation = play(Federation(configure("algorithm=fed_avg", *setting, "batch_size=32", "local_epochs=2")))
     mixed = federation.evaluate().accuracy
-    source = federation.dataset.test
+    source = federation.setup.dataset.test
     order = source.labels.argsort()
     source.labels = source.labels[order]
     source._store._images = source._store._images[order]

@@ -124,5 +124,5 @@ def test_heads_never_move_and_blocks_matter(configure) -> None:
     for federation in runs.values():
         for name in ("head", "auxiliary_heads"):
             seat = federation.clients.seats[0].parts[name].state_dict()
-            assert same(dict(seat), federation.blueprint.initial[name])
+            assert same(dict(seat), federation.setup.blueprint.initial[name])
     assert not same(weights(runs["own"]), weights(runs["one"]))

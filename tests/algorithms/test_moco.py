@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from cutlayer.algorithms.byte_saving import NO_GRADIENTS, OFF, SILENT
 from cutlayer.algorithms.contrastive import Queue, info_nce
-from cutlayer.runtime.costs.traffic import expected_bytes, expected_round_trips
+from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.ledger import CONTROL_KINDS, Traffic
 from cutlayer.runtime.rounds.federation import Federation
 from tests.algorithms.drawing import Drawn
 from tests.conftest import play, same, weights
+from tests.round_trips import expected_round_trips
 
 LR, TEMPERATURE, MOMENTUM, CLIENT_MOMENTUM, KEYS = 0.05, 0.2, 0.9, 0.8, 64
 SMALL = ("model.projector.hidden=12", "model.projector.width=8", f"algorithm.queue={KEYS}")
@@ -56,10 +57,12 @@ class Bare:
     """MoCo as its equations say, on the federation's parts, images and first keys; plain gradient steps."""
 
     def __init__(self, federation: Federation) -> None:
-        self.federation, self.config = federation, federation.config.algorithm
-        self.parts = {name: federation.blueprint.parts([name])[name] for name in federation.algorithm.layout.server}
+        self.federation, self.config = federation, federation.setup.config.algorithm
+        self.parts = {
+            name: federation.setup.blueprint.parts([name])[name] for name in federation.setup.algorithm.layout.server
+        }
         self.keys = federation.server._queue.keys.clone()
-        lines = 1 if self.config.feature_sharing else federation.config.num_clients
+        lines = 1 if self.config.feature_sharing else federation.setup.config.num_clients
         assert self.keys.shape == (lines, KEYS // lines, 8)
         self.place = [0] * len(self.keys)
         self.drawn, self.rates = Drawn(federation), {"client": LR, "server": LR}
@@ -139,7 +142,7 @@ class Bare:
 
 def views(federation: Federation, drawn: Drawn, client: int, number: int, sizes: list[int]):
     """Two views of each step's samples, on which the client goes on through its data by the clock of the rounds."""
-    source, indices = federation.dataset.train, drawn.partition.indices(client)
+    source, indices = federation.setup.dataset.train, drawn.partition.indices(client)
     draws, at = drawn.generator(number, client, "batches"), number * sum(sizes)
     orders: dict[int, torch.Tensor] = {}
     for size in sizes:
@@ -180,7 +183,7 @@ def test_moco_sfl_is_its_equations(configure, sharing: str, symmetric: str, toge
     )
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
     moved = {key for key, value in bare.parts["server"].state_dict().items()
-             if not torch.equal(value, federation.blueprint.initial["server"][key])}  # fmt: skip
+             if not torch.equal(value, federation.setup.blueprint.initial["server"][key])}  # fmt: skip
     assert moved == {key for key in bare.parts["server"].state_dict() if not key.startswith("fc3.")}, (
         "all but the classifier"
     )
@@ -197,7 +200,7 @@ def test_fl_moco_is_its_equations(configure, symmetric: str) -> None:
                   "dataset.alpha=1.0", "dataset.min_samples=301")
     )  # fmt: skip
     drawn = Drawn(federation)
-    shared = list(federation.blueprint.parts(["model", "projector"]).values())
+    shared = list(federation.setup.blueprint.parts(["model", "projector"]).values())
     kept: dict[int, torch.Tensor] = {}
     for number in range(3):
         uploads, losses = {}, {}
@@ -252,7 +255,7 @@ def test_fl_moco_is_its_equations(configure, symmetric: str) -> None:
         found = federation.server.ctx.parts[name].state_dict()
         for key, value in part.state_dict().items():
             torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-11, msg=f"{name}/{key}")
-            assert key.startswith("fc3.") or not torch.equal(value, federation.blueprint.initial[name][key])
+            assert key.startswith("fc3.") or not torch.equal(value, federation.setup.blueprint.initial[name][key])
 
 
 # ------------------------------------------------------------------ a cohort computed as one
@@ -300,8 +303,8 @@ def test_what_is_not_the_same_is_not_computed_as_one(configure, more: tuple[str,
 ])  # fmt: skip
 def test_bytes_and_round_trips_equal_the_closed_form(configure, more: tuple[str, ...]) -> None:
     federation = play(Federation(configure(*SETTING, *more)))
-    assert payloads(federation) == expected_bytes(federation, range(3))
-    assert federation.ledger.round_trips == expected_round_trips(federation, range(3))
+    assert payloads(federation) == expected_bytes(federation.setup, range(3))
+    assert federation.ledger.round_trips == expected_round_trips(federation.setup, range(3))
 
 
 def test_no_label_crosses(configure) -> None:

@@ -18,7 +18,7 @@ def check_rows(bare: Bare, name: str, own: dict[int, torch.nn.Module]) -> None:
         row = bare.federation.stores["clients"].get(client, name)
         for key, value in module.state_dict().items():
             assert torch.allclose(row[key], value, rtol=1e-8, atol=1e-11), f"{client}/{name}/{key}"
-            assert not torch.equal(value, bare.federation.blueprint.initial[name][key]), "nothing was learnt"
+            assert not torch.equal(value, bare.federation.setup.blueprint.initial[name][key]), "nothing was learnt"
 
 
 def test_fed_babu(configure) -> None:
@@ -34,7 +34,7 @@ def test_fed_babu(configure) -> None:
         bare.average("body", bodies)
     bare.check("body")
     moved = bare.federation.server.ctx.part("head").state_dict()
-    assert all(torch.equal(moved[key], value) for key, value in bare.federation.blueprint.initial["head"].items())
+    assert all(torch.equal(moved[key], value) for key, value in bare.federation.setup.blueprint.initial["head"].items())
 
 
 @pytest.mark.parametrize(("name", "shared", "own"), [("fed_per", "body", "head"), ("lg_fed_avg", "head", "body")])
@@ -134,7 +134,7 @@ def kl(student: torch.Tensor, teacher: torch.Tensor, y: torch.Tensor) -> torch.T
 def test_mhmd(configure) -> None:
     """The body under the final and the auxiliary heads, none of which moves; the published terms."""
     bare = Bare(Federation(configure(*SETTING, "algorithm=mhmd", "model.auxiliary_heads.blocks=[relu1,fc2]")))
-    assert bare.federation.config.algorithm == MHMDConfig()
+    assert bare.federation.setup.config.algorithm == MHMDConfig()
     head, (first, second) = bare.parts["head"], bare.parts["auxiliary_heads"].children()
     terms = {name: {round: {} for round in range(ROUNDS)} for name in ("auxiliary_loss", "distillation")}
     for round, cohort in enumerate(bare.cohorts):
@@ -166,10 +166,10 @@ def test_mhmd(configure) -> None:
 def test_a_client_that_never_trained_uses_what_the_server_has(configure) -> None:
     federation = play(Federation(configure("algorithm=ditto", "frac=0.5", "rounds=1")))
     absent = next(c for c in range(4) if c not in federation.cohort(0))
-    states = federation.client_states(absent)["model"]
+    states = federation.learnt.client_states(absent)["model"]
     served = federation.server.ctx.part("model").state_dict()
     assert all(torch.equal(states[key], served[key]) for key in served)
-    assert not torch.equal(states["fc1.weight"], federation.blueprint.initial["model"]["fc1.weight"])
+    assert not torch.equal(states["fc1.weight"], federation.setup.blueprint.initial["model"]["fc1.weight"])
 
 
 @pytest.mark.parametrize(("key", "value"), [("fed_rep.body_epochs", 0), ("per_fed_avg.inner_lr", 0), ("ditto.pull", -1),

@@ -36,10 +36,10 @@ class Bare:
 
     def __init__(self, federation: Federation) -> None:
         self.federation, self.drawn = federation, Drawn(federation)
-        names = {*federation.algorithm.layout.client, *federation.algorithm.layout.server}
-        self.parts = {name: part.train() for name, part in federation.blueprint.parts(names).items()}
+        names = {*federation.setup.algorithm.layout.client, *federation.setup.algorithm.layout.server}
+        self.parts = {name: part.train() for name, part in federation.setup.blueprint.parts(names).items()}
         self.initial = copy.deepcopy(self.parts)
-        self.sizes = {client: len(federation.partition.indices(client)) for client in range(N)}
+        self.sizes = {client: len(federation.setup.partition.indices(client)) for client in range(N)}
         self.weights: dict[int, float] = dict(self.sizes)
         self.cohorts = [self.drawn.cohort(round) for round in range(ROUNDS)]
         assert {len(cohort) for cohort in self.cohorts} == {3}, "two and a half clients are three"
@@ -301,7 +301,7 @@ def test_local_only_and_centralized(configure) -> None:
         for round in range(ROUNDS):
             losses = {}
             for client in drawn.cohort(round) if name == "local_only" else [0]:
-                model = models.setdefault(client, federation.blueprint.parts(["model"])["model"])
+                model = models.setdefault(client, federation.setup.blueprint.parts(["model"])["model"])
                 kept = velocities.setdefault(client, [torch.zeros_like(w) for w in model.parameters()])
                 losses[client] = []
                 for x, y in drawn.batches(round, client):
@@ -310,7 +310,7 @@ def test_local_only_and_centralized(configure) -> None:
                     for v, g in zip(kept, slopes(loss, model), strict=True):
                         v.mul_(momentum).add_(g)
                     descend(model, kept, rate("model", round))
-            sizes = {client: len(federation.partition.indices(client)) for client in losses}
+            sizes = {client: len(federation.setup.partition.indices(client)) for client in losses}
             means = {client: sum(each) / len(each) for client, each in losses.items()}
             reported.append(sum(sizes[c] * means[c] for c in means) / sum(sizes.values()))
         for round in range(ROUNDS):

@@ -43,7 +43,7 @@ def finished(configure, tmp_path: Path, *overrides: str) -> Path:
 
 def images_of(federation: Federation, client: int) -> np.ndarray:
     """A client's training images as scikit-learn has them, [n, 8, 8] in 0..1."""
-    source, indices = federation.dataset.train, federation.partition.indices(client)
+    source, indices = federation.setup.dataset.train, federation.setup.partition.indices(client)
     ((x, _),) = source.batches(indices, batch_size=len(indices))
     return source.pixels(x)[:, 0].numpy()
 
@@ -62,12 +62,12 @@ def test_pixels_are_those_of_the_dataset(configure) -> None:
 def test_the_mean_image_against_numpy(configure, tmp_path: Path) -> None:
     federation = Federation(configure("algorithm=sl_single_server"))
     found, _ = invert(federation, replace(QUICK, samples=None, client=2), tmp_path)
-    test = federation.dataset.test
+    test = federation.setup.dataset.test
     ((x, _),) = test.batches(torch.arange(len(test)), batch_size=len(test))
     errors = ((images_of(federation, 2) - test.pixels(x)[:, 0].mean(0).numpy()) ** 2).mean((1, 2))
     assert found.mean_image["mse"] == pytest.approx(errors.mean(), rel=1e-5)
     assert found.mean_image["psnr"] == pytest.approx((-10 * np.log10(errors)).mean(), rel=1e-5)
-    assert (found.train_images, found.test_images) == (len(test), federation.partition.sizes[2])
+    assert (found.train_images, found.test_images) == (len(test), federation.setup.partition.sizes[2])
     assert found.shape == [[128]]
 
 
@@ -105,7 +105,7 @@ def test_every_method_that_cuts_can_be_attacked_and_is_left_as_it_was(configure,
     assert found.shape == [[64, 2, 2]]
     again, _ = invert(federation, QUICK, tmp_path / "again")
     assert again == found
-    other = Federation(replace(federation.config, seed=7))
+    other = Federation(replace(federation.setup.config, seed=7))
     assert invert(other, QUICK, tmp_path / "other")[0].found != found.found
     assert {path.name for path in folder.iterdir()} == {"summary.json", "reconstructions.png"}
 
@@ -214,7 +214,7 @@ def test_runs_that_cannot_be_attacked(configure, tmp_path: Path, capsys) -> None
 def test_a_client_without_images_is_refused(configure, tmp_path: Path) -> None:
     setting = ("algorithm=sl_single_server", "dataset.distribution=dirichlet", "dataset.alpha=0.01", "num_clients=40")
     federation = Federation(configure(*setting, "dataset.min_samples=0"))
-    empty = int(np.flatnonzero(federation.partition.sizes == 0)[0])
+    empty = int(np.flatnonzero(federation.setup.partition.sizes == 0)[0])
     with pytest.raises(ConfigError, match="a client with training samples"):
         invert(federation, replace(QUICK, client=empty), tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -57,12 +57,12 @@ def test_all_three_parts_are_their_equations(configure) -> None:
     more = (f"algorithm.{key}" for key in own)
     federation = Federation(configure("algorithm=ressfl", *setting, *more, "batch_size=150", "num_clients=2"))
     names = ("client", "server", "attacker")
-    parts = federation.blueprint.parts(list(names))
+    parts = federation.setup.blueprint.parts(list(names))
     client, server, attacker = (parts[name] for name in names)
     trained = [*client.parameters(), *server.parameters()]
     descent = torch.optim.SGD(trained, lr=0.05, momentum=momentum)
     attack = torch.optim.Adam(attacker.parameters(), lr=rate)
-    source, drawn, punished = federation.dataset.train, Drawn(federation), set[bool]()
+    source, drawn, punished = federation.setup.dataset.train, Drawn(federation), set[bool]()
     mean, deviation = (torch.tensor(each, dtype=torch.float64).view(-1, 1, 1) for each in (source.mean, source.std))
     for number in range(3):
         losses: list[float] = []
@@ -106,7 +106,7 @@ def test_the_attacker_does_not_follow_the_clients_loss(configure) -> None:
         keys = ("batch_size=2000", "rounds=1", f"algorithm.alpha={alpha}", "algorithm.target_ssim=-1")
         federation = play(Federation(configure("algorithm=ressfl", *NARROW, *keys)))
         weights.append(dict(federation.stores["clients"].get(0, "attacker") or {}))
-        assert not same(weights[-1], federation.blueprint.initial["attacker"])
+        assert not same(weights[-1], federation.setup.blueprint.initial["attacker"])
     assert same(*weights)
 
 
@@ -126,14 +126,17 @@ def test_a_frozen_client_part_does_not_move(configure, name: str) -> None:
     model = ("model=cnn4", "model.options.width=4", "optimizer.weight_decay=0.1", "eval_interval=1", "batch_size=200")
     federation = Federation(configure(f"algorithm={name}", *more, *model, "model.client.freeze=true"))
     start = {
-        part: {k: v.clone() for k, v in federation.blueprint.initial[part].items()} for part in ("client", "server")
+        part: {k: v.clone() for k, v in federation.setup.blueprint.initial[part].items()}
+        for part in ("client", "server")
     }
     assert any(key.endswith("running_mean") for key in start["client"])
     play(federation)
-    whole = {part: dict(values) for part, values in federation.client_states(0).items()}
+    whole = {part: dict(values) for part, values in federation.learnt.client_states(0).items()}
     assert same(whole["client"], start["client"]), "neither weights nor running statistics"
     moved = [key for key, tensor in start["server"].items() if not torch.equal(whole["server"][key], tensor)]
-    left = {"fc.weight"} if federation.algorithm.evaluates_features else set[str]()  # the classifier does not learn
+    left = (
+        {"fc.weight"} if federation.setup.algorithm.evaluates_features else set[str]()
+    )  # the classifier does not learn
     assert {key for key in moved if key.endswith("weight")} == {
         key for key in start["server"] if key.endswith("weight") and key not in left
     }
@@ -144,7 +147,7 @@ def test_freezing_changes_no_traffic(configure) -> None:
     frozen = play(Federation(configure(*setting, "model.client.freeze=true")))
     free = play(Federation(configure(*setting)))
     assert frozen.ledger.training() == free.ledger.training()
-    assert expected_bytes(frozen, range(1)) == expected_bytes(free, range(1))
+    assert expected_bytes(frozen.setup, range(1)) == expected_bytes(free.setup, range(1))
 
 
 def test_a_pre_trained_client_part_is_taken_up_and_kept(configure, tmp_path: Path) -> None:
@@ -153,9 +156,9 @@ def test_a_pre_trained_client_part_is_taken_up_and_kept(configure, tmp_path: Pat
         run(config, folder)
     given = (f"model.init={tmp_path / 'run'}", "model.client.freeze=true", "rounds=1")
     federation = play(Federation(configure("algorithm=sl_single_server", *given)))
-    saved, client = load_file(tmp_path / "run" / "model.safetensors"), federation.blueprint.initial["client"]
+    saved, client = load_file(tmp_path / "run" / "model.safetensors"), federation.setup.blueprint.initial["client"]
     assert {name for name, tensor in state(federation).items() if torch.equal(saved[name], tensor)} == {*client}
-    fresh = Federation(config).blueprint.initial["client"]
+    fresh = Federation(config).setup.blueprint.initial["client"]
     assert not any(torch.equal(saved[name], tensor) for name, tensor in fresh.items()), "it was trained"
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from cutlayer import algorithms
-from cutlayer.runtime.costs.traffic import expected_bytes, expected_round_trips
+from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.messages.boundary import Message
 from cutlayer.runtime.messages.ledger import CONTROL_KINDS
 from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import play, same, weights
+from tests.round_trips import expected_round_trips
 
 NAMES = algorithms.names()
 every_algorithm = pytest.mark.parametrize("name", NAMES)
@@ -45,8 +46,8 @@ def test_bytes_equal_the_closed_form(configure, name: str, setting: tuple[str, .
     for direction, kind, _, count in federation.ledger.totals():
         if kind not in CONTROL_KINDS:
             measured[direction, kind] = measured.get((direction, kind), 0) + count.payload
-    assert measured == expected_bytes(federation, range(federation.round))
-    assert federation.ledger.round_trips == expected_round_trips(federation, range(federation.round))
+    assert measured == expected_bytes(federation.setup, range(federation.round))
+    assert federation.ledger.round_trips == expected_round_trips(federation.setup, range(federation.round))
 
 
 def test_bytes_of_a_warm_start(configure) -> None:
@@ -56,9 +57,9 @@ def test_bytes_of_a_warm_start(configure) -> None:
     for way, kind, _, count in federation.ledger.totals():
         if (way, kind) in measured:
             measured[way, kind] += count.payload
-    assert measured == expected_bytes(federation, range(4))
+    assert measured == expected_bytes(federation.setup, range(4))
     # Four rounds of four clients; aligned in the second and the fourth.
-    assert federation.ledger.round_trips == expected_round_trips(federation, range(4)) == 4 * 4 + 4 * 2
+    assert federation.ledger.round_trips == expected_round_trips(federation.setup, range(4)) == 4 * 4 + 4 * 2
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,9 @@ def test_bytes_of_a_warm_start(configure) -> None:
 def test_round_trips_by_hand(configure, name: str, trips: int) -> None:
     more = ("algorithm.align_interval=1", "algorithm.align_epochs=1") if name == "fsl_sage" else ()
     federation = Federation(configure(f"algorithm={name}", *more))
-    assert {-(-int(size) // 100) for size in federation.partition.sizes} == {4 if federation.population > 1 else 15}
+    assert {-(-int(size) // 100) for size in federation.setup.partition.sizes} == {
+        4 if federation.setup.population > 1 else 15
+    }
     records = [federation.step()[0] for _ in range(2)]
     assert records[1].round_trips == 2 * records[0].round_trips == trips
     assert {record.in_turn for record in records} == {name == "sl"}
@@ -188,11 +191,11 @@ def test_a_client_cannot_reach_the_server_nor_the_server_a_client(configure, mon
         mine = reachable_storages(inside) | reachable_storages({k: v for k, v in frame.items() if k != "ctx"})
         assert mine, "the walk must find the client's tensors"
         assert not mine & server
-        data = federation.dataset.train._store._images.untyped_storage().data_ptr()  # type: ignore[attr-defined]
+        data = federation.setup.dataset.train._store._images.untyped_storage().data_ptr()  # type: ignore[attr-defined]
         assert data not in reachable_storages(vars(federation.server))
         looked.append(1)
 
-    original = federation.algorithm.client
+    original = federation.setup.algorithm.client
 
     def watched(ctx, down):
         program = original(ctx, down)
@@ -214,7 +217,8 @@ def test_a_client_cannot_reach_the_server_nor_the_server_a_client(configure, mon
 
         return relay()
 
-    monkeypatch.setattr(federation, "algorithm", type(name, (federation.algorithm,), {"client": staticmethod(watched)}))
+    spied = type(name, (federation.setup.algorithm,), {"client": staticmethod(watched)})
+    monkeypatch.setattr(federation.setup, "algorithm", spied)
     federation.step()
     assert looked
 
@@ -256,7 +260,7 @@ def test_one_client_equals_centralized(configure, case: tuple[str, ...], model: 
 def test_centralized_equals_a_bare_loop(configure) -> None:
     config = configure("algorithm=centralized", *ONE, "rounds=3")
     federation = Federation(config)
-    model = federation.blueprint.parts(["model"])["model"]
+    model = federation.setup.blueprint.parts(["model"])["model"]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for round in range(3):
         context = replace_round(federation, round)
@@ -272,8 +276,8 @@ def test_centralized_equals_a_bare_loop(configure) -> None:
 def replace_round(federation: Federation, round: int):
     from cutlayer.runtime.ground import rng
 
-    generator = rng.torch_generator(federation.config.seed, round=round, client=0, stream="batches")
-    return federation.clients.data(0).batches(generator)
+    generator = rng.torch_generator(federation.setup.config.seed, round=round, client=0, stream="batches")
+    return federation.setup.data(0).batches(generator)
 
 
 def test_splitfed_v1_equals_fed_avg(configure) -> None:

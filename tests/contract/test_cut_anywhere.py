@@ -44,8 +44,8 @@ def test_bytes_of_several_values_equal_the_closed_form(configure: Configure, nam
     for direction, kind, _, count in federation.ledger.totals():
         if kind not in CONTROL_KINDS:
             measured[direction, kind] = measured.get((direction, kind), 0) + count.payload
-    assert measured == expected_bytes(federation, range(1))
-    samples = int(federation.partition.sizes.sum())
+    assert measured == expected_bytes(federation.setup, range(1))
+    samples = int(federation.setup.partition.sizes.sum())
     assert measured["down", "smashed"] == samples * CROSSING[model] * 4
     assert measured["up", "smashed"] == samples * (CROSSING[model] * 4 + 8)
 
@@ -87,7 +87,7 @@ def test_the_saved_model_is_the_plain_module(
         summary = run(config, folder)
     plain = kind(10, 1).eval()
     plain.load_state_dict(load_file(tmp_path / "run" / MODEL_FILE), strict=True)
-    test = Federation(config).dataset.test
+    test = Federation(config).setup.dataset.test
     x, y = next(test.batches(torch.arange(len(test)), batch_size=len(test)))
     with torch.no_grad():
         assert float((plain(x).argmax(1) == y).double().mean()) == summary.final_acc
@@ -224,8 +224,8 @@ def test_three_parts_of_any_model_train_and_resume(
     for direction, kind, _, count in federation.ledger.totals():
         if kind not in CONTROL_KINDS:
             measured[direction, kind] = measured.get((direction, kind), 0) + count.payload
-    assert measured == expected_bytes(federation, range(2))
-    samples, (first, second) = 2 * int(federation.partition.sizes.sum()), THIRDS[model]
+    assert measured == expected_bytes(federation.setup, range(2))
+    samples, (first, second) = 2 * int(federation.setup.partition.sizes.sum()), THIRDS[model]
     assert measured["up", "smashed"] == measured["down", "gradient"] == samples * first * 4
     assert measured["down", "smashed"] == measured["up", "gradient"] == samples * second * 4
     interrupted = play(Federation(config, tmp_path), 1)
@@ -245,11 +245,11 @@ def test_a_body_that_is_the_servers_teaches_nothing(configure: Configure, model:
     one = (*model, "num_clients=1", "rounds=1", "batch_size=2000", "precision=fp64", "optimizer=sgd", "lr=0.05")
     one = (*one, "model.options.dropout=0") if SKIPPING[0] in model else one
     federation = Federation(configure("algorithm=fsmkd", *one, f"algorithm.shared_gradient={shared}"))
-    start = {**federation.blueprint.initial}
+    start = {**federation.setup.blueprint.initial}
     alike = {key: start["server"][key].clone() for key in start["personal"]}
     assert alike.keys() == start["server"].keys()
-    federation.blueprint.initial["personal"] = alike
-    federation.blueprint._parts["personal"].load_state_dict(alike)
+    federation.setup.blueprint.initial["personal"] = alike
+    federation.setup.blueprint._parts["personal"].load_state_dict(alike)
     found = play(federation).full_model()
     expected = play(Federation(configure("algorithm=centralized", *one))).full_model()
     assert found is not None
@@ -292,6 +292,6 @@ def test_a_variant_of_another_depth_says_where_it_is_cut(configure: Configure) -
     deep = ("model=vit", "model.options.depth=4", "model.options.hidden=8", "model.cut=[block1,block3]")
     federation = Federation(configure("algorithm=fsmkd", *deep, "num_clients=2", "rounds=1",
         "model.personal.variants=[{depth: 6, cut: [block2, block3]}, {cut: [block1, block4]}]"))  # fmt: skip
-    keys = [{key.split(".")[0] for key in twin.initial["personal"]} for twin in federation.blueprint.variants]
+    keys = [{key.split(".")[0] for key in twin.initial["personal"]} for twin in federation.setup.blueprint.variants]
     assert keys == [{"block3"}, {"block2", "block3", "block4"}]
     play(federation)

@@ -48,7 +48,7 @@ def finished(config: RunConfig, path: Path) -> dict[str, Any]:
 
 
 def accuracy(model: nn.Module, config: RunConfig) -> float:
-    test = Federation(config).dataset.test
+    test = Federation(config).setup.dataset.test
     x, y = next(test.batches(torch.arange(len(test)), batch_size=len(test)))
     with torch.no_grad():
         return float((model.eval()(x).argmax(1) == y).double().mean())
@@ -65,7 +65,7 @@ def test_a_method_that_leaves_the_model_whole_trains_any_module(configure: Confi
     model = Net(10, 1)
     sizes = [4 * sum(p.numel() for p in model.parameters()), sum(t.nbytes for t in model.state_dict().values())]
     expected = {"centralized": 0, "local_only": 0, "scaffold": 4 * sum(sizes)}
-    projector = federation.blueprint.initial.get("projector", {})  # of features of twelve values
+    projector = federation.setup.blueprint.initial.get("projector", {})  # of features of twelve values
     assert sum(t.numel() for t in projector.values()) in (0, 13 * 16 + 17 * 16)
     sizes[1] += sum(t.nbytes for t in projector.values())
     assert record.comm_load == expected.get(name, 4 * sizes[1])
@@ -84,15 +84,15 @@ def test_a_method_of_body_and_head_finds_the_classifier(configure: Configure, na
     """The last layer with weights, and what the model's own code does after the one before it."""
     heads = ("model.auxiliary_heads.blocks=[stem]",) if name == "mhmd" else ()
     federation = Federation(configure(f"algorithm={name}", OWN, *heads, "rounds=2", "num_clients=2"))
-    parts = federation.blueprint.initial
+    parts = federation.setup.blueprint.initial
     assert list(parts["head"]) == ["scale", "out.weight", "out.bias"]
     assert sorted([*parts["body"], *parts["head"]]) == sorted(Net(10, 1).state_dict())
     play(federation)
     measured = sum(count.payload for _, kind, _, count in federation.ledger.totals() if kind not in CONTROL_KINDS)
-    assert measured == sum(expected_bytes(federation, range(2)).values())
+    assert measured == sum(expected_bytes(federation.setup, range(2)).values())
     trained = federation.full_model()
     if trained is None:
-        assert federation.personal
+        assert federation.setup.personal
         return
     Net(10, 1).load_state_dict(trained, strict=True)
     moved = {key for key, value in trained.items() if not torch.equal(value, {**parts["body"], **parts["head"]}[key])}
@@ -119,7 +119,7 @@ def test_a_model_of_torchvision_loads_into_torchvisions(configure: Configure, tm
     model = torchvision.models.resnet18(num_classes=4)
     model.load_state_dict(load_file(tmp_path / "run" / MODEL_FILE), strict=True)
     assert accuracy(model, config) == results["test_acc"][-1]
-    assert Federation(config).dataset.info.shape == (3, 32, 32), "grey images of 8x8, as the model sees them"
+    assert Federation(config).setup.dataset.info.shape == (3, 32, 32), "grey images of 8x8, as the model sees them"
     parts = choose_folder(config, []).relative_to(config.save_dir.absolute()).parts
     assert parts[:3] == ("fed_avg", "torchvision-resnet18", "synthetic-iid")
     again = RunConfig.from_mapping(
@@ -152,7 +152,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(configure: 
 
 def test_batches_of_one_are_refused_where_the_model_normalises_over_them(configure: Configure) -> None:
     own = Federation(configure("algorithm=fed_avg", OWN, "batch_size=1"))  # 64 pixels are enough for a variance
-    assert own.has_batches(0)
+    assert own.setup.has_batches(0)
     options = ("dataset=synthetic", "dataset.options.height=32", "dataset.options.width=32")
     with pytest.raises(ConfigError, match=r"batch_size=1: expected at least 2: torchvision/resnet18 normalises"):
         Federation(configure("algorithm=fed_avg", "model=torchvision/resnet18", "batch_size=1", *options))

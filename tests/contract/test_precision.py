@@ -70,7 +70,7 @@ def test_stale_weights_leave_the_bounds(configure, monkeypatch) -> None:
     stale, exact = (
         Federation(configure("algorithm=fed_avg", *STEPS, f"precision={precision}")) for precision in ("bf16", "fp64")
     )
-    monkeypatch.setattr(exact.blueprint, "autocast", nullcontext)
+    monkeypatch.setattr(exact.setup.blueprint, "autocast", nullcontext)
     assert play(exact).evaluate().accuracy > 0.5 + play(stale).evaluate().accuracy
 
 

@@ -85,7 +85,7 @@ def pixels(federation: Federation, part: str) -> tuple[np.ndarray, np.ndarray]:
     """Images as scikit-learn has them, normalised by the mean and the deviation of the training images, and labels."""
     found = {}
     for name in ("train", part):
-        source = getattr(federation.dataset, name)
+        source = getattr(federation.setup.dataset, name)
         found[name] = source._store._images.numpy().astype(float) / 255, source.labels.numpy()
     x, y = found[part]
     return (x - found["train"][0].mean()) / found["train"][0].std(), y
@@ -106,7 +106,7 @@ def replayed(measured: Folder) -> tuple[Federation, dict[int, dict[str, torch.Te
 def test_the_images_are_scikit_learns_own(replayed) -> None:
     """Train, validation and test together are the digits, each once."""
     federation, _ = replayed
-    parts = [getattr(federation.dataset, name) for name in ("train", "validation", "test")]
+    parts = [getattr(federation.setup.dataset, name) for name in ("train", "validation", "test")]
     found = np.concatenate([part._store._images.numpy().reshape(len(part), -1) for part in parts])
     labels = np.concatenate([part.labels.numpy() for part in parts])
     data: Any = load_digits()
@@ -163,8 +163,8 @@ def test_accuracy_on_each_clients_share_of_the_test_set(measured: Folder, replay
 def test_partitions(measured: Folder, replayed) -> None:
     federation, _ = replayed
     for name, parts, source in (
-        ("partition.csv", federation.partition, federation.dataset.train),
-        ("local_test/partition.csv", federation.evaluator.local_test, federation.dataset.test),
+        ("partition.csv", federation.setup.partition, federation.setup.dataset.train),
+        ("local_test/partition.csv", federation.evaluator.local_test, federation.setup.dataset.test),
     ):
         rows = table(measured[0], name)
         assert [row["client"] for row in rows] == list(range(5))
@@ -183,7 +183,7 @@ def test_bytes_by_round_direction_kind_field_and_client(sent: Folder) -> None:
     folder, config = sent
     federation = Federation(config)
     drawn = Drawn(federation)
-    part = {name: federation.blueprint.initial[name] for name in ("client", "auxiliary")}
+    part = {name: federation.setup.blueprint.initial[name] for name in ("client", "auxiliary")}
     model = {f"{name}/{key}": value for name, state in part.items() for key, value in state.items()}
     payload: dict[tuple[Any, ...], int] = defaultdict(int)
     framed: dict[tuple[Any, ...], int] = defaultdict(int)

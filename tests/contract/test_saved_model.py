@@ -30,13 +30,15 @@ def test_it_loads_into_the_whole_model_with_the_recorded_accuracy(configure, tmp
     again = RunConfig.from_mapping(mapping)
     recorded = json.loads((tmp_path / "run" / "results.json").read_text())["test_acc"][-1]
     if algorithms.get(name).evaluates_features:
-        build_model(again.model, Federation(config).dataset.info)  # the classifier is among its weights
+        build_model(again.model, Federation(config).setup.dataset.info)  # the classifier is among its weights
         assert Federation(again).evaluate().accuracy == recorded
         return
-    test = Federation(config).dataset.test
+    test = Federation(config).setup.dataset.test
     x, y = next(test.batches(torch.arange(len(test)), batch_size=len(test)))
     with torch.no_grad():
-        accuracy = (build_model(again.model, Federation(config).dataset.info).eval()(x).argmax(1) == y).double().mean()
+        accuracy = (
+            (build_model(again.model, Federation(config).setup.dataset.info).eval()(x).argmax(1) == y).double().mean()
+        )
     assert accuracy.item() == recorded
 
 

@@ -41,7 +41,7 @@ def test_no_mask_is_drawn_twice(configure, monkeypatch, name: str) -> None:
         return x * kept
 
     federation = Federation(configure(*SETTING, f"algorithm={name}", *MORE.get(name, ())))
-    clients = federation.population
+    clients = federation.setup.population
     monkeypatch.setattr(torch.nn.functional, "dropout", recorded)
     federation.step()
     first = len(masks)

@@ -268,7 +268,7 @@ def test_runs_of_both(configure: Configure) -> None:
     totals = federation.ledger.totals()
     sent = {way: count.payload for way, kind, field, count in totals if kind == "smashed" and field != "y"}
     assert [*sent] == ["up", "down"]
-    samples = sum(len(federation.partition.indices(client)) for client in federation.cohort(0))
+    samples = sum(len(federation.setup.partition.indices(client)) for client in federation.cohort(0))
     assert set(sent.values()) == {samples * 2 * 4 * 4 * 4}
 
 

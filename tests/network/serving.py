@@ -17,7 +17,6 @@ from cutlayer.runtime.ground import forking
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.network.client.kept import KeptState
 from cutlayer.runtime.rounds.federation import Federation
-from cutlayer.runtime.transport import GrpcTransport
 from tests.conftest import SMALL
 
 SERVER = ("transport=grpc", "role=server", "transport.port=0", "transport.timeout=60", "transport.gather=0")
@@ -92,13 +91,14 @@ def served(
     from cutlayer.runtime.network.server.remote_clients import RemoteClients
 
     config = load_config([*SMALL, *SERVER, *overrides])
-    assert isinstance(config.transport, GrpcTransport)
-    federation = Federation(config, tmp_path / "server")
+    federation = Federation(config, tmp_path / "server", clients=lambda setup, _: RemoteClients(setup, "run"))
     federation.resume()
-    remote = federation.clients = RemoteClients(federation, config.transport, "run")
+    remote = federation.clients
+    assert isinstance(remote, RemoteClients)
+    remote.listen(federation.round)
     started: list[Client] = []
     try:
-        for client in range(federation.population if clients is None else clients):
+        for client in range(federation.setup.population if clients is None else clients):
             started.append(start_client(client, remote.hub.port, tmp_path, *of_clients))
         yield federation
         remote.hub.close("the run is over")

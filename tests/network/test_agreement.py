@@ -162,10 +162,10 @@ def test_states_that_may_be_asked_for_again_stay(
 def test_a_client_is_as_it_was_after_the_round_that_counted(tmp_path: Path) -> None:
     """Also where a later round, which did not count, left it with nothing to keep."""
     site = Site(join(f"save_dir={tmp_path}"), tmp_path / "kept")
-    store, row = site.stores["clients"], {"w": torch.arange(3.0)}
+    store, row = site._store, {"w": torch.arange(3.0)}
 
     def after(round: int, row: dict[str, torch.Tensor] | None) -> bool:
-        site.round = round
+        site._round = round
         if row is None:
             store.drop(site.client, "own")
         else:

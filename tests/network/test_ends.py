@@ -50,11 +50,11 @@ def test_a_rate_that_does_not_converge_is_told_by_the_client(tmp_path: Path, mon
         gather, client = clients.gather, start_client(0, clients.hub.port, tmp_path)
         rounds: list[int] = []
 
-        def once(cohort: list[int]) -> None:
-            rounds.append(federation.round)
+        def once(cohort: list[int], round: int) -> None:
+            rounds.append(round)
             if len(rounds) > 1:
                 raise WaitedAgainError
-            gather(cohort)
+            gather(cohort, round)
 
         monkeypatch.setattr(clients, "gather", once)
         try:

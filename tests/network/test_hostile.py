@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from cutlayer.runtime.messages.boundary import ClientDroppedError
 from cutlayer.runtime.messages.bounds import WireError
 from cutlayer.runtime.network.agreement import PROTOCOL, data_facts, fingerprint, shared, version
+from cutlayer.runtime.network.server.guarded import GuardedServer
 from cutlayer.runtime.network.wire import What
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.session import ServerParty, Workplace
@@ -36,15 +37,15 @@ class Hostile:
     def __init__(self, federation: Federation, **greeting: object) -> None:
         from cutlayer.runtime.network.client.link import Link
 
-        transport = federation.config.transport
+        transport = federation.setup.config.transport
         self.link = Link(f"127.0.0.1:{federation.clients.hub.port}", HOSTILE, transport)
         hello = {"client": HOSTILE, "protocol": PROTOCOL, "version": version()}
         self.link.send(What.HELLO, hello | {key: value for key, value in greeting.items() if key in hello})
         facts = {
-            "config": fingerprint(shared(federation.config)),
-            "samples": int(federation.partition.sizes[HOSTILE]),
+            "config": fingerprint(shared(federation.setup.config)),
+            "samples": int(federation.setup.partition.sizes[HOSTILE]),
             "trains": True,
-            "data": data_facts(federation.dataset, divided=True),
+            "data": data_facts(federation.setup.dataset, divided=True),
         }
         self.link.send(What.HELLO, facts | {key: value for key, value in greeting.items() if key in facts})
 
@@ -255,7 +256,9 @@ def test_of_several_messages_at_once_the_one_that_cannot_be_used_is_found(
             return together(self, inbox)
 
         monkeypatch.setattr(kind, "on_smashed_cohort", faulty)
-        guarded = clients._guarded(ServerParty(federation.server, Workplace(federation.blueprint, 0)))
+        guarded = GuardedServer(
+            ServerParty(federation.server, Workplace(federation.setup.blueprint, 0)), clients._blame
+        )
         connected = {*clients.hub.connections}
         with pytest.raises(ValueError, match="a fault of this program"):
             guarded.serve("smashed", {client: {"query": Z + 1, "key": Z + 1} for client in range(2)})
@@ -264,7 +267,7 @@ def test_of_several_messages_at_once_the_one_that_cannot_be_used_is_found(
 
 def test_a_round_has_so_many_messages(arena: Federation) -> None:
     """One that goes on and on would hold the round, and with it all others, for ever."""
-    most = 64 + 32 * len(arena.clients.steps(HOSTILE))
+    most = 64 + 32 * len(arena.setup.steps(HOSTILE))
     answered: list[What] = []
 
     def act(hostile: Hostile, session: int) -> None:
@@ -294,14 +297,14 @@ def test_answers_that_it_does_not_read_do_not_pile_up(arena: Federation) -> None
 def test_the_attacker_leaves_no_trace(arena: Federation, configure) -> None:
     """The weights and the ledger are those of a run in which it is lost before it says anything."""
     base = Federation(configure(*SETTING))
-    program = base.algorithm.client
+    program = base.setup.algorithm.client
 
     def lost(ctx, down):
         if ctx.id == HOSTILE:
             raise ClientDroppedError
         return (yield from program(ctx, down))
 
-    base.algorithm = type("Lossy", (base.algorithm,), {"client": staticmethod(lost)})
+    base.setup.algorithm = type("Lossy", (base.setup.algorithm,), {"client": staticmethod(lost)})
     base.round = arena.round
     base.server.load_state_dict(copy.deepcopy(arena.server.state_dict()))
     base.ledger.load_state_dict(arena.ledger.state_dict())
@@ -360,7 +363,7 @@ def test_who_is_silent_for_too_long_may_come_again(arena: Federation, monkeypatc
     with here.changed:
         assert here.changed.wait_for(lambda: HONEST in here.connections, 30)
     monkeypatch.setattr(hub, "_GREETING_S", 0.2)
-    silent = link.Link(f"127.0.0.1:{here.port}", HOSTILE, arena.config.transport)
+    silent = link.Link(f"127.0.0.1:{here.port}", HOSTILE, arena.setup.config.transport)
     try:
         end = silent.receive()
     finally:

@@ -152,7 +152,7 @@ def test_a_server_that_starts_is_shown(tmp_path: Path, capsys: pytest.CaptureFix
     class EnoughError(Exception):
         pass
 
-    def looked_at(*_: object) -> None:
+    def looked_at(*_: object, **__: object) -> None:
         assert status.main([f"save_dir={tmp_path}", "once=true"]) == 0
         shown.append(capsys.readouterr().out)
         raise EnoughError

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cutlayer.runtime.rounds.federation import Federation
-from cutlayer.runtime.rounds.schedule import RoundLostError
+from cutlayer.runtime.rounds.local_clients import LocalClients
+from cutlayer.runtime.rounds.schedule import RoundLostError, RoundReport
 from tests.conftest import play, same, weights
 from tests.network.serving import kept_rows, served
 
@@ -15,22 +16,21 @@ SETTING = ("algorithm=fsl_sage", "algorithm.align_epochs=2", "num_clients=2", "r
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_round_is_lost_and_repeated(configure, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+def test_a_round_is_lost_and_repeated(configure, times: int) -> None:
     whole = play(Federation(configure(*SETTING)))
-    federation = Federation(configure(*SETTING))
-    clients = federation.clients
-    clients.may_repeat = True
-    train, lost = clients.train, []
+    lost: list[int] = []
 
-    def failing(*arguments: Any) -> Any:
-        report = train(*arguments)
-        if federation.round == 2 and len(lost) < times:
-            lost.append(federation.round)
-            raise RoundLostError("lost client 0 of 2")
-        return report
+    class Failing(LocalClients):
+        may_repeat = True
 
-    monkeypatch.setattr(clients, "train", failing)
-    play(federation)
+        def train(self, cohort: list[int], round: int, *rest: Any) -> RoundReport:
+            report = super().train(cohort, round, *rest)
+            if round == 2 and len(lost) < times:
+                lost.append(round)
+                raise RoundLostError("lost client 0 of 2")
+            return report
+
+    federation = play(Federation(configure(*SETTING), clients=Failing))
     assert len(lost) == times
     assert same(weights(federation), weights(whole))
     assert federation.ledger.state_dict() == whole.ledger.state_dict()

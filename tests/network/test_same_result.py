@@ -37,7 +37,7 @@ def test_weights_ledger_and_accuracy(configure, name: str, more: tuple[str, ...]
     with served(tmp_path, *setting) as remote:
         found = [remote.step() for _ in range(2)]
         here = weights(remote)
-    here |= kept_rows(tmp_path, local.population)
+    here |= kept_rows(tmp_path, local.setup.population)
     assert same(here, weights(local)), sorted(here.keys() ^ weights(local).keys())
     for (record, lines), (other, others) in zip(found, expected, strict=True):
         assert lines == others

@@ -186,7 +186,7 @@ def as_first_format(folder: Path, federation: Federation, results: Results) -> N
     history = vars(results._history)
     sizes = {name: (folder / name).stat().st_size for name in ("metrics.csv", "extras.csv", "communication.csv")}
     manifest = {
-        "identity": federation.config.identity(),
+        "identity": federation.setup.config.identity(),
         "round": federation.round,
         "server": "server-2.safetensors",
         "rows": rows,

@@ -67,10 +67,10 @@ def test_all_clients_with_data_are_drawn_evenly(configure) -> None:
 
 def test_every_round_trains_where_few_clients_have_data(configure, caplog) -> None:
     federation = Federation(configure("algorithm=fed_avg", *SKEWED, "frac=0.1", "rounds=4"))
-    sizes = federation.partition.sizes
+    sizes = federation.setup.partition.sizes
     assert (sizes == 0).sum() >= 5
     with caplog.at_level(logging.WARNING):
-        federation.tell_idle()
+        federation.setup.tell_idle()
         while not federation.done:
             record, _ = federation.step()
             assert record.clients == 1
@@ -102,13 +102,13 @@ def test_a_setting_in_which_nobody_can_train_is_refused(configure, overrides: tu
 
 def test_each_natural_client_is_tested_on_its_own_groups(configure) -> None:
     federation = Federation(configure(*NATURAL, "dataset.local_test=true", "rounds=1"))
-    local, data = federation.evaluator.local_test, federation.dataset
+    local, data = federation.evaluator.local_test, federation.setup.dataset
     assert local is not None
     assert data.groups is not None
     assert data.test.groups is not None
     assert len(local.order) == len(data.test)
     for client in range(6):
-        (group,) = {*data.groups[federation.partition.indices(client)].tolist()}
+        (group,) = {*data.groups[federation.setup.partition.indices(client)].tolist()}
         assert {*data.test.groups[local.indices(client)].tolist()} == {group}
         assert len(local.indices(client)) == (data.test.groups == group).sum()
     evaluation = play(federation).evaluate()

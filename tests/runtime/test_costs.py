@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cutlayer import algorithms
 from cutlayer.models import build_model
-from cutlayer.runtime.costs.metering import Costs, Meter, _Trial, measure
+from cutlayer.runtime.costs.metering import Costs, Meter, _a_batch_each, measure
 from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.launching import launch
+from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.settings import RunConfig
 
 Configure = Callable[..., RunConfig]
@@ -79,7 +80,7 @@ def test_a_convolution_by_hand(configure: Configure) -> None:
 
 def test_operations_are_those_of_torchs_counter(configure: Configure) -> None:
     config = configure(f"batch_size={B}", "algorithm=fed_avg", "model=resnet20", "model.options.width=4")
-    found, trial = measure(config), _Trial(config)
+    found, trial = measure(config), Setup(config, None, _a_batch_each)
     model, x = build_model(config.model, trial.dataset.info), torch.zeros(B, *trial.dataset.info.shape)
     with FlopCounterMode(display=False) as forward:
         loss = model(x).sum()
@@ -104,9 +105,9 @@ def test_every_method_is_measured(configure: Configure, name: str) -> None:
     """What crosses is what its arrows say; of several clients the one with most data has the batch."""
     config = configure(f"batch_size={B}", f"algorithm={name}", "num_clients=2", "dataset.min_samples=0")
     found = measure(config)
-    trial = _Trial(config)
+    trial = Setup(config, None, _a_batch_each)
     assert found.samples == trial.partition.sizes.max() == B
-    alone = _Trial(configure(f"batch_size={B}", f"algorithm={name}", "num_clients=1"))
+    alone = Setup(configure(f"batch_size={B}", f"algorithm={name}", "num_clients=1"), None, _a_batch_each)
     expected = expected_bytes(alone, range(1))
     for way in ("up", "down"):
         total = sum(size for (direction, _), size in expected.items() if direction == way)

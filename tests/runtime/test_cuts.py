@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cutlayer.runtime.costs.cuts import list_cuts
+from cutlayer.runtime.costs.cuts import list_cuts, prepared
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.launching import launch
 from cutlayer.runtime.messages.ledger import CONTROL_KINDS
@@ -94,10 +94,11 @@ def test_a_cut_within_a_budget(configure: Configure, budget: str, cut: str | Non
     given = ("algorithm=fsl_sage", "model=cnn2", f"model.cut=auto:{budget}")
     if cut is None:
         with pytest.raises(ConfigError, match="expected a budget that some cut keeps; the least is .*, after "):
-            Federation(configure(*given))
+            prepared(configure(*given))
         return
-    chosen = Federation(configure(*given))
-    assert chosen.config.model.cut == cut
+    config, dataset = prepared(configure(*given))
+    chosen = Federation(config, dataset=dataset)
+    assert chosen.setup.config.model.cut == cut
     explicit = play(Federation(configure(*given[:2], f"model.cut={cut}")), 1)
     assert same(weights(play(chosen, 1)), weights(explicit))
 
@@ -106,7 +107,7 @@ def test_a_limit_of_bytes_leaves_the_client_the_least_work(configure: Configure)
     given = ("algorithm=sl", "model=cnn2")
     listed = list(list_cuts(configure(*given)))
     limit = sorted(cut.bytes for cut in listed)[3] / 1e6
-    chosen = Federation(configure(*given, f"model.cut=auto:round_mb<={limit:f}")).config.model.cut
+    chosen = prepared(configure(*given, f"model.cut=auto:round_mb<={limit:f}"))[0].model.cut
     affordable = [cut for cut in listed if cut.bytes <= limit * 1e6]
     assert chosen == min(affordable, key=lambda cut: cut.client_flops).name
 

@@ -85,7 +85,7 @@ def test_a_run_does_not_go_on_with_other_data_unless_told_to(configure, images: 
     config = configure(*setting, "batch_size=2")
     folder = tmp_path / "run"
     federation, results = Federation(config, folder), Results(folder)
-    record_data(folder, federation.dataset.facts)
+    record_data(folder, federation.setup.dataset.facts)
     results.record(*federation.step())
     federation.checkpoint(results.state())
     add(images, "train", "dog", 30, 3)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cutlayer.runtime.costs.cuts import list_cuts
+from cutlayer.runtime.costs.cuts import list_cuts, prepared
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.messages.boundary import Payload
@@ -35,7 +35,7 @@ def test_the_budget_of_bytes_is_spent_by_the_byte_that_reaches_it(configure) -> 
     federation = Federation(configure(*SETTING))
     federation.step()
     spent = federation.ledger.training().payload
-    model = sum(value.numel() * 4 for value in federation.blueprint.initial["model"].values())
+    model = sum(value.numel() * 4 for value in federation.setup.blueprint.initial["model"].values())
     assert spent == 2 * 3 * model
     two = 2 * spent
     assert ends_after(configure, f"{two / 1e6:.6f}") == 2
@@ -53,7 +53,7 @@ def federation(configure) -> Federation:
 def test_a_budget_is_met_by_its_number_of_bytes_whatever_floating_point_makes_of_it(federation, count: int) -> None:
     for spent, done in ((count - 1, False), (count, True)):
         federation.ledger._totals = {("up", "model", "model"): Count(spent, spent)}
-        federation.config = replace(federation.config, comm_threshold_mb=count / 1e6)
+        federation.setup.config = replace(federation.setup.config, comm_threshold_mb=count / 1e6)
         assert federation.done == done
 
 
@@ -185,7 +185,7 @@ def test_a_budget_of_a_cut_holds_the_cut_that_uses_it_up(configure, measure: str
           "round_mb": lambda cut: cut.bytes / 1e6}[measure]  # fmt: skip
     least = min(map(of, cuts))
     one = 1 if measure == "client_params" else 1e-6
-    config = Federation(configure(*setting, f"model.cut=auto:{measure}<={least:.6f}")).config
+    config, _ = prepared(configure(*setting, f"model.cut=auto:{measure}<={least:.6f}"))
     assert of(next(cut for cut in cuts if cut.name == config.model.cut)) == least
     with pytest.raises(ConfigError, match="a budget that some cut keeps"):
-        Federation(configure(*setting, f"model.cut=auto:{measure}<={least - one:.6f}"))
+        prepared(configure(*setting, f"model.cut=auto:{measure}<={least - one:.6f}"))

@@ -24,13 +24,13 @@ def trained(configure) -> Federation:
 
 
 def everything(federation: Federation) -> tuple[torch.Tensor, torch.Tensor]:
-    source = federation.dataset.test
+    source = federation.setup.dataset.test
     ((x, y),) = source.batches(torch.arange(len(source)), batch_size=len(source))
     return x, y
 
 
 def parts(federation: Federation) -> list[nn.Module]:
-    return [federation.held[name] for name in ("client", "server")]
+    return [federation.learnt.held[name] for name in ("client", "server")]
 
 
 @pytest.mark.parametrize("size", [1, 7, 119, 120, 359, 360, 1000])
@@ -39,7 +39,9 @@ def test_losses_and_hits_in_the_order_of_the_samples(trained: Federation, size: 
     whole = nn.Sequential(*parts(trained))
     chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(1))[:121]
     for samples in (None, chosen):
-        found = evaluate(parts(trained), trained.dataset.test, trained.blueprint, batch_size=size, samples=samples)
+        found = evaluate(
+            parts(trained), trained.setup.dataset.test, trained.setup.blueprint, batch_size=size, samples=samples
+        )
         index = torch.arange(len(y)) if samples is None else samples
         whole.eval()
         with torch.no_grad():
@@ -56,7 +58,7 @@ def test_batches_statistics_are_those_of_nearly_equal_mixed_batches(trained: Fed
     x, y = everything(trained)
     whole = nn.Sequential(*parts(trained))
     before = {key: value.clone() for key, value in whole.state_dict().items()}
-    found = evaluate(parts(trained), trained.dataset.test, trained.blueprint, batch_size=size,
+    found = evaluate(parts(trained), trained.setup.dataset.test, trained.setup.blueprint, batch_size=size,
                      batch_statistics=[True, True])  # fmt: skip
     order = _order(len(y), mixed=True)
     seed = seed_of(0, -1, -1, "test order")
@@ -68,7 +70,7 @@ def test_batches_statistics_are_those_of_nearly_equal_mixed_batches(trained: Fed
             losses[batch] = F.cross_entropy(whole(x[batch]), y[batch], reduction="none")  # in training mode
     torch.testing.assert_close(found.losses, losses.double())
     whole.load_state_dict(before)
-    again = evaluate(parts(trained), trained.dataset.test, trained.blueprint, batch_size=size)
+    again = evaluate(parts(trained), trained.setup.dataset.test, trained.setup.blueprint, batch_size=size)
     assert not torch.allclose(again.losses, found.losses), "running statistics are others"
 
 
@@ -98,10 +100,10 @@ def test_a_test_computes_in_the_run_s_precision(configure, precision: str, dtype
     """Bits of a forward pass in it, and a loss in float32 or wider."""
     federation = Federation(configure("algorithm=fed_avg", "num_clients=2", "lr=0.01", f"precision={precision}"))
     federation.step()
-    (model,) = federation.held.values()
+    (model,) = federation.learnt.held.values()
     seen: set[torch.dtype] = set()
     hook = model[-1].register_forward_hook(lambda module, given, output: seen.add(output.dtype))
-    found = evaluate([model], federation.dataset.test, federation.blueprint, batch_size=360)
+    found = evaluate([model], federation.setup.dataset.test, federation.setup.blueprint, batch_size=360)
     hook.remove()
     assert seen == {dtype}
     x, y = everything(federation)

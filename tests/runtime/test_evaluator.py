@@ -22,10 +22,12 @@ def models(federation: Federation) -> list[Perceptron]:
     found = []
     for client in range(5):
         state: dict[str, torch.Tensor] = {}
-        for name in federation.algorithm.layout.whole:
-            own = federation.stores["clients"].get(client, name) if name in federation.algorithm.personal else None
+        for name in federation.setup.algorithm.layout.whole:
+            own = (
+                federation.stores["clients"].get(client, name) if name in federation.setup.algorithm.personal else None
+            )
             held = federation.server.ctx.parts.get(name)
-            initial = federation.blueprint.initial[name]
+            initial = federation.setup.blueprint.initial[name]
             state |= own or (initial if held is None else held.state_dict())
         found.append(Perceptron(state))
     return found
@@ -43,7 +45,7 @@ def on_all(federation: Federation, part: str) -> Scores:
 
 def on_shares(federation: Federation, part: str) -> Scores:
     x, y = pixels(federation, part)
-    parts = federation.evaluator.shares(getattr(federation.dataset, part))
+    parts = federation.evaluator.shares(getattr(federation.setup.dataset, part))
     lists = [parts.indices(client).numpy() for client in range(5)]
     return [(len(own), model.scores(x[own], y[own])) for own, model in zip(lists, models(federation), strict=True)]
 
@@ -106,7 +108,7 @@ def test_statistics_that_do_not_travel_are_those_of_what_is_tested(
                   "aggregate.buffers=reset", f"dataset.local_test={alone}", "eval_batch_size=400")
     )  # fmt: skip
     record, _ = federation.step()
-    model, test = federation.server.ctx.part("model"), federation.dataset.test
+    model, test = federation.server.ctx.part("model"), federation.setup.dataset.test
     ((x, y),) = test.batches(torch.arange(len(test)), batch_size=len(test))
     parts = federation.evaluator.local_test
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())

@@ -46,26 +46,26 @@ def test_every_algorithm_can_be_personalised_and_is_left_as_it_was(configure, tm
     table = rows(tmp_path / "personalized" / "part=full,lr=0.05,epochs=0-3")
     assert {int(row["client"]): float(row["accuracy"]) for row in table if row["epochs"] == "0"} == local
     assert found.mean[0] == pytest.approx(np.mean(list(local.values())))
-    if not federation.algorithm.pooled:
+    if not federation.setup.algorithm.pooled:
         assert found.mean[1] > found.mean[0], "clients of three classes gain by looking at their own data"
 
 
 def test_against_a_bare_loop(configure, tmp_path: Path) -> None:
     federation = play(Federation(configure("algorithm=fed_avg", "precision=fp64", *SETTING)))
     found = personalize(federation, PersonalizeConfig("full", (1, 2), 0.05), tmp_path)
-    shares = federation.evaluator.shares(federation.dataset.test)
+    shares = federation.evaluator.shares(federation.setup.dataset.test)
     accuracies: dict[int, list[float]] = {1: [], 2: []}
     from cutlayer.runtime.ground import rng
 
     for client in range(4):
-        (model,) = federation.blueprint.parts(["model"]).values()
+        (model,) = federation.setup.blueprint.parts(["model"]).values()
         model.load_state_dict(federation.server.ctx.part("model").state_dict())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        generator = rng.torch_generator(federation.config.seed, client=client, stream="personalize batches")
+        generator = rng.torch_generator(federation.setup.config.seed, client=client, stream="personalize batches")
         own = shares.indices(client)
-        x_test, y_test = next(federation.dataset.test.batches(own, batch_size=len(own)))
+        x_test, y_test = next(federation.setup.dataset.test.batches(own, batch_size=len(own)))
         for epoch in (1, 2):
-            for x, y in federation.clients.data(client).batches(generator, 1):
+            for x, y in federation.setup.data(client).batches(generator, 1):
                 optimizer.zero_grad()
                 torch.nn.functional.cross_entropy(model(x), y).backward()
                 optimizer.step()
@@ -224,7 +224,7 @@ def test_a_client_without_data_is_tested_and_one_without_test_data_is_counted(co
     federation = play(Federation(replace(config)))
     found = personalize(federation, PersonalizeConfig("full", 1, 0.01), tmp_path)
     assert found.clients + found.skipped == 300
-    assert found.skipped == int((federation.evaluator.shares(federation.dataset.test).sizes == 0).sum()) > 0
+    assert found.skipped == int((federation.evaluator.shares(federation.setup.dataset.test).sizes == 0).sum()) > 0
 
 
 def test_a_bad_config_object_names_its_key() -> None:

@@ -13,9 +13,9 @@ from cutlayer import probe as command
 from cutlayer.algorithms.fed_avg import FedAvg
 from cutlayer.models import leave_out
 from cutlayer.runtime.after.personalize import personalize
-from cutlayer.runtime.after.probe import folder_of, probe, read
+from cutlayer.runtime.after.probe import feature_parts, folder_of, probe, read
 from cutlayer.runtime.evaluation.classifiers import ProbeConfig, knn_accuracy
-from cutlayer.runtime.evaluation.features import feature_parts, features
+from cutlayer.runtime.evaluation.features import features
 from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
@@ -35,8 +35,8 @@ def of(federation: Federation, source: str = "test") -> tuple[torch.Tensor, torc
     modules, where = feature_parts(federation)
     found = features(
         modules,
-        getattr(federation.dataset, source),
-        federation.blueprint,
+        getattr(federation.setup.dataset, source),
+        federation.setup.blueprint,
         batch_size=250,
         batch_statistics=federation.evaluator.batch_statistics,
     )
@@ -70,9 +70,9 @@ def test_features_are_what_the_classifier_takes(
     assert where == classifier
     assert found.shape == (360, dimension)
     assert found.dtype == torch.float32
-    assert torch.equal(labels, federation.dataset.test.labels)
+    assert torch.equal(labels, federation.setup.dataset.test.labels)
     # The model's own classifier on them is the model.
-    state = {key: tensor for part in federation.client_states(0).values() for key, tensor in part.items()}
+    state = {key: tensor for part in federation.learnt.client_states(0).values() for key, tensor in part.items()}
     logits = F.linear(found, *(state[f"{classifier}.{name}"].float() for name in ("weight", "bias")))
     evaluation = federation.evaluate()
     rough = 0.01 if "precision=bf16" in setting else 1e-4
@@ -102,7 +102,7 @@ def test_a_method_without_features_for_all_is_refused(configure, name: str) -> N
 def test_of_personal_methods_it_is_what_the_server_holds(configure, name: str) -> None:
     federation = play(Federation(configure(f"algorithm={name}", "rounds=1")))
     modules, _ = feature_parts(federation)
-    held = [federation.server.ctx.part(part) for part in federation.algorithm.layout.whole]
+    held = [federation.server.ctx.part(part) for part in federation.setup.algorithm.layout.whole]
     for module, part in zip(modules, held, strict=True):
         assert same(module.state_dict(), part.state_dict())
 

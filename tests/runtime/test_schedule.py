@@ -1,5 +1,9 @@
 """Schedules: the same messages in another order give the same result, and a lost client harms nobody else."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,7 +12,12 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import ClientDroppedError, Message, ask, tell
 from cutlayer.runtime.messages.crossing import tensor
 from cutlayer.runtime.parties.blueprint import Layout
-from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.parties.store import Store
+from cutlayer.runtime.rounds.federation import Federation, make_server
+from cutlayer.runtime.rounds.local_clients import LocalClients
+from cutlayer.runtime.rounds.schedule import RoundReport
+from cutlayer.runtime.rounds.session import Session
+from cutlayer.runtime.rounds.setup import Setup
 from tests.conftest import play, same, weights
 
 
@@ -49,10 +58,12 @@ class CohortEcho(Echo):
         return {client: {"value": together} for client in inbox}
 
 
-def federation_of(config, algorithm: type[Algorithm]) -> Federation:
-    federation = Federation(config)
-    federation.algorithm = algorithm
-    federation.server = federation._build_server()
+def federation_of(
+    config, algorithm: type[Algorithm], clients: Callable[[Setup, Store], LocalClients] = LocalClients
+) -> Federation:
+    federation = Federation(config, clients=clients)
+    federation.setup.algorithm = algorithm
+    federation.server = make_server(federation.setup, federation.stores["server"])
     return federation
 
 
@@ -77,7 +88,7 @@ def test_a_clients_randomness_does_not_depend_on_who_runs_between(configure) -> 
 def test_splitfed_v1_is_the_same_in_lockstep(configure) -> None:
     config = configure("algorithm=sl_multi_server", "dataset.distribution=dirichlet")
     sequential = Federation(config)
-    algorithm = variant(sequential.algorithm, schedule="lockstep")
+    algorithm = variant(sequential.setup.algorithm, schedule="lockstep")
     lockstep = federation_of(config, algorithm)
     play(sequential)
     play(lockstep)
@@ -105,7 +116,7 @@ def test_a_lockstep_handler_sees_the_whole_cohort(configure) -> None:
 def test_a_client_that_drops_out_leaves_no_trace(configure, schedule: str, after: int) -> None:
     """The survivors' average is that of a run in which the lost client never took part."""
     config = configure("algorithm=sl_multi_server", "rounds=1")
-    base = Federation(config).algorithm
+    base = Federation(config).setup.algorithm
 
     def losing(ctx, down):
         program = base.client(ctx, down)
@@ -139,17 +150,18 @@ def test_a_client_that_drops_out_leaves_no_trace(configure, schedule: str, after
 @pytest.mark.parametrize("place", [0, 3])
 def test_a_client_that_has_left_before_its_turn_is_lost_alone(configure, schedule: str, place: int) -> None:
     config = configure("algorithm=sl_multi_server", "rounds=1")
-    algorithm = variant(Federation(config).algorithm, schedule=schedule)
-    lossy, without = federation_of(config, algorithm), federation_of(config, algorithm)
-    cohort = lossy.cohort(0)
-    absent, begin = cohort[place], lossy.clients.open
+    algorithm = variant(Federation(config).setup.algorithm, schedule=schedule)
+    without = federation_of(config, algorithm)
+    cohort = without.cohort(0)
+    absent = cohort[place]
 
-    def open(client: int):
-        if client == absent:
-            raise ClientDroppedError
-        return begin(client)
+    class Leaving(LocalClients):
+        def open(self, client: int, round: int) -> Session:
+            if client == absent:
+                raise ClientDroppedError
+            return super().open(client, round)
 
-    lossy.clients.open = open  # type: ignore[method-assign]
+    lossy = federation_of(config, algorithm, Leaving)
     record, lines = lossy.step()
     assert record.clients == 3
     assert record.metrics["dropped"] == 1
@@ -166,22 +178,20 @@ def test_a_client_whose_message_the_server_refuses_is_lost_alone(configure, sche
         return {}
 
     algorithm = variant(Noisy, client=staticmethod(client), schedule=schedule)
-    federation = federation_of(configure("algorithm=fed_avg", "rounds=1"), algorithm)
+
+    class Refusing(LocalClients):
+        def train(self, cohort, round, drop, server, ledger) -> RoundReport:
+            def refuse(first, *rest):
+                if first == ("other" if what == "serve" else 2):
+                    raise ClientDroppedError
+                return getattr(server, what)(first, *rest)
+
+            methods = {name: getattr(server, name) for name in ("down", "serve", "absorb", "forget")}
+            stricter: Any = SimpleNamespace(**{**methods, what: refuse})
+            return super().train(cohort, round, drop, stricter, ledger)
+
+    federation = federation_of(configure("algorithm=fed_avg", "rounds=1"), algorithm, Refusing)
     federation.server.on_other = federation.server.on_draw
-    train = federation.clients.train
-
-    def refusing(cohort, drop, server, ledger):
-        method = getattr(server, what)
-
-        def refuse(first, *rest):
-            if first == ("other" if what == "serve" else 2):
-                raise ClientDroppedError
-            return method(first, *rest)
-
-        setattr(server, what, refuse)
-        return train(cohort, drop, server, ledger)
-
-    federation.clients.train = refusing  # type: ignore[method-assign]
     record, _ = federation.step()
     assert record.clients == 3
     assert record.metrics["dropped"] == 1
@@ -189,7 +199,7 @@ def test_a_client_whose_message_the_server_refuses_is_lost_alone(configure, sche
 
 def test_a_cohort_that_does_not_fit_in_memory_is_refused(configure, monkeypatch) -> None:
     federation = federation_of(configure("algorithm=fed_avg"), variant(Noisy, schedule="lockstep"))
-    monkeypatch.setattr("cutlayer.runtime.rounds.federation._available_memory", lambda device: 1000)
+    monkeypatch.setattr("cutlayer.runtime.rounds.local_clients._available_memory", lambda device: 1000)
     with pytest.raises(
         ConfigError, match="frac=1.0: expected a cohort that fits in memory: 4 clients in lockstep need"
     ):
@@ -220,7 +230,7 @@ def test_clients_with_too_little_data_are_skipped(configure) -> None:
     tiny = ("model=resnet18", "model.options.width=2", "rounds=1")
     normed = Federation(configure("algorithm=fed_avg", *setting, *tiny))
     split = Federation(configure("algorithm=sl_single_server", *setting, *tiny, "model.cut=conv1"))
-    sizes = plain.partition.sizes
+    sizes = plain.setup.partition.sizes
     assert (sizes == 0).any()
     assert (sizes == 1).any()
     assert sorted(plain.cohort(0)) == [client for client in range(300) if sizes[client] > 0]
@@ -245,5 +255,5 @@ def test_batches_of_one_that_cannot_be_normalised_are_refused(configure) -> None
 def test_clients_without_a_full_batch_are_skipped_when_only_full_ones_count(configure) -> None:
     setting = ("dataset.drop_last=always", "dataset.distribution=quantity_skew", "dataset.alpha=0.3", "num_clients=20")
     federation = Federation(configure("algorithm=scaffold", *setting, "batch_size=64"))
-    assert sorted(federation.cohort(0)) == [c for c in range(20) if federation.partition.sizes[c] >= 64]
+    assert sorted(federation.cohort(0)) == [c for c in range(20) if federation.setup.partition.sizes[c] >= 64]
     assert len(federation.cohort(0)) < 20

@@ -97,14 +97,15 @@ class _Client:
         link.send(What.HELLO, {"client": self._id, "protocol": PROTOCOL, "version": version()})
         welcome = _next(link, What.WELCOME).body
         site = self._settle(welcome)
+        config = site.setup.config
         facts = {
-            "config": fingerprint(shared(site.config)),
+            "config": fingerprint(shared(config)),
             "samples": site.samples,
-            "trains": site.has_batches(self._id),
-            "data": data_facts(site.dataset, divided=site.config.dataset.divided),
+            "trains": site.setup.has_batches(self._id),
+            "data": data_facts(site.setup.dataset, divided=config.dataset.divided),
         }
         link.send(What.HELLO, facts)
-        samples, title = site.samples, site.config.title
+        samples, title = site.samples, config.title
         idle = "" if facts["trains"] else ", no batch to train on"
         log.info("client %d at %s: %s, %d training samples here%s", self._id, self._server, title, samples, idle)
 
@@ -114,7 +115,7 @@ class _Client:
         if not isinstance(theirs, dict):
             raise WireError("a welcome without a configuration")
         self._rounds = _number(welcome, "rounds") or 0
-        if self._site is not None and run == self._run and shared(self._site.config) == theirs:
+        if self._site is not None and run == self._run and shared(self._site.setup.config) == theirs:
             return self._site
         config = joined(self._own, cast(dict[str, Any], theirs), self._overrides)
         prepare_process(config.torch_device())
@@ -124,7 +125,7 @@ class _Client:
         named = {override.lstrip("+").partition("=")[0] for override in self._overrides}
         download = not named.isdisjoint(("dataset", "dataset.name", "dataset.root"))
         self._site, self._run = Site(config, folder, download=download), run
-        set_threads(config.threads, self._site.device, self._site.parameters)
+        set_threads(config.threads, self._site.setup.device, self._site.setup.parameters)
         return self._site
 
     def _folder(self, config: RunConfig, run: str) -> Path:
@@ -178,24 +179,24 @@ class _Client:
     def _train(self, link: Link, session: int, round: int, down: Payload) -> None:
         assert self._site is not None
         site, start = self._site, time.monotonic()
-        computed = site.seconds["client"]
+        computed = site.seconds
         client = site.open(round)
         try:
-            client.send(on_device(down, site.device))
+            client.send(on_device(down, site.setup.device))
             while isinstance(event := client.receive(), Message):
                 if link.peek() is not None:
                     raise _GivenUpError  # before this message there is nothing to answer
                 link.send(What.ASK if event.expects_reply else What.TELL, event.fields, session, event.kind)
                 if event.expects_reply:
-                    client.send(on_device(_reply(link, session), site.device))
+                    client.send(on_device(_reply(link, session), site.setup.device))
             if not all(map(math.isfinite, event.metrics.values())):
                 expected = f"a rate that converges: the loss is not finite in round {round + 1}"
-                raise ConfigError("lr", site.config.lr, expected)
+                raise ConfigError("lr", site.setup.config.lr, expected)
             keeps = site.keep()
         finally:
             client.close()
         link.send(What.METRICS, {"samples": event.samples, **event.metrics}, session, METRICS)
-        link.send(What.REPORT, {"keeps": keeps, "seconds": site.seconds["client"] - computed}, session)
+        link.send(What.REPORT, {"keeps": keeps, "seconds": site.seconds - computed}, session)
         link.send(What.UPLOAD, event.fields, session, MODEL)
         took = time.monotonic() - start
         log.info("client %d: round %d of %d took %.2f s", self._id, round + 1, self._rounds, took)

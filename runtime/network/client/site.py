@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from cutlayer.datasets import load
-from cutlayer.runtime.evaluation.evaluator import Evaluator
+from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.evaluation.scores import ClientScores
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import DamagedError
 from cutlayer.runtime.messages.boundary import Payload, unflatten
 from cutlayer.runtime.network.client.kept import KeptState
-from cutlayer.runtime.parties.blueprint import DTYPES, Parts
+from cutlayer.runtime.parties.blueprint import Parts
 from cutlayer.runtime.parties.store import Row, Store
+from cutlayer.runtime.rounds.evaluator import Evaluator
+from cutlayer.runtime.rounds.learnt import Learnt
 from cutlayer.runtime.rounds.local_clients import Seats
-from cutlayer.runtime.rounds.session import LocalSession
+from cutlayer.runtime.rounds.session import Session
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import GrpcTransport
@@ -26,7 +26,7 @@ from cutlayer.runtime.trust import Limit
 _HOW = "if you trust it, add: transport.max_message_mb={mb}"
 
 
-class Site(Setup):
+class Site:
     """One client where it is.
 
     Args:
@@ -38,22 +38,26 @@ class Site(Setup):
     def __init__(self, config: RunConfig, folder: Path, *, download: bool = True) -> None:
         assert config.client_id is not None
         assert isinstance(config.transport, GrpcTransport)
-        dtype = DTYPES[config.precision]
-        data = load(config.dataset, seed=config.seed, device=config.torch_device(), dtype=dtype, download=download)
         limit = Limit(config.transport.max_message_mb * 1e6, _HOW)
-        super().__init__(config, data, limit)
-        if not config.client_id < self.population:
-            raise ConfigError("client_id", config.client_id, f"a client of the run, 0 to {self.population - 1}")
+        self.setup = setup = Setup(*prepared(config, limit=limit, download=download))
+        if not config.client_id < setup.population:
+            raise ConfigError("client_id", config.client_id, f"a client of the run, 0 to {setup.population - 1}")
         self.client = config.client_id
-        self.stores: Mapping[str, Store] = {"clients": Store(None, device=self.device)}
         self.kept = KeptState(folder)
-        self._seats = Seats(self)
+        self._store = Store(None, device=setup.device)
+        self._seats = Seats(setup, self._store)
+        self._round = 0
         self._last: int | None = None
 
     @property
     def samples(self) -> int:
         """Number of the client's training samples."""
-        return len(self.partition.indices(self.client))
+        return len(self.setup.partition.indices(self.client))
+
+    @property
+    def seconds(self) -> float:
+        """That the client has computed in its rounds."""
+        return self._seats.seconds
 
     def take_up(self, last: int | None, needed: int | None) -> None:
         """Be as after the client's round ``last``, None for the initial state.
@@ -64,7 +68,7 @@ class Site(Setup):
         Raises:
             ConfigError: the state of that round is not here.
         """
-        store = self.stores["clients"]
+        store = self._store
         store.discard_all()
         if last != self._last:
             rows: dict[str, Row] = {}
@@ -73,39 +77,36 @@ class Site(Setup):
                     rows = self.kept.read(last)
                 except DamagedError as error:
                     expected = f"the folder with this client's state after its round {last + 1} ({error})"
-                    raise ConfigError("save_dir", str(self.config.save_dir), expected) from None
+                    raise ConfigError("save_dir", str(self.setup.config.save_dir), expected) from None
             store.replace(self.client, rows)
             self._last = last
         self.kept.forget(before=needed, after=last)
 
-    def open(self, round: int) -> LocalSession:
+    def open(self, round: int) -> Session:
         """Begin the client's part of a round (from 0)."""
-        self.round = round
-        return self._seats.open(self.client)
+        self._round = round
+        return self._seats.open(self.client, round)
 
     def keep(self) -> bool:
         """Keep what the round changed; whether there is anything that the client keeps."""
-        store = self.stores["clients"]
+        store = self._store
         store.commit()
         rows = store.rows(self.client)
         if rows:
-            self.kept.write(self.round, rows)
-        self._last = self.round if rows else None
+            self.kept.write(self._round, rows)
+        self._last = self._round if rows else None
         return bool(rows)
 
     # ------------------------------------------------------------------ evaluation
 
-    @property
-    def held(self) -> Parts:
-        return self._held
-
     @cached_property
     def _held(self) -> Parts:
-        return self.blueprint.parts(name for name in self.algorithm.layout.server)
+        """The server's parts, as they came for the last test."""
+        return self.setup.blueprint.parts(self.setup.algorithm.layout.server)
 
     @cached_property
     def _evaluator(self) -> Evaluator:
-        return Evaluator(self)
+        return Evaluator(self.setup, Learnt(self.setup, lambda: self._held, self._store))
 
     def scores(self, parts: Payload) -> ClientScores:
         """Test the client's own model, with the server's parts, which come in their whole state, for the others."""

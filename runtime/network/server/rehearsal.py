@@ -14,14 +14,13 @@ import numpy as np
 from torch import Tensor
 
 from cutlayer.datasets import Dataset, Partition
-from cutlayer.runtime.ground import rng
 from cutlayer.runtime.messages.boundary import MODEL, Payload, Reply, Upload
 from cutlayer.runtime.messages.bounds import Limits, WireError
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.network.check import Kind, Shapes
-from cutlayer.runtime.rounds.federation import Federation
-from cutlayer.runtime.rounds.schedule import SCHEDULES
-from cutlayer.runtime.rounds.session import Channel, ServerParty, Workplace
+from cutlayer.runtime.rounds.session import Channel
+from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.rounds.trial import Trial
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import LocalTransport
 
@@ -73,7 +72,7 @@ def rehearse(config: RunConfig, dataset: Dataset) -> Expected:
     try:
         for batch in _BATCHES:
             setting = replace(local, batch_size=batch, local_epochs=1)
-            seen.append(_Rehearsal(setting, dataset=dataset).play())
+            seen.append(_play(setting, dataset))
     except Exception as error:
         log.warning("messages of clients are not checked for their shapes: %s: %s", type(error).__name__, error)
         return Expected({})
@@ -101,39 +100,27 @@ def _layout(value: object) -> tuple[Kind, tuple[int, ...]]:
     return (bool if isinstance(value, bool) else int if isinstance(value, int) else float), ()
 
 
-class _Rehearsal(Federation):
-    """The configured federation, a few of its clients with a few samples each."""
+def _play(config: RunConfig, dataset: Dataset) -> dict[str, list[Layout]]:
+    """What a few clients send, by kind, in the rounds in which a method may do something else."""
+    trial, recorder = Trial(config, dataset, _a_few_each), _Recorder()
+    lengths = {int(getattr(config.algorithm, flow.rounds)) for flow in trial.setup.algorithm.traffic if flow.rounds}
+    for round in sorted({0, 1, *lengths, *(length - 1 for length in lengths)}):
+        trial.play(list(range(_players(trial.setup))), round, recorder)
+    return recorder.seen
 
-    def _partition(self) -> Partition:
-        flows = self.algorithm.traffic
-        steps = max([flow.interval(self.config.algorithm) for flow in flows], default=1)
-        size = self.config.batch_size * steps
-        sizes = np.zeros(self.population, dtype=np.int64)
-        sizes[: self._players] = size
-        order = np.arange(sizes.sum(), dtype=np.int64) % len(self.dataset.train.labels)
-        return Partition(order, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
 
-    @property
-    def _players(self) -> int:
-        variants = self.config.model.personal.variants
-        return min(self.population, max(_CLIENTS, len(variants or ())))
+def _a_few_each(setup: Setup) -> Partition:
+    """Samples for the steps until something is sent, for those who play; none for the others."""
+    steps = max([flow.interval(setup.config.algorithm) for flow in setup.algorithm.traffic], default=1)
+    sizes = np.zeros(setup.population, dtype=np.int64)
+    sizes[: _players(setup)] = setup.config.batch_size * steps
+    order = np.arange(sizes.sum(), dtype=np.int64) % len(setup.dataset.train.labels)
+    return Partition(order, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
 
-    def play(self) -> dict[str, list[Layout]]:
-        """What the clients send, by kind, in the rounds in which a method may do something else."""
-        config, recorder = self.config, _Recorder()
-        lengths = {int(getattr(config.algorithm, flow.rounds)) for flow in self.algorithm.traffic if flow.rounds}
-        cohort = list(range(self._players))
-        for round in sorted({0, 1, *lengths, *(length - 1 for length in lengths)}):
-            self.round = round
-            seed = rng.derive(config.seed, round=round, stream="rehearsal")
-            server = ServerParty(self.server, Workplace(self.blueprint, seed))
-            self.server.ctx.open_round(min(round, config.rounds - 1))
-            server.open_round(cohort)
-            SCHEDULES[self.algorithm.schedule](cohort, self.clients.open, self._discard, server, recorder)
-            server.close_round()
-            for store in self.stores.values():
-                store.commit()
-        return recorder.seen
+
+def _players(setup: Setup) -> int:
+    variants = setup.config.model.personal.variants
+    return min(setup.population, max(_CLIENTS, len(variants or ())))
 
 
 def _shapes(some: list[Layout], others: list[Layout]) -> tuple[Shapes, ...]:

@@ -7,16 +7,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, cast
 
-import torch
-
-from cutlayer.runtime.evaluation.evaluator import VALIDATION
 from cutlayer.runtime.evaluation.scores import ClientScores, Measured
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.text import one_line
-from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Payload, Upload, flatten
+from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Payload, flatten
 from cutlayer.runtime.messages.bounds import Limits, WireError, shown
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.network.agreement import PROTOCOL, compare_data, data_facts, fingerprint, shared, told, version
@@ -24,34 +21,35 @@ from cutlayer.runtime.network.check import check_values
 from cutlayer.runtime.network.links import LinkLostError
 from cutlayer.runtime.network.server.audit import Audit
 from cutlayer.runtime.network.server.connection import Connection
+from cutlayer.runtime.network.server.guarded import GuardedServer
 from cutlayer.runtime.network.server.hub import Greeting, Hub, RefusedError, missing
 from cutlayer.runtime.network.server.rehearsal import rehearse
 from cutlayer.runtime.network.server.remote_session import A_STEP, MOST_MESSAGES, RemoteChannel, RemoteSession
 from cutlayer.runtime.network.wire import Head, What, outgoing
-from cutlayer.runtime.rounds.local_clients import Clients
+from cutlayer.runtime.parties.blueprint import Parts
+from cutlayer.runtime.records.history import RoundRecord
+from cutlayer.runtime.rounds.evaluator import VALIDATION, Evaluator
 from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundLostError, RoundReport
-from cutlayer.runtime.rounds.session import ServerParty
+from cutlayer.runtime.rounds.session import Serving
+from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.transport import GrpcTransport
 
-if TYPE_CHECKING:
-    from cutlayer.runtime.records.history import RoundRecord
-    from cutlayer.runtime.rounds.federation import Federation
-
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _NAMED = 20  # clients in a line of the log
 _WORST = 1e39  # of a loss: more than any float32
 _VALUES = 4096  # of evaluations of one client's test
-_UNUSABLE = (AssertionError, LookupError, TypeError, ValueError, RuntimeError)  # what a handler raises at a bad message
 _LONGEST_PAUSE_S = 37.0  # of a client that tries again, and a little more
 
 
-class RemoteClients(Clients):
-    """The clients of a federation, on machines of their own.
+class RemoteClients:
+    """The clients of a federation, on machines of their own; see ``Clients``.
+
+    Args:
+        run: name of the run. folder: of the run, for who joined and left; None writes nothing.
 
     Attributes:
-        hub: where they connect.
+        hub: where they connect, once they may.
         record: the last round that is over. accuracy: of the last test.
         attempt: of the round that comes, from 1; 0 before it begins. repeats: rounds that were begun again.
         waiting: whom the server waits for, "" for nobody, and since when (seconds since 1970).
@@ -61,27 +59,36 @@ class RemoteClients(Clients):
     may_repeat = True
     here = False
 
-    def __init__(self, federation: Federation, config: GrpcTransport, run: str, folder: Path | None = None) -> None:
-        super().__init__(federation)
-        self._config, self._run = config, run
-        self._shared = shared(federation.config)
-        self._divided = federation.config.dataset.divided
-        self._data = data_facts(federation.dataset, divided=self._divided)
+    def __init__(self, setup: Setup, run: str, folder: Path | None = None) -> None:
+        assert isinstance(setup.config.transport, GrpcTransport)
+        self._setup, self._config = setup, setup.config.transport
+        self._run, self._folder = run, folder
+        self._shared = shared(setup.config)
+        self._divided = setup.config.dataset.divided
         self._last: dict[int, int] = {}  # the last round of each client that counted, if it keeps a state
         self._durable: dict[int, int] = {}  # the same, at the last checkpoint
-        self.load_state_dict(federation.clients.taken_up)  # the run was resumed before its clients were elsewhere
+        self._round = 0  # that comes
         self._reports: dict[int, dict[str, Any]] = {}
         self._facts: dict[int, dict[str, Any]] = {}
         self._names: dict[int, set[str]] = {}  # of each client's metrics: a column of the results for each
         self._new = True
-        self._expected = rehearse(federation.config, federation.dataset)
         self.record: RoundRecord | None = None
         self.accuracy: float | None = None
         self.attempt = self.repeats = 0
         self.waiting = ("", 0.0)
         self.watch: Callable[[], None] = lambda: None
-        greeting = Greeting(self._welcome, self._admit, lambda: self.watch(), Audit(folder))
-        self.hub = Hub(config, federation.population, greeting)
+
+    def listen(self, round: int) -> None:
+        """Let clients join, before the round (from 0) that comes.
+
+        Raises:
+            ConfigError: the address cannot be listened on, or needs certificates.
+        """
+        self._round, setup = round, self._setup
+        self._data = data_facts(setup.dataset, divided=self._divided)
+        self._expected = rehearse(setup.config, setup.dataset)
+        greeting = Greeting(self._welcome, self._admit, lambda: self.watch(), Audit(self._folder))
+        self.hub = Hub(self._config, setup.population, greeting)
 
     # ------------------------------------------------------------------ letting clients in (on the hub's thread)
 
@@ -89,11 +96,10 @@ class RemoteClients(Clients):
         if hello.get("protocol") != PROTOCOL or hello.get("version") != version():
             theirs = told(hello.get("version"))
             raise RefusedError(f"the client runs version {theirs} of the platform, the server {version()}")
-        federation = self._federation
-        return {"config": self._shared, "run": self._run, "round": federation.round, "rounds": federation.config.rounds}
+        return {"config": self._shared, "run": self._run, "round": self._round, "rounds": self._setup.config.rounds}
 
     def _admit(self, client: int, facts: dict[str, Any]) -> Limits:
-        federation = self._federation
+        setup = self._setup
         if facts.get("config") != fingerprint(self._shared):
             raise RefusedError("the client has another configuration than the server")
         data = facts.get("data")
@@ -103,8 +109,8 @@ class RemoteClients(Clients):
             raise RefusedError(differs)
         if type(samples) is not int or not 0 <= samples < 2**48 or type(facts.get("trains")) is not bool:
             raise RefusedError("the client does not tell how many samples it has")
-        if self._divided and samples != int(federation.partition.sizes[client]):
-            raise RefusedError(f"the client has {samples} samples; its share is {federation.partition.sizes[client]}")
+        if self._divided and samples != int(setup.partition.sizes[client]):
+            raise RefusedError(f"the client has {samples} samples; its share is {setup.partition.sizes[client]}")
         self._facts[client] = facts
         return replace(self._expected.limits, message_bytes=self._config.message_bytes)
 
@@ -112,19 +118,20 @@ class RemoteClients(Clients):
 
     def can_train(self, client: int) -> bool:
         if self._divided:
-            return self._federation.has_batches(client)
+            return self._setup.has_batches(client)
         return client not in self._facts or bool(self._facts[client]["trains"])
 
-    def gather(self, cohort: list[int]) -> None:
+    def gather(self, cohort: list[int], round: int) -> None:
+        self._round, setup = round, self._setup
         needed = self._needed(cohort)
-        self._wait(cohort, needed, f"for round {self._federation.round + 1}")
+        self._wait(cohort, needed, f"for round {round + 1}")
         if self._new:
             self._new = False
             self._wait(cohort, len(cohort), "beyond the quorum", seconds=self._config.gather)
-        known = self._federation.population if self._divided else len(self._facts)
-        if known == self._federation.population and not any(map(self.can_train, range(known))):
+        known = setup.population if self._divided else len(self._facts)
+        if known == setup.population and not any(map(self.can_train, range(known))):
             reason = "fewer, or dataset.drop_last=auto: every client has told that it has no batch to train on"
-            raise ConfigError("batch_size", self._federation.config.batch_size, reason)
+            raise ConfigError("batch_size", setup.config.batch_size, reason)
 
     def _needed(self, cohort: list[int]) -> int:
         return math.ceil(self._config.quorum * len(cohort) - 1e-9)
@@ -165,8 +172,10 @@ class RemoteClients(Clients):
             seconds = min(_LONGEST_PAUSE_S, 1 + max(away.values()))
             self._wait(sorted(away), len(away), "to say that the run is over", seconds=seconds)
 
-    def train(self, cohort: list[int], drop: Callable[[int], None], server: ServerParty, ledger: Ledger) -> RoundReport:
-        algorithm = self._federation.algorithm
+    def train(
+        self, cohort: list[int], round: int, drop: Callable[[int], None], server: Serving, ledger: Ledger
+    ) -> RoundReport:
+        algorithm = self._setup.algorithm
         self.repeats += self.attempt > 0
         self.attempt += 1
         lost: list[int] = []
@@ -182,12 +191,13 @@ class RemoteClients(Clients):
         absent = missing(cohort, there)
         for client in absent:
             gone(client)
-            server.server.forget(client)
+            server.forget(client)
         ahead = len(cohort) if algorithm.schedule == "lockstep" else 0 if algorithm.in_turn else self._config.ahead
         self._reports.clear()
-        channel, server = RemoteChannel(ledger, ahead, self._federation.device), self._guarded(server)
-        report = SCHEDULES[algorithm.schedule](there, lambda client: self._open(client, until), gone, server, channel)
+        channel, guarded = RemoteChannel(ledger, ahead, self._setup.device), GuardedServer(server, self._blame)
+        report = SCHEDULES[algorithm.schedule](there, lambda client: self._open(client, until), gone, guarded, channel)
         report.dropped += absent
+        report.seconds = sum(_seconds(self._reports.get(client, {})) for client in report.survivors)
         return report
 
     def _open(self, client: int, until: float) -> RemoteSession:
@@ -213,76 +223,31 @@ class RemoteClients(Clients):
     def _steps(self, client: int) -> int:
         """Of a client in a round; where only the client knows its data, by what it has told of them."""
         if self._divided:
-            return len(self.steps(client))
-        config = self._federation.config
+            return len(self._setup.steps(client))
+        config = self._setup.config
         return config.local_epochs * math.ceil(self._facts[client]["samples"] / config.batch_size)
 
     def _order(self, client: int) -> dict[str, Any]:
         """What a client has to know before a round: which state of its own to take up."""
         return {
-            "round": self._federation.round,
+            "round": self._round,
             "last": self._last.get(client),
             "needed": self._durable.get(client),
         }
 
     def _check(self, kind: str, fields: Payload) -> None:
-        handled = any(hasattr(self._federation.server, f"on_{kind}{end}") for end in ("", "_cohort"))
+        handled = any(hasattr(self._setup.algorithm.Server, f"on_{kind}{end}") for end in ("", "_cohort"))
         if kind != MODEL and (not handled or kind.endswith("_cohort")):
             raise WireError(f"message of kind {kind!r}, which this method does not have")
         self._expected.check(kind, fields)
-        check_values(fields, classes=self._federation.dataset.info.classes)
+        check_values(fields, classes=self._setup.dataset.info.classes)
 
-    def _guarded(self, server: ServerParty) -> ServerParty:
-        """The server, so that a message that it cannot use harms nobody but the client that sent it.
-
-        It may be of the right shapes and still come before another one, or not be of the batch of the one before it.
-        """
-        serve, absorb = server.serve, server.absorb
-
-        def guarded_serve(kind: str, inbox: Mapping[int, Payload]) -> dict[int, Payload | None]:
-            if len(inbox) > 1:
-                return self._find_out(inbox, lambda some: serve(kind, some))
-            (client,) = inbox
-            return self._blame(client, lambda: serve(kind, inbox))
-
-        def guarded_absorb(client: int, upload: Upload) -> None:
-            self._blame(client, lambda: absorb(client, upload))
-
-        server.serve, server.absorb = guarded_serve, guarded_absorb
-        return server
-
-    def _find_out(self, inbox: Mapping[int, Payload], work: Callable[[Mapping[int, Payload]], T]) -> T:
-        """Work on the messages of several clients; if that fails, those whose message alone fails too are lost.
-
-        The round is lost with them, as what they have done to the server cannot be undone otherwise.
-        """
-        try:
-            return work(inbox)
-        except torch.OutOfMemoryError:
-            raise
-        except _UNUSABLE:
-            lost: list[int] = []
-            for client, message in inbox.items():
-                try:
-                    self._blame(client, lambda client=client, message=message: work({client: message}))
-                except ClientDroppedError:
-                    lost.append(client)
-            if not lost:  # a fault of this program
-                raise
-        raise RoundLostError(f"the server cannot use what it was sent by client {', '.join(map(str, lost))}")
-
-    def _blame(self, client: int, work: Callable[[], T]) -> T:
-        try:
-            return work()
-        except torch.OutOfMemoryError:
-            raise
-        except _UNUSABLE as error:
-            reason = f"the server cannot use what it was sent: {type(error).__name__}: {one_line(error)}"
-            self.hub.quiet(f"fault of client {client}", "client %d is lost: %s", client, reason, trace=True)
-            connection = self.hub.connections.get(client)
-            if connection is not None:
-                connection.dismiss({"error": reason, "later": False})
-            raise ClientDroppedError from None
+    def _blame(self, client: int, reason: str) -> None:
+        """Disconnect a client whose message the server could not use, for the exception that is handled now."""
+        self.hub.quiet(f"fault of client {client}", "client %d is lost: %s", client, reason, trace=True)
+        connection = self.hub.connections.get(client)
+        if connection is not None:
+            connection.dismiss({"error": reason, "later": False})
 
     def recorded(self, record: RoundRecord) -> None:
         self.record, self.accuracy = record, self.accuracy if record.test_acc is None else record.test_acc
@@ -291,49 +256,32 @@ class RemoteClients(Clients):
     def counted(self, report: RoundReport) -> None:
         self.attempt = 0
         for client in report.survivors:
-            told = self._reports.get(client, {})
-            if told.get("keeps") is True:
-                self._last[client] = self._federation.round - 1
+            if self._reports.get(client, {}).get("keeps") is True:
+                self._last[client] = self._round
             else:
                 self._last.pop(client, None)
-            seconds = told.get("seconds")
-            if isinstance(seconds, int | float) and 0 <= seconds < 1e9:
-                self._federation.seconds["client"] += seconds
+        self._round += 1
 
     # ------------------------------------------------------------------ evaluation
 
-    def scores(self) -> dict[int, ClientScores]:
-        federation = self._federation
-        if self._divided and not federation.personal and not federation.algorithm.paths:
-            return super().scores()
-        everyone = list(range(federation.population))
+    def scores(self, evaluator: Evaluator) -> dict[int, ClientScores]:
+        setup = self._setup
+        everyone = list(range(setup.population))
+        if self._divided and not setup.personal and not setup.algorithm.paths:
+            return {client: evaluator.of_client(client) for client in everyone}
         needed, found = self._needed(everyone), dict[int, ClientScores]()
         while True:
             there = [client for client in missing(everyone, found) if client in self.hub.connections]
-            found |= self._ask(there)
+            found |= self._ask(there, evaluator.learnt.held)
             if len(found) >= needed:
                 return dict(sorted(found.items()))
             self._wait(missing(everyone, found), needed - len(found), "for the test")
 
-    def _ask(self, clients: list[int]) -> dict[int, ClientScores]:
-        """What the test asks of each of these clients; without those that are lost meanwhile."""
-        federation, asked = self._federation, dict[int, Connection]()
-        names = {*federation.algorithm.layout.whole, *(n for path in federation.algorithm.paths.values() for n in path)}
-        parts: dict[str, Any] = {}
-        for name in sorted(names & federation.held.keys() - set(federation.personal)):
-            parts |= flatten(name, federation.held[name].state_dict())
-        for client in clients:
-            connection = self.hub.connections.get(client)
-            if connection is not None:
-                asked[client] = connection
-        # One number, and so the same bytes for all: in memory they are once, however many clients there are.
-        session = 1 + max((connection.session for connection in asked.values()), default=0)
-        pieces = list(outgoing(Head(What.EVALUATE, session), parts))
-        for client, connection in asked.items():
-            connection.session = session
-            connection.send(Head(What.ROUND, session), self._order(client))
-            connection.send_pieces(pieces)
-            connection.become("testing")
+    def _ask(self, clients: list[int], held: Parts) -> dict[int, ClientScores]:
+        """What the test asks of each of these clients, with the server's parts; without those lost meanwhile."""
+        there = {client: self.hub.connections.get(client) for client in clients}
+        asked = {client: connection for client, connection in there.items() if connection is not None}
+        self._send_test(asked, held)
         found: dict[int, ClientScores] = {}
         for client, connection in asked.items():
             try:
@@ -342,6 +290,20 @@ class RemoteClients(Clients):
                 log.warning("client %d is lost in the test: %s", client, error)
                 connection.cut(str(error))
         return found
+
+    def _send_test(self, asked: Mapping[int, Connection], held: Parts) -> None:
+        setup, parts = self._setup, dict[str, Any]()
+        names = {*setup.algorithm.layout.whole, *chain.from_iterable(setup.algorithm.paths.values())}
+        for name in sorted(names & held.keys() - set(setup.personal)):
+            parts |= flatten(name, held[name].state_dict())
+        # One number, and so the same bytes for all: in memory they are once, however many clients there are.
+        session = 1 + max((connection.session for connection in asked.values()), default=0)
+        pieces = list(outgoing(Head(What.EVALUATE, session), parts))
+        for client, connection in asked.items():
+            connection.session = session
+            connection.send(Head(What.ROUND, session), self._order(client))
+            connection.send_pieces(pieces)
+            connection.become("testing")
 
     def _answer(self, connection: Connection) -> ClientScores:
         while True:
@@ -357,7 +319,7 @@ class RemoteClients(Clients):
     def _scores_of(self, body: dict[str, Any]) -> ClientScores:
         """What a client tells of its test."""
         known = {VALIDATION, "client_acc", "local_acc"}
-        known |= {f"{name}_{of}acc" for name in self._federation.algorithm.paths for of in ("", "local_")}
+        known |= {f"{name}_{of}acc" for name in self._setup.algorithm.paths for of in ("", "local_")}
         scores = ClientScores()
         for name, each in body.items():
             if name not in known:
@@ -391,6 +353,12 @@ class RemoteClients(Clients):
 
     def checkpointed(self) -> None:
         self._durable = dict(self._last)
+
+
+def _seconds(told: Mapping[str, Any]) -> float:
+    """What a client tells of the time that it computed, if that can be."""
+    seconds = told.get("seconds")
+    return seconds if isinstance(seconds, int | float) and 0 <= seconds < 1e9 else 0.0
 
 
 def _absent(absent: list[int], of: int) -> str:

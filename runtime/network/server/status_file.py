@@ -64,7 +64,7 @@ class StatusFile:
         self._path, self._federation, self._clients = folder / NETWORK, federation, clients
         sent = federation.ledger.training
         self._status = replace(
-            _about(federation.config),
+            _about(federation.setup.config),
             round=federation.round,
             accuracy=accuracy,
             payload=sent().payload,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -23,10 +22,8 @@ from cutlayer.runtime.evaluation.scores import (
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.parties.blueprint import Blueprint
 from cutlayer.runtime.records.history import ClientRow
-
-if TYPE_CHECKING:
-    from cutlayer.runtime.rounds.setup import Setup
-
+from cutlayer.runtime.rounds.learnt import Learnt
+from cutlayer.runtime.rounds.setup import Setup
 
 Path = tuple[str, ...]
 """Parts of a model, in the order in which data goes through them."""
@@ -37,33 +34,32 @@ class Evaluator:
     """Tests a federation, or at a client's machine what one client has.
 
     Attributes:
-        scores: gives what ``of_client`` finds, of every client.
+        learnt: the models that are tested.
         local_test: each client's share of the test set; None unless ``dataset.local_test`` asks for it.
         batch_statistics: per part of the model, whether normalisation uses the test batch's own statistics.
     """
 
-    def __init__(self, federation: Setup, scores: Callable[[], dict[int, ClientScores]] | None = None) -> None:
-        self._federation = federation
-        self._scores = scores
-        self._dataset, config = federation.dataset, federation.config
+    def __init__(self, setup: Setup, learnt: Learnt) -> None:
+        self._setup, self.learnt = setup, learnt
+        self._dataset, config = setup.dataset, setup.config
         self._own_only = config.dataset.local_test == "only"
         self.local_test = self.shares(self._dataset.test) if config.dataset.local_test else None
         validation = self._dataset.validation if self._own_only else None
         asked = "dataset.validation with dataset.local_test=only"
         self._local_validation = None if validation is None else self.shares(validation, asked)
-        self._whole = federation.algorithm.layout.whole
+        self._whole = setup.algorithm.layout.whole
         self.batch_statistics = self._batch_statistics(self._whole)
-        self._test = self._monitor().score if federation.algorithm.evaluates_features else evaluate
+        self._test = self._monitor().score if setup.algorithm.evaluates_features else evaluate
         self._parts: dict[tuple[Path, Blueprint], list[nn.Module]] = {}
         self._seen: dict[Hashable, Score] = {}  # of this round's test
 
     def _monitor(self) -> KnnMonitor:
-        config = self._federation.config
+        config = self._setup.config
         return KnnMonitor(config.monitor, self._dataset.train, classes=self._dataset.info.classes, seed=config.seed)
 
     def _batch_statistics(self, path: Path) -> list[bool]:
-        travelling = self._federation.config.aggregate.buffers != "average"
-        return [travelling and name in self._federation.algorithm.shared for name in path]
+        travelling = self._setup.config.aggregate.buffers != "average"
+        return [travelling and name in self._setup.algorithm.shared for name in path]
 
     def shares(self, source: Source, asked: str = "tests of clients") -> Partition:
         """The samples of a source that each client is tested on.
@@ -77,29 +73,31 @@ class Evaluator:
         Raises:
             ConfigError: clients are groups, and the source has samples of none of theirs.
         """
-        federation, config, train = self._federation, self._federation.config, self._dataset.train
+        setup, config, train = self._setup, self._setup.config, self._dataset.train
         if not config.dataset.divided:
-            return own_partition(len(source), federation.population, config.client_id)
-        if not config.dataset.by_group or federation.algorithm.pooled or train.groups is None or source.groups is None:
-            return apply_partition(federation.partition, train.labels, source.labels, seed=config.seed)
-        shares = partition_by_group(federation.partition, train.groups, source.groups)
+            return own_partition(len(source), setup.population, config.client_id)
+        if not config.dataset.by_group or setup.algorithm.pooled or train.groups is None or source.groups is None:
+            return apply_partition(setup.partition, train.labels, source.labels, seed=config.seed)
+        shares = partition_by_group(setup.partition, train.groups, source.groups)
         if not len(shares.order):
             reason = f"another for {asked}, as whole groups are held out of training and no client has any of them"
-            raise ConfigError(
-                "dataset.distribution", config.dataset.distribution, reason + " (test_by in docs/datasets.md)"
-            )
+            reason += " (test_by in docs/datasets.md)"
+            raise ConfigError("dataset.distribution", config.dataset.distribution, reason)
         return shares
 
-    def evaluate(self) -> Evaluation:
-        """The test of a round."""
+    def evaluate(self, scores: Callable[[], dict[int, ClientScores]]) -> Evaluation:
+        """The test of a round.
+
+        Args:
+            scores: gives what ``of_client`` finds, of every client.
+        """
         self.forget()
-        federation, rows, metrics = self._federation, list[ClientRow](), dict[str, float]()
+        setup, rows, metrics = self._setup, list[ClientRow](), dict[str, float]()
         values = dict[str, float]()
         clients: dict[int, ClientScores] = {}
-        if self._own_only or self.local_test is not None or federation.personal or federation.algorithm.paths:
-            assert self._scores is not None
-            clients = self._scores()
-        own = "local_acc" if self._own_only else "client_acc" if federation.personal else None
+        if self._own_only or self.local_test is not None or setup.personal or setup.algorithm.paths:
+            clients = scores()
+        own = "local_acc" if self._own_only else "client_acc" if setup.personal else None
         for metric in dict.fromkeys(chain.from_iterable(clients.values())):
             found = {client: scores[metric] for client, scores in clients.items() if metric in scores}
             if metric not in (VALIDATION, own) or (metric == own and (self._own_only or len(found) > 1)):
@@ -123,16 +121,16 @@ class Evaluator:
 
     def of_client(self, client: int) -> ClientScores:
         """What a round's test asks of one client, by metric; on its share of the data only if it has one."""
-        federation, test, found = self._federation, self._dataset.test, ClientScores()
+        setup, test, found = self._setup, self._dataset.test, ClientScores()
         share = None if self.local_test is None else self.local_test.indices(client)
         share = share if share is not None and len(share) else None
-        paths = {f"{name}_": path for name, path in federation.algorithm.paths.items()}
-        if federation.personal or self.local_test is not None:
+        paths = {f"{name}_": path for name, path in setup.algorithm.paths.items()}
+        if setup.personal or self.local_test is not None:
             paths = {"": self._whole} | paths
         for name, path in paths.items():
             if not self._own_only:
                 score = self._of_client(client, test, path)
-                if name or federation.personal:
+                if name or setup.personal:
                     found[f"{name}acc" if name else "client_acc"] = self._measured(score)
                 if share is not None:
                     found[f"{name}local_acc"] = self._measured(score.of(share))
@@ -143,29 +141,29 @@ class Evaluator:
             share = self._local_validation.indices(client)
             if len(share):
                 found[VALIDATION] = _plainly(self._of_client(client, validation, self._whole, share))
-        elif validation is not None and federation.personal:
+        elif validation is not None and setup.personal:
             found[VALIDATION] = _plainly(self._of_client(client, validation, self._whole))
         return found
 
     def _measured(self, score: Score) -> Measured:
         """What is told of a score, with what the evaluations that are asked for find of it."""
-        values = measure(self._federation.config.evaluations, score, self._dataset.info)
+        values = measure(self._setup.config.evaluations, score, self._dataset.info)
         return Measured(len(score.labels), *score.both, values)
 
     def score_client(
         self, client: int, source: Source, samples: Tensor | None = None, path: Path | None = None
     ) -> Score:
-        """Test the model that a client uses, or another path, see ``Federation.client_states``.
+        """Test the model that a client uses, or another path, see ``Learnt.client_states``.
 
         Args:
             samples: int64 [k], those of the source that are tested; None for all.
         """
-        path, federation = path or self._whole, self._federation
-        blueprint = federation.blueprint.for_client(client) if "personal" in path else federation.blueprint
+        path, setup = path or self._whole, self._setup
+        blueprint = setup.blueprint.for_client(client) if "personal" in path else setup.blueprint
         if (path, blueprint) not in self._parts:
             self._parts[path, blueprint] = list(blueprint.parts(path).values())
         modules = self._parts[path, blueprint]
-        for part, state in zip(modules, federation.client_states(client, path).values(), strict=True):
+        for part, state in zip(modules, self.learnt.client_states(client, path).values(), strict=True):
             part.load_state_dict(state)
         return self.score(modules, source, samples, path)
 
@@ -177,32 +175,30 @@ class Evaluator:
         path: Path | None = None,
     ) -> Score:
         """Test the parts of a model, in order: those of the path, by default the whole one; features by their kNN."""
-        federation = self._federation
+        setup = self._setup
         return self._test(
             modules,
             source,
-            federation.blueprint,
-            batch_size=federation.config.eval_batch_size,
+            setup.blueprint,
+            batch_size=setup.config.eval_batch_size,
             batch_statistics=self._batch_statistics(path or self._whole),
             samples=samples,
         )
 
     def _of_all(self, source: Source) -> Score:
-        return self._once(
-            ("all", id(source)), lambda: self.score([self._federation.held[n] for n in self._whole], source)
-        )
+        return self._once(("all", id(source)), lambda: self.score([self.learnt.held[n] for n in self._whole], source))
 
     def _of_client(self, client: int, source: Source, path: Path, samples: Tensor | None = None) -> Score:
         """A client's own model on a source; models that are alike, untrained or without own parts, are tested once."""
-        federation = self._federation
-        own = [name for name in path if federation.is_own(name)]
+        setup = self._setup
+        own = [name for name in path if self.learnt.is_own(name)]
         alone = samples is not None and any(self._batch_statistics(path))  # a share has statistics of its own
-        if alone or any(federation.stores["clients"].get(client, name) is not None for name in own):
+        if alone or any(self.learnt.own(client, name) is not None for name in own):
             return self.score_client(client, source, samples, path)
         if path == self._whole and not own:
             score = self._of_all(source)
         else:
-            key = (path, federation.blueprint.for_client(client), id(source))
+            key = (path, setup.blueprint.for_client(client), id(source))
             score = self._once(key, lambda: self.score_client(client, source, path=path))
         return score if samples is None else score.of(samples)
 

@@ -19,9 +19,11 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import MODEL_FILE, make_folder
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.serial import save_tensors
+from cutlayer.runtime.messages.ledger import Traffic
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.console import Progress, RunFiles, show_summary
 from cutlayer.runtime.records.data_record import record_data
+from cutlayer.runtime.records.history import RoundRecord
 from cutlayer.runtime.records.loggers import build_loggers
 from cutlayer.runtime.records.results import Results, RunSummary
 from cutlayer.runtime.records.run_folder import RunFolder
@@ -92,7 +94,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
             Progress(config.rounds, config.title, config.progress, done=federation.round) as progress,
         ):
             while not federation.done:
-                _round(federation, results, progress)
+                _take_in(*federation.step(), federation, results, progress)
             personal = _personalized(federation, folder.path, progress)
             probed = _probed(federation, folder.path, progress)
     except BaseException:
@@ -134,8 +136,10 @@ def _begin(config: RunConfig, folder: RunFolder, federation: Federation) -> Resu
     return results
 
 
-def _round(federation: Federation, results: Results, progress: Progress) -> None:
-    record, traffic = federation.step()
+def _take_in(
+    record: RoundRecord, traffic: list[Traffic], federation: Federation, results: Results, progress: Progress
+) -> None:
+    """Record a round, show it, and write a checkpoint if it is time to."""
     start, config = time.perf_counter(), federation.setup.config
     results.record(record, traffic)
     progress.update(record)

@@ -72,11 +72,6 @@ def start(composed: DictConfig) -> float | None:
     """
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return supervise(composed, plain_values)
-    _single(composed)
-    return None
-
-
-def _single(composed: DictConfig) -> None:
     overrides = [str(override) for override in HydraConfig.get().overrides.task]
     where = ""
     # Nothing but SystemExit leaves: Hydra would add lines of its own to an error.
@@ -86,7 +81,7 @@ def _single(composed: DictConfig) -> None:
             stamp_lines()
         if config.role == "client":
             _work(config, overrides)
-            return
+            return None
         from cutlayer.runtime.experiment import run  # late, so that --help and mistakes do not wait for it
         from cutlayer.runtime.job import check, claim
 
@@ -104,6 +99,7 @@ def _single(composed: DictConfig) -> None:
         else:
             complain(line)
         sys.exit(1)
+    return None
 
 
 def _work(config: Any, overrides: list[str]) -> None:

@@ -89,25 +89,68 @@ class Federation:
 
     def step(self) -> tuple[RoundRecord, list[Traffic]]:
         """Run one round: train, commit, evaluate if it is time to."""
-        start = time.perf_counter()
-        report = self._train()
+        start, cohort, before = time.perf_counter(), self.cohort(self.round), self._to_repeat()
+        while True:
+            self.clients.gather(cohort, self.round)
+            cohort = [client for client in cohort if self.clients.can_train(client)]
+            server = self._server_party()
+            try:
+                server.open_round(self.round, cohort)
+                report = self.clients.train(cohort, self.round, self._discard, server, self.ledger)
+                server.close_round()
+                break
+            except RoundLostError as lost:
+                assert before is not None
+                log.warning("round %d is repeated from its start: %s", self.round + 1, lost)
+                self._forget_round(before)
+        self.seconds["server"] += server.seconds
+        self.seconds["client"] += report.seconds
         self.round += 1
         for store in self.stores.values():
             store.commit()
         self.clients.counted(report)
-        metrics = {**report.metrics, **self.server.ctx.means.read()}
+        metrics = {**report.metrics, **self.server.ctx.means.read()}  # what a device still computes is waited for here
+        found = self._test_if_due()
+        self.seconds["wall"] += time.perf_counter() - start
+        lines = self.ledger.close_round(self.round)
+        record = self._recorded(report, metrics, found)
+        self.clients.recorded(record)
+        return record, lines
+
+    def cohort(self, round: int) -> list[int]:
+        """The clients of a round (from 0), in the order in which they are served; see ``Setup.cohort``."""
+        return [client for client in self.setup.cohort(round) if self.clients.can_train(client)]
+
+    def _server_party(self) -> ServerParty:
+        seed = rng.derive(self.setup.config.seed, round=self.round, stream="server")
+        return ServerParty(self.server, Workplace(self.setup.blueprint, seed))
+
+    def _to_repeat(self) -> tuple[Any, Any] | None:
+        """Copies of the server's state and the ledger's, where the round that comes may have to be repeated."""
+        state = (self.server.state_dict(), self.ledger.state_dict()) if self.clients.may_repeat else None
+        return copy.deepcopy(state)
+
+    def _forget_round(self, before: tuple[Any, Any]) -> None:
+        """Be as before the round that was lost."""
+        for store in self.stores.values():
+            store.discard_all()
+        self.server = make_server(self.setup, self.stores["server"])
+        # A copy: an optimizer goes on with the very tensors that it is given, and the round may be lost again.
+        self._take_up(*copy.deepcopy(before))
+
+    def _test_if_due(self) -> Evaluation | None:
+        if not self.done and self.round % self.setup.config.eval_interval:
+            return None
+        begin = time.perf_counter()
+        found = self.evaluate()
+        self.seconds["eval"] += time.perf_counter() - begin
+        return found
+
+    def _recorded(self, report: RoundReport, metrics: dict[str, float], found: Evaluation | None) -> RoundRecord:
         loss = metrics.pop("loss", None)
         if report.dropped:
             metrics["dropped"] = float(len(report.dropped))
-        found: Evaluation | None = None
-        if self.done or self.round % self.setup.config.eval_interval == 0:
-            begin = time.perf_counter()
-            found = self.evaluate()
-            metrics |= found.metrics
-            self.seconds["eval"] += time.perf_counter() - begin
-        self.seconds["wall"] += time.perf_counter() - start
-        lines = self.ledger.close_round(self.round)
-        record = RoundRecord(
+        return RoundRecord(
             round=self.round,
             test_acc=None if found is None else found.accuracy,
             test_loss=None if found is None else found.loss,
@@ -123,48 +166,9 @@ class Federation:
             clients=len(report.survivors),
             round_trips=self.ledger.round_trips,
             in_turn=self.setup.algorithm.in_turn,
-            metrics=metrics,
+            metrics=metrics if found is None else metrics | found.metrics,
             client_rows=[] if found is None else found.clients,
         )
-        self.clients.recorded(record)
-        return record, lines
-
-    def cohort(self, round: int) -> list[int]:
-        """The clients of a round (from 0), in the order in which they are served; see ``Setup.cohort``."""
-        return [client for client in self.setup.cohort(round) if self.clients.can_train(client)]
-
-    def _train(self) -> RoundReport:
-        cohort = self.cohort(self.round)
-        state = (self.server.state_dict(), self.ledger.state_dict()) if self.clients.may_repeat else None
-        before = copy.deepcopy(state)
-        while True:
-            self.clients.gather(cohort, self.round)
-            cohort = [client for client in cohort if self.clients.can_train(client)]
-            server = self._server_party()
-            try:
-                server.open_round(self.round, cohort)
-                report = self.clients.train(cohort, self.round, self._discard, server, self.ledger)
-                server.close_round()
-            except RoundLostError as lost:
-                assert before is not None
-                log.warning("round %d is repeated from its start: %s", self.round + 1, lost)
-                # A copy: an optimizer goes on with the very tensors that it is given, and the round may be lost again.
-                self._forget_round(*copy.deepcopy(before))
-                continue
-            self.seconds["server"] += server.seconds
-            self.seconds["client"] += report.seconds
-            return report
-
-    def _server_party(self) -> ServerParty:
-        seed = rng.derive(self.setup.config.seed, round=self.round, stream="server")
-        return ServerParty(self.server, Workplace(self.setup.blueprint, seed))
-
-    def _forget_round(self, server: Any, ledger: Mapping[str, Any]) -> None:
-        """Be as before the round that was lost."""
-        for store in self.stores.values():
-            store.discard_all()
-        self.server = make_server(self.setup, self.stores["server"])
-        self._take_up(server, ledger)
 
     def _discard(self, client: int) -> None:
         for store in self.stores.values():

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.places import checkout
+
+ROOT = checkout()
+
 SETTING = ("dataset=digits", "model=mlp", "num_clients=2", "rounds=1", "device=cpu", "progress=none")
 
 WITHOUT_NETWORK = """

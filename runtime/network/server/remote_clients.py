@@ -329,7 +329,7 @@ class RemoteClients:
 
     def _score_of(self, told: object) -> Measured:
         each = cast(list[Any], told) if isinstance(told, list) else []
-        asked = self._federation.config.evaluations
+        asked = self._setup.config.evaluations
         if [type(value) for value in each] not in ([int, float, float], [int, float, float, dict][: 4 if asked else 3]):
             raise WireError("scores that are no numbers")
         score = Measured(*each)

@@ -192,6 +192,12 @@ class Algorithm:
     shared: ClassVar[tuple[str, ...]] = ()
     """The parts that travel down and up each round."""
 
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Keys outside of its own section that the method does not read, so that they make no other run.
+
+    Of this method alone: one that is based on it may read more.
+    """
+
     personal: ClassVar[tuple[str, ...]] = ()
     """Parts of the model that each client has for itself, kept in its state under the part's name.
 
@@ -218,6 +224,9 @@ class Algorithm:
 
     The metrics are ``<name>_acc`` and, on the client's share of the test set, ``<name>_local_acc``.
     """
+
+    def __init_subclass__(cls) -> None:
+        cls.unread = cls.__dict__.get("unread", ())
 
     @classmethod
     def arrows(cls, config: Any, round: int, *, before: int | None) -> tuple[Flow, ...]:

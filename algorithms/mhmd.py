@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
@@ -14,10 +14,12 @@ from cutlayer.algorithms import register
 from cutlayer.algorithms.base import cross_entropy
 from cutlayer.algorithms.personal import FedBABU
 from cutlayer.models import AuxiliaryHeads
-from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.config import ConfigError, scoped
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext
+
+_DISTILLING = scoped(read_if=lambda own, _: own.distill != "none")
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,12 @@ class MHMDConfig:
     """
 
     auxiliary_weight: float = 10.0
-    distillation_weight: float = 1.0
+    distillation_weight: float = field(default=1.0, metadata=_DISTILLING)
     temperature: Literal["per_sample"] | float = "per_sample"
     distill: Literal["both", "to_auxiliary", "to_final", "none"] = "both"
-    gate: bool = True
-    reduction: Literal["mean", "batchmean", "sum"] = "mean"
-    teacher_gradient: bool = True
+    gate: bool = field(default=True, metadata=_DISTILLING)
+    reduction: Literal["mean", "batchmean", "sum"] = field(default="mean", metadata=_DISTILLING)
+    teacher_gradient: bool = field(default=True, metadata=_DISTILLING)
 
     def __post_init__(self) -> None:
         for key in ("auxiliary_weight", "distillation_weight"):
@@ -100,6 +102,7 @@ class MHMD(FedBABU):
     """
 
     Config = MHMDConfig
+    unread = FedBABU.unread
     layout = Layout(client=("body", "head", "auxiliary_heads"), server=("body", "head"))
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from cutlayer.algorithms.contrastive import Queue, check_positive, check_unit, c
 from cutlayer.algorithms.mixins import OwnSteps
 from cutlayer.algorithms.moco_together import MocoTogether
 from cutlayer.models.cutting import Crossing
-from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.config import ConfigError, scoped
 from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, ask
 from cutlayer.runtime.messages.crossing import (
     crossed,
@@ -28,6 +28,8 @@ from cutlayer.runtime.messages.crossing import (
 )
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
+
+_SAVING = scoped(read_if=lambda own, _: own.loss_threshold is not None)
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ class MocoSFLConfig:
     symmetric: bool = True
     local_steps: int = 1
     rich_share: float = 0.0
-    rich_batch_size: int | None = None
+    rich_batch_size: int | None = field(default=None, metadata=scoped(read_if=lambda own, _: own.rich_share > 0))
     loss_threshold: float | None = None
-    loss_interval: int = 100
-    stored_steps: int = 10
+    loss_interval: int = field(default=100, metadata=_SAVING)
+    stored_steps: int = field(default=10, metadata=_SAVING)
     together: Literal["auto", "never"] = "auto"
 
     def __post_init__(self) -> None:
@@ -177,6 +179,7 @@ class MocoSFL(OwnSteps, MocoTogether, Algorithm):
     shared = ("client",)
     schedule = "lockstep"
     evaluates_features = True
+    unread = ("dataset.shuffle", "local_epochs")
     traffic = (
         Flow("down", "model", ("client", "client_momentum")),
         Flow("up", "smashed", ("smashed", "smashed"), per="batch"),

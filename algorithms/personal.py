@@ -36,6 +36,7 @@ class FedBABU(Algorithm):
 
     layout = BODY_AND_HEAD
     shared = ("body",)
+    unread = ("model.head",)
     traffic = (Flow("down", "model", ("body",)), Flow("up", "model", ("body",)))
 
     @staticmethod

@@ -15,6 +15,7 @@ class LocalOnly(Algorithm):
 
     layout = Layout(client=("model",), server=())
     personal = ("model",)
+    unread = ("aggregate.weights", "comm_threshold_mb")
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:
@@ -34,3 +35,4 @@ class Centralized(LocalOnly):
     """One party trains on all the data: the upper reference."""
 
     pooled = True
+    unread = LocalOnly.unread

@@ -54,6 +54,7 @@ class ResSFL(Algorithm):
     layout = Layout(client=("client", "server", "attacker"), server=())
     personal = ("client", "server")
     pooled = True
+    unread = ("aggregate.weights", "comm_threshold_mb")
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:

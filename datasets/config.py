@@ -7,10 +7,15 @@ from typing import Any, Literal
 
 import cutlayer.distributions as distributions
 from cutlayer.datasets.registry import check_options
-from cutlayer.runtime.ground.config import ConfigError, plain
+from cutlayer.runtime.ground.config import ConfigError, Use, plain, scoped
 
 Augment = Literal["none", "flip", "crop", "crop_flip", "resized_crop_flip", "moco"]
 Normalize = Literal["dataset", "imagenet", "none"]
+
+
+def _dividing(key: str) -> dict[str, Use]:
+    """Of a key that those distributions read which say so."""
+    return scoped(read_if=lambda own, _: key in distributions.get(own.distribution).keys)
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,14 @@ class DatasetConfig:
     """
 
     name: str
-    root: Path = Path("data")
+    root: Path = field(default=Path("data"), metadata=scoped("machine", later=True))
     distribution: str = "iid"
     distribution_options: dict[str, Any] = field(default_factory=dict)
-    alpha: float = 0.1
-    classes_per_client: int = 2
-    major_share: float = 0.8
-    min_samples: int = 1
-    drop_unassigned: bool = False
+    alpha: float = field(default=0.1, metadata=_dividing("alpha"))
+    classes_per_client: int = field(default=2, metadata=_dividing("classes_per_client"))
+    major_share: float = field(default=0.8, metadata=_dividing("major_share"))
+    min_samples: int = field(default=1, metadata=_dividing("min_samples"))
+    drop_unassigned: bool = field(default=False, metadata=_dividing("drop_unassigned"))
     augment: Augment = "none"
     resize: int | None = None
     normalize: Normalize = "dataset"
@@ -65,8 +70,8 @@ class DatasetConfig:
     drop_last: Literal["auto", "always", "never"] = "auto"
     validation: float = 0.0
     local_test: bool | Literal["only"] = False
-    storage: Literal["auto", "device", "stream"] = "auto"
-    workers: int = 4
+    storage: Literal["auto", "device", "stream"] = field(default="auto", metadata=scoped("machine", later=True))
+    workers: int = field(default=4, metadata=scoped("machine", later=True))
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

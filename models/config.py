@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cutlayer.models.registry import choices, default_cut, entry, is_known
-from cutlayer.runtime.ground.config import ConfigError, build
+from cutlayer.runtime.ground.config import ConfigError, build, scoped
 
 # What a cut may be chosen by, with an example: parameters and MFLOP a sample at the client, MB of a round.
 BUDGETS = {"client_params": "20000", "client_mflop": "5", "round_mb": "2.5"}
@@ -122,6 +122,11 @@ class Bottleneck(NamedTuple):
         return cls(int(found[1]), int(found[2]))
 
 
+def _is_cut(own: Any, method: Any) -> bool:
+    """Whether a method cuts the model, or the model is another up to the cut."""
+    return method.layout.cut or own.client_norm != "own" or own.bottleneck is not None
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model, where it is cut and what it starts from.
@@ -134,7 +139,7 @@ class ModelConfig:
     """
 
     name: str
-    cut: str | tuple[str, ...] | None = None
+    cut: str | tuple[str, ...] | None = field(default=None, metadata=scoped(read_if=_is_cut))
     init: Path | None = None
     client_norm: Literal["own", "group"] = "own"
     bottleneck: str | None = None

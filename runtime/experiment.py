@@ -125,7 +125,7 @@ def _begin(config: RunConfig, folder: RunFolder, federation: Federation) -> Resu
     """Write what a run's folder has from its beginning, or go on with it."""
     loggers = build_loggers(config.logger, folder.path, folder.resumed)
     results = Results(folder.path, loggers, by_client=config.communication_by == "client")
-    if federation.resume(results.restore) is not None:
+    if federation.resume(results.restore, recorded=folder.identities) is not None:
         log.info("resumed after round %d", federation.round)
     results.start(config.to_mapping())
     setup = federation.setup

@@ -7,16 +7,20 @@ import importlib.util
 import io
 import logging
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
+from cutlayer.datasets.facts import read_facts
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.extras import install
 from cutlayer.runtime.ground.files import open_to_append
-from cutlayer.runtime.ground.reading import check_links
+from cutlayer.runtime.ground.reading import check_links, read_yaml
 from cutlayer.runtime.ground.text import error_text, plain_logs
+from cutlayer.runtime.records.data_record import DATA, check_data
 from cutlayer.runtime.records.loggers import check_loggers
-from cutlayer.runtime.records.run_folder import RunFolder, find_unfinished, run_path, unique_name, what_differs
+from cutlayer.runtime.records.run_folder import Fits, RunFolder, find_unfinished, run_path, unique_name, what_differs
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import GrpcTransport
 
@@ -38,9 +42,39 @@ def runs_like(config: RunConfig) -> Path:
 def choose_folder(config: RunConfig, overrides: Iterable[str]) -> Path:
     """An unfinished run of this configuration, if `resume` allows, or else a new folder; makes nothing."""
     above = runs_like(config)
-    unfinished = find_unfinished(above, config.identity()) if config.resume == "auto" else None
-    differs = what_differs(config.lr, config.seed, overrides)
-    return unfinished or run_path(above, (differs,), unique_name())
+    unfinished = find_unfinished(above, config.identity(), has_data_of(config)) if config.resume == "auto" else None
+    deciding = [each for each in overrides if _names(each, config)]
+    return unfinished or run_path(above, (what_differs(config.lr, config.seed, deciding),), unique_name())
+
+
+def _names(override: str, config: RunConfig) -> bool:
+    """Whether an override says something of the result; those of Hydra's own do not."""
+    key = override.lstrip("+~").partition("=")[0]
+    return not key.startswith(("hydra.", "hydra/")) and config.decides(key)
+
+
+def has_data_of(config: RunConfig) -> Fits:
+    """Tells whether a run's folder is of a run on this configuration's data, wherever those have been moved.
+
+    Data in the same place that have changed are still the run's: it says so when it is continued.
+    """
+
+    facts = cache(lambda: read_facts(config.dataset, config.seed))
+
+    def fits(folder: Path) -> bool:
+        try:
+            recorded = cast(Mapping[str, Any], read_yaml(folder, "config.yaml").get("dataset") or {})
+        except (OSError, ValueError):
+            return True  # nothing was computed there
+        if Path(str(recorded.get("root"))) == config.dataset.root:
+            return True
+        try:
+            check_data(folder, facts, "refuse")
+        except ConfigError:
+            return False
+        return (folder / DATA).is_file()
+
+    return fits
 
 
 @contextlib.contextmanager

@@ -1,10 +1,8 @@
 """The whole configuration of a run, typed and checked: what `hydra_config/` composes to."""
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -16,7 +14,9 @@ from cutlayer.evaluations import EVALUATIONS
 from cutlayer.models import ModelConfig
 from cutlayer.runtime.evaluation.classifiers import MonitorConfig, ProbeConfig
 from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
-from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, plain
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, plain, scoped
+from cutlayer.runtime.ground.reading import read_yaml
+from cutlayer.runtime.keys import identity_of, keys_of, scope_of
 from cutlayer.runtime.parties.aggregate import AggregateConfig
 from cutlayer.runtime.parties.optim import (
     OptimizerConfig,
@@ -34,24 +34,6 @@ Refined = Literal["client", "server", "auxiliary", "body", "head", "tail", "pers
 Part = Literal["model", "auxiliary_heads", Refined]
 REFINED: tuple[Refined, ...] = get_args(Refined)
 PARTS: tuple[Part, ...] = ("model", *REFINED)
-
-# Where a run is kept and shown; everything else decides its result.
-_NOT_DECIDING = (
-    "save_dir",
-    "resume",
-    "data_changed",
-    "logger",
-    "checkpoint_interval",
-    "communication_by",
-    "state_memory_mb",
-    "progress",
-    "jobs_per_gpu",
-    "personalize",
-    "probe",
-    "role",
-    "server",
-    "client_id",
-)
 
 
 @dataclass(frozen=True)
@@ -91,35 +73,35 @@ class RunConfig:
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig | None
     aggregate: AggregateConfig
-    personalize: PersonalizeConfig
-    monitor: MonitorConfig
-    probe: ProbeConfig
-    transport: TransportConfig
-    logger: tuple[LoggerConfig, ...]
-    num_clients: int
-    frac: float
+    personalize: PersonalizeConfig = field(metadata=scoped("after"))
+    monitor: MonitorConfig = field(metadata=scoped(read_if=lambda _, method: method.evaluates_features))
+    probe: ProbeConfig = field(metadata=scoped("after"))
+    transport: TransportConfig = field(metadata=scoped("machine"))
+    logger: tuple[LoggerConfig, ...] = field(metadata=scoped("record"))
+    num_clients: int = field(metadata=scoped(read_if=lambda _, method: not method.pooled))
+    frac: float = field(metadata=scoped(read_if=lambda _, method: not method.pooled))
     rounds: int
     local_epochs: int
     batch_size: int
-    lr: float
+    lr: float = field(metadata=scoped(read_if=lambda own, _: own.optimizer.get("lr") is None))
     seed: int
-    device: str
-    threads: int | Literal["auto"]
+    device: str = field(metadata=scoped("machine", identifies=True, later=True))
+    threads: int | Literal["auto"] = field(metadata=scoped("machine", later=True))
     precision: Literal["fp32", "bf16", "fp64"]
-    jobs_per_gpu: int
+    jobs_per_gpu: int = field(metadata=scoped("machine"))
     eval_interval: int
-    eval_batch_size: int
+    eval_batch_size: int = field(metadata=scoped(later=True))
     comm_threshold_mb: float | None
-    checkpoint_interval: int
-    communication_by: Literal["client", "round"]
-    state_memory_mb: float
-    save_dir: Path
-    resume: str
-    progress: Literal["auto", "bar", "lines", "none"]
-    role: Literal["server", "client"] | None = None
-    server: str | None = None
-    client_id: int | None = None
-    data_changed: Changed = "refuse"
+    checkpoint_interval: int = field(metadata=scoped("record"))
+    communication_by: Literal["client", "round"] = field(metadata=scoped("record"))
+    state_memory_mb: float = field(metadata=scoped("machine", later=True))
+    save_dir: Path = field(metadata=scoped("record"))
+    resume: str = field(metadata=scoped("record"))
+    progress: Literal["auto", "bar", "lines", "none"] = field(metadata=scoped("record", later=True))
+    role: Literal["server", "client"] | None = field(default=None, metadata=scoped("machine"))
+    server: str | None = field(default=None, metadata=scoped("machine"))
+    client_id: int | None = field(default=None, metadata=scoped("machine"))
+    data_changed: Changed = field(default="refuse", metadata=scoped("record", later=True))
     evaluations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -211,16 +193,16 @@ class RunConfig:
         return mapping
 
     def identity(self) -> str:
-        """16 hexadecimal digits of a hash over everything that decides the result; equal in every process."""
-        deciding = {key: value for key, value in self.to_mapping().items() if key not in _NOT_DECIDING}
-        deciding["transport"] = self.transport.name
-        # A run that was begun before there were these keys is the same.
-        if not self.dataset.distribution_options:
-            del deciding["dataset"]["distribution_options"]
-        if not self.evaluations:
-            del deciding["evaluations"]
-        text = json.dumps(deciding, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """What tells this run from others, see `keys.identity_of`; equal in every process."""
+        return identity_of(RunConfig, self.to_mapping())
+
+    def decides(self, key: str) -> bool:
+        """Whether a key or section, as named on the command line, says something of this run's result."""
+        if scope_of(RunConfig, key) != "result":
+            return False
+        keys = keys_of(RunConfig, self.to_mapping())
+        below = [each.read for name, each in keys.items() if f"{name}.".startswith(f"{key}.")]
+        return not below or any(below)
 
     @property
     def title(self) -> str:
@@ -252,6 +234,14 @@ class RunConfig:
 
     def _refinement(self, part: str, kind: Literal["optimizer", "scheduler"]) -> dict[str, Any]:
         return getattr(getattr(self.model, part), kind) if part in REFINED else {}
+
+
+def identity_in(folder: Path) -> str | None:
+    """The identity of the run whose `config.yaml` a folder holds; None where there is none that can be read."""
+    try:
+        return identity_of(RunConfig, read_yaml(folder, "config.yaml"))
+    except (OSError, ValueError):
+        return None
 
 
 def _check_lr(lr: object) -> None:

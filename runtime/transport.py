@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-from cutlayer.runtime.ground.config import ConfigError, build
+from cutlayer.runtime.ground.config import ConfigError, build, scoped
 
 
 @dataclass(frozen=True)
 class LocalTransport:
     """All clients in this process."""
 
-    name: Literal["local"] = "local"
+    name: Literal["local"] = field(default="local", metadata=scoped(identifies=True))
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class GrpcTransport:
         max_message_mb: MB (10^6 bytes) of the largest message that is taken.
     """
 
-    name: Literal["grpc"] = "grpc"
+    name: Literal["grpc"] = field(default="grpc", metadata=scoped(identifies=True))
     host: str = "127.0.0.1"
     port: int = 50505
     certificates: Path | None = None

@@ -217,9 +217,9 @@ def restore(run: Path, saved: Saved) -> Federation:
             "run", str(run), "a run in one process: this one's clients have their data or parts elsewhere"
         )
     try:
-        recorded: str | None = read_text(run, IDENTITY).strip()
+        recorded = read_text(run, IDENTITY).split()
     except MissingError:
-        recorded = None
+        recorded = []
     try:
         resumed = federation.resume(recorded=recorded) is not None
     except ConfigError:

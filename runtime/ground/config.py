@@ -12,9 +12,9 @@ import math
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast
+from typing import Any, Literal, NamedTuple, TypeVar, Union, cast
 
 from cutlayer.runtime.ground.text import one_line
 
@@ -22,6 +22,40 @@ T = TypeVar("T")
 
 _SHOWN_CHOICES = 48
 _SHOWN_VALUE = 120
+
+
+Scope = Literal["result", "machine", "record", "after"]
+"""What a key is for: it decides the result, belongs to the machine, says what is kept or shown, or is read later."""
+
+
+class Use(NamedTuple):
+    """What a field's metadata say of its key, see `scoped`."""
+
+    scope: Scope | None = None
+    read_if: Callable[[Any, Any], bool] | None = None
+    identifies: bool = False
+    later: bool = False
+
+
+def scoped(
+    scope: Scope | None = None,
+    *,
+    read_if: Callable[[Any, Any], bool] | None = None,
+    identifies: bool = False,
+    later: bool = False,
+) -> dict[str, Use]:
+    """Metadata of a dataclass field that is a key of the configuration: ``field(metadata=scoped("machine"))``.
+
+    A key without any has the scope of the section that it is in, and at the top decides the result.
+
+    Args:
+        scope: of the key, and of those below it that have none of their own; None inherits.
+        read_if: whether a run reads the key, given the section that it is in (fields as attributes, with plain values)
+            and the class of the algorithm. Else it is as if it was not there.
+        identifies: a run with another value is another run, although the key does not decide the result.
+        later: a finished run may be measured with another value.
+    """
+    return {"use": Use(scope, read_if, identifies, later)}
 
 
 class NoValue(enum.Enum):

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -25,21 +25,12 @@ from cutlayer.runtime.ground.locks import FileLock
 State = Literal["running", "finished", "failed"]
 
 LOCK, IDENTITY, STATUS = ".lock", "identity", "status.json"
-# Left out of a folder's name: told by the folders above it, or without influence on the result.
-_UNNAMED = ("algorithm", "model", "dataset", "dataset.distribution", "lr", "seed")
-_UNNAMED_BELOW = (
-    "save_dir",
-    "resume",
-    "data_changed",
-    "logger",
-    "checkpoint_interval",
-    "progress",
-    "personalize",
-    "probe",
-    "hydra",
-)
-_NETWORK = ("transport", "role", "server", "client_id")
+# Left out of a folder's name, as the folders above it have them, or as they are always in it.
+_NAMED = ("algorithm", "model", "dataset", "dataset.distribution", "lr", "seed")
 _NAME_BYTES = 150
+# Of an identity of earlier versions, which counted more keys.
+_FIRST_DIGITS = 16
+Fits = Callable[[Path], bool]
 
 
 def unique_name() -> str:
@@ -63,12 +54,13 @@ def what_differs(lr: object, seed: object, overrides: Iterable[str]) -> str:
 
     Args:
         lr: learning rate, always named. seed: likewise.
-        overrides: what was given on the command line, e.g. "rounds=5" or "++optimizer.momentum=0.9".
+        overrides: what was given on the command line and decides the result, e.g. "rounds=5" or
+            "++optimizer.momentum=0.9".
     """
     named: dict[str, str] = {}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if key not in _UNNAMED and key.partition(".")[0] not in (*_UNNAMED_BELOW, *_NETWORK):
+        if key not in _NAMED:
             named[key] = value
     return safe_component(",".join([f"lr={lr}", f"seed={seed}", *(f"{key}={named[key]}" for key in sorted(named))]))
 
@@ -87,14 +79,16 @@ def is_locked(path: Path) -> bool:
     return locks.is_locked(path / LOCK)
 
 
-def find_unfinished(above: Path, identity: str) -> Path | None:
-    """The newest run folder below `above` that has this identity, is not finished and that nobody owns."""
-    return next((folder for folder in _find(above, identity) if _can_continue(folder) and not is_locked(folder)), None)
+def find_unfinished(above: Path, identity: str, fits: Fits = lambda _: True) -> Path | None:
+    """The newest run folder below `above` that has this identity, fits, is not finished and that nobody owns."""
+    free = (folder for folder in _find(above, identity) if _can_continue(folder) and not is_locked(folder))
+    return next((folder for folder in free if fits(folder)), None)
 
 
-def find_finished(above: Path, identity: str) -> Path | None:
-    """The newest run folder below `above` that has this identity and holds a finished run."""
-    return next((folder for folder in _find(above, identity) if read_status(folder).get("state") == "finished"), None)
+def find_finished(above: Path, identity: str, fits: Fits = lambda _: True) -> Path | None:
+    """The newest run folder below `above` that has this identity, fits, and holds a finished run."""
+    done = (folder for folder in _find(above, identity) if read_status(folder).get("state") == "finished")
+    return next((folder for folder in done if fits(folder)), None)
 
 
 def find_running(above: Path, identity: str) -> Path | None:
@@ -109,7 +103,7 @@ def _find(above: Path, identity: str) -> Iterator[Path]:
     gives differing names to the level between.
     """
     for mark in sorted(above.glob(f"*/*/{IDENTITY}"), key=lambda mark: mark.parent.name, reverse=True):
-        if _read_identity(mark.parent) == identity:
+        if _is_of(mark.parent, identity):
             yield mark.parent
 
 
@@ -150,11 +144,13 @@ class RunFolder:
 
     Attributes:
         path: the folder.
+        identities: the run's, and any that an earlier version of the platform gave it.
         resumed: whether it holds an earlier, unfinished part of the same run.
     """
 
-    def __init__(self, path: Path, lock: FileLock, *, resumed: bool, save_dir: Path) -> None:
+    def __init__(self, path: Path, lock: FileLock, identity: str, *, resumed: bool, save_dir: Path) -> None:
         self.path = path
+        self.identities = tuple(dict.fromkeys((identity, *(_read_identities(path) if resumed else ()))))
         self.resumed = resumed
         self._save_dir = save_dir
         self._lock = lock
@@ -176,14 +172,13 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             lock = FileLock.take(path / LOCK)
             if lock is not None:
-                resumed = _is_open(path) and _read_identity(path) == identity
+                resumed = _is_open(path) and _is_of(path, identity)
                 if resumed or _is_fresh(path):
                     break
                 lock.release()
             path = path.parent / unique_name()
-        folder = cls(path, lock, resumed=resumed, save_dir=save_dir)
-        replace_file(path / IDENTITY, identity + "\n")
-        folder.mark("running")
+        folder = cls(path, lock, identity, resumed=resumed, save_dir=save_dir)
+        folder._begin()
         return folder
 
     @classmethod
@@ -196,7 +191,7 @@ class RunFolder:
         if not _is_open(path):
             state = "has finished" if read_status(path).get("state") == "finished" else "is no run folder"
             raise ConfigError("resume", str(path), f"auto, never or the folder of an unfinished run; this one {state}")
-        if _read_identity(path) != identity:
+        if not _is_of(path, identity):
             raise ConfigError("resume", str(path), "the folder of a run of the same configuration")
         lock = FileLock.take(path / LOCK)
         if lock is None:
@@ -206,9 +201,13 @@ class RunFolder:
             raise ConfigError(
                 "resume", str(path), "auto, never or the folder of an unfinished run; this one has finished"
             )
-        folder = cls(path, lock, resumed=True, save_dir=path.parent if save_dir is None else save_dir)
-        folder.mark("running")
+        folder = cls(path, lock, identity, resumed=True, save_dir=path.parent if save_dir is None else save_dir)
+        folder._begin()
         return folder
+
+    def _begin(self) -> None:
+        replace_file(self.path / IDENTITY, "".join(f"{identity}\n" for identity in self.identities))
+        self.mark("running")
 
     def mark(self, state: State, error: str | None = None) -> None:
         """Write the run's state; `error` is one line about a failure."""
@@ -266,11 +265,22 @@ def _is_fresh(path: Path) -> bool:
     return {entry.name for entry in path.iterdir()} <= claim
 
 
-def _read_identity(path: Path) -> str | None:
+def _read_identities(path: Path) -> list[str]:
+    """The lines of a folder's mark: the run's identity, then those that it had before; none where none can be read."""
     try:
-        return (path / IDENTITY).read_text(encoding="utf-8").strip()
+        return [line.strip() for line in (path / IDENTITY).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
-        return None
+        return []
+
+
+def _is_of(path: Path, identity: str) -> bool:
+    """Whether a folder's run is of this identity, which of an earlier version's run follows from its configuration."""
+    first = next(iter(_read_identities(path)), None)
+    if first == identity or first is None or len(first) != _FIRST_DIGITS:
+        return first == identity
+    from cutlayer.runtime.settings import identity_in  # late: where there are no such runs, torch is not needed here
+
+    return identity_in(path) == identity
 
 
 def run_path(save_dir: str | Path, levels: Iterable[object], unique: str) -> Path:

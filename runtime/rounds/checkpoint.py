@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -135,11 +135,11 @@ class Checkpoint:
                 if path.parent != self._folder:
                     path.parent.rmdir()  # of the first format; once it is empty
 
-    def read(self, identity: str, take_up: TakeUp, *, fall_back: bool) -> None:
+    def read(self, identities: Collection[str], take_up: TakeUp, *, fall_back: bool) -> None:
         """Take up the last checkpoint that is whole.
 
         Args:
-            identity: that it has to be of.
+            identities: one of which it has to be of.
             fall_back: go on from the checkpoint before, where the last is damaged.
 
         Raises:
@@ -148,7 +148,7 @@ class Checkpoint:
         damage: list[str] = []
         for name in (MANIFEST, PREVIOUS) if fall_back else (MANIFEST,):
             try:
-                found = self._read(name, identity)
+                found = self._read(name, identities)
                 self._unneeded |= found.names | {*found.manifest.before, *found.manifest.obsolete}
                 take_up(found, self._checked(found))
             except DamagedError as error:
@@ -163,7 +163,7 @@ class Checkpoint:
         advice = _ANEW if fall_back else "a run is measured as its last checkpoint has it"
         raise ConfigError("resume", NO_VALUE, f"{'; '.join(dict.fromkeys(damage))}; {advice}")
 
-    def _read(self, name: str, identity: str) -> Found:
+    def _read(self, name: str, identities: Collection[str]) -> Found:
         path = self._folder / name
         try:
             if path.is_symlink():
@@ -175,7 +175,7 @@ class Checkpoint:
             if isinstance(error, ConfigError) and (isinstance(error, DamagedError) or error.key == "resume"):
                 raise
             raise DamagedError.unreadable(path, error) from None
-        if found.manifest.identity != identity:
+        if found.manifest.identity not in identities:
             raise DamagedError.of(path, f"is of another configuration ({found.manifest.identity!r:.40})")
         return found
 

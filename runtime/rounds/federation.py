@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -209,14 +209,14 @@ class Federation:
         self.clients.checkpointed()
 
     def resume(
-        self, restore: Callable[[Mapping[str, Any]], None] | None = None, *, recorded: str | None = None
+        self, restore: Callable[[Mapping[str, Any]], None] | None = None, *, recorded: Collection[str] = ()
     ) -> dict[str, Any] | None:
         """Take up the folder's checkpoint; returns its results, or None where there is no checkpoint.
 
         Args:
             restore: takes up the results; raises DamagedError where the run's files are not as they were then. Given by
                 a run that goes on: where its last checkpoint is damaged, it goes on from the one before.
-            recorded: the identity that the run was recorded with, if it is not that of this federation's configuration.
+            recorded: identities that the run was recorded with, beside that of this federation's configuration.
 
         Raises:
             ConfigError: the checkpoint belongs to another configuration or other data, or is damaged.
@@ -242,7 +242,7 @@ class Federation:
                 raise DamagedError.unreadable(self._folder / CHECKPOINT_FOLDER, error) from error
             results = found.manifest.results
 
-        self._checkpoint.read(recorded or self.setup.config.identity(), take_up, fall_back=restore is not None)
+        self._checkpoint.read({self.setup.config.identity(), *recorded}, take_up, fall_back=restore is not None)
         return results
 
     def _restore(self, found: Found, server_state: Any) -> None:

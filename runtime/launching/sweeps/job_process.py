@@ -31,7 +31,7 @@ from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError, plain
 from cutlayer.runtime.ground.locks import FileLock, is_locked
 from cutlayer.runtime.ground.text import complain, error_text, plain_logs
-from cutlayer.runtime.job import check, claim, runs_like
+from cutlayer.runtime.job import check, claim, has_data_of, runs_like
 from cutlayer.runtime.launching.hydra_errors import explain
 from cutlayer.runtime.launching.sweeps.slots import gpu_slot
 from cutlayer.runtime.launching.sweeps.sweep import OUTPUT, JobFolder
@@ -131,7 +131,7 @@ def _taken(job: JobFolder, config: RunConfig) -> bool:
     if config.resume != "auto":
         return False
     above, identity = runs_like(config), config.identity()
-    finished, running = find_finished(above, identity), find_running(above, identity)
+    finished, running = find_finished(above, identity, has_data_of(config)), find_running(above, identity)
     if finished is not None:
         _check_data(finished, config)
         job.update(state="skipped", folder=str(finished))

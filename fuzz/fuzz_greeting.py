@@ -28,7 +28,7 @@ with atheris.instrument_imports(
         "cutlayer.runtime.settings",
     ]
 ):
-    from cutlayer.runtime import settings, trust
+    from cutlayer.runtime import keys, settings, trust  # noqa: F401
     from cutlayer.runtime.ground import config  # noqa: F401
     from cutlayer.runtime.messages import bounds
     from cutlayer.runtime.network import agreement, wire
@@ -81,7 +81,7 @@ def taken(found: Any, _: Path, *, download: bool) -> Any:
     """Stands for the client's data and parts: checks what they would be made of."""
     assert not download
     theirs, mine = found.to_mapping(), OWN_CONFIG.to_mapping()
-    for key in (*trust.OWN_KEYS, *trust.OWN_SECTIONS):
+    for key in (key for key, use in keys.uses_of(settings.RunConfig).items() if use.scope != "result"):
         assert agreement._named(theirs, key) == agreement._named(mine, key), key
     assert "/" not in found.model.name
     assert found.model.init is None

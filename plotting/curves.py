@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from cutlayer.plotting.timing import Link
 
 _MOST_POINTS = 4000
 """Of a curve that is drawn: more than a screen has places for."""
+# What decides is `optimizer.lr`, which has the value of `lr` unless it is set apart: it is called the same.
+_RATE, _LR = "optimizer.lr", "lr"
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 
 
@@ -140,15 +143,15 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     """For each run, the keys in which it differs from the others, e.g. "lr=0.01, rounds=50"; "" for a single one."""
     names = {key for run in runs for key in run.setting}
     values = {key: tuple(run.setting.get(key) for run in runs) for key in names}
-    keys = sorted(key for key in names if len(set(values[key])) > 1)
-    # `optimizer.lr` follows `lr` unless it is set apart: told once.
-    keys = [key for key in keys if key == (top := key.rpartition(".")[2]) or values.get(top) != values[key]]
+    keys = sorted((key for key in names if len(set(values[key])) > 1), key=lambda key: _LR if key == _RATE else key)
     if not keys and len(runs) > 1:
-        keys = ["seed"]
+        return [f"seed={short(run.get('seed'))}" for run in runs]
     # The distribution and the settings that shape it are one thing: "Dirichlet α=0.1".
     others = [key for key in keys if key not in SPREAD_KEYS]
     told = [[run.distribution_label] if len(others) < len(keys) else [] for run in runs]
-    each = [[f"{_short(key)}={short(run.get(key))}" for key in others] for run in runs]
+    each = [
+        [f"{_short(key)}={short(json.loads(run.setting[key]))}" for key in others if key in run.setting] for run in runs
+    ]
     return [", ".join(spread + rest) for spread, rest in zip(told, each, strict=True)]
 
 
@@ -160,6 +163,8 @@ def _natural(text: str) -> list[Any]:
 
 def _short(key: str) -> str:
     """The key as in a legend: "model" for "model.name", "upload_interval" for "algorithm.upload_interval"."""
+    if key == _RATE:
+        return _LR
     return shortened(key.removesuffix(".name") if key.endswith(".name") else key.removeprefix("algorithm."))
 
 

@@ -31,13 +31,6 @@ SHAPING_KEYS = frozenset(f"dataset.{key}" for each in DISTRIBUTIONS.values() for
 """The keys that shape a distribution; those of another one are without effect and are not told."""
 SPREAD_KEYS = SHAPING_KEYS | {"dataset.distribution"}
 """The keys that together say how the data is spread over clients."""
-# Keys that do not decide a run's result, or repeat for averaging. What was measured after training, and how, is told
-# by the evaluations themselves.
-_IRRELEVANT = (
-    *("seed", "save_dir", "resume", "data_changed", "logger", "checkpoint_interval", "progress", "device", "transport"),
-    *("role", "server", "client_id"),
-    *("threads", "state_memory_mb", "personalize", "probe", "evaluations"),
-)
 _UNREADABLE = (OSError, ValueError, RecursionError)
 # Beyond this a metric is as good as not finite, and sums and scales of it are no longer numbers.
 _LARGEST = 1e100
@@ -106,13 +99,19 @@ class Run:
     @cached_property
     def setting(self) -> dict[str, Any]:
         """Everything that may explain a difference between two runs, but the seed; values as text."""
-        effective = {f"dataset.{key}" for key in self._shape}
-        ignored = (SHAPING_KEYS - effective) | {"dataset.root", "dataset.storage", "dataset.workers"}
-        return {
-            key: json.dumps(_whole(value), default=str)
-            for key, value in self.flat.items()
-            if key.split(".")[0] not in _IRRELEVANT and key not in ignored and value != {}
-        }
+        return {key: json.dumps(_whole(value), default=str) for key, value in self._deciding().items() if key != "seed"}
+
+    def _deciding(self) -> dict[str, Any]:
+        """The keys that decided the result: as the run says, or as follows from its configuration."""
+        if self.code:
+            without_effect = SHAPING_KEYS - {f"dataset.{key}" for key in self._shape}
+            return {key: value for key, value in self.flat.items() if key not in without_effect}
+        told = self.results.get("setting")
+        if isinstance(told, list) and told and all(isinstance(key, str) for key in told):
+            return {key: self.get(key) for key in told}
+        from cutlayer.runtime.settings import setting_in  # late: only runs of earlier versions need what takes torch
+
+        return setting_in(_nested(self.flat))
 
     def bytes(self, without_fields: tuple[str, ...] = ()) -> list[int]:
         """Cumulative payload bytes of training at each evaluated round.
@@ -259,6 +258,20 @@ def _state(folder: Path) -> str:
 def _whole(value: Any) -> Any:
     """1.0 as 1: the same setting, whichever way it was spelled."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration whose dotted keys these are."""
+    made: dict[str, Any] = {}
+    for key, value in flat.items():
+        section = made
+        *above, last = key.split(".")
+        for name in above:
+            if not isinstance(section.get(name), dict):
+                section[name] = {}
+            section = section[name]
+        section[last] = value
+    return made
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -127,7 +127,7 @@ def _begin(config: RunConfig, folder: RunFolder, federation: Federation) -> Resu
     results = Results(folder.path, loggers, by_client=config.communication_by == "client")
     if federation.resume(results.restore, recorded=folder.identities) is not None:
         log.info("resumed after round %d", federation.round)
-    results.start(config.to_mapping())
+    results.start(config.to_mapping(), config.setting())
     setup = federation.setup
     record_data(folder.path, setup.dataset.facts)
     _save_partition(federation, folder.path)

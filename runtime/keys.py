@@ -53,16 +53,19 @@ def keys_of(kind: type[Any], mapping: Mapping[str, Any]) -> dict[str, Key]:
 
 
 def setting_of(kind: type[Any], mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that a run reads and that decide its result, with their values."""
-    return {name: key.value for name, key in keys_of(kind, mapping).items() if key.read and key.scope == "result"}
+    """The keys that a run reads and that decide its result, with their values; no empty sections."""
+    return _read(keys_of(kind, mapping), lambda key: key.scope == "result")
 
 
 def identity_of(kind: type[Any], mapping: Mapping[str, Any]) -> str:
     """20 hexadecimal digits of a hash over what makes a run: its setting, and what identifies it beside."""
-    keys = keys_of(kind, mapping).items()
-    made_by = {name: key.value for name, key in keys if key.read and (key.scope == "result" or key.identifies)}
+    made_by = _read(keys_of(kind, mapping), lambda key: key.scope == "result" or key.identifies)
     text = json.dumps(made_by, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def _read(keys: Mapping[str, Key], kept: Callable[[Key], bool]) -> dict[str, Any]:
+    return {name: key.value for name, key in keys.items() if key.read and kept(key) and key.value != {}}
 
 
 @cache

@@ -16,7 +16,7 @@ from cutlayer.runtime.evaluation.classifiers import MonitorConfig, ProbeConfig
 from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, plain, scoped
 from cutlayer.runtime.ground.reading import read_yaml
-from cutlayer.runtime.keys import identity_of, keys_of, scope_of
+from cutlayer.runtime.keys import identity_of, keys_of, scope_of, setting_of
 from cutlayer.runtime.parties.aggregate import AggregateConfig
 from cutlayer.runtime.parties.optim import (
     OptimizerConfig,
@@ -196,6 +196,10 @@ class RunConfig:
         """What tells this run from others, see `keys.identity_of`; equal in every process."""
         return identity_of(RunConfig, self.to_mapping())
 
+    def setting(self) -> dict[str, Any]:
+        """The keys that this run reads and that decide its result, dotted, with their values."""
+        return setting_of(RunConfig, self.to_mapping())
+
     def decides(self, key: str) -> bool:
         """Whether a key or section, as named on the command line, says something of this run's result."""
         if scope_of(RunConfig, key) != "result":
@@ -242,6 +246,11 @@ def identity_in(folder: Path) -> str | None:
         return identity_of(RunConfig, read_yaml(folder, "config.yaml"))
     except (OSError, ValueError):
         return None
+
+
+def setting_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `RunConfig.setting` gives, of a configuration of any version, which need not be one that can be built."""
+    return setting_of(RunConfig, values)
 
 
 def _check_lr(lr: object) -> None:

@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
     from cutlayer.runtime.settings import RunConfig
 
-# What each machine says for itself: where things are, how they are kept, whom it speaks with.
-OWN_SECTIONS = ("transport", "role", "server", "client_id", "logger")
-OWN_KEYS = (
-    *("device", "threads", "save_dir", "state_memory_mb", "progress", "resume", "data_changed", "jobs_per_gpu"),
-    *("dataset.root", "dataset.storage", "dataset.workers"),
-)
-
 DATA_BYTES = 1 << 30
 """Of images that a data set makes itself, in memory."""
 MODEL_BYTES = 1 << 30
@@ -144,20 +137,9 @@ RULES: Mapping[str, Rule] = {
     "scheduler.*": _LEARNING,
     "aggregate.weights": Rule(1e12, WORD, 100_000),
     "aggregate.buffers": _CHOICE,
-    "personalize.part": _CHOICE,
-    "personalize.epochs": Rule(1e4, length=64),
-    "personalize.lr": _MANY,
     "monitor.k": _MANY,
     "monitor.temperature": _MANY,
     "monitor.train_samples": _ANY,
-    "probe.after": _FLAG,
-    "probe.knn": _FLAG,
-    "probe.k": _MANY,
-    "probe.temperature": _MANY,
-    "probe.labels": Rule(1, length=64),
-    "probe.l2": _MANY,
-    "probe.train_samples": _ANY,
-    "probe.test_samples": _ANY,
     "num_clients": Rule(100_000),
     "frac": Rule(1),
     "rounds": _MANY,
@@ -170,19 +152,33 @@ RULES: Mapping[str, Rule] = {
     "evaluations": Rule(text=WORD, length=64),
     "eval_batch_size": Rule(65_536),
     "comm_threshold_mb": _ANY,
-    "checkpoint_interval": _ANY,
-    "communication_by": _CHOICE,
 }
-"""By key what a server may set at its clients, and the folder of a run for what takes it up; * is any one name."""
-MACHINE_RULES: Mapping[str, Rule] = {
+"""By key what a server may set at its clients, and the folder of a run for what reads it: what decides the result.
+
+``*`` is any one name.
+"""
+FOLDER_RULES: Mapping[str, Rule] = {
     "device": Rule(text=DEVICE),
     "threads": Rule(1024, WORD),
     "state_memory_mb": _MANY,
     "progress": _CHOICE,
     "dataset.storage": _CHOICE,
     "dataset.workers": Rule(256),
+    "personalize.part": _CHOICE,
+    "personalize.epochs": Rule(1e4, length=64),
+    "personalize.lr": _MANY,
+    "probe.after": _FLAG,
+    "probe.knn": _FLAG,
+    "probe.k": _MANY,
+    "probe.temperature": _MANY,
+    "probe.labels": Rule(1, length=64),
+    "probe.l2": _MANY,
+    "probe.train_samples": _ANY,
+    "probe.test_samples": _ANY,
+    "checkpoint_interval": _ANY,
+    "communication_by": _CHOICE,
 }
-"""What of a machine's own keys the folder of a run may set beside; where its data are is looked at by itself."""
+"""What the folder of a run may set beside; where its data are is looked at by itself."""
 # Of a model from elsewhere each option goes into code that is not this project's.
 _OPTIONS = ("model.options.", "model.personal.variants.")
 

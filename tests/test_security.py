@@ -26,6 +26,6 @@ def test_the_table_has_each_key_that_a_server_may_set_once_and_its_bound() -> No
 
 def test_what_a_folder_may_set_beside_is_named() -> None:
     paragraph = TEXT.partition("The folder of a run may set the same, and")[2].partition("| key |")[0]
-    assert set(re.findall(r"`([a-z_.]+)`", paragraph)) == set(trust.MACHINE_RULES)
+    assert set(re.findall(r"`([a-z0-9_.]+)`", paragraph)) == set(trust.FOLDER_RULES)
     for most in (f"{trust.MODEL_BYTES / 1e6:,.0f} MB", f"{trust.DATA_BYTES / 1e6:,.0f} MB"):
         assert most in TEXT

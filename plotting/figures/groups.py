@@ -27,6 +27,7 @@ _LOG_RATIO = 10.0
 # Numbers beyond it, and those that are none, have no place to scale.
 _LARGEST = 1e100
 
+_RATES = ("lr", "optimizer.lr")
 _KEYS = {
     "algorithm.align_interval": "alignment interval (rounds)",
     "algorithm.upload_interval": "upload interval (local steps)",
@@ -35,7 +36,7 @@ _KEYS = {
     "model.cut": "cut layer",
     "model.name": "model",
     "dataset.name": "dataset",
-    "lr": "learning rate",
+    **dict.fromkeys(_RATES, "learning rate"),
     "num_clients": "clients",
     "frac": "share of clients in each round",
     "batch_size": "batch size",
@@ -92,15 +93,13 @@ def swept_key(curves: Sequence[Curve]) -> str | None:
     for runs in by_method.values():
         names = {key for run in runs for key in run.setting} - {ALPHA, DISTRIBUTION}
         values = {key: tuple(run.setting.get(key) for run in runs) for key in names}
-        differ = {key for key in names if len(set(values[key])) > 1}
-        # `optimizer.lr` follows `lr` unless it is set apart.
-        found |= {key for key in differ if key == (top := key.rpartition(".")[2]) or values.get(top) != values[key]}
+        found |= {key for key in names if len(set(values[key])) > 1}
     return found.pop() if len(found) == 1 else None
 
 
 def followers(key: str) -> set[str]:
-    """A swept key and those that take up its value."""
-    return {key, f"optimizer.{key}"}
+    """A swept key and the one that takes up its value, or whose value it takes up."""
+    return set(_RATES) if key in _RATES else {key}
 
 
 def statistics(runs: Sequence[Run], metric: str) -> tuple[float, float, float]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,31 +15,29 @@ from cutlayer.runtime.after.personalize import folder_of as personalized_in
 from cutlayer.runtime.after.probe import Probed, probe
 from cutlayer.runtime.after.probe import folder_of as probed_in
 from cutlayer.runtime.costs.cuts import prepared
-from cutlayer.runtime.evaluation.classifiers import ProbeConfig
 from cutlayer.runtime.ground.config import ConfigError, plain, show
 from cutlayer.runtime.ground.files import MODEL_FILE, RESULTS
 from cutlayer.runtime.ground.locks import FileLock
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.reading import MissingError, check_links, inside, read_text, read_yaml
+from cutlayer.runtime.keys import uses_of
 from cutlayer.runtime.records.console import Progress, show_rows
 from cutlayer.runtime.records.run_folder import IDENTITY, LOCK
 from cutlayer.runtime.rounds.federation import CHECKPOINT_FOLDER, Federation
 from cutlayer.runtime.settings import RunConfig
-from cutlayer.runtime.trust import MACHINE_RULES, MODEL_BYTES, RULES, Limit, Named, check, check_made, covered, to_take
+from cutlayer.runtime.trust import FOLDER_RULES, MODEL_BYTES, RULES, Limit, Named, check, check_made, covered, to_take
 
+_RULES = {**RULES, **FOLDER_RULES}
+_USES = uses_of(RunConfig)
 # What may differ from the run: where its data and this machine's device are, and what is measured.
-MACHINE = (
-    *("device", "threads", "eval_batch_size", "state_memory_mb", "progress", "data_changed"),
-    *("dataset.root", "dataset.storage", "dataset.workers"),
-)
-CHANGEABLE = ("personalize.part", "personalize.epochs", "personalize.lr", *MACHINE)
-PROBE_KEYS = tuple(f"probe.{field.name}" for field in fields(ProbeConfig) if field.name != "after")
+MACHINE = tuple(key for key, use in _USES.items() if use.later)
+CHANGEABLE = (*(key for key in _USES if key.startswith("personalize.")), *MACHINE)
+PROBE_KEYS = tuple(key for key in _USES if key.startswith("probe.") and key != "probe.after")
 # Sections of the configuration that runs of earlier versions lack.
 _SECTIONS = ("personalize", "monitor", "probe")
 # What the folder of a run says in vain: where it was kept and shown, and who was where.
-_NOT_TAKEN = (
-    *("transport", "role", "server", "client_id", "logger"),
-    *("save_dir", "resume", "data_changed", "jobs_per_gpu"),
+_NOT_TAKEN = tuple(
+    key for key, use in _USES.items() if use.scope in ("machine", "record") and "." not in key and key not in _RULES
 )
 _PATH = 4096
 
@@ -108,7 +106,7 @@ def read_config(
                 section = section[name]
             section[last] = value
     root = _root(values)
-    check(values, named, source, {**RULES, **MACHINE_RULES})
+    check(values, named, source, _RULES)
     if not named("dataset.root", root):
         _check_root(root, source)
     values["dataset"]["root"] = root

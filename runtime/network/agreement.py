@@ -11,9 +11,10 @@ from typing import Any, cast
 from cutlayer import HOME
 from cutlayer.datasets import Dataset
 from cutlayer.runtime.ground.config import ConfigError, show
+from cutlayer.runtime.keys import keys_of, pruned, scope_of
 from cutlayer.runtime.messages.bounds import shown
-from cutlayer.runtime.settings import RunConfig
-from cutlayer.runtime.trust import OWN_KEYS, OWN_SECTIONS, check, check_made, covered
+from cutlayer.runtime.settings import RunConfig, setting_in
+from cutlayer.runtime.trust import check, check_made, covered
 
 PROTOCOL = 1
 _PACKAGES = ("algorithms", "datasets", "distributions", "evaluations", "models", "runtime")
@@ -36,20 +37,19 @@ def version() -> str:
 
 
 def shared(config: RunConfig) -> dict[str, Any]:
-    """The part of a configuration that is the same at the server and at every client."""
-    mapping = config.to_mapping()
-    for key in (*OWN_SECTIONS, *OWN_KEYS):
-        *above, last = key.split(".")
-        section = mapping
-        for name in above:
-            section = section[name]
-        section.pop(last)
-    return mapping
+    """The part of a configuration that is the same at the server and at every client: what decides the result."""
+    return _of_scope(config.to_mapping(), result=True)
 
 
 def fingerprint(mapping: Mapping[str, Any]) -> str:
-    """A hash of what ``shared`` gave."""
-    return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:16]
+    """A hash of what a run reads of what ``shared`` gave."""
+    return hashlib.sha256(json.dumps(setting_in(mapping), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _of_scope(mapping: Mapping[str, Any], *, result: bool) -> dict[str, Any]:
+    """Of a configuration the keys that decide the result, or the others."""
+    other = {key for key, each in keys_of(RunConfig, mapping).items() if each.scope != "result"}
+    return pruned(mapping, lambda key: (key not in other) == result)
 
 
 def joined(own: RunConfig, theirs: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:
@@ -66,7 +66,7 @@ def joined(own: RunConfig, theirs: Mapping[str, Any], overrides: Iterable[str]) 
     given = [override.lstrip("+").partition("=")[0] for override in overrides]
     mine = own.to_mapping()
     for key in given:
-        if key in OWN_KEYS or key.partition(".")[0] in OWN_SECTIONS:
+        if scope_of(RunConfig, key) != "result":
             continue
         here, there = (_named(values, key) for values in (mine, theirs))
         if here != there:
@@ -78,17 +78,21 @@ def joined(own: RunConfig, theirs: Mapping[str, Any], overrides: Iterable[str]) 
 
     check(theirs, named, "the server")
     mapping = cast(dict[str, Any], json.loads(json.dumps(theirs)))
-    for key in (*OWN_SECTIONS, *OWN_KEYS):
-        *above, last = key.split(".")
-        section, source = mapping, mine
-        for part in above:
-            if not isinstance(section.get(part), dict):
-                section[part] = {}
-            section, source = section[part], source[part]
-        section[last] = source[last]
+    _merge(mapping, _of_scope(mine, result=False))
     config = RunConfig.from_mapping(mapping)
     check_made(config, named, "the server")
     return config
+
+
+def _merge(mapping: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Put the keys of ``own`` into ``mapping``."""
+    for name, value in own.items():
+        if isinstance(value, Mapping) and value:
+            if not isinstance(mapping.get(name), dict):
+                mapping[name] = {}
+            _merge(mapping[name], cast(Mapping[str, Any], value))
+        else:
+            mapping[name] = value
 
 
 def _named(values: Mapping[str, Any], key: str) -> Any:

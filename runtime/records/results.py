@@ -62,18 +62,23 @@ class Results:
         self._begun = False
         self._files = {name: GrowingFile(folder / name) for name in (*COLUMNS, JOURNAL)}
         self._finished = False
+        self._setting: list[str] = []
         self._summary: dict[str, Any] | None = None
         self._stale = False
         self._written_at = -math.inf
         self._write_cost = 0.0
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, config: Mapping[str, Any]) -> None:
+    def start(self, config: Mapping[str, Any], setting: Iterable[str] = ()) -> None:
         """Write `config.yaml` (resolved, plain containers) and `env.json`; start the loggers.
 
         In a folder that an earlier process began, `env.json` keeps that one's environment and lists this one's under
         "resumed". May be called before or after `restore`.
+
+        Args:
+            setting: the dotted keys that decide the result, for `results.json`.
         """
+        self._setting = sorted(setting)
         replace_file(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         path = self.folder / "env.json"
         environment = describe_environment()
@@ -200,13 +205,15 @@ class Results:
         "metrics" maps each further name to such a list, with the last value since the evaluation before, or null;
         "traffic" maps "direction/kind/field" to cumulative payload bytes. A figure that is not finite is null.
         Cumulative too: "round_trips" as in `RoundRecord`, and "client_rounds", clients that finished a round. "in_turn"
-        is a single bool.
+        is a single bool, and "setting" the keys of the configuration that decide the result.
         """
         history = self._history
         content: dict[str, Any] = {"rounds": history.rounds, **history.series}
         content["metrics"] = dict(sorted(history.metrics.items()))
         content["traffic"] = dict(sorted(history.traffic.items()))
         content["in_turn"] = bool(history.last.get("in_turn"))
+        if self._setting:
+            content["setting"] = self._setting
         if self._summary is not None:
             content["summary"] = self._summary
         return {**content, "finished": self._finished}

@@ -19,6 +19,7 @@ from cutlayer.models.registry import entry
 from cutlayer.models.registry import names as model_names
 from cutlayer.runtime import trust
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.keys import scope_of
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.network.agreement import joined, shared
 from cutlayer.runtime.network.client.site import Site
@@ -75,15 +76,15 @@ def take(theirs: dict[str, Any], *overrides: str) -> RunConfig | None:
     return None
 
 
-def test_every_key_is_said_once_to_be_the_servers_or_the_machines_own() -> None:
-    """A key of the configuration that is on neither list would be refused of every server."""
-    tree = trust._tree(trust.RULES)
+def test_what_decides_the_result_is_the_servers_to_say_and_nothing_else_is() -> None:
+    """A key of the configuration that decides the result and has no rule would be refused of every server."""
+    tree, folder = trust._tree(trust.RULES), trust._tree(trust.FOLDER_RULES)
     for key in KEYS:
-        own = key in trust.OWN_KEYS or key.split(".")[0] in trust.OWN_SECTIONS
-        assert own != (trust._rule(tree, key.split("."), 1) is not None), key
-    for section in trust.OWN_SECTIONS:
-        assert any(key.split(".")[0] == section for key in KEYS), section
-    assert set(trust.OWN_KEYS) <= set(KEYS)
+        decides = scope_of(RunConfig, key) == "result"
+        assert decides == (trust._rule(tree, key.split("."), 1) is not None), key
+        assert not decides or trust._rule(folder, key.split("."), 1) is None, key
+    assert {scope_of(RunConfig, key) for key in KEYS} == {"result", "machine", "record", "after"}
+    assert {scope_of(RunConfig, key) for key in trust.FOLDER_RULES} == {"machine", "record", "after"}
 
 
 def test_what_the_projects_own_settings_say_is_within_the_bounds() -> None:

@@ -1,5 +1,6 @@
 """Averages, targets and what tells curves apart, against closed forms."""
 
+import json
 import math
 from pathlib import Path
 
@@ -50,17 +51,48 @@ def test_seeds_that_stopped_early_shorten_the_average(write_run: WriteRun, tmp_p
 def test_settings_of_one_method_are_told_apart_by_what_differs(write_run: WriteRun, tmp_path: Path) -> None:
     for seed in (0, 1):
         write_run("fed_avg", lr=0.1, optimizer={"name": "adam", "lr": 0.1}, seed=seed)
-    # Neither the folder nor, on IID data, alpha has an effect; the optimizer's rate follows the top-level one.
+    # Neither the folder nor, on IID data, alpha has an effect; the optimizer's rate is what decides.
     write_run("fed_avg", lr=0.01, optimizer={"name": "adam", "lr": 0.01}, save_dir="elsewhere", alpha=5.0)
     write_run("fed_avg", lr=0.01, optimizer={"name": "adam", "lr": 0.5})
     write_run("sl", lr=0.1)
     curves = make_curves(find_runs(tmp_path / "saves").runs)
     assert [(curve.method, curve.label, curve.variant, len(curve.runs)) for curve in curves] == [
-        ("fed_avg", "lr=0.01, optimizer.lr=0.01", 0, 1),
-        ("fed_avg", "lr=0.01, optimizer.lr=0.5", 1, 1),
-        ("fed_avg", "lr=0.1, optimizer.lr=0.1", 2, 2),
+        ("fed_avg", "lr=0.01", 0, 1),
+        ("fed_avg", "lr=0.1", 1, 2),
+        ("fed_avg", "lr=0.5", 2, 1),
         ("sl", "", 0, 1),
     ]
+
+
+def test_keys_that_do_not_decide_or_are_not_read_make_no_other_curve(write_run: WriteRun, tmp_path: Path) -> None:
+    """Of runs of earlier versions it follows from the configuration."""
+    write_run("fed_avg", seed=0, communication_by="round", device="cpu", threads=1)
+    write_run("fed_avg", seed=1, communication_by="client", jobs_per_gpu=3, model={"name": "resnet18", "cut": "layer1"})
+    write_run("fed_avg", seed=2, model={"name": "resnet18", "client": {"optimizer": {"lr": 3.0}}}, monitor={"k": 5})
+    write_run("sl", seed=0, model={"name": "resnet18", "cut": "layer1"})
+    write_run("sl", seed=1, model={"name": "resnet18", "cut": "layer2"})
+    curves = make_curves(find_runs(tmp_path / "saves").runs)
+    assert [(curve.method, curve.label, len(curve.runs)) for curve in curves] == [
+        ("fed_avg", "", 3),
+        ("sl", "model.cut=layer1", 1),
+        ("sl", "model.cut=layer2", 1),
+    ]
+
+
+def test_a_run_says_itself_which_keys_decided(tmp_path: Path, write_run: WriteRun) -> None:
+    """So that drawing it needs neither its algorithm nor what takes torch."""
+    for seed, mine in ((0, 1), (1, 2)):
+        path = write_run(
+            "of_another_project", seed=seed, algorithm={"name": "of_another_project", "mine": mine}, x=mine
+        )
+        results = json.loads((path / "results.json").read_text())
+        keys = ["algorithm.mine", "algorithm.name", "seed"]
+        (path / "results.json").write_text(json.dumps({**results, "setting": keys}))
+    runs = find_runs(tmp_path / "saves").runs
+    assert [run.setting for run in runs] == [
+        {"algorithm.mine": str(mine), "algorithm.name": '"of_another_project"'} for mine in (1, 2)
+    ]
+    assert [curve.label for curve in make_curves(runs)] == ["mine=1", "mine=2"]
 
 
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.8])

@@ -35,4 +35,4 @@ class Centralized(LocalOnly):
     """One party trains on all the data: the upper reference."""
 
     pooled = True
-    unread = LocalOnly.unread
+    unread = (*LocalOnly.unread, "dataset.min_samples", "dataset.drop_unassigned")

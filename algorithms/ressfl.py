@@ -54,7 +54,7 @@ class ResSFL(Algorithm):
     layout = Layout(client=("client", "server", "attacker"), server=())
     personal = ("client", "server")
     pooled = True
-    unread = ("aggregate.weights", "comm_threshold_mb")
+    unread = ("aggregate.weights", "comm_threshold_mb", "dataset.min_samples", "dataset.drop_unassigned")
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:

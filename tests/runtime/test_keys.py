@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cutlayer import algorithms
+from cutlayer.plotting.runs import Run
 from cutlayer.runtime.job import choose_folder
 from cutlayer.runtime.keys import Key, identity_of, keys_of, scope_of, setting_of, uses_of
 from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.network.agreement import fingerprint, shared
 from cutlayer.runtime.records.loggers import LOGGERS
+from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
-from tests.conftest import SMALL
+from tests.conftest import SMALL, play, same, weights
 
 MACHINE = {
     *("device", "threads", "jobs_per_gpu", "state_memory_mb", "role", "server", "client_id", "transport.name"),
@@ -71,6 +75,7 @@ OTHERS: dict[str, Any] = {
 }
 # They depend on each other.
 APART = {"role", "server", "client_id", "transport.name", "dataset.name", "dataset.options", "model.name"}
+APART |= {"dataset.distribution_options"}
 APART |= {"algorithm.name", "algorithm.rich_share"}
 
 
@@ -137,14 +142,19 @@ def test_sections_by_other_choices_have_scopes_too() -> None:
 
 @pytest.mark.parametrize("name", ["centralized", "fed_avg", "fsl_sage", "fsmkd", "mhmd", "moco_sfl"])
 def test_what_is_derived_from_a_keys_scope_agrees(name: str, tmp_path: Path) -> None:
-    """A run's identity and its folder's name follow a key that is read and decides the result, and no other."""
+    """What a run is, where it is kept, what its parties agree on and what figures name follow one and the same keys."""
     mapping = composed(name, f"save_dir={tmp_path}")
     base, setting = identity_of(RunConfig, mapping), setting_of(RunConfig, mapping)
+    agreed, drawn = fingerprint(shared(RunConfig.from_mapping(mapping))), Run(tmp_path, mapping, {}).setting
     tried = 0
     for key, each, config in each_changed(mapping):
         decides = each.read and each.scope == "result"
         assert (config.identity() != base) == (decides or each.identifies), key
         assert (setting_of(RunConfig, config.to_mapping()) != setting) == decides, key
+        assert (fingerprint(shared(config)) != agreed) == decides, key
+        told = {"setting": sorted(config.setting())}
+        for results in ({}, told):  # of an earlier version, and of this one
+            assert (Run(tmp_path, config.to_mapping(), results).setting != drawn) == (decides and key != "seed"), key
         named = key in choose_folder(config, [f"{key}=x"]).parent.name
         assert named == (decides or key == "seed") or key in ("lr", "dataset.distribution"), key
         tried += 1
@@ -191,3 +201,29 @@ def test_a_key_is_read_where_something_depends_on_it(setting: str, reads: str, i
 
     assert [key for key in {*reads.split(), *ALWAYS_READ} if below(key) != {True}] == []
     assert [key for key in ignores.split() if below(key) != {False}] == []
+
+
+BITS = ["algorithm=fsl_sage", "num_clients=2", "batch_size=64", "dataset.augment=flip", "dataset.local_test=true"]
+
+
+@pytest.fixture(scope="module")
+def bits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return weights(play(Federation(load_config([*SMALL, *BITS]), tmp_path_factory.mktemp("run"))))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("dataset.workers=0", "dataset.storage=stream", "dataset.root=elsewhere", "state_memory_mb=0.01"),
+        *("checkpoint_interval=1", "communication_by=round", "jobs_per_gpu=2", "personalize.part=full", "probe.k=3"),
+        *("model.body.optimizer.lr=0.5", "dataset.alpha=5", "monitor.k=3", "dataset.min_samples=3", "lr=0.5"),
+    ],
+)
+def test_the_result_depends_on_no_key_that_is_said_not_to_decide_it(
+    change: str, bits: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """To the bit. Of the machine's keys only `threads` and `device` change that of sums, as the documents say."""
+    plain, config = load_config([*SMALL, *BITS]), load_config([*SMALL, *BITS, "optimizer.lr=0.001", change])
+    assert config != plain
+    assert config.identity() == plain.identity()
+    assert same(weights(play(Federation(config, tmp_path))), bits)

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ from omegaconf import OmegaConf
 from cutlayer import algorithms, datasets, distributions, models, plot_results
 from cutlayer.attacks import ATTACKS
 from cutlayer.evaluations import EVALUATIONS
+from cutlayer.runtime.ground.config import Use
+from cutlayer.runtime.keys import uses_of
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, options
 from cutlayer.runtime.launching.hydra_support import load_config, plain_values, preprocess
 from cutlayer.runtime.records.loggers import LOGGERS
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.settings import RunConfig
 from tests.places import checkout, program
 
 ROOT = checkout()
@@ -245,6 +248,48 @@ def test_every_row_is_of_a_table(path: Path) -> None:
         assert len(rows) > 2, rows[0]
         assert re.fullmatch(r"[|:-]+", rows[1].replace(" ", "")), rows[0]
         assert [row for row, count in zip(rows, columns, strict=True) if count != columns[0]] == []
+
+
+def named_in(cell: str) -> set[str]:
+    return set(re.findall(r"`([\w.*]+)`", cell))
+
+
+def below(keys: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The keys that are named, or that are in a section that is named as `section.*`."""
+    starts = tuple(name.removesuffix("*") for name in names if name.endswith(".*"))
+    return {key for key in keys if key in names or (starts and key.startswith(starts))}
+
+
+def is_section(key: str) -> bool:
+    return any(other.startswith(f"{key}.") for other in uses_of(RunConfig))
+
+
+def test_the_document_has_the_scope_of_every_key() -> None:
+    part = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").partition("## Scopes")[2]
+    rows, conditions = (rows[2:] for rows in list(tables(part.partition("\n## ")[0])))
+    cells = {row.split("|")[1].strip(): named_in(row.split("|")[2]) for row in rows}
+    scopes = {
+        "belongs to the machine": "machine",
+        "says what is kept or shown": "record",
+        "comes after training": "after",
+    }
+    assert list(cells) == ["decides the result", *scopes]
+    uses = {key: use for key, use in uses_of(RunConfig).items() if not is_section(key)}
+    loggers = {f"logger.{name}" for name in LOGGERS}
+    for words, scope in scopes.items():
+        wanted = {key for key, use in uses.items() if use.scope == scope and key != "logger"}
+        assert below({*uses, *loggers}, cells[words]) == wanted | (loggers if scope == "record" else set()), words
+
+    told = {name for row in conditions for name in named_in(row.split("|")[1])}
+    fields_of = {
+        f"algorithm.{each.name}": each for name in algorithms.names() for each in fields(algorithms.get(name).Config)
+    }
+    wanted = {key for key, each in fields_of.items() if each.metadata.get("use", Use()).read_if}
+    wanted |= {key for key, use in uses_of(RunConfig).items() if use.read_if and not is_section(key)}
+    wanted |= {f"{key}.*" for key, use in uses_of(RunConfig).items() if is_section(key) and use.read_if}
+    wanted |= {f"{key}.*" for key in uses_of(RunConfig) if key.startswith("model.") and is_section(key)}
+    unread = {key for name in algorithms.names() for key in algorithms.get(name).unread}
+    assert told == wanted | {f"{key}.*" if is_section(key) else key for key in unread}
 
 
 def leaves(values: Any, above: str = "") -> Iterator[str]:

@@ -14,8 +14,10 @@ from PIL import Image
 from cutlayer.datasets.config import DatasetConfig
 from cutlayer.datasets.facts import changed, read_facts
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.job import choose_folder, has_data_of, runs_like
 from cutlayer.runtime.records.data_record import check_data, record_data
 from cutlayer.runtime.records.results import Results
+from cutlayer.runtime.records.run_folder import RunFolder, find_finished
 from cutlayer.runtime.rounds.federation import Federation
 
 
@@ -112,3 +114,28 @@ def test_a_damaged_record_is_told_and_a_missing_one_is_of_an_earlier_version(tmp
     with pytest.raises(ConfigError, match="has other content than was written"):
         check_data(tmp_path, never, "refuse")
     check_data(tmp_path, never, "accept")
+
+
+@pytest.mark.parametrize(
+    ("case", "found"), [("same", True), ("changed", True), ("copy", True), ("other", False), ("unknown", False)]
+)
+def test_a_run_is_found_by_its_data_where_they_were_moved(
+    configure, images: Path, tmp_path: Path, case: str, found: bool
+) -> None:
+    """Another folder of images is another run's, also where one configuration differs from another in nothing else."""
+    setting = ("dataset=image_folder", "num_clients=2", "batch_size=2", f"save_dir={tmp_path / 'saves'}")
+    config = configure(*setting, f"dataset.root={images}")
+    folder = RunFolder.claim(choose_folder(config, []), config.identity())
+    Results(folder.path).start(config.to_mapping())
+    record_data(folder.path, read_facts(config.dataset, config.seed))
+    folder.release()
+    root = images if case in ("same", "changed") else shutil.copytree(images, tmp_path / "elsewhere")
+    if case in ("changed", "other"):  # in its place it is the run's, which refuses to go on
+        add(root, "train", "dog", 30, 3)
+    if case == "unknown":
+        (folder.path / "data.json").unlink()
+    now = configure(*setting, f"dataset.root={root}")
+    assert now.identity() == config.identity()
+    assert (choose_folder(now, []) == folder.path) == found
+    folder.mark("finished")
+    assert (find_finished(runs_like(now), now.identity(), has_data_of(now)) == folder.path) == found

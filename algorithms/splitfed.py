@@ -96,4 +96,5 @@ class SplitLearning(SplitFedV2):
     """
 
     in_turn = True
+    unread = ("aggregate.weights",)
     Server = RelayServer

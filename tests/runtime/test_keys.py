@@ -170,7 +170,7 @@ ALWAYS_READ = {"model.name", "dataset.distribution", "rounds", "seed", "batch_si
         ("algorithm=fed_avg", "frac num_clients", "model.cut model.client.optimizer dataset.alpha lr monitor.k"),
         ("algorithm=fed_avg model.client_norm=group", "model.cut", "model.client.optimizer model.auxiliary.size"),
         ("algorithm=fed_avg model.bottleneck=C4S2", "model.cut", "model.server.scheduler"),
-        ("algorithm=sl", "model.cut model.client.optimizer model.client.freeze", "model.auxiliary.size model.tail"),
+        ("algorithm=sl", "model.cut model.client.optimizer model.client.freeze", "model.tail aggregate.weights"),
         ("algorithm=cse_fsl", "model.auxiliary.size model.auxiliary.optimizer", "model.body model.projector"),
         ("algorithm=fed_rep", "model.body model.head", "model.cut model.client model.auxiliary_heads.blocks"),
         (

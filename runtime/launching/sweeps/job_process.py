@@ -26,12 +26,13 @@ from omegaconf import DictConfig, OmegaConf
 from cutlayer import IN_CHECKOUT
 from cutlayer.datasets.facts import read_facts
 from cutlayer.runtime.after import personalize, probe
-from cutlayer.runtime.after.saved import personalize_run, probe_run
+from cutlayer.runtime.after.saved import MACHINE, personalize_run, probe_run
 from cutlayer.runtime.experiment import run
-from cutlayer.runtime.ground.config import ConfigError, plain
+from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.locks import FileLock, is_locked
 from cutlayer.runtime.ground.text import complain, error_text, plain_logs
 from cutlayer.runtime.job import check, claim, has_data_of, runs_like
+from cutlayer.runtime.keys import keys_of
 from cutlayer.runtime.launching.hydra_errors import explain
 from cutlayer.runtime.launching.sweeps.slots import gpu_slot
 from cutlayer.runtime.launching.sweeps.sweep import OUTPUT, JobFolder
@@ -120,10 +121,10 @@ def _unmeasured(job: JobFolder, config: RunConfig) -> list[tuple[Again, str]]:
 
 
 def _measured(config: RunConfig, section: str) -> dict[str, Any]:
-    """What a section asks to be measured of an earlier run, and on which device."""
-    values = plain(getattr(config, section)).items()
-    keys = {f"{section}.{key}": value for key, value in values if key != "after"}
-    return {**keys, "device": config.device, "threads": config.threads, "progress": config.progress}
+    """What a section asks to be measured of an earlier run, and what this machine says: where its data are, too."""
+    keys = keys_of(RunConfig, config.to_mapping())
+    asked = (key for key in keys if key.startswith(f"{section}.") and key != "probe.after")
+    return {key: keys[key].value for key in (*asked, *MACHINE)}
 
 
 def _taken(job: JobFolder, config: RunConfig) -> bool:

@@ -20,7 +20,7 @@ from cutlayer.runtime.ground.streams import run_program
 from cutlayer.runtime.ground.text import complain
 from cutlayer.runtime.network.server.overview import look, picture
 from cutlayer.runtime.network.server.status import NETWORK
-from cutlayer.runtime.records.run_folder import is_locked
+from cutlayer.runtime.run_folder import is_locked
 
 KEYS = ("run", "once", "save_dir")
 REFRESH_S = 1.0

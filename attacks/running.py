@@ -14,8 +14,8 @@ from cutlayer.runtime.after.saved import owned, read_config, restore
 from cutlayer.runtime.ground.config import build
 from cutlayer.runtime.ground.files import make_folder, replace_file
 from cutlayer.runtime.ground.process import prepare_process, set_threads
-from cutlayer.runtime.records.run_folder import safe_component
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.run_folder import safe_component
 
 FOLDER, SUMMARY = "attacks", "summary.json"
 

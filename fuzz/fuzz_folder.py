@@ -42,9 +42,9 @@ with atheris.instrument_imports(
     from cutlayer.runtime.records import data_record
     from cutlayer.runtime.records import results as results_module
     from cutlayer.runtime.records.results import Results
-    from cutlayer.runtime.records.run_folder import find_finished, find_unfinished, read_status
     from cutlayer.runtime.rounds import checkpoint
     from cutlayer.runtime.rounds.federation import Federation
+    from cutlayer.runtime.run_folder import find_finished, find_unfinished, read_status
 
 from cutlayer.plotting.runs import find_runs
 from cutlayer.runtime.network.server.status import read_status_of

@@ -13,7 +13,7 @@ from cutlayer.distributions import DISTRIBUTIONS
 from cutlayer.plotting.experiments import Comparison, PlotConfig
 from cutlayer.plotting.runs import ALPHA, Found, Run, short
 from cutlayer.runtime.ground.config import ConfigError, nearest
-from cutlayer.runtime.records.run_folder import safe_component
+from cutlayer.runtime.run_folder import safe_component
 
 # Of what a run is besides its configuration.
 _DERIVED: dict[str, Callable[[Run], Any]] = {

@@ -26,11 +26,11 @@ from cutlayer.runtime.records.data_record import record_data
 from cutlayer.runtime.records.history import RoundRecord
 from cutlayer.runtime.records.loggers import build_loggers
 from cutlayer.runtime.records.results import Results, RunSummary
-from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.clients import Clients
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.local_clients import LocalClients
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import LocalTransport
 

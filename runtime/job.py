@@ -20,7 +20,7 @@ from cutlayer.runtime.ground.reading import check_links, read_yaml
 from cutlayer.runtime.ground.text import error_text, plain_logs
 from cutlayer.runtime.records.data_record import DATA, check_data
 from cutlayer.runtime.records.loggers import check_loggers
-from cutlayer.runtime.records.run_folder import Fits, RunFolder, find_unfinished, run_path, unique_name, what_differs
+from cutlayer.runtime.run_folder import Fits, RunFolder, find_unfinished, run_path, unique_name, what_differs
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import GrpcTransport
 

@@ -19,7 +19,7 @@ from cutlayer.datasets import partition_files
 from cutlayer.plotting import saving
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.launching.hydra_support import load_config
-from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.run_folder import RunFolder
 
 SETTING = (
     *("dataset=digits", "model=mlp", "num_clients=3", "rounds=5", "batch_size=200", "device=cpu", "progress=none"),

@@ -19,7 +19,7 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.job import choose_folder
 from cutlayer.runtime.launching.hydra_errors import check_options, explain
 from cutlayer.runtime.launching.hydra_support import load_config, preprocess
-from cutlayer.runtime.records.run_folder import RunFolder, is_locked, read_status
+from cutlayer.runtime.run_folder import RunFolder, is_locked, read_status
 from tests.places import ROOT, program
 
 SMALL = ["dataset=digits", "model=mlp", "progress=none"]

@@ -25,7 +25,7 @@ FLOORS = (
     ("runtime.records",),
     ("runtime.evaluation", "runtime.transport"),
     ("runtime.settings",),
-    ("runtime.trust",),
+    ("runtime.run_folder", "runtime.trust"),
     ("runtime.rounds",),
     ("runtime.costs", "plotting"),
     ("runtime.after",),

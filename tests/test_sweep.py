@@ -20,7 +20,7 @@ from cutlayer.runtime.job import claim
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.launching.sweeps import job_process as sweep_job
 from cutlayer.runtime.launching.sweeps.sweep import JobFolder
-from cutlayer.runtime.records.run_folder import read_status
+from cutlayer.runtime.run_folder import read_status
 from tests.places import ROOT, program
 
 ROUNDS = 40

@@ -22,8 +22,8 @@ from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.reading import MissingError, check_links, inside, read_text, read_yaml
 from cutlayer.runtime.keys import uses_of
 from cutlayer.runtime.records.console import Progress, show_rows
-from cutlayer.runtime.records.run_folder import IDENTITY, LOCK
 from cutlayer.runtime.rounds.federation import CHECKPOINT_FOLDER, Federation
+from cutlayer.runtime.run_folder import IDENTITY, LOCK
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.trust import FOLDER_RULES, MODEL_BYTES, RULES, Limit, Named, check, check_made, covered, to_take
 

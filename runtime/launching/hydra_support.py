@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, CONFIG_NAME, check_choices, explain
 from cutlayer.runtime.launching.sweeps.slots import visible_gpus
-from cutlayer.runtime.records.run_folder import unique_name
+from cutlayer.runtime.run_folder import unique_name
 
 if TYPE_CHECKING:
     from cutlayer.runtime.settings import RunConfig

@@ -31,7 +31,7 @@ from cutlayer.runtime.launching.sweeps.display import Display, show_table
 from cutlayer.runtime.launching.sweeps.supervise import LAUNCHER, TRACEBACKS, supervise
 from cutlayer.runtime.launching.sweeps.sweep import BAD, OUTPUT, PATIENT, Sweep
 from cutlayer.runtime.records.console import stamp_lines
-from cutlayer.runtime.records.run_folder import remove_empty
+from cutlayer.runtime.run_folder import remove_empty
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _ROOT = Path(cutlayer.__path__[0]).parent  # from which a process of its own imports the package

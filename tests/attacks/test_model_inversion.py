@@ -19,8 +19,8 @@ from cutlayer.attacks.running import attack
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.locks import FileLock
-from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.run_folder import RunFolder
 from tests.conftest import play, same, weights
 
 QUICK = InversionConfig(epochs=1, samples=40, width=8, blocks=1)

@@ -13,8 +13,8 @@ from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.launching.hydra_support import load_config
-from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.run_folder import RunFolder
 from tests.algorithms.drawing import Drawn
 from tests.conftest import play, same
 

@@ -21,8 +21,8 @@ from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, a
 from cutlayer.runtime.messages.crossing import tensor
 from cutlayer.runtime.messages.ledger import CONTROL_KINDS
 from cutlayer.runtime.parties.contexts import ClientContext
-from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.settings import RunConfig
 from tests.conftest import play, same, weights
 from tests.contract.elsewhere import Net, Skipping

@@ -13,8 +13,8 @@ from cutlayer.datasets import load as load_dataset
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
 from cutlayer.runtime.launching.hydra_support import load_config
-from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.settings import RunConfig
 
 GROUPS = ("algorithm", "model", "dataset", "optimizer", "scheduler", "transport", "experiment")

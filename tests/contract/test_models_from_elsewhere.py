@@ -26,8 +26,8 @@ from cutlayer.runtime.ground.files import MODEL_FILE
 from cutlayer.runtime.job import choose_folder
 from cutlayer.runtime.messages.ledger import CONTROL_KINDS
 from cutlayer.runtime.parties.optim import PartOptimizer
-from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.settings import RunConfig
 from tests.conftest import play, same, weights
 from tests.contract.elsewhere import Net

@@ -16,8 +16,8 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
 from cutlayer.runtime.experiment import run
-from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.settings import RunConfig
 from tests.algorithms.drawing import Drawn
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from cutlayer import algorithms
 from cutlayer.models import build_model
 from cutlayer.runtime.experiment import MODEL_FILE, run
-from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.settings import RunConfig
 
 QUICK = {"ressfl": ("algorithm.attacker_width=4",), "fl_moco": ("algorithm.symmetric=false", "algorithm.queue=64")}

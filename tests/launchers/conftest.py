@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cutlayer.runtime.records.run_folder import read_status
+from cutlayer.runtime.run_folder import read_status
 from tests.launchers.namespace import Namespace, sweep_command
 from tests.places import ROOT
 

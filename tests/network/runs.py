@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.launching.hydra_support import load_config
-from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.run_folder import RunFolder
 from tests.killing import left
 from tests.network.programs import PATIENCE_S, Network, Program
 from tests.places import ROOT, program

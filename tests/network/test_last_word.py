@@ -21,8 +21,8 @@ from cutlayer.runtime.job import claim
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.network.server.status import NETWORK, Status, read_status_of
 from cutlayer.runtime.network.server.status_file import announce
-from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.run_folder import RunFolder
 from tests.conftest import SMALL
 from tests.network import scenarios
 from tests.network.serving import served, start_client

@@ -36,8 +36,8 @@ from cutlayer.runtime.network.server import status_file
 from cutlayer.runtime.network.server.overview import View, picture
 from cutlayer.runtime.network.server.status import NETWORK, Seen, Status, read_status_of
 from cutlayer.runtime.network.server.status_file import StatusFile
-from cutlayer.runtime.records.run_folder import LOCK
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.run_folder import LOCK
 from tests.places import ROOT, checkout, program
 
 

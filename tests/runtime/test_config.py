@@ -153,7 +153,7 @@ def test_any_value_is_shown_in_one_short_line(value: object) -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys; from cutlayer.runtime.ground import config; from cutlayer.runtime.records import run_folder; "
+    code = "import sys; from cutlayer.runtime.ground import config; from cutlayer.runtime import run_folder; "
     code += "from cutlayer.runtime.launching import launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

@@ -17,8 +17,8 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.job import choose_folder, has_data_of, runs_like
 from cutlayer.runtime.records.data_record import check_data, record_data
 from cutlayer.runtime.records.results import Results
-from cutlayer.runtime.records.run_folder import RunFolder, find_finished
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.run_folder import RunFolder, find_finished
 
 
 def add(root: Path, split: str, name: str, first: int, count: int) -> None:

@@ -17,10 +17,11 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import MODEL_FILE
 from cutlayer.runtime.job import choose_folder, claim
 from cutlayer.runtime.launching.hydra_support import load_config
-from cutlayer.runtime.records.run_folder import RunFolder, find_unfinished
+from cutlayer.runtime.run_folder import RunFolder, find_unfinished
 from cutlayer.runtime.settings import RunConfig
+from tests.places import ROOT
 
-KILLED = Path(__file__).with_name("killed_run")
+KILLED = ROOT / "tests" / "runtime" / "killed_run"
 COMMAND = (
     *("algorithm=fsl_sage", "model=mlp", "model.options.hidden=[8,8]", "model.cut=relu1", "num_clients=2", "rounds=6"),
     *("checkpoint_interval=2", "batch_size=200", "eval_interval=2", "device=cpu", "progress=none", "dataset.workers=2"),

@@ -18,7 +18,7 @@ from cutlayer.runtime.after.saved import read_config, restore
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.job import claim
-from cutlayer.runtime.records.run_folder import RunFolder
+from cutlayer.runtime.run_folder import RunFolder
 from tests.audited import HOSTILE, MARK, watched
 
 NETWORK = {"title": f"\x1b[2J{MARK}", "state": f"\x1b]0;{MARK}\x07", "clients": [{"state": "idle", "error": MARK}]}

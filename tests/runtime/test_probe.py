@@ -20,8 +20,8 @@ from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.locks import FileLock
-from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.run_folder import RunFolder
 from tests.conftest import play, same, weights
 
 NET = "model=import/tests.contract.elsewhere.Net"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.records.run_folder import (
+from cutlayer.runtime.run_folder import (
     RunFolder,
     find_unfinished,
     is_locked,
@@ -29,7 +29,7 @@ from tests.places import ROOT
 
 # Claims a folder, says which, and holds it until told to end.
 CLAIM = """
-import sys; from pathlib import Path; from cutlayer.runtime.records.run_folder import RunFolder
+import sys; from pathlib import Path; from cutlayer.runtime.run_folder import RunFolder
 sys.stdin.readline()
 folder = RunFolder.claim(Path(sys.argv[1]), "abc")
 print(folder.path, folder.resumed, flush=True)

@@ -37,7 +37,7 @@ from cutlayer.runtime.launching.hydra_errors import explain
 from cutlayer.runtime.launching.sweeps.slots import gpu_slot
 from cutlayer.runtime.launching.sweeps.sweep import OUTPUT, JobFolder
 from cutlayer.runtime.records.data_record import DATA, check_data
-from cutlayer.runtime.records.run_folder import LOCK, find_finished, find_running
+from cutlayer.runtime.run_folder import LOCK, find_finished, find_running
 from cutlayer.runtime.settings import RunConfig
 
 log = logging.getLogger(__name__)

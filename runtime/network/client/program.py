@@ -21,7 +21,7 @@ from cutlayer.runtime.network.client.link import Link
 from cutlayer.runtime.network.client.site import Site
 from cutlayer.runtime.network.links import LinkLostError, on_device
 from cutlayer.runtime.network.wire import Received, What
-from cutlayer.runtime.records.run_folder import run_path
+from cutlayer.runtime.run_folder import run_path
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import GrpcTransport
 

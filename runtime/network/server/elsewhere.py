@@ -11,9 +11,9 @@ from cutlayer.runtime.network.server.remote_clients import RemoteClients
 from cutlayer.runtime.network.server.status import is_told
 from cutlayer.runtime.network.server.status_file import StatusFile, announce
 from cutlayer.runtime.parties.store import Store
-from cutlayer.runtime.records.run_folder import RunFolder
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import GrpcTransport
 

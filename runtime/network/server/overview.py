@@ -21,7 +21,7 @@ from cutlayer.runtime.ground.text import one_line, printable
 from cutlayer.runtime.ground.units import format_bytes
 from cutlayer.runtime.network.server.status import Seen, Status, read_status_of
 from cutlayer.runtime.records.console import format_seconds
-from cutlayer.runtime.records.run_folder import is_locked, read_status
+from cutlayer.runtime.run_folder import is_locked, read_status
 
 _STYLES = {"absent": "red", "working": "green", "testing": "cyan", "unknown": "dim", "over": "dim"}
 _ORDER = ("working", "testing", "idle", "absent", "unknown", "over")

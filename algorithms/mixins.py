@@ -5,7 +5,7 @@ The engine asks whether a method is a subclass of one of these, and goes its usu
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cutlayer.runtime.messages.boundary import Fields, Payload, Reply
@@ -61,3 +61,20 @@ class ChecksOptimizer:
     def check_optimizer(cls, optimizer: OptimizerConfig) -> None:
         """Raises ConfigError if they do not hold for this one, of a client's part."""
         raise NotImplementedError
+
+
+class ConfiguresParts:
+    """A method whose own configuration says how some of its parts are built and learn."""
+
+    @classmethod
+    def part_options(cls, config: Any) -> Mapping[str, Mapping[str, Any]]:
+        """What the method's own configuration says of its parts: by part what its builder finds in ``options``."""
+        return {}
+
+    @classmethod
+    def part_optimizers(cls, config: Any) -> Mapping[str, OptimizerConfig]:
+        """Optimizers, at a constant rate, that parts have in place of the top-level one and its schedule.
+
+        ``model.<part>.optimizer`` and ``model.<part>.scheduler`` refine them as they would refine those.
+        """
+        return {}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, cross_entropy
+from cutlayer.algorithms.mixins import ConfiguresParts
 from cutlayer.models.similarity import ssim
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.messages.crossing import detached
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext
-from cutlayer.runtime.parties.optim import OptimizerConfig, PartOptimizer, make_optimizer
+from cutlayer.runtime.parties.optim import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class ResSFLConfig:
 
 
 @register("ressfl")
-class ResSFL(Algorithm):
+class ResSFL(ConfiguresParts, Algorithm):
     """ResSFL's attacker-aware pre-training (Li et al., CVPR 2022) with the target for SSIM of MocoSFL (ICLR 2023).
 
     One party trains client and server part on all the data, with an attacker of its own making beside them: a decoder
@@ -56,14 +59,23 @@ class ResSFL(Algorithm):
     pooled = True
     unread = ("aggregate.weights", "comm_threshold_mb", "dataset.min_samples", "dataset.drop_unassigned")
 
+    @classmethod
+    def part_options(cls, config: ResSFLConfig) -> Mapping[str, Mapping[str, Any]]:
+        """The attacker's width."""
+        return {"attacker": {"width": config.attacker_width}}
+
+    @classmethod
+    def part_optimizers(cls, config: ResSFLConfig) -> Mapping[str, OptimizerConfig]:
+        """An Adam of the attacker's own."""
+        return {"attacker": OptimizerConfig("adam", {"lr": config.attacker_lr})}
+
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:
         """Training goes on from where the round before left all three and their optimizers; nothing is sent."""
         config: ResSFLConfig = ctx.config
         client, server, attacker = (ctx.part(name) for name in ("client", "server", "attacker"))
         optimizer = ctx.optimizer("client", "server")
-        adam = OptimizerConfig("adam", {"lr": config.attacker_lr})
-        attacking = PartOptimizer([make_optimizer(adam, attacker.parameters())])
+        attacking = ctx.optimizer("attacker")
         ctx.restore("client", optimizer)
         ctx.restore("server")
         ctx.restore("attacker", attacking)

@@ -8,23 +8,26 @@ if __name__ != "cutlayer.models":
 
     refuse(__name__)
 
-from cutlayer.models.auxiliary import build_auxiliary
 from cutlayer.models.building import build_model, check_model
-from cutlayer.models.config import (
-    AUXILIARY_SIZES,
-    AuxiliaryConfig,
-    AuxiliaryHeadsConfig,
-    ModelConfig,
-    PartConfig,
-    PersonalConfig,
-)
+from cutlayer.models.config import ModelConfig
 from cutlayer.models.decoder import Decoder, build_attacker
-from cutlayer.models.features import Projector, feature_width, give_features, leave_out
+from cutlayer.models.features import feature_width, give_features, leave_out
 from cutlayer.models.fitting import input_channels
-from cutlayer.models.heads import AuxiliaryHeads, build_auxiliary_heads, forward_with_blocks, head_blocks
+from cutlayer.models.making import division_of, in_order, make_parts
+from cutlayer.models.part_registry import Making, PartConfig, division, part, refinable
+from cutlayer.models.parts.auxiliary import AUXILIARY_SIZES, AuxiliaryConfig, build_auxiliary
+from cutlayer.models.parts.auxiliary_heads import (
+    AuxiliaryHeads,
+    AuxiliaryHeadsConfig,
+    build_auxiliary_heads,
+    forward_with_blocks,
+    head_blocks,
+)
+from cutlayer.models.parts.personal import PersonalConfig, build_personal, variants
+from cutlayer.models.parts.projector import Projector
 from cutlayer.models.registry import default_cut, names, register
 from cutlayer.models.splitting import body_and_head, candidates, classifier, cuts, split
-from cutlayer.models.three import build_personal, divide
+from cutlayer.models.three import divide
 from cutlayer.runtime.ground.registry import import_modules
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "AuxiliaryHeads",
     "AuxiliaryHeadsConfig",
     "Decoder",
+    "Making",
     "ModelConfig",
     "PartConfig",
     "PersonalConfig",
@@ -49,15 +53,22 @@ __all__ = [
     "cuts",
     "default_cut",
     "divide",
+    "division",
+    "division_of",
     "feature_width",
     "forward_with_blocks",
     "give_features",
     "head_blocks",
+    "in_order",
     "input_channels",
     "leave_out",
+    "make_parts",
     "names",
+    "part",
+    "refinable",
     "register",
     "split",
+    "variants",
 ]
 
 import_modules(__name__, __path__)

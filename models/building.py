@@ -13,10 +13,10 @@ from torch import nn
 from cutlayer.models.adapting import fresh
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.fitting import sketch
-from cutlayer.models.heads import build_auxiliary_heads
+from cutlayer.models.part_registry import refinable
 from cutlayer.models.registry import entry
-from cutlayer.models.splitting import body_and_head, check_cuts
-from cutlayer.models.three import build_personal, divide, two_cuts
+from cutlayer.models.splitting import check_cuts
+from cutlayer.models.three import two_cuts
 from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
@@ -38,31 +38,27 @@ def build_model(config: ModelConfig, info: DatasetInfo) -> nn.Module:
 
 
 def check_model(config: ModelConfig, info: DatasetInfo, parts: Collection[str] = ()) -> None:
-    """Raise the `ConfigError` that building and cutting this model, and heads on the blocks that it names, would raise.
+    """Raise the `ConfigError` that building and cutting this model, and making parts beside it, would raise.
 
     `parts` are those that a method has: with `tail` the model is cut in three, with `server` in two, with neither as
-    `config` says, and `personal` bodies are built too. Allocates and reads no weights. Whether a model from elsewhere
+    `config` says. Allocates and reads no weights. Whether a model from elsewhere
     takes the images is `cutlayer.models.input_channels`' to say.
     """
     foreign = entry(config.name).is_foreign
     if config.bottleneck is not None and "tail" in parts:
         raise ConfigError("model.bottleneck", config.bottleneck, "null, as the method cuts the model in three")
-    nothing = config.cut is config.auxiliary_heads.blocks is config.init is None and not config.is_adapted
+    sections = [config.part(name) for name in refinable()]
+    named = config.is_adapted or any(section.names_modules for section in sections)
+    nothing = config.cut is config.init is None and not named
     if foreign and "tail" not in parts and nothing:
         return
     model = sketch(config, info)
-    is_sequence = isinstance(model, nn.Sequential)
-    if config.auxiliary_heads.blocks is not None and is_sequence:
-        with torch.device("meta"):
-            build_auxiliary_heads(config, info, body_and_head(model)[0])
     if "tail" in parts or ("server" not in parts and isinstance(config.cut, tuple)):
-        chosen = two_cuts(config, model)
-        check_cuts(model, *chosen)
-        if "personal" in parts and is_sequence and not any("." in cut for cut in chosen):
-            with torch.device("meta"):
-                build_personal(config, info, divide(config, info, model))
+        check_cuts(model, *two_cuts(config, model))
     elif config.cut is not None or not foreign:
         check_cuts(model, config.cut_after)
+    for section in sections:
+        section.try_on(model, config, info, parts)
     if config.init is not None:
         _compare(model, config.init)
 

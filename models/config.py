@@ -4,90 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
+from cutlayer.models.part_registry import SLOTS, PartConfig, config_class, refinable
 from cutlayer.models.registry import choices, default_cut, entry, is_known
-from cutlayer.runtime.ground.config import ConfigError, build, scoped
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, join, plain, scoped
 
 # What a cut may be chosen by, with an example: parameters and MFLOP a sample at the client, MB of a round.
 BUDGETS = {"client_params": "20000", "client_mflop": "5", "round_mb": "2.5"}
-AUXILIARY_SIZES = ("linear", "half", "default", "full")
-
-
-@dataclass(frozen=True)
-class PartConfig:
-    """Refinements of the top-level optimizer and scheduler for one part of the model; empty means none."""
-
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ClientPartConfig(PartConfig):
-    """Of the client part: with `freeze` its weights and its running statistics stay as they are at the start."""
-
-    freeze: bool = False
-
-
-@dataclass(frozen=True)
-class AuxiliaryConfig:
-    """The auxiliary model: its size (one of `AUXILIARY_SIZES`) and its optimizer's refinements."""
-
-    size: str = "default"
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.size not in AUXILIARY_SIZES:
-            raise ConfigError("size", self.size, "a size of auxiliary model", AUXILIARY_SIZES)
-
-
-@dataclass(frozen=True)
-class AuxiliaryHeadsConfig:
-    """Auxiliary heads: `blocks` are the modules after which one is attached; None means the model's own."""
-
-    blocks: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.blocks is not None and not self.blocks:
-            raise ConfigError("blocks", self.blocks, "null or a list of one or more modules of the model")
-
-
-@dataclass(frozen=True)
-class ProjectorConfig:
-    """The projector of self-supervised methods: features -> `hidden` -> `width`, where they are compared."""
-
-    hidden: int = 1024
-    width: int = 1024
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for key in ("hidden", "width"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "an integer >= 1")
-
-
-@dataclass(frozen=True)
-class PersonalConfig:
-    """The clients' personal bodies, and refinements of their optimizer and scheduler.
-
-    `variants` are options over those of the model: a body is what such a model has between the two cuts, which the key
-    `cut` gives where they are not the model's. They are given to the clients in turn: of n variants, client i has
-    variant i mod n. None means the model's own.
-    """
-
-    variants: tuple[dict[str, Any], ...] | None = None
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.variants is not None and not self.variants:
-            raise ConfigError(
-                "variants", self.variants, "null or a list of one or more mappings of the model's options"
-            )
+Section = TypeVar("Section", bound=PartConfig)
+# Keys of parts that every saved configuration has; others are in it where they are set, so that what it was saved under
+# stays its identity whatever is registered.
+_ALWAYS = (
+    "client.freeze",
+    "auxiliary.size",
+    "personal.variants",
+    "projector.hidden",
+    "projector.width",
+    "auxiliary_heads.blocks",
+    *(
+        f"{part}.{slot}"
+        for part in ("client", "server", "auxiliary", "body", "head", "tail", "personal", "projector")
+        for slot in SLOTS
+    ),
+)
 
 
 class Budget(NamedTuple):
@@ -133,9 +75,9 @@ class ModelConfig:
 
     `cut` None is the model's own default cut, a pair cuts it in three: client part, server part and tail. `init` is a
     safetensors file, or a run's folder with a model.safetensors in it, and None means fresh weights; `client_norm` is
-    how the client part normalises, and `bottleneck` narrows what crosses (see `models/adapting.py`); `auxiliary_heads`
-    are for methods that train on what is inside the model; `options` are the model's own (see its builder). They and
-    those of `personal` are checked when this is made, or when a model from a source is built.
+    how the client part normalises, and `bottleneck` narrows what crosses (see `models/adapting.py`); `parts` are the
+    sections of registered parts, by name, of which those as by default are left out; `options` are the model's own
+    (see its builder), checked when this is made, or when a model from a source is built.
     """
 
     name: str
@@ -143,15 +85,7 @@ class ModelConfig:
     init: Path | None = None
     client_norm: Literal["own", "group"] = "own"
     bottleneck: str | None = None
-    client: ClientPartConfig = field(default_factory=ClientPartConfig)
-    server: PartConfig = field(default_factory=PartConfig)
-    auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
-    body: PartConfig = field(default_factory=PartConfig)
-    head: PartConfig = field(default_factory=PartConfig)
-    tail: PartConfig = field(default_factory=PartConfig)
-    personal: PersonalConfig = field(default_factory=PersonalConfig)
-    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    auxiliary_heads: AuxiliaryHeadsConfig = field(default_factory=AuxiliaryHeadsConfig)
+    parts: Mapping[str, PartConfig] = field(default_factory=dict[str, PartConfig], metadata={"sections": True})
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -165,7 +99,24 @@ class ModelConfig:
             if isinstance(self.cut, tuple):
                 raise ConfigError("bottleneck", self.bottleneck, "null where the model is cut in three")
         self.typed_options()
-        self.personal_options()
+        for name in self.parts:
+            if name not in refinable():
+                raise ConfigError(name, NO_VALUE, "no such part", refinable())
+        own = {name: section for name, section in self.parts.items() if section != config_class(name)()}
+        object.__setattr__(self, "parts", own)
+        for name in refinable():
+            self.part(name).check(self)
+
+    @staticmethod
+    def sections() -> dict[str, type[PartConfig]]:
+        """The sections of registered parts, which stand beside the other keys."""
+        return {name: config_class(name) for name in refinable()}
+
+    def part(self, name: str, kind: type[Section] = PartConfig) -> Section:
+        """The section of the registered part `name`, of the class `kind` that it is registered with."""
+        section = self.parts.get(name) or config_class(name)()
+        assert isinstance(section, kind), f"model.{name} is a {type(section).__name__}"
+        return section
 
     def typed_options(self) -> Any:
         """`options` as the model's own dataclass; `ConfigError` for an unknown key or a bad value.
@@ -174,24 +125,6 @@ class ModelConfig:
         """
         kind = entry(self.name).options
         return self.options if kind is None else build(kind, self.options, "options")
-
-    @property
-    def variants(self) -> tuple[Mapping[str, Any], ...]:
-        """The options of each variant of the personal body, over those of the model."""
-        return entry(self.name).variants if self.personal.variants is None else self.personal.variants
-
-    def personal_options(self) -> list[tuple[Any, tuple[str, str] | None]]:
-        """As `typed_options`, of the models that variants' bodies are from; and where each is cut, if it says."""
-        kind = entry(self.name).options
-        found: list[tuple[Any, tuple[str, str] | None]] = []
-        for i, variant in enumerate(self.variants):
-            options, where = {**self.options, **variant}, f"personal.variants.{i}"
-            cut = options.pop("cut", None)
-            if cut is not None and not (len(cut) == 2 and all(isinstance(name, str) for name in cut)):
-                raise ConfigError(f"{where}.cut", cut, "two modules as [first,second]")
-            typed = options if kind is None else build(kind, options, where)
-            found.append((typed, None if cut is None else (cut[0], cut[1])))
-        return found
 
     @property
     def budget(self) -> Budget | None:
@@ -218,3 +151,33 @@ class ModelConfig:
         if isinstance(self.cut, tuple):
             raise ConfigError("model.cut", self.cut, "one child of the model: the method cuts it in two, not in three")
         return self.client_end if self.bottleneck is None else f"{self.client_end}.down"
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str = "model") -> ModelConfig:
+        """Build from plain containers, a part's section under its name; strictly, as by `build`."""
+        if not isinstance(cast(object, values), Mapping):
+            raise ConfigError(where, values, "a mapping of keys to values")
+        own = [field.name for field in fields(cls) if field.name != "parts"]
+        for key in values:
+            if key not in (*own, *refinable()):
+                raise ConfigError.unknown_key(join(where, str(key)), (*own, *refinable()))
+        parts = {
+            name: build(config_class(name), values[name], join(where, name)) for name in refinable() if name in values
+        }
+        return build(cls, {**{key: values[key] for key in own if key in values}, "parts": parts}, where)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON-able containers, from which `from_mapping` makes an equal one."""
+        mapping = cast(dict[str, Any], plain(self))
+        options = mapping.pop("options")
+        del mapping["parts"]
+        for name in refinable():
+            default = plain(config_class(name)())
+            section = {
+                key: value
+                for key, value in plain(self.part(name)).items()
+                if f"{name}.{key}" in _ALWAYS or value != default[key]
+            }
+            if section:
+                mapping[name] = section
+        return {**mapping, "options": options}

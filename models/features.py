@@ -1,8 +1,7 @@
-"""Features instead of logits: what a model's classifier takes, and the projection that self-supervised losses see."""
+"""Features instead of logits: what a model's classifier takes."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +13,6 @@ from cutlayer.models.layers import FeatureMean
 from cutlayer.models.sources import told
 from cutlayer.models.splitting import classifier, zeros
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
-
-
-class Projector(nn.Sequential):
-    """The two-layer head of MoCo v2 (Chen et al. 2020): features [b, width] -> [b, out]."""
-
-    def __init__(self, width: int, hidden: int = 1024, out: int = 1024) -> None:
-        super().__init__(OrderedDict(fc1=nn.Linear(width, hidden), relu=nn.ReLU(), fc2=nn.Linear(hidden, out)))
 
 
 def give_features(model: nn.Module, shape: Sequence[int]) -> str:

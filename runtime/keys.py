@@ -159,9 +159,22 @@ def _section(kind: type[Any] | None, prefix: str, name: str, value: object, meth
     return next(fitting, sections[0] if sections else None)
 
 
-@cache
 def _fields(kind: type[Any]) -> _Fields:
+    sections = _own_sections(kind)
+    if not sections:
+        return _plain_fields(kind)
+    fields = {name: field for name, field in _plain_fields(kind).items() if not field.metadata.get("sections")}
+    return fields | {name: dataclasses.field(default_factory=section) for name, section in sections.items()}
+
+
+@cache
+def _plain_fields(kind: type[Any]) -> _Fields:
     return {field.name: field for field in dataclasses.fields(kind) if field.init and field.name != "algorithm_name"}
+
+
+def _own_sections(kind: type[Any]) -> Mapping[str, type[Any]]:
+    """Sections that stand beside the keys of a dataclass, and that one field holds: those of registered parts."""
+    return cast(Mapping[str, type[Any]], kind.sections()) if hasattr(kind, "sections") else {}
 
 
 @cache
@@ -169,9 +182,14 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-@cache
 def _sections(kind: type[Any], name: str) -> tuple[type[Any], ...]:
     """The dataclasses that a field's type names."""
+    own = _own_sections(kind)
+    return (own[name],) if name in own else _named_by(kind, name)
+
+
+@cache
+def _named_by(kind: type[Any], name: str) -> tuple[type[Any], ...]:
     hint = _hints(kind)[name]
     arms = (hint, *typing.get_args(hint)) if typing.get_origin(hint) not in (tuple, list, dict) else ()
     return tuple(cast(type[Any], arm) for arm in arms if dataclasses.is_dataclass(arm))

@@ -4,14 +4,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 
+import cutlayer.algorithms as algorithms
 from cutlayer.algorithms import algorithm_config
+from cutlayer.algorithms.mixins import ConfiguresParts
 from cutlayer.datasets import DatasetConfig
 from cutlayer.evaluations import EVALUATIONS
-from cutlayer.models import ModelConfig
+from cutlayer.models import ModelConfig, refinable
 from cutlayer.runtime.evaluation.classifiers import MonitorConfig, ProbeConfig
 from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, plain, scoped
@@ -28,12 +30,6 @@ from cutlayer.runtime.parties.optim import (
 from cutlayer.runtime.records.data_record import Changed
 from cutlayer.runtime.records.loggers import LoggerConfig, logger_config
 from cutlayer.runtime.transport import GrpcTransport, TransportConfig, transport_config
-
-# Parts whose optimizer and schedule may be refined under `model`.
-Refined = Literal["client", "server", "auxiliary", "body", "head", "tail", "personal", "projector"]
-Part = Literal["model", "auxiliary_heads", Refined]
-REFINED: tuple[Refined, ...] = get_args(Refined)
-PARTS: tuple[Part, ...] = ("model", *REFINED)
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ class RunConfig:
             EVALUATIONS.find(name, "evaluations")
         self.aggregate.check(self.num_clients)
         self._check_network()
-        for part in PARTS:
+        for part in ("model", *refinable()):
             where = f"model.{part}.scheduler" if self._refinement(part, "scheduler") else "scheduler"
             check_schedule(self.optimizer_for(part), self.scheduler_for(part), self.rounds, where)
 
@@ -172,6 +168,8 @@ class RunConfig:
         if not isinstance(name, str):
             raise ConfigError("algorithm.name", name, "the name of an algorithm")
         values["algorithm"] = algorithm_config(name, values["algorithm"])
+        if "model" in mapping:
+            values["model"] = ModelConfig.from_mapping(mapping["model"])
         values["optimizer"] = optimizer_config(values["optimizer"], "optimizer")
         values["scheduler"] = _scheduler(mapping.get("scheduler"), "scheduler")
         if "transport" in mapping:
@@ -185,6 +183,7 @@ class RunConfig:
     def to_mapping(self) -> dict[str, Any]:
         """The configuration as JSON-able containers, from which `from_mapping` makes an equal one."""
         mapping = cast(dict[str, Any], plain(self))
+        mapping["model"] = self.model.to_mapping()
         mapping["algorithm"] = {"name": mapping.pop("algorithm_name"), **mapping["algorithm"]}
         for key in ("optimizer", "scheduler"):
             if mapping[key] is not None:
@@ -217,27 +216,37 @@ class RunConfig:
         """See `resolve_device`."""
         return resolve_device(self.device)
 
-    def optimizer_for(self, part: Part | str) -> OptimizerConfig:
-        """A part's optimizer: its refinement over the top-level one; from one of another kind only lr is inherited."""
-        refinement = self._refinement(part, "optimizer")
-        inherited = {"name": self.optimizer.name, **self.optimizer.options}
-        if str(refinement.get("name", self.optimizer.name)).lower() != self.optimizer.name:
-            inherited = {"lr": self.optimizer.options.get("lr", self.lr)}
+    def optimizer_for(self, part: str) -> OptimizerConfig:
+        """A part's optimizer: its refinement over the top-level one, or over one that the method gives the part.
+
+        From one of another kind only lr is inherited.
+        """
+        base, refinement = self._own_optimizer(part) or self.optimizer, self._refinement(part, "optimizer")
+        inherited = {"name": base.name, **base.options}
+        if str(refinement.get("name", base.name)).lower() != base.name:
+            inherited = {"lr": base.options.get("lr", self.lr)}
         return optimizer_config({**inherited, **refinement}, f"model.{part}.optimizer" if refinement else "optimizer")
 
-    def scheduler_for(self, part: Part | str) -> SchedulerConfig | None:
+    def scheduler_for(self, part: str) -> SchedulerConfig | None:
         """A part's learning-rate schedule, None for a constant rate; one of another kind inherits nothing."""
+        base = None if self._own_optimizer(part) else self.scheduler
         refinement = self._refinement(part, "scheduler")
         inherited: dict[str, Any] = {}
-        if (
-            self.scheduler is not None
-            and str(refinement.get("name", self.scheduler.name)).lower() == self.scheduler.name
-        ):
-            inherited = {"name": self.scheduler.name, **self.scheduler.options}
+        if base is not None and str(refinement.get("name", base.name)).lower() == base.name:
+            inherited = {"name": base.name, **base.options}
         return _scheduler({**inherited, **refinement}, f"model.{part}.scheduler" if refinement else "scheduler")
 
+    def options_for(self, part: str) -> Mapping[str, Any]:
+        """What the method's own configuration says of how a part is built."""
+        method = algorithms.get(self.algorithm_name)
+        return method.part_options(self.algorithm).get(part, {}) if issubclass(method, ConfiguresParts) else {}
+
+    def _own_optimizer(self, part: str) -> OptimizerConfig | None:
+        method = algorithms.get(self.algorithm_name)
+        return method.part_optimizers(self.algorithm).get(part) if issubclass(method, ConfiguresParts) else None
+
     def _refinement(self, part: str, kind: Literal["optimizer", "scheduler"]) -> dict[str, Any]:
-        return getattr(getattr(self.model, part), kind) if part in REFINED else {}
+        return getattr(self.model.part(part), kind) if part in refinable() else {}
 
 
 def identity_in(folder: Path) -> str | None:

@@ -11,12 +11,13 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cutlayer.datasets.registry import check_options
-from cutlayer.models import ModelConfig
+from cutlayer.models import ModelConfig, PersonalConfig
 from cutlayer.models.fitting import sketch
+from cutlayer.models.part_registry import SLOTS, config_class, refinable
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, join
 
 if TYPE_CHECKING:
@@ -97,11 +98,6 @@ RULES: Mapping[str, Rule] = {
     "model.client_norm": _CHOICE,
     "model.bottleneck": _CHOICE,
     "model.client.freeze": _FLAG,
-    **{
-        f"model.{part}.{kind}.*": _LEARNING
-        for part in ("client", "server", "auxiliary", "body", "head", "tail", "personal", "projector")
-        for kind in ("optimizer", "scheduler")
-    },
     "model.auxiliary.size": _CHOICE,
     "model.auxiliary_heads.blocks": Rule(text=MODULE, length=64),
     "model.personal.variants.*.depth": Rule(128),
@@ -155,7 +151,7 @@ RULES: Mapping[str, Rule] = {
 }
 """By key what a server may set at its clients, and the folder of a run for what reads it: what decides the result.
 
-``*`` is any one name.
+``*`` is any one name. What `part_rules` adds of registered parts goes with them.
 """
 FOLDER_RULES: Mapping[str, Rule] = {
     "device": Rule(text=DEVICE),
@@ -179,6 +175,18 @@ FOLDER_RULES: Mapping[str, Rule] = {
     "communication_by": _CHOICE,
 }
 """What the folder of a run may set beside; where its data are is looked at by itself."""
+_PART_KEY = Rule(4096, WORD, 64)
+
+
+def part_rules() -> dict[str, Rule]:
+    """The rules of registered parts: for their optimizers and schedules, and for keys that have none in `RULES`."""
+    own = {f"model.{name}.{each.name}": _PART_KEY for name in refinable() for each in fields(config_class(name))}
+    slots = [f"model.{name}.{slot}" for name in refinable() for slot in SLOTS]
+    known = [*slots, *RULES]
+    own = {key: rule for key, rule in own.items() if not any(f"{each}.".startswith(f"{key}.") for each in known)}
+    return {**own, **{f"{slot}.*": _LEARNING for slot in slots}}
+
+
 # Of a model from elsewhere each option goes into code that is not this project's.
 _OPTIONS = ("model.options.", "model.personal.variants.")
 
@@ -196,7 +204,7 @@ def check(values: Mapping[str, Any], named: Named, source: str, rules: Mapping[s
         ConfigError: in one line the first value that may not be, and what to add to the command to take all that can
             be taken.
     """
-    tree = _tree(rules)
+    tree = _tree({**part_rules(), **rules})
     name = values.get("model")
     name = cast(Mapping[str, Any], name).get("name") if isinstance(name, Mapping) else name
     elsewhere = isinstance(name, str) and "/" in name
@@ -269,7 +277,7 @@ def check_size(config: ModelConfig, info: DatasetInfo, limit: Limit) -> None:
     if "/" in config.name:
         return
     found = 0
-    for variant in ({}, *(config.personal.variants or ())):
+    for variant in ({}, *(config.part("personal", PersonalConfig).variants or ())):
         options = {key: value for key, value in variant.items() if key != "cut"}
         model = sketch(replace(config, options={**config.options, **options}), info)
         found += sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

@@ -48,6 +48,23 @@ def options(group: str) -> tuple[str, ...]:
     return tuple(file.as_posix() for file in files if not file.name.startswith("_"))
 
 
+def parts() -> tuple[str, ...]:
+    """The parts of a model whose optimizer and schedule can be refined, as the config tree has them.
+
+    They are the sections under `model` with both keys, of every model or of a method that brings a part of its own: so
+    a name that is no part's is reported before anything is imported.
+    """
+    methods = [_mapping(OmegaConf.load(file)).get("model") for file in (CONFIG_DIR / "algorithm").glob("*.yaml")]
+    found: set[str] = set()
+    for sections in (OmegaConf.load(CONFIG_DIR / "model" / "_base.yaml"), *methods):
+        found |= {name for name, each in _mapping(sections).items() if {"optimizer", "scheduler"} <= {*_mapping(each)}}
+    return tuple(sorted(found))
+
+
+def _mapping(values: object) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], values) if isinstance(values, Mapping) else {}
+
+
 def explain(error: BaseException, overrides: Sequence[str] = ()) -> str | None:
     """One line for a mistake in the configuration, or None when the error is something else.
 
@@ -119,11 +136,14 @@ def unknown_key(key: str, overrides: Sequence[str] = ()) -> ConfigError:
     tree: Any = known_values(overrides)
     keys = [*dotted_keys(tree), *groups()]
     below: list[str] = []
-    for part in key.split("."):
+    levels = key.split(".")
+    for depth, level in enumerate(levels, 1):
         if not isinstance(tree, Mapping):
             break
         below = list(cast(Mapping[str, Any], tree))
-        tree = cast(Mapping[str, Any], tree).get(part)
+        if level not in below and depth < len(levels) and nearest(level, below):
+            return ConfigError.unknown_key(".".join(levels[:depth]), below)  # what is below it has no other mistake
+        tree = cast(Mapping[str, Any], tree).get(level)
     choices = sorted({*below, *groups()}) if "." not in key else below
     if nearest(key.rpartition(".")[2], choices):
         return ConfigError.unknown_key(key, choices)

@@ -14,21 +14,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
-from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, CONFIG_NAME, check_choices, explain
+from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, CONFIG_NAME, check_choices, explain, parts
 from cutlayer.runtime.launching.sweeps.slots import visible_gpus
 from cutlayer.runtime.run_folder import unique_name
 
 if TYPE_CHECKING:
     from cutlayer.runtime.settings import RunConfig
 
-_PARTS = r"model\.(?:client|server|auxiliary|body|head|tail|personal|projector)"
-# Mappings that take any key: which ones are right depends on a name in them, and the typed configuration checks it.
+# A part's refinements, `model.<part>.optimizer.lr=0.01` or with a name or a mapping for the whole section.
+_REFINEMENT = re.compile(r"^(model\.(\w+)\.(?:optimizer|scheduler))(\.[^=]+)?=(.?)")
+# Other mappings that take any key: which are right depends on a name in them, and the typed configuration checks it.
 _OPTIONS = r"(?:model\.options|dataset\.options|dataset\.distribution_options)"
-_BELOW_OPEN = re.compile(rf"(?:{_PARTS}\.)?(?:optimizer|scheduler)\.[^=]+=|{_OPTIONS}(?:\.[^=]+)?=")
-_SHORTHANDS = {
-    re.compile(r"^(model\.auxiliary)=(?=[^{])"): "size",
-    re.compile(rf"^({_PARTS}\.(?:optimizer|scheduler))=(?=[^{{])"): "name",
-}
+_OPEN = re.compile(rf"(?:optimizer|scheduler)\.[^=]+=|{_OPTIONS}(?:\.[^=]+)?=")
+_SIZE = re.compile(r"^model\.auxiliary=(?=[^{])")
 _MAX_JOBS = 8
 
 
@@ -54,8 +52,12 @@ def preprocess(arguments: Iterable[str]) -> list[str]:
 
 
 def _preprocess(argument: str) -> str:
-    for pattern, field in _SHORTHANDS.items():
-        argument = pattern.sub(rf"\1.{field}=", argument)
+    argument = _SIZE.sub("model.auxiliary.size=", argument)
+    is_open = bool(_OPEN.match(argument))
+    if (found := _REFINEMENT.match(argument)) and found[2] in parts():
+        is_open = True
+        if not found[3] and found[4] not in ("", "{"):
+            argument = f"{found[1]}.name={argument.partition('=')[2]}"
     key, equals, value = argument.partition("=")
     # The folder of a run has = and , in its name, which Hydra reads as its own signs unless they are quoted; so does
     # [::1]:50505, which begins like a list.
@@ -64,7 +66,7 @@ def _preprocess(argument: str) -> str:
         argument = f"{key}='{value}'"
     elif "<=" in value and "'" not in value:
         argument = f"{key}=" + _BUDGET.sub(r"'\g<0>'", value)  # Hydra has another use for the sign
-    return f"++{argument}" if _BELOW_OPEN.match(argument) else argument
+    return f"++{argument}" if is_open else argument
 
 
 def plain_values(composed: DictConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -14,22 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.datasets import DatasetInfo
-from cutlayer.models import (
-    ModelConfig,
-    Projector,
-    body_and_head,
-    build_attacker,
-    build_auxiliary,
-    build_auxiliary_heads,
-    build_model,
-    build_personal,
-    divide,
-    feature_width,
-    give_features,
-    split,
-)
-from cutlayer.runtime.ground import rng
-from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.models import ModelConfig, division_of, make_parts, refinable
+from cutlayer.runtime.ground.config import ConfigError, join
 from cutlayer.runtime.parties.aggregate import BufferPolicy
 from cutlayer.runtime.parties.optim import (
     OptimizerConfig,
@@ -41,8 +27,6 @@ from cutlayer.runtime.parties.optim import (
 
 BATCH_NORM: Any = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  the base of all of them
 Parts = dict[str, nn.Module]
-MOMENTUM = "_momentum"
-DIVISIONS = (("model",), ("client", "server", "tail"), ("client", "server"), ("body", "head"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 
@@ -52,24 +36,20 @@ class LearningConfig(Protocol):
     @property
     def model(self) -> ModelConfig: ...
     @property
-    def algorithm(self) -> Any: ...
-    @property
     def seed(self) -> int: ...
     def optimizer_for(self, part: str) -> OptimizerConfig: ...
     def scheduler_for(self, part: str) -> SchedulerConfig | None: ...
+    def options_for(self, part: str) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class Layout:
     """Which parts a method has, by party.
 
-    ``model`` is the whole model; ``client`` and ``server`` are its halves at the cut layer, or with ``tail`` its thirds
-    at two cuts, the tail being at the client again; ``body`` is all of it but the classifier, which is the ``head``.
-    Beside these stand ``auxiliary``, the client's stand-in for the server part, ``auxiliary_heads``, further
-    classifiers on inner blocks of the body, ``personal``, a client's own body between client part and tail, and
-    ``attacker``, which makes images of what the client part gives. With a ``projector``, which maps features to where
-    they are compared, the model gives what its classifier takes. A part ``<name>_momentum`` is a copy that learns
-    nothing by itself, such as a moving average of the part ``<name>``.
+    Parts are registered, in `models/parts/`. ``model`` is the whole model; ``client`` and ``server`` are its halves at
+    the cut layer, or with ``tail`` its thirds at two cuts, the tail being at the client again; ``body`` is all of it
+    but the classifier, which is the ``head``. Other parts stand beside these. A part ``<name>_momentum`` is a copy that
+    learns nothing by itself, such as a moving average of the part ``<name>``.
     """
 
     client: tuple[str, ...]
@@ -78,7 +58,7 @@ class Layout:
     @property
     def whole(self) -> tuple[str, ...]:
         """The parts that make up the model, in the order in which data goes through them."""
-        return next(parts for parts in DIVISIONS if {*self.client, *self.server}.issuperset(parts))
+        return division_of(self.parts)
 
     @property
     def cut(self) -> bool:
@@ -94,8 +74,8 @@ class Layout:
 class Blueprint:
     """Builds parts, the same ones at every party: initial weights come from the seed alone.
 
-    Clients' personal bodies may differ in architecture: this is the blueprint of the parties whose body is the first
-    variant, ``for_client`` gives a client's.
+    Clients' own parts may differ in architecture: this is the blueprint of the parties that have the first variant of
+    each, ``for_client`` gives a client's.
     """
 
     def __init__(
@@ -113,74 +93,38 @@ class Blueprint:
         self.dtype = DTYPES[precision]
         self.buffers = buffers
         self._precision = precision
-        self._parts, bodies = self._build(config, layout, info, compare)
+        made = make_parts(
+            config.model, info, layout.parts, seed=config.seed, options=config.options_for, compare=compare
+        )
+        for modules in made.values():
+            for module in modules:
+                module.to(self.device, self.dtype).train()
+        _make_ready(config.model, made)
         self._general = config.optimizer_for("model")
-        self._optimizers = {name: config.optimizer_for(name) for name in self._parts}
-        self._schedulers = {name: config.scheduler_for(name) for name in self._parts}
+        self._optimizers = {name: config.optimizer_for(name) for name in made}
+        self._schedulers = {name: config.scheduler_for(name) for name in made}
+        self._parts: Parts = {name: modules[0] for name, modules in made.items()}
         self.initial = {name: copied_state(part) for name, part in self._parts.items()}
         self.buffer_names = {name: _buffer_names(part) for name, part in self._parts.items()}
-        self.variants: tuple[Blueprint, ...] = (self, *(self._variant(body) for body in bodies[1:]))
-        """One blueprint for each variant of the personal body."""
+        self.varied = frozenset(name for name, modules in made.items() if len(modules) > 1)
+        """The parts of which clients have variants."""
+        several = math.lcm(*(len(modules) for modules in made.values()))
+        others = [{name: made[name][i % len(made[name])] for name in self.varied} for i in range(1, several)]
+        self.variants: tuple[Blueprint, ...] = (self, *(self._variant(parts) for parts in others))
+        """One blueprint for each combination of variants that clients have."""
         for blueprint in self.variants:
             blueprint.variants = self.variants
 
-    def _build(
-        self, learning: LearningConfig, layout: Layout, info: DatasetInfo, compare: bool
-    ) -> tuple[Parts, list[nn.Module]]:
-        """The parts, and the variants of the personal body if there is one."""
-        config, seed = learning.model, learning.seed
-        cpu = torch.device("cpu")
-        with rng.TorchStream(rng.derive(seed, stream="model"), cpu):
-            whole = build_model(config, info)
-        parts: Parts = {"model": whole}
-        needed = layout.parts
-        if "projector" in needed:
-            give_features(whole, info.shape)
-            width = feature_width(whole, info.shape)
-            with rng.TorchStream(rng.derive(seed, stream="projector"), cpu):
-                parts["projector"] = Projector(width, config.projector.hidden, config.projector.width)
-        bodies: list[nn.Module] = []
-        if "auxiliary" in needed:
-            with rng.TorchStream(rng.derive(seed, stream="auxiliary"), cpu):
-                parts["auxiliary"] = build_auxiliary(config, info, whole)
-        if "tail" in layout.whole:
-            thirds = divide(config, info, whole, compare=compare)
-            parts["client"], parts["server"], parts["tail"] = thirds
-            if "personal" in needed:
-                with rng.TorchStream(rng.derive(seed, stream="personal"), cpu):
-                    made = build_personal(config, info, thirds)
-                bodies = [body.to(self.device, self.dtype).train() for body in made]
-                parts["personal"] = bodies[0]
-        elif layout.cut:
-            parts["client"], parts["server"] = split(whole, config.cut_after, info.shape, compare=compare)
-        elif layout.whole == ("body", "head"):
-            parts["body"], parts["head"] = body_and_head(whole, info.shape)
-            if "auxiliary_heads" in needed:
-                with rng.TorchStream(rng.derive(seed, stream="auxiliary heads"), cpu):
-                    parts["auxiliary_heads"] = build_auxiliary_heads(config, info, parts["body"])
-        for name in needed:
-            if name.endswith(MOMENTUM):
-                parts[name] = copy.deepcopy(parts[name.removesuffix(MOMENTUM)]).requires_grad_(False)
-        if "attacker" in needed:
-            with rng.TorchStream(rng.derive(seed, stream="attacker"), cpu):
-                parts["attacker"] = build_attacker(info, parts["client"], learning.algorithm.attacker_width)
-        made = {name: parts[name].to(self.device, self.dtype).train() for name in parts if name in needed}
-        if config.client.freeze:
-            if "client" not in made:
-                raise ConfigError("model.client.freeze", True, "false, or a method with a client part")
-            made["client"].requires_grad_(False).eval()
-        return made, bodies
-
-    def _variant(self, body: nn.Module) -> Blueprint:
-        """This blueprint with another personal body; everything else is shared."""
+    def _variant(self, parts: Parts) -> Blueprint:
+        """This blueprint with other modules for some parts; everything else is shared."""
         twin = copy.copy(self)
-        twin._parts = {**self._parts, "personal": body}
-        twin.initial = {**self.initial, "personal": copied_state(body)}
-        twin.buffer_names = {**self.buffer_names, "personal": _buffer_names(body)}
+        twin._parts = {**self._parts, **parts}
+        twin.initial = {**self.initial, **{name: copied_state(part) for name, part in parts.items()}}
+        twin.buffer_names = {**self.buffer_names, **{name: _buffer_names(part) for name, part in parts.items()}}
         return twin
 
     def for_client(self, client: int) -> Blueprint:
-        """The blueprint with the client's own variant of the personal body; variants are given to clients in turn."""
+        """The blueprint with the client's own variant of each part; variants are given to clients in turn."""
         return self.variants[client % len(self.variants)]
 
     def parts(self, names: Iterable[str]) -> Parts:
@@ -237,6 +181,19 @@ class Blueprint:
     def training_bytes(self, names: Iterable[str]) -> int:
         """Memory of one live copy of the parts while they train: weights, gradients and two moments."""
         return 4 * sum(state_bytes(self.initial[name]) for name in names)
+
+
+def _make_ready(config: ModelConfig, made: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Do to the parts what their sections under ``model`` say; a section of a part that is not there may object."""
+    for name in refinable():
+        section = config.part(name)
+        try:
+            if name not in made:
+                section.absent()
+            for module in made.get(name, ()):
+                section.ready(module)
+        except ConfigError as error:
+            raise error.within(join("model", name)) from None
 
 
 def copied_state(module: nn.Module) -> dict[str, Tensor]:

@@ -65,11 +65,11 @@ class Seat:
     taken: bool = False
 
     def take(self, blueprint: Blueprint) -> None:
-        """Ready the seat for a client with this blueprint: its parts without gradients, its variant of the body."""
+        """Ready the seat for a client with this blueprint: its parts without gradients, its own variants."""
         self.taken = True
         if blueprint is not self.blueprint:
             self.blueprint = blueprint
-            self.parts |= blueprint.parts(["personal"])
+            self.parts |= blueprint.parts(blueprint.varied)
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
 

@@ -158,8 +158,9 @@ class Evaluator:
         Args:
             samples: int64 [k], those of the source that are tested; None for all.
         """
-        path, setup = path or self._whole, self._setup
-        blueprint = setup.blueprint.for_client(client) if "personal" in path else setup.blueprint
+        path, blueprint = path or self._whole, self._setup.blueprint
+        if blueprint.varied.intersection(path):
+            blueprint = blueprint.for_client(client)
         if (path, blueprint) not in self._parts:
             self._parts[path, blueprint] = list(blueprint.parts(path).values())
         modules = self._parts[path, blueprint]

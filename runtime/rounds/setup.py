@@ -75,8 +75,8 @@ class Setup:
         if issubclass(self.algorithm, KeepsByConfig):
             self.personal = self.algorithm.kept(config.algorithm)
         self.population = 1 if self.algorithm.pooled else config.num_clients
-        self.partition = (divide or configured_shares)(self)
         self.blueprint = self._blueprint(config)
+        self.partition = (divide or configured_shares)(self)
         self.parameters = sum(self.blueprint.parameters(name) for name in self.algorithm.layout.whole)
         self._able = self._with_batches(2 if self._needs_two() else 1)
 

@@ -41,7 +41,7 @@ def info(name: str) -> DatasetInfo:
 
 def config(name: str, *, narrow: bool = True, size: str = "default", cut: str | None = None) -> ModelConfig:
     options = NARROW.get(name, {}) if narrow else {}
-    return ModelConfig(name, cut=cut, auxiliary=AuxiliaryConfig(size), options=options)
+    return ModelConfig(name, cut=cut, parts={"auxiliary": AuxiliaryConfig(size)}, options=options)
 
 
 def built(name: str, dataset: str, seed: int = 0) -> nn.Sequential:

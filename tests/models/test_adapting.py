@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cutlayer.models import ModelConfig, build_auxiliary, build_model, check_model, split
 from cutlayer.models.adapting import StandardisedConv2d, groups
-from cutlayer.models.config import AuxiliaryConfig
 from cutlayer.models.cutting import Part
+from cutlayer.models.parts.auxiliary import AuxiliaryConfig
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
@@ -248,7 +248,7 @@ def test_auxiliary_models_behind_a_bottleneck() -> None:
     client, server = split(model, chosen.cut_after, info("cifar10").shape)
     z = client(images("cifar10", 2))
     for size in ("linear", "full"):
-        auxiliary = build_auxiliary(replace(chosen, auxiliary=AuxiliaryConfig(size)), info("cifar10"), model)
+        auxiliary = build_auxiliary(replace(chosen, parts={"auxiliary": AuxiliaryConfig(size)}), info("cifar10"), model)
         assert auxiliary(z).shape == (2, 10)
     assert isinstance(server, Part)
     assert [*server.state_dict()] == [*auxiliary.state_dict()]

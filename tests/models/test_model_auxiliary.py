@@ -136,7 +136,7 @@ def _tiny(name: str, size: str) -> tuple[nn.Module, torch.Tensor]:
         "vit": {"hidden": 4, "heads": 2, "mlp": 8, "depth": 5},
     }
     shape = info("digits").__class__("tiny", 1, 8, 8, 2, ("a", "b"))
-    tiny = ModelConfig(name, options=options[name], auxiliary=AuxiliaryConfig(size))
+    tiny = ModelConfig(name, options=options[name], parts={"auxiliary": AuxiliaryConfig(size)})
     model = entry(name).build(shape, tiny.typed_options())
     auxiliary = build_auxiliary(tiny, shape, model).double()
     z = split(model, default_cut(name))[0](torch.randn(3, *shape.shape)).double().detach()

@@ -29,7 +29,7 @@ QUICK = [name for name in MODELS if name not in ("resnet110", "resnet1202", "res
 
 
 def _with(name: str, *blocks: str) -> ModelConfig:
-    return replace(config(name), auxiliary_heads=AuxiliaryHeadsConfig(blocks or None))
+    return replace(config(name), parts={"auxiliary_heads": AuxiliaryHeadsConfig(blocks or None)})
 
 
 def body_of(model: nn.Module) -> nn.Module:
@@ -232,7 +232,7 @@ def test_attaching_leaves_the_model_alone(name: str) -> None:
     ],
 )
 def test_blocks_that_cannot_have_a_head(name: str, blocks: list[str], reason: str) -> None:
-    own = replace(config(name), auxiliary_heads=AuxiliaryHeadsConfig(tuple(blocks)))
+    own = replace(config(name), parts={"auxiliary_heads": AuxiliaryHeadsConfig(tuple(blocks))})
     with pytest.raises(ConfigError, match=rf"^model\.auxiliary_heads\.blocks{reason}") as error:
         build_auxiliary_heads(own, info("digits"), body_of(built(name, "digits")))
     assert "\n" not in str(error.value)
@@ -249,14 +249,20 @@ def test_no_blocks_at_all() -> None:
     with pytest.raises(ConfigError, match=r"model\.auxiliary_heads\.blocks=null: .*choices: flatten, fc1, relu1"):
         head_blocks(shallow, body_of(model))
     check_model(shallow, info("digits"))  # of no concern to a method without heads
-    assert head_blocks(replace(shallow, auxiliary_heads=AuxiliaryHeadsConfig(("relu1",))), body_of(model)) == ("relu1",)
+    assert head_blocks(
+        replace(shallow, parts={"auxiliary_heads": AuxiliaryHeadsConfig(("relu1",))}), body_of(model)
+    ) == ("relu1",)
 
 
 def test_checking_heads_neither_draws_nor_allocates() -> None:
     before = torch.random.get_rng_state()
-    check_model(ModelConfig("resnet152", auxiliary_heads=AuxiliaryHeadsConfig(("layer1", "layer4"))), info("ham10000"))
     check_model(
-        ModelConfig("vit", auxiliary_heads=AuxiliaryHeadsConfig(("block4",)), options={"dropout": 0.5}), info("cifar10")
+        ModelConfig("resnet152", parts={"auxiliary_heads": AuxiliaryHeadsConfig(("layer1", "layer4"))}),
+        info("ham10000"),
+    )
+    check_model(
+        ModelConfig("vit", parts={"auxiliary_heads": AuxiliaryHeadsConfig(("block4",))}, options={"dropout": 0.5}),
+        info("cifar10"),
     )
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -318,7 +324,7 @@ def test_a_users_model_without_blocks_of_its_own(monkeypatch: pytest.MonkeyPatch
     )
     with pytest.raises(ConfigError, match=r"blocks=odd: .*not \[2, 4, 1, 1, 1\]"):
         build_auxiliary_heads(
-            ModelConfig("own", auxiliary_heads=AuxiliaryHeadsConfig(("odd",))), info("digits"), body_of(odd)
+            ModelConfig("own", parts={"auxiliary_heads": AuxiliaryHeadsConfig(("odd",))}), info("digits"), body_of(odd)
         )
 
 

@@ -108,7 +108,7 @@ def test_variants_follow_cuts_of_ones_own(name: str, last: int) -> None:
     assert (children(client)[-1], children(server)[-1], len(tail)) == (first, second, last - 1)
     variant = PersonalConfig(({},))
     (body,) = build_personal(
-        ModelConfig(name, cut=own.cut, personal=variant, options=own.options), info("digits"), thirds
+        ModelConfig(name, cut=own.cut, parts={"personal": variant}, options=own.options), info("digits"), thirds
     )
     assert children(body) == children(server)
 
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("vit", {"hidden": 8}),
         ("mlp", {"hidden": [128]}),
     ):
-        own = ModelConfig(name, options=config(name).options, personal=PersonalConfig(({}, variant)))
+        own = ModelConfig(name, options=config(name).options, parts={"personal": PersonalConfig(({}, variant))})
         with pytest.raises(
             ConfigError, match=r"model\.personal\.variants\.1=\{.*\}: expected a body with weights from"
         ):

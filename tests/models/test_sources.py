@@ -150,7 +150,7 @@ def test_a_name_is_an_ordinary_choice_of_the_group(name: str) -> None:
         load_config(["model=cnn2"]).model,
     )
     assert chosen.name == name
-    assert chosen.client.optimizer == {"lr": 0.5}
+    assert chosen.part("client").optimizer == {"lr": 0.5}
     assert (chosen.cut, chosen.init, chosen.server, chosen.options) == (None, None, plain.server, {})
 
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cutlayer import algorithms
+from cutlayer.models.part_registry import config_class, refinable
 from cutlayer.models.registry import entry
 from cutlayer.models.registry import names as model_names
 from cutlayer.runtime import trust
@@ -36,7 +37,10 @@ MB = 1e6
 def keys(kind: type, prefix: str = "") -> list[str]:
     """Every key of a configuration's dataclasses; below an open mapping stands one for all."""
     found: list[str] = []
-    for field, hint in ((field.name, typing.get_type_hints(kind)[field.name]) for field in dataclasses.fields(kind)):
+    hints = {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+    if hints.pop("parts", None) is not None:
+        hints |= {name: config_class(name) for name in refinable()}
+    for field, hint in hints.items():
         if dataclasses.is_dataclass(hint):
             found += keys(typing.cast(type, hint), f"{prefix}{field}.")
         else:
@@ -78,7 +82,7 @@ def take(theirs: dict[str, Any], *overrides: str) -> RunConfig | None:
 
 def test_what_decides_the_result_is_the_servers_to_say_and_nothing_else_is() -> None:
     """A key of the configuration that decides the result and has no rule would be refused of every server."""
-    tree, folder = trust._tree(trust.RULES), trust._tree(trust.FOLDER_RULES)
+    tree, folder = trust._tree({**trust.RULES, **trust.part_rules()}), trust._tree(trust.FOLDER_RULES)
     for key in KEYS:
         decides = scope_of(RunConfig, key) == "result"
         assert decides == (trust._rule(tree, key.split("."), 1) is not None), key

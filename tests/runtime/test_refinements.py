@@ -2,9 +2,11 @@
 
 import pytest
 
+from cutlayer.models import refinable
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.parties.optim import learning_options
-from cutlayer.runtime.settings import REFINED
+
+REFINED = refinable()
 
 
 @pytest.mark.parametrize("part", REFINED)

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cutlayer import algorithms, datasets, models
+from cutlayer.models import refinable
 from cutlayer.runtime.ground.config import ConfigError, build, plain
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, groups, options
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.records.loggers import LOGGERS
-from cutlayer.runtime.settings import PARTS, RunConfig, resolve_device
+from cutlayer.runtime.settings import RunConfig, resolve_device
 from tests.places import ROOT
 
 BASE = load_config(["algorithm=fed_avg"]).to_mapping()
@@ -189,7 +190,7 @@ def test_parts_inherit_and_refine_the_top_level_optimizer() -> None:
             "model.server.optimizer.momentum=null",
         ]
     )
-    options_of = {part: config.optimizer_for(part).options for part in PARTS}
+    options_of = {part: config.optimizer_for(part).options for part in ("model", *refinable())}
     assert options_of == {
         "model": {"lr": 0.1, "momentum": 0.9},
         "client": {"lr": 0.01, "momentum": 0.9},
@@ -200,11 +201,10 @@ def test_parts_inherit_and_refine_the_top_level_optimizer() -> None:
         "tail": {"lr": 0.1, "momentum": 0.9},
         "personal": {"lr": 0.1, "momentum": 0.9},
         "projector": {"lr": 0.1, "momentum": 0.9},
+        "auxiliary_heads": {"lr": 0.1, "momentum": 0.9},
+        "attacker": {"lr": 0.1, "momentum": 0.9},
     }
-    assert [config.optimizer_for(part).name for part in PARTS] == ["sgd", "sgd", "sgd", "adam", *["sgd"] * 5]
-
-
-OTHERS = ("auxiliary", "body", "head", "tail", "personal", "projector")
+    assert {part for part in options_of if config.optimizer_for(part).name != "sgd"} == {"auxiliary"}
 
 
 def test_parts_inherit_and_refine_the_top_level_scheduler() -> None:
@@ -218,12 +218,12 @@ def test_parts_inherit_and_refine_the_top_level_scheduler() -> None:
             "model.server.scheduler.step_size=3",
         ]
     )
-    found = {part: config.scheduler_for(part) for part in PARTS}
+    found = {part: config.scheduler_for(part) for part in ("model", *refinable())}
     assert {part: (value.name, value.options) for part, value in found.items() if value} == {
         "model": ("cosineannealinglr", {"T_max": 7}),
         "client": ("cosineannealinglr", {"T_max": 7, "eta_min": 0.5}),
         "server": ("steplr", {"step_size": 3}),
-        **{part: ("cosineannealinglr", {"T_max": 7}) for part in OTHERS},
+        **{part: ("cosineannealinglr", {"T_max": 7}) for part in {*refinable()} - {"client", "server"}},
     }
     assert load_config(["algorithm=fed_avg"]).scheduler_for("client") is None
 

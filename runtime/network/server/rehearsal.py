@@ -119,8 +119,7 @@ def _a_few_each(setup: Setup) -> Partition:
 
 
 def _players(setup: Setup) -> int:
-    variants = setup.config.model.personal.variants
-    return min(setup.population, max(_CLIENTS, len(variants or ())))
+    return min(setup.population, max(_CLIENTS, len(setup.blueprint.variants)))
 
 
 def _shapes(some: list[Layout], others: list[Layout]) -> tuple[Shapes, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.cutting import is_ghost
 from cutlayer.models.layers import FeatureMean
+from cutlayer.models.part_registry import Making, PartConfig, part
 from cutlayer.models.registry import entry
 from cutlayer.models.shapes import features, trace
-from cutlayer.models.splitting import named
+from cutlayer.models.splitting import body_and_head, named
 from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +25,26 @@ if TYPE_CHECKING:
 
 _KEY = "model.auxiliary_heads.blocks"
 _MOST = 3  # heads that the general rule attaches
+
+
+@dataclass(frozen=True)
+class AuxiliaryHeadsConfig(PartConfig):
+    """Auxiliary heads: `blocks` are the modules after which one is attached; None means the model's own."""
+
+    blocks: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and not self.blocks:
+            raise ConfigError("blocks", self.blocks, "null or a list of one or more modules of the model")
+
+    @property
+    def names_modules(self) -> bool:
+        return self.blocks is not None
+
+    def try_on(self, model: nn.Module, config: ModelConfig, info: DatasetInfo, parts: Collection[str]) -> None:
+        if self.names_modules and isinstance(model, nn.Sequential):
+            with torch.device("meta"):
+                build_auxiliary_heads(config, info, body_and_head(model)[0])
 
 
 class AuxiliaryHeads(nn.ModuleList):
@@ -41,12 +63,12 @@ class AuxiliaryHeads(nn.ModuleList):
 def head_blocks(config: ModelConfig, body: nn.Module) -> tuple[str, ...]:
     """Names of the blocks of a `body` that have an auxiliary head, in the order in which the forward pass ends them.
 
-    They are `config.auxiliary_heads.blocks`, or those that the model is registered with, or by a general rule the last
-    three groups of layers but the one that the classifier itself sees. A name is a child of the model or, dotted, a
-    module inside of one (`layer2.0`). One that is neither, the classifier's, one before which nothing can learn and a
-    repeated one are a `ConfigError`, as is a model in which the rule finds no block.
+    They are those of `model.auxiliary_heads.blocks`, or those that the model is registered with, or by a general rule
+    the last three groups of layers but the one that the classifier itself sees. A name is a child of the model or,
+    dotted, a module inside of one (`layer2.0`). One that is neither, the classifier's, one before which nothing can
+    learn and a repeated one are a `ConfigError`, as is a model in which the rule finds no block.
     """
-    blocks = config.auxiliary_heads.blocks
+    blocks = config.part("auxiliary_heads", AuxiliaryHeadsConfig).blocks
     if blocks is None:
         blocks = entry(config.name).blocks_for(config.typed_options()) or _by_rule(body)
         if not blocks:
@@ -64,6 +86,11 @@ def head_blocks(config: ModelConfig, body: nn.Module) -> tuple[str, ...]:
         if name in blocks[:i]:
             raise ConfigError(_KEY, name, "each block once")
     return tuple(sorted(blocks, key=valid.index))
+
+
+@part("auxiliary_heads", needs=("body",), config=AuxiliaryHeadsConfig)
+def _auxiliary_heads(making: Making) -> nn.Module:
+    return build_auxiliary_heads(making.config, making.info, making.parts["body"])
 
 
 def build_auxiliary_heads(config: ModelConfig, info: DatasetInfo, body: nn.Module) -> AuxiliaryHeads:

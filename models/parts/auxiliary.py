@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from cutlayer.models.adapting import fresh
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.layers import FeatureMean
+from cutlayer.models.part_registry import WHOLE, Making, PartConfig, part
 from cutlayer.models.registry import entry
 from cutlayer.models.shapes import trace
 from cutlayer.models.splitting import split
@@ -27,11 +29,28 @@ from cutlayer.runtime.ground.config import ConfigError
 if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
 
+AUXILIARY_SIZES = ("linear", "half", "default", "full")
 _REDUCERS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten, FeatureMean)
 
 
+@dataclass(frozen=True)
+class AuxiliaryConfig(PartConfig):
+    """The auxiliary model: its size, one of `AUXILIARY_SIZES`."""
+
+    size: str = "default"
+
+    def __post_init__(self) -> None:
+        if self.size not in AUXILIARY_SIZES:
+            raise ConfigError("size", self.size, "a size of auxiliary model", AUXILIARY_SIZES)
+
+
+@part("auxiliary", config=AuxiliaryConfig)
+def _auxiliary(making: Making) -> nn.Module:
+    return build_auxiliary(making.config, making.info, making.parts[WHOLE])
+
+
 def build_auxiliary(config: ModelConfig, info: DatasetInfo, model: nn.Module) -> nn.Module:
-    """A fresh auxiliary model of `config.auxiliary.size` for `model` cut as `config` says: z -> logits [b, classes].
+    """A fresh auxiliary model of the configured size for `model` cut as `config` says: z -> logits [b, classes].
 
     - `linear`: the server part's pools and its flattening, or the mean over tokens, then one linear layer.
     - `half`, `default`: the server part thinned: narrower layers (how far is said where the model is registered), and
@@ -42,7 +61,7 @@ def build_auxiliary(config: ModelConfig, info: DatasetInfo, model: nn.Module) ->
     0.005, 3.5, 8.0 and 40 MB. Weights come from torch's global generator. `model` is neither changed nor kept.
     """
     client, server = split(model, config.cut_after, info.shape)
-    size, registered = config.auxiliary.size, entry(config.name)
+    size, registered = config.part("auxiliary", AuxiliaryConfig).size, entry(config.name)
     parameter = next(client.parameters())
     # Two images: BatchNorm in training mode refuses one value a channel.
     z = trace(client, torch.empty(2, *info.shape, dtype=parameter.dtype, device="meta"))

@@ -89,8 +89,8 @@ def register(
 
     `options` is the frozen dataclass that `model.options` is checked against, `thinning` the share of the server part's
     width that the auxiliary models `half` and `default` keep, `blocks` the modules that have an auxiliary head by
-    default (see `models/heads.py`), or a function that gives them for the model's options. `cuts` and `variants` are
-    of methods that cut the model in three (see `models/three.py`).
+    default (see `models/parts/auxiliary_heads.py`), or a function that gives them for the model's options. `cuts` and
+    `variants` are of methods that cut the model in three (see `models/three.py` and `models/parts/personal.py`).
     """
 
     def add(build: Builder) -> Builder:

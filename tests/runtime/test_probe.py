@@ -288,9 +288,9 @@ def test_a_method_that_learns_features_is_tested_by_the_knn(learner) -> None:
 
 
 def test_what_the_monitor_looks_at_decides_the_result_and_what_comes_after_does_not(configure) -> None:
-    base = configure("algorithm=fed_avg").identity()
-    assert configure("algorithm=fed_avg", "monitor.k=5").identity() != base
-    assert configure("algorithm=fed_avg", "probe.after=true", "probe.k=5").identity() == base
+    base = configure("algorithm=moco_sfl").identity()
+    assert configure("algorithm=moco_sfl", "monitor.k=5").identity() != base
+    assert configure("algorithm=moco_sfl", "probe.after=true", "probe.k=5").identity() == base
 
 
 def test_such_a_method_can_be_probed_and_not_personalised(learner, tmp_path: Path) -> None:

@@ -67,12 +67,12 @@ class ConfiguresParts:
     """A method whose own configuration says how some of its parts are built and learn."""
 
     @classmethod
-    def part_options(cls, config: Any) -> Mapping[str, Mapping[str, Any]]:
+    def part_options(cls, config: Any) -> Mapping[str, Mapping[str, Any]]:  # noqa: ARG003
         """What the method's own configuration says of its parts: by part what its builder finds in ``options``."""
         return {}
 
     @classmethod
-    def part_optimizers(cls, config: Any) -> Mapping[str, OptimizerConfig]:
+    def part_optimizers(cls, config: Any) -> Mapping[str, OptimizerConfig]:  # noqa: ARG003
         """Optimizers, at a constant rate, that parts have in place of the top-level one and its schedule.
 
         ``model.<part>.optimizer`` and ``model.<part>.scheduler`` refine them as they would refine those.

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from cutlayer.datasets import DatasetInfo
-    from cutlayer.models.config import ModelConfig
 
 WHOLE = "model"
 """The part that is the whole model; its optimizer and schedule are the top-level ones."""
@@ -36,6 +35,8 @@ TAKEN = ("name", "cut", "init", "client_norm", "bottleneck", "options", "parts")
 class PartConfig:
     """A part's section under `model`: refinements of the top-level optimizer and scheduler; empty means none.
 
+    The `config` that the methods get is the `ModelConfig` that the section is in.
+
     A part with keys of its own is registered with a subclass that has them, each with a default.
     """
 
@@ -47,10 +48,10 @@ class PartConfig:
         """Whether the section names modules of the model, which `try_on` then looks for."""
         return False
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, config: Any) -> None:
         """Raise a `ConfigError`, with its key below `model`, for what does not go with the rest of `config`."""
 
-    def try_on(self, model: nn.Module, config: ModelConfig, info: DatasetInfo, parts: Collection[str]) -> None:
+    def try_on(self, model: nn.Module, config: Any, info: DatasetInfo, parts: Collection[str]) -> None:
         """Raise the `ConfigError` that making the part would raise, as far as a `model` without memory shows it.
 
         `parts` are those that the method has; none where none is known.
@@ -67,11 +68,12 @@ class PartConfig:
 class Making:
     """What a part is made of.
 
-    `parts` has the whole model and what the part needs, by name. `options` are what the method's own configuration says
-    of the part. `compare` False leaves out the comparison of a model that is cut with the whole one.
+    `config` is the `ModelConfig`. `parts` has the whole model and what the part needs, by name. `options` are what the
+    method's own configuration says of the part. `compare` False leaves out the comparison of a model that is cut with
+    the whole one.
     """
 
-    config: ModelConfig
+    config: Any
     info: DatasetInfo
     parts: Mapping[str, nn.Module]
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -99,7 +99,7 @@ def changed(mapping: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     *above, last = key.split(".")
     section = made
     for name in above:
-        section = section[name]
+        section = section.setdefault(name, {})
     section[last] = value
     return made
 
@@ -126,7 +126,9 @@ def test_every_key_has_one_scope_and_nothing_else_is_a_key(name: str) -> None:
         for level in above:
             section = section.setdefault(level, {})
         section[last] = each.value
-    assert values == mapping
+    assert (
+        RunConfig.from_mapping(values).to_mapping() == mapping
+    )  # a part whose section is as by default has none there
 
 
 def test_sections_by_other_choices_have_scopes_too() -> None:

@@ -50,6 +50,7 @@ OTHERS: dict[str, Any] = {
     "dataset.storage": "stream",
     "dataset.validation": 0.25,
     "device": "cuda:3",
+    "evaluations": ["class_acc"],
     "frac": 0.5,
     "logger.csv": None,
     "model.auxiliary.size": "half",

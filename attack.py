@@ -14,10 +14,10 @@ from typing import Any
 from cutlayer.runtime.after.over_runs import Measure, over_runs
 from cutlayer.runtime.ground.config import plain, show
 from cutlayer.runtime.ground.streams import run_program
-from cutlayer.runtime.ground.text import tell
+from cutlayer.runtime.ground.text import print_lines
 
 DEFAULT = "model_inversion"
-LINE_INTERVAL = 5.0
+_LINE_INTERVAL = 5.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,10 +46,10 @@ def _measure() -> Measure:
     from cutlayer.attacks.running import attack_run  # late: a mistake in the keys need not wait for torch
 
     def attack(run: Path, changes: Mapping[str, Any]) -> None:
-        tell(f"attacking {run}")
+        print_lines(f"attacking {run}")
         given = {key: value for key, value in changes.items() if key != "attack"}
         found, folder = attack_run(changes.get("attack", DEFAULT), run, given, _Lines())
-        tell(*found.table().split("\n"), f"results  {folder}")
+        print_lines(*found.table().split("\n"), f"results  {folder}")
 
     return attack
 
@@ -61,9 +61,9 @@ class _Lines:
         self._last = time.monotonic()
 
     def __call__(self, done: int, of: int, what: str) -> None:
-        if time.monotonic() - self._last >= LINE_INTERVAL:
+        if time.monotonic() - self._last >= _LINE_INTERVAL:
             self._last = time.monotonic()
-            tell(f"epoch {done}/{of}, {what}")
+            print_lines(f"epoch {done}/{of}, {what}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 from cutlayer.runtime.ground.extras import install
 from cutlayer.runtime.ground.streams import run_program
-from cutlayer.runtime.ground.text import complain, tell
+from cutlayer.runtime.ground.text import print_errors, print_lines
 
 if TYPE_CHECKING:
     from cutlayer.runtime.network.certificates.authority import Done, Order
@@ -44,10 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         order = _order(given)
         _show(folder, make_certificates(folder, order), order)
     except ConfigError as error:
-        complain(error)
+        print_errors(error)
         return 1
     except KeyboardInterrupt:
-        complain("interrupted; nothing was made")
+        print_errors("interrupted; nothing was made")
         return 130
     return 0
 
@@ -110,28 +110,34 @@ def _show(folder: Path, done: Done, order: Order) -> None:
     for verb, ends in (("made", done.made), ("kept", done.kept)):
         clients = sorted(number_of(stem) for stem in ends if stem.startswith("client-"))
         if "ca" in ends:
-            tell(f"{verb}  the authority, valid until {ends['ca']:%Y-%m-%d}")
+            print_lines(f"{verb}  the authority, valid until {ends['ca']:%Y-%m-%d}")
         if "server" in ends:
-            tell(f"{verb}  the server's certificate, until {ends['server']:%Y-%m-%d}, for {', '.join(done.names)}")
+            print_lines(
+                f"{verb}  the server's certificate, until {ends['server']:%Y-%m-%d}, for {', '.join(done.names)}"
+            )
         if clients:
             last = min(ends[f"client-{client}"] for client in clients)
-            tell(f"{verb}  {'clients' if len(clients) > 1 else 'client'} {_ranges(clients)}, until {last:%Y-%m-%d}")
+            print_lines(
+                f"{verb}  {'clients' if len(clients) > 1 else 'client'} {_ranges(clients)}, until {last:%Y-%m-%d}"
+            )
     if order.revoke:
-        tell(f"revoked  all that {'clients' if len(order.revoke) > 1 else 'client'} {_ranges(order.revoke)} had so far")
+        print_lines(
+            f"revoked  all that {'clients' if len(order.revoke) > 1 else 'client'} {_ranges(order.revoke)} had so far"
+        )
     if done.listed:
-        tell("", f"The server gets {folder / REVOKED} beside its files, and reads it anew while it runs.")
+        print_lines("", f"The server gets {folder / REVOKED} next to its files, and reads it again while it runs.")
     if not order.server and not order.clients:
         return
-    tell("", f"Each machine gets three files of {folder}, in a folder that transport.certificates names there:")
+    print_lines("", f"Each machine gets three files of {folder}, in a folder that transport.certificates names there:")
     if "server" in done.made | done.kept:
-        tell("  the server    ca.pem server.pem server.key")
+        print_lines("  the server    ca.pem server.pem server.key")
     for client in order.clients[:3]:
-        tell(f"  {f'client {client}':<13} ca.pem client-{client}.pem client-{client}.key")
+        print_lines(f"  {f'client {client}':<13} ca.pem client-{client}.pem client-{client}.key")
     if len(order.clients) > 3:
-        tell("  ...")
-    tell("ca.key stays here: whoever has it can make certificates for anyone.")
+        print_lines("  ...")
+    print_lines("ca.key stays here: whoever has it can make certificates for anyone.")
     if "server" not in done.made | done.kept:
-        tell("There is none for the server yet: server=NAME,ADDRESS under which clients reach it.")
+        print_lines("There is none for the server yet: server=NAME,ADDRESS under which clients reach it.")
 
 
 def _ranges(numbers: Sequence[int]) -> str:

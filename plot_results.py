@@ -8,18 +8,18 @@ from pathlib import Path
 
 from cutlayer import HOME
 from cutlayer.plotting.compose import Composed, compose
-from cutlayer.plotting.experiments import read_config
+from cutlayer.plotting.experiments import read_plot_config
 from cutlayer.plotting.figures import FIGURES
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.streams import run_program
-from cutlayer.runtime.ground.text import complain, tell
+from cutlayer.runtime.ground.text import print_errors, print_lines
 
-CONFIG = Path("exp_configs.yaml")
-PACKAGED = HOME / CONFIG
+PLOT_CONFIG = Path("exp_configs.yaml")
+PACKAGED = HOME / PLOT_CONFIG
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw what the configuration asks for and tell what was made; returns the exit status."""
+    """Draw what the configuration asks for and print what was made; returns the exit status."""
     figures = "\n".join(f"  {name}: {kind.caption}" for name, kind in FIGURES.items())
     parser = argparse.ArgumentParser(
         description="Draw figures and tables of finished runs.",
@@ -38,14 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError("--config", options.config, "a file")
         if not options.saves.is_dir():
             raise ConfigError("--saves", options.saves, "a folder with runs")
-        config = read_config(options.config or (CONFIG if CONFIG.is_file() else PACKAGED))
+        config = read_plot_config(options.config or (PLOT_CONFIG if PLOT_CONFIG.is_file() else PACKAGED))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         made = compose(options.saves, options.out, config, options.only, processes=cores)
     except ConfigError as error:
-        complain(error)
+        print_errors(error)
         return 1
     except OSError as error:
-        complain(f"--out: {error.filename} cannot be written: {error.strerror}")
+        print_errors(f"--out: {error.filename} cannot be written: {error.strerror}")
         return 1
     report(made)
     return 0 if made.files and not made.empty else 1
@@ -54,18 +54,18 @@ def main(arguments: list[str] | None = None) -> int:
 def report(made: Composed) -> None:
     """Tell what was drawn, and what was left out and why."""
     for path in made.files:
-        tell(path)
+        print_lines(path)
     for title, folders in (("damaged", made.found.damaged), ("not finished", made.found.unfinished)):
         for folder, reason in folders.items():
-            complain(f"left out, {title}: {folder}: {reason}")
+            print_errors(f"left out, {title}: {folder}: {reason}")
     for run in made.found.older:
-        complain(f"left out, older than a run of the same setting and seed: {run.folder}")
+        print_errors(f"left out, older than a run of the same setting and seed: {run.folder}")
     for line in made.left_out:
-        complain(line)
+        print_errors(line)
     for name, reason in made.empty.items():
-        complain(f"comparison {name}: {reason}")
+        print_errors(f"comparison {name}: {reason}")
     if not made.files and not made.empty:
-        complain("nothing to draw: no finished run was found")
+        print_errors("nothing to draw: no finished run was found")
 
 
 if __name__ == "__main__":

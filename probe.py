@@ -1,7 +1,7 @@
 """Probe the features of finished runs: `python probe.py <run> ... probe.knn=true probe.labels=[1.0,0.1,0.01]`.
 
 A run is its folder below saves/, or a folder above several. The run's model is frozen; a kNN and linear classifiers on
-what its own classifier takes tell what its features are worth. The results go to `probed/` in the run's folder.
+what its own classifier takes show what its features are worth. The results go to `probed/` in the run's folder.
 """
 
 from __future__ import annotations

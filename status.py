@@ -1,6 +1,6 @@
 """Show a run over the network: `python status.py [run] [once=true] [save_dir=saves]`.
 
-Without a run it is the newest one below save_dir that tells of itself, and one that runs before those that do not.
+Without a run it is the newest one below save_dir that reports its status, and one that runs before those that do not.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from rich.live import Live
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.screen import Screen
 from cutlayer.runtime.ground.streams import run_program
-from cutlayer.runtime.ground.text import complain
-from cutlayer.runtime.network.server.overview import look, picture
+from cutlayer.runtime.ground.text import print_errors
+from cutlayer.runtime.network.server.overview import current_view, picture
 from cutlayer.runtime.network.server.status import NETWORK
-from cutlayer.runtime.run_folder import is_locked
+from cutlayer.runtime.run_folder import is_owned
 
 KEYS = ("run", "once", "save_dir")
 REFRESH_S = 1.0
@@ -41,14 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
         if once or not console.is_terminal or console.is_dumb_terminal:
             width = None if console.is_terminal else _PLAIN_WIDTH
             console = Screen(width=width)
-            console.print(picture(look(folder), console, fit=False))
+            console.print(picture(current_view(folder), console, fit=False))
         else:
             _watch(folder, console)
     except ConfigError as error:
-        complain(error)
+        print_errors(error)
         return 1
     except PermissionError as error:
-        complain(ConfigError("run", str(error.filename), "a folder that this user may read"))
+        print_errors(ConfigError("run", str(error.filename), "a folder that this user may read"))
         return 1
     except KeyboardInterrupt:
         pass
@@ -62,12 +62,12 @@ def _watch(folder: Path, console: Console) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)  # so that the terminal is left as it was found
-    view, pause = look(folder), threading.Event()
+    view, pause = current_view(folder), threading.Event()
     try:
         with Live(picture(view, console, fit=True), console=console, screen=True, auto_refresh=False) as live:
             while not view.is_over:
                 pause.wait(REFRESH_S)
-                view = look(folder)
+                view = current_view(folder)
                 live.update(picture(view, console, fit=True), refresh=True)
     finally:
         console.print(picture(view, console, fit=True))
@@ -96,7 +96,7 @@ def _newest(key: str, above: Path) -> Path:
     if not found:
         expected = f"a folder with a run over the network in it ({NETWORK}, some seconds after its server was started)"
         raise ConfigError(key, str(above), expected)
-    return max(found, key=lambda folder: (is_locked(folder), (folder / NETWORK).stat().st_mtime))
+    return max(found, key=lambda folder: (is_owned(folder), (folder / NETWORK).stat().st_mtime))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class ByteSaving:
             del self._stored[: -self._capacity]
 
     def replayed(self, steps: int) -> Iterator[Step]:
-        """While nothing crosses: as many of the kept steps, in turn."""
+        """While nothing crosses: as many of the kept steps, in order."""
         if not self.silent:
             return
         for _ in range(steps):

@@ -86,7 +86,7 @@ class Queue:
     def cosines(self, query: Tensor, lines: Tensor) -> Tensor:
         """Cosines [b, K] of queries [b, d] with the keys in their lines (int64 [b]).
 
-        Without autocast: what tells the images apart at first are cosines that differ by less than bf16 can say.
+        Without autocast: what distinguishes the images at first are cosines that differ by less than bf16 can say.
         """
         with torch.autocast(query.device.type, enabled=False):
             found = query @ self.keys.flatten(0, 1).T

@@ -1,4 +1,4 @@
-"""Ditto: FedAvg, and beside it a model for each client that is pulled towards the global one."""
+"""Ditto: FedAvg, and with it a model for each client that is pulled towards the global one."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class SharedBodyServer(Server):
         self._passes.clear()
 
     def down(self, client: int) -> Fields:
-        """The averaged parts, unless the client has had them since the last averaging and goes on with its own."""
+        """The averaged parts, unless the client has had them since the last averaging and continues with its own."""
         interval = self.ctx.config.aggregate_interval
         if interval > 1:
             own, period = self.ctx.state(client), self.ctx.round // interval
@@ -113,8 +113,8 @@ class FSMKD(KeepsByConfig, Algorithm):
 
     Client part and tail are at the client, so labels never leave it. The local path goes through the client's personal
     body, which may differ in architecture from other clients', the global path through the server's. In the last of
-    every ``aggregate_interval`` rounds the cohort's client parts and tails are averaged; until then clients go on with
-    their own. The server's body is trained on the batches of all clients in turn.
+    every ``aggregate_interval`` rounds the cohort's client parts and tails are averaged; until then each client
+    keeps its own. The server's body is trained on the batches of all clients in turn.
     """
 
     Config = FSMKDConfig

@@ -60,7 +60,7 @@ def tempered(outputs: Tensor, temperature: Literal["per_sample"] | float) -> Ten
     return logits / (outputs[:, -1:].sigmoid() if temperature == "per_sample" else temperature)
 
 
-def divergence(student: Tensor, teacher: Tensor, y: Tensor, config: MHMDConfig) -> Tensor:
+def gated_divergence(student: Tensor, teacher: Tensor, y: Tensor, config: MHMDConfig) -> Tensor:
     """KL(teacher || student) of logits [b, C], on the samples that the teacher gets right; 0 where there is none."""
     if config.gate:
         right = teacher.argmax(1) == y
@@ -86,9 +86,9 @@ def mhmd_loss(final: Tensor, auxiliary: Sequence[Tensor], y: Tensor, config: MHM
     distillation = torch.zeros_like(loss)
     for logits in heads:
         if config.distill in ("both", "to_auxiliary"):
-            distillation = distillation + divergence(logits, final, y, config)
+            distillation = distillation + gated_divergence(logits, final, y, config)
         if config.distill in ("both", "to_final"):
-            distillation = distillation + divergence(final, logits, y, config)
+            distillation = distillation + gated_divergence(final, logits, y, config)
     total = loss + config.auxiliary_weight * auxiliary_loss + config.distillation_weight * distillation
     return {"loss": loss, "auxiliary_loss": auxiliary_loss, "distillation": distillation, "total": total}
 

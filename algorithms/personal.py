@@ -14,7 +14,7 @@ from cutlayer.runtime.parties.contexts import ClientContext
 BODY_AND_HEAD = Layout(client=("body", "head"), server=("body", "head"))
 
 
-def train(ctx: ClientContext, *trained: str, stream: str = "batches", epochs: int | None = None) -> None:
+def train_parts(ctx: ClientContext, *trained: str, stream: str = "batches", epochs: int | None = None) -> None:
     """Local epochs on the named parts, by cross-entropy of the whole model; the others stay as they are."""
     body, head = ctx.part("body"), ctx.part("head")
     for name, part in (("body", body), ("head", head)):
@@ -43,7 +43,7 @@ class FedBABU(Algorithm):
     def client(ctx: ClientContext, down: Payload) -> Payload:
         """Local training of the body under the fixed head."""
         ctx.load(down)
-        train(ctx, "body")
+        train_parts(ctx, "body")
         return ctx.dump("body")
 
 
@@ -58,7 +58,7 @@ class FedPer(FedBABU):
         """Local training from the global body and the client's head; the upload is the body."""
         ctx.load(down)
         ctx.restore("head")
-        train(ctx, "body", "head")
+        train_parts(ctx, "body", "head")
         ctx.keep("head")
         return ctx.dump("body")
 
@@ -85,8 +85,8 @@ class FedRep(FedPer):
         """The head, then the body; the upload is the body."""
         ctx.load(down)
         ctx.restore("head")
-        train(ctx, "head")
-        train(ctx, "body", stream="body batches", epochs=ctx.config.body_epochs)
+        train_parts(ctx, "head")
+        train_parts(ctx, "body", stream="body batches", epochs=ctx.config.body_epochs)
         ctx.keep("head")
         return ctx.dump("body")
 
@@ -108,6 +108,6 @@ class LGFedAvg(Algorithm):
         """Local training from the client's body and the global head; the upload is the head."""
         ctx.load(down)
         ctx.restore("body")
-        train(ctx, "body", "head")
+        train_parts(ctx, "body", "head")
         ctx.keep("body")
         return ctx.dump("head")

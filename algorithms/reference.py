@@ -19,7 +19,7 @@ class LocalOnly(Algorithm):
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:
-        """Training goes on from the client's own model and optimizer; nothing is sent."""
+        """Training continues from the client's own model and optimizer; nothing is sent."""
         model, optimizer = ctx.part("model"), ctx.optimizer("model")
         ctx.restore("model", optimizer)
         for x, y in ctx.batches():

@@ -47,7 +47,7 @@ class ResSFLConfig:
 class ResSFL(ConfiguresParts, Algorithm):
     """ResSFL's attacker-aware pre-training (Li et al., CVPR 2022) with the target for SSIM of MocoSFL (ICLR 2023).
 
-    One party trains client and server part on all the data, with an attacker of its own making beside them: a decoder
+    One party trains client and server part on all the data, together with an attacker that it builds itself: a decoder
     from smashed data to images, which each step first trains to maximise SSIM. The loss of the two parts is the
     cross-entropy plus ``alpha * max(SSIM(decoder(z), x) - target_ssim, 0)`` over the mean SSIM of the batch, in which
     the decoder is fixed. The images are those of the batch, augmented, before normalisation.
@@ -71,7 +71,7 @@ class ResSFL(ConfiguresParts, Algorithm):
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:
-        """Training goes on from where the round before left all three and their optimizers; nothing is sent."""
+        """Training continues from where the round before left all three and their optimizers; nothing is sent."""
         config: ResSFLConfig = ctx.config
         client, server, attacker = (ctx.part(name) for name in ("client", "server", "attacker"))
         optimizer = ctx.optimizer("client", "server")

@@ -18,11 +18,11 @@ from typing import Any
 from cutlayer.runtime.ground.registry import Registry, import_modules
 from cutlayer.runtime.rounds.federation import Federation
 
-Told = Callable[[int, int, str], None]
+Reported = Callable[[int, int, str], None]
 """Told how many epochs are done, of how many, and a figure of the last one in words."""
 
 
-class Found:
+class AttackResult:
     """What an attack found; a base that each attack fills."""
 
     def to_json(self) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class Found:
         """Write what there is beside ``summary.json``, such as pictures."""
 
 
-Find = Callable[[Federation, Any, Told], Found]
+Find = Callable[[Federation, Any, Reported], AttackResult]
 """Attacks the clients of a federation, and leaves it as it was.
 
 The same federation and keys give the same bits again on the same device. A `ConfigError` says what cannot be attacked.

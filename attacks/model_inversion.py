@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cutlayer.attacks import Found, Told, register
+from cutlayer.attacks import AttackResult, Reported, register
 from cutlayer.datasets import Source
 from cutlayer.models import build_attacker
 from cutlayer.models.cutting import Crossing, tensors
@@ -67,7 +67,7 @@ class InversionConfig:
 
 
 @dataclass(frozen=True)
-class Inversion(Found):
+class Inversion(AttackResult):
     """What the attack found.
 
     ``found`` has ``mse``, ``ssim`` and ``psnr`` (dB) of the reconstructions, means over the client's images;
@@ -97,7 +97,7 @@ class Inversion(Found):
             _picture(*self.shown).save(picture, "PNG")
 
     def table(self) -> str:
-        """The measures beside those of the mean image, as lines."""
+        """The measures next to those of the mean image, as lines."""
         lines = [f"{'':12}{'MSE':>10}{'SSIM':>10}{'PSNR':>10}"]
         for title, values in (("decoder", self.found), ("mean image", self.mean_image)):
             lines.append(f"{title:12}{values['mse']:10.4f}{values['ssim']:10.4f}{values['psnr']:7.2f} dB")
@@ -105,7 +105,7 @@ class Inversion(Found):
 
 
 @register("model_inversion", InversionConfig, "weights of the client part; test images with their smashed data")
-def model_inversion(federation: Federation, config: InversionConfig, told: Told) -> Inversion:
+def model_inversion(federation: Federation, config: InversionConfig, reported: Reported) -> Inversion:
     """A decoder that is trained on the attacker's own images shows a client's images from its smashed data.
 
     Raises:
@@ -120,14 +120,14 @@ def model_inversion(federation: Federation, config: InversionConfig, told: Told)
     target = setup.partition.indices(config.client)
     if not len(target):
         raise ConfigError("attack.client", config.client, "a client with training samples")
-    return _Attacker(federation, config, told).attack(target)
+    return _Attacker(federation, config, reported).attack(target)
 
 
 class _Attacker:
     """A decoder in training and in use, before one client part that stays as it is."""
 
-    def __init__(self, federation: Federation, config: InversionConfig, told: Told) -> None:
-        self._federation, self._config, self._told = federation, config, told
+    def __init__(self, federation: Federation, config: InversionConfig, reported: Reported) -> None:
+        self._federation, self._config, self._reported = federation, config, reported
         setup = federation.setup
         blueprint, seed = setup.blueprint, setup.config.seed
         self._client = blueprint.parts(["client"])["client"].requires_grad_(False)
@@ -186,7 +186,7 @@ class _Attacker:
             mean = float(total) / len(indices)
             if not math.isfinite(mean):
                 raise ConfigError("attack.lr", config.lr, f"a rate that converges: the loss is {mean}")
-            self._told(epoch + 1, config.epochs, f"mean squared error {mean:.5f}")
+            self._reported(epoch + 1, config.epochs, f"mean squared error {mean:.5f}")
         return mean
 
     @torch.no_grad()

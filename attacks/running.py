@@ -9,18 +9,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cutlayer.attacks import ATTACKS, Found, Told
-from cutlayer.runtime.after.saved import owned, read_config, restore
+from cutlayer.attacks import ATTACKS, AttackResult, Reported
+from cutlayer.runtime.after.saved import owning, read_config, restore
 from cutlayer.runtime.ground.config import build
-from cutlayer.runtime.ground.files import make_folder, replace_file
+from cutlayer.runtime.ground.files import SUMMARY, make_folder, replace_file
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.run_folder import safe_component
 
-FOLDER, SUMMARY = "attacks", "summary.json"
+FOLDER = "attacks"
 
 
-def attack_run(name: str, run: Path, changes: Mapping[str, Any], told: Told = lambda *_: None) -> tuple[Found, Path]:
+def attack_run(
+    name: str, run: Path, changes: Mapping[str, Any], reported: Reported = lambda *_: None
+) -> tuple[AttackResult, Path]:
     """Attack a saved run; gives what was found and the folder it was written to.
 
     Args:
@@ -34,16 +36,16 @@ def attack_run(name: str, run: Path, changes: Mapping[str, Any], told: Told = la
     keys = build(ATTACKS.find(name, "attack", "an attack").config, own, "attack")
     saved = read_config(run, {key: value for key, value in changes.items() if not key.startswith("attack.")})
     config = saved.config
-    with owned(run):
+    with owning(run):
         prepare_process(config.torch_device())
         federation = restore(run, saved)
         set_threads(config.threads, federation.setup.device, federation.setup.parameters)
-        return attack(name, federation, keys, run, told)
+        return attack(name, federation, keys, run, reported)
 
 
 def attack(
-    name: str, federation: Federation, config: Any, run: Path, told: Told = lambda *_: None
-) -> tuple[Found, Path]:
+    name: str, federation: Federation, config: Any, run: Path, reported: Reported = lambda *_: None
+) -> tuple[AttackResult, Path]:
     """Attack a federation; writes ``summary.json``, and what else the attack leaves, below the run's folder.
 
     All of it appears when the attack is over, the summary last; a failure leaves nothing.
@@ -53,7 +55,7 @@ def attack(
     """
     folder = run / FOLDER / name / setting(config)
     with _removed_if_empty(folder, run):
-        found = ATTACKS[name].find(federation, config, told)
+        found = ATTACKS[name].find(federation, config, reported)
         make_folder(run, folder)
         found.save(folder)
         told_of = {"attack": name, "knows": ATTACKS[name].knows, **vars(config), **found.to_json(), "finished": True}

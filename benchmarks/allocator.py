@@ -59,7 +59,7 @@ def in_fresh_process(side: str, options: argparse.Namespace) -> tuple[float, flo
 
 
 def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = print) -> int:
-    """Measure both sides in turn."""
+    """Measure both sides alternately."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.allocator", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="cnn4", help="default: cnn4")
     parser.add_argument("--samples", type=int, default=2000, help="training images 3x32x32 (default: 2000)")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from cutlayer.runtime.ground.files import sync_file, sync_folder
-from cutlayer.runtime.ground.serial import encode
+from cutlayer.runtime.ground.serial import encode_tensors
 from cutlayer.runtime.parties.store import Row, Store
 
 
@@ -51,7 +51,7 @@ def file_seconds(folder: Path, made: Sequence[Row]) -> float:
     began = time.perf_counter()
     for client, row in enumerate(made):
         path = folder / f"state-{client}.safetensors"
-        path.write_bytes(encode(row))
+        path.write_bytes(encode_tensors(row))
         sync_file(path)
     return time.perf_counter() - began
 

@@ -23,7 +23,7 @@ from cutlayer.runtime.ground import forking
 from cutlayer.runtime.ground.allocator import keep_freed_memory
 from cutlayer.runtime.messages.boundary import METRICS, MODEL, Payload
 from cutlayer.runtime.messages.ledger import Ledger
-from cutlayer.runtime.network.client.link import Link
+from cutlayer.runtime.network.client.link import ServerLink
 from cutlayer.runtime.network.links import LinkLostError
 from cutlayer.runtime.network.server.remote_session import RemoteChannel
 from cutlayer.runtime.network.wire import What
@@ -58,7 +58,7 @@ class Answers:
 
 
 def be_server(pipe: Connection, crowd: Crowd) -> None:
-    """Serve a round of the crowd; tells its port, then its peak memory in MB before the clients came and at the end."""
+    """Serve a round of the crowd; sends its port, then its peak memory in MB before the clients came and at the end."""
     keep_freed_memory()
     with listening(crowd.clients, None, WAIT_S) as hub:
         before = peak_mb()
@@ -92,7 +92,7 @@ def _at_once(work: Callable[[int], None], clients: range) -> None:
 
 
 def _take_part(port: int, client: int, payload: Payload, crowd: Crowd) -> None:
-    link = Link(f"{HOST}:{port}", client, GrpcTransport(keepalive=WAIT_S))
+    link = ServerLink(f"{HOST}:{port}", client, GrpcTransport(keepalive=WAIT_S))
     try:
         link.send(What.HELLO, {"client": client})
         link.receive()
@@ -131,10 +131,10 @@ def platform_mb(crowd: Crowd) -> float:
     with processes() as start:
         ours, theirs = forking.server().Pipe()
         start(be_server, theirs, crowd)
-        port = _told(ours)
+        port = _received(ours)
         for first in range(PROCESSES):
             start(be_clients, port, first, crowd)
-        before, peak, finished = _told(ours)
+        before, peak, finished = _received(ours)
     if finished != crowd.clients:
         raise RuntimeError(f"{finished} of {crowd.clients} clients finished")
     return peak - before
@@ -145,15 +145,15 @@ def echo_mb(crowd: Crowd) -> float:
     with processes() as start:
         ours, theirs = forking.server().Pipe()
         server = start(echo.serve, theirs, None)
-        port, before = _told(ours), peak_mb(server)
+        port, before = _received(ours), peak_mb(server)
         for first in range(PROCESSES):
             start(be_callers, theirs, port, first, crowd)
         for _ in range(PROCESSES):
-            _told(ours)
+            _received(ours)
         return peak_mb(server) - before
 
 
-def _told(pipe: Connection) -> Any:
+def _received(pipe: Connection) -> Any:
     if not pipe.poll(4 * WAIT_S):
         raise RuntimeError("a process says nothing")
     return pipe.recv()

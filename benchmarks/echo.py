@@ -28,7 +28,7 @@ _END: Any = getattr(aio, "EOF")  # noqa: B009  (what a stream's end reads as; th
 
 
 def serve(port: Connection, certificates: Path | None) -> None:
-    """Give back what comes, until the process is ended; tells its port."""
+    """Give back what comes, until the process is ended; sends its port."""
     keep_freed_memory()
     asyncio.run(_serve(port, certificates))
 
@@ -141,7 +141,7 @@ CLIENTS: dict[str, Callable[[int, Path | None], contextlib.AbstractContextManage
 
 
 def call(pipe: Connection, port: int, certificates: Path | None, size: int) -> None:
-    """Be both clients: for each order, a name and a number of steps, tell the seconds of the steps."""
+    """Be both clients: for each order, a name and a number of steps, send the seconds of the steps."""
     keep_freed_memory()
     data = bytes(size)
     with contextlib.ExitStack() as stack:

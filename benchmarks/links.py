@@ -15,7 +15,7 @@ from cutlayer.runtime.ground.allocator import keep_freed_memory
 from cutlayer.runtime.messages.boundary import Payload, Reply
 from cutlayer.runtime.messages.bounds import Limits
 from cutlayer.runtime.network.check import check_values
-from cutlayer.runtime.network.client.link import Link
+from cutlayer.runtime.network.client.link import ServerLink
 from cutlayer.runtime.network.server.hub import Greeting, Hub
 from cutlayer.runtime.network.server.remote_session import RemoteSession
 from cutlayer.runtime.network.wire import What
@@ -35,7 +35,7 @@ def smashed(mb: float) -> Reply:
 def take_steps(port: int, client: int, certificates: Path | None, mb: float) -> None:
     """Be a client that asks again as soon as it is answered, until the server ends the run."""
     keep_freed_memory()
-    link, payload = Link(f"{HOST}:{port}", client, GrpcTransport(certificates=certificates)), smashed(mb)
+    link, payload = ServerLink(f"{HOST}:{port}", client, GrpcTransport(certificates=certificates)), smashed(mb)
     try:
         link.send(What.HELLO, {"client": client})
         link.receive()

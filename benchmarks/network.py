@@ -30,7 +30,7 @@ TARGET = 1.5
 
 
 class RoundTrips:
-    """Both sides at once, ready to be measured in turn."""
+    """Both sides at once, ready to be measured alternately."""
 
     def __init__(self, stack: contextlib.ExitStack, mb: float, certificates: Path | None) -> None:
         start = stack.enter_context(processes())

@@ -45,7 +45,7 @@ def federation(options: argparse.Namespace, together: str) -> Federation:
                 f"batch_size={options.batch}",
                 f"precision={options.precision}",
                 f"device={options.device}",
-                "lr=1",  # so that rounding is small beside a change
+                "lr=1",  # so that rounding is small compared with a change
                 "rounds=1000000",
                 "eval_interval=1000000",
             ]

@@ -29,7 +29,7 @@ _MOCO_STRENGTHS = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
 _ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 
 Params = Mapping[str, Tensor]
-Extent = tuple[int, int, int]  # samples, height, width
+BatchShape = tuple[int, int, int]  # samples, height, width
 
 
 def crop(x: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None = None) -> Tensor:
@@ -90,20 +90,20 @@ def _places(start: Tensor, length: Tensor, size: int) -> Tensor:
     return inside.clamp(min=0).minimum((length - 1)[:, None]) + start[:, None]
 
 
-def _draw_crop(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
+def _draw_crop(extent: BatchShape, generator: torch.Generator) -> dict[str, Tensor]:
     offsets = torch.randint(0, 2 * PADDING + 1, (2, extent[0]), generator=generator)
     return {"top": offsets[0], "left": offsets[1]}
 
 
-def _draw_flip(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
+def _draw_flip(extent: BatchShape, generator: torch.Generator) -> dict[str, Tensor]:
     return {"mirrored": torch.rand(extent[0], generator=generator) < 0.5}
 
 
-def _draw_crop_flip(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
+def _draw_crop_flip(extent: BatchShape, generator: torch.Generator) -> dict[str, Tensor]:
     return _draw_crop(extent, generator) | _draw_flip(extent, generator)
 
 
-def _draw_resized(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
+def _draw_resized(extent: BatchShape, generator: torch.Generator) -> dict[str, Tensor]:
     """Boxes of 8% to 100% of the area with a ratio of 3:4 to 4:3; one that does not fit is clipped to the image.
 
     torchvision draws again instead, as `moco` does here.
@@ -120,7 +120,7 @@ def _draw_resized(extent: Extent, generator: torch.Generator) -> dict[str, Tenso
     return {"box": torch.stack([top, left, box_height, box_width], 1)} | _draw_flip(extent, generator)
 
 
-def _draw_moco(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
+def _draw_moco(extent: BatchShape, generator: torch.Generator) -> dict[str, Tensor]:
     """Bare uniform numbers: drawing for a single sample is cheap, and `apply` reads those of a whole batch at once."""
     return {"uniform": torch.rand(extent[0], BOX_NUMBERS + 8, generator=generator)}
 
@@ -162,7 +162,7 @@ def _coloured(x: Tensor, p: Params) -> Tensor:
     return x if x.shape[1] == 1 else greyscale(x, p["grey"])
 
 
-def _draw_whole(extent: Extent, generator: torch.Generator) -> dict[str, Tensor]:
+def _draw_whole(extent: BatchShape, generator: torch.Generator) -> dict[str, Tensor]:
     return {"uniform": torch.rand(extent[0], BOX_NUMBERS, generator=generator)} | _draw_flip(extent, generator)
 
 
@@ -175,7 +175,7 @@ class Augmentation:
             `random_boxes` is to take, with the parameter `uniform`. Then `apply` does the rest.
     """
 
-    draw: Callable[[Extent, torch.Generator], Mapping[str, Tensor]]
+    draw: Callable[[BatchShape, torch.Generator], Mapping[str, Tensor]]
     apply: Callable[[Tensor, Params], Tensor]
     area: tuple[float, float] | None = None
 

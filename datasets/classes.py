@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from cutlayer.datasets.images import SUFFIXES
+from cutlayer.datasets.images import IMAGE_SUFFIXES
 from cutlayer.datasets.notes import Findings, kinds
 from cutlayer.datasets.trees import UNREADABLE, Tree
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.text import printable
 
 # Folders of these names hold parts of a dataset and no class.
-PARTS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
+PART_FOLDERS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 # What is added to a picture's name for what is made from it.
 _DERIVED = re.compile(
     r"(.+)[-_. ](?:(?:ground[-_ ]?truth|label|mask|preview|segmentation|seg|small|thumbnail|thumb)s?|gt)$",
@@ -23,7 +23,7 @@ _DERIVED = re.compile(
 
 
 @dataclass(frozen=True)
-class Part:
+class DatasetPart:
     """One part of a dataset, training or test.
 
     Attributes:
@@ -45,7 +45,7 @@ class Part:
 
 def is_picture(path: str) -> bool:
     """Whether the name of a file is that of an image that is read."""
-    return path.lower().endswith(SUFFIXES)
+    return path.lower().endswith(IMAGE_SUFFIXES)
 
 
 def prefix_of(folder: str) -> str:
@@ -54,14 +54,13 @@ def prefix_of(folder: str) -> str:
     return "" if path == "." else f"{path}/"
 
 
-def class_folders(tree: Tree, folder: str, other: str | None = None, otherwise: str = "") -> Part:
+def class_folders(tree: Tree, folder: str, other: str | None = None, otherwise: str = "") -> DatasetPart:
     """What the class folders in `folder` of the tree hold; `other` is a folder that does not belong to it.
 
     `otherwise` is what else can be done where there is no picture, for the error's line.
 
     Raises:
-        ConfigError: there is no picture in any; one cannot be read; two cannot be told apart once what is no UTF-8 is
-            escaped.
+        ConfigError: there is no picture in any; one cannot be read; two are the same once what is no UTF-8 is escaped.
     """
     prefix = prefix_of(folder)
     for path in tree.findings.paths.get(UNREADABLE, ()):
@@ -70,7 +69,7 @@ def class_folders(tree: Tree, folder: str, other: str | None = None, otherwise: 
     but = prefix_of(other) if other else ""
     but = but if but != prefix and but.startswith(prefix) else None
     inside = [path for path in tree.paths() if path.startswith(prefix) and not (but and path.startswith(but))]
-    part = Part()
+    part = DatasetPart()
     held = {path[len(prefix) :]: list[str]() for path in tree.folders()
             if path.startswith(prefix) and "/" not in path[len(prefix) :] and f"{path}/" != but}  # fmt: skip
     for path in inside:
@@ -92,7 +91,7 @@ def class_folders(tree: Tree, folder: str, other: str | None = None, otherwise: 
     return part
 
 
-def _instead(tree: Tree, part: Part) -> str:
+def _instead(tree: Tree, part: DatasetPart) -> str:
     """What there is where no picture is in a class folder, for the end of an error."""
     if part.unread:
         return f"; found files of other kinds ({kinds(part.unread)})"
@@ -104,7 +103,7 @@ def _instead(tree: Tree, part: Part) -> str:
     return f"; found files of other kinds ({kinds(tree.paths())})" if tree.paths() else "; found no file"
 
 
-def check_training(part: Part, folder: str, root: Path, classes: Sequence[str] | None) -> None:
+def check_training(part: DatasetPart, folder: str, root: Path, classes: Sequence[str] | None) -> None:
     """Refuse what is hardly meant: class folders without a picture, a single class, folders that are parts.
 
     Args:
@@ -123,7 +122,7 @@ def check_training(part: Part, folder: str, root: Path, classes: Sequence[str] |
         raise ConfigError("dataset.root", root, f"images in every class folder of {where}; {name}{more} has {held}. "
                           "dataset.options.classes=[...] names those that are classes")  # fmt: skip
     present = part.classes
-    if all(name.lower() in PARTS for name in present):
+    if all(name.lower() in PART_FOLDERS for name in present):
         hint = f"dataset.options.train={prefix_of(folder)}{present[-1]}"
         raise ConfigError("dataset.options.train", folder, f"the folder of the classes; found {', '.join(present)} in "
                           f"it, as in {hint}")  # fmt: skip
@@ -132,7 +131,7 @@ def check_training(part: Part, folder: str, root: Path, classes: Sequence[str] |
                           f"dataset.options.classes=[{present[0]}] if that is meant")  # fmt: skip
 
 
-def oddities(tree: Tree, parts: dict[str, Part]) -> tuple[Findings, Findings]:
+def oddities(tree: Tree, parts: dict[str, DatasetPart]) -> tuple[Findings, Findings]:
     """(what is left out, what is taken but hardly meant) of the parts of a dataset, by their folder."""
     left, odd = Findings(), Findings()
     left.update(tree.findings)

@@ -71,7 +71,7 @@ def synthetic(context: ReadContext) -> RawDataset:
 def _make(n: int, pictures: np.ndarray, options: SyntheticOptions, rng: np.random.Generator) -> RawSplit:
     labels = rng.permutation(np.arange(n) % options.classes)
     images = np.empty((n, *pictures.shape[1:]), dtype=np.uint8)
-    # Integers, and a block at a time: a large set is made about as fast as random bytes come, in little extra memory.
+    # Integers, and a block at a time: a large set is made about as fast as random bytes come, with little extra memory.
     noise = round(256 * options.noise)
     for start in range(0, n, 4096):
         rows = labels[start : start + 4096]

@@ -1,4 +1,4 @@
-"""What is known of a data set, so that two can be told to be the same, or how they differ, without either at hand.
+"""What is known of a data set, to see whether two are the same, or how they differ, without either at hand.
 
 It is the same wherever the files lie, in a folder or a zip, whenever they were written and however they are listed. All
 labels count, all names of image files, and of these the sizes and a sample of the bytes: a second for ImageNet.

@@ -18,7 +18,7 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.extras import install
 
 CLASS_NAMES = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
-URL = "https://github.com/TalwalkarLab/leaf (data/femnist, preprocess.sh)"
+FEMNIST_URL = "https://github.com/TalwalkarLab/leaf (data/femnist, preprocess.sh)"
 HDF5 = (".h5", ".hdf5")
 _PIXELS, _LABELS = ("pixels", "images", "x"), ("label", "labels", "y")  # as TensorFlow Federated and others name them
 
@@ -61,7 +61,7 @@ def femnist(context: ReadContext) -> RawDataset:
     - HDF5 with a group for each writer (needs h5py): files with train and test in their names or in folders `train/`
       and `test/`, as TensorFlow Federated's `fed_emnist_train.h5`, or files without a split;
     - `processed/femnist_train.pt` and `femnist_test.pt`, as FSL-SAGE's code has them: (images, labels, writers);
-    - `processed/training.pt` and `processed/test.pt`: (images, labels, number of samples of each writer in turn).
+    - `processed/training.pt` and `processed/test.pt`: (images, labels, number of samples of each writer, in order).
 
     A json file holds `users` and `user_data`: {user: {"x": 784 numbers in 0..1 for each image, "y": labels}}. In HDF5 a
     writer, in a group `examples` or at the top, has `pixels` (or `images`, `x`) [n, 28, 28], floats in 0..1 or bytes,
@@ -78,7 +78,9 @@ def femnist(context: ReadContext) -> RawDataset:
             files = [base / "processed" / name for name in names]
             if files[0].exists():
                 return _dataset([_gathered([file], _read_pt) for file in files], context.options)
-    expected = f"LEAF's files, data/train/*.json and data/test/*.json, in {bases[0].absolute()}; make them with {URL}"
+    expected = (
+        f"LEAF's files, data/train/*.json and data/test/*.json, in {bases[0].absolute()}; make them with {FEMNIST_URL}"
+    )
     raise ConfigError("dataset.root", context.root, expected)
 
 

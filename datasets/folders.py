@@ -1,4 +1,4 @@
-"""Datasets kept as folders of image files: anyone's own, ImageNet, Tiny ImageNet."""
+"""Datasets kept as folders of image files: your own, ImageNet, Tiny ImageNet."""
 
 import logging
 import math
@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cutlayer.datasets.classes import Part, check_training, class_folders, oddities, prefix_of
+from cutlayer.datasets.classes import DatasetPart, check_training, class_folders, oddities, prefix_of
 from cutlayer.datasets.grouping import check_group, group_names, numbered
 from cutlayer.datasets.images import EncodedImages, Shape
 from cutlayer.datasets.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -149,7 +149,7 @@ def _by_class_folder(root: Path, options: ImageFolderOptions) -> RawDataset:
         train_split, test_split = (
             replace(_split(tree, files, classes, options.shape, notes), groups=groups) for files, groups in both
         )
-    _tell(tree, parts)
+    _report(tree, parts)
     return RawDataset(train_split, test_split, classes)
 
 
@@ -160,7 +160,7 @@ def _top(options: ImageFolderOptions) -> tuple[str, ...]:
     return named if prefix_of(options.train) else (*named, *(options.classes or ()))
 
 
-def _tell(tree: Tree, parts: dict[str, Part]) -> None:
+def _report(tree: Tree, parts: dict[str, DatasetPart]) -> None:
     left, odd = oddities(tree, parts)
     if left:
         log.info("dataset.root=%s: left out %s", printable(str(tree.root)), left)
@@ -168,7 +168,7 @@ def _tell(tree: Tree, parts: dict[str, Part]) -> None:
         log.warning("dataset.root=%s: there are %s", printable(str(tree.root)), odd)
 
 
-def _groups(tree: Tree, options: ImageFolderOptions, parts: dict[str, Part]) -> list[np.ndarray | None]:
+def _groups(tree: Tree, options: ImageFolderOptions, parts: dict[str, DatasetPart]) -> list[np.ndarray | None]:
     """The groups of the files of each part, int64, with the same number for the same group; or None for each."""
     if options.group is None:
         return [None] * len(parts)

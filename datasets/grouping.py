@@ -6,11 +6,11 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from cutlayer.datasets.tables import SUFFIXES, read_table
+from cutlayer.datasets.tables import TABLE_SUFFIXES, read_table
 from cutlayer.datasets.trees import Tree
 from cutlayer.runtime.ground.config import ConfigError
 
-KEY = "dataset.options.group"
+GROUP_KEY = "dataset.options.group"
 _COLUMN = re.compile(r"(?P<file>.+\.(csv|tab|tsv|txt)):(?P<column>[^/]+)", re.IGNORECASE)
 
 
@@ -57,7 +57,7 @@ def group_names(paths: Sequence[str], group: str | int, tree: Tree, prefix: str)
     lacking = [path for path, name in zip(paths, found, strict=True) if not name]
     if lacking:
         counts = f"{len(lacking)} of {len(paths)} images have none, the first is {lacking[0]}"
-        raise ConfigError(KEY, group, f"{what}; {counts}")
+        raise ConfigError(GROUP_KEY, group, f"{what}; {counts}")
     return [name for name in found if name]
 
 
@@ -75,11 +75,11 @@ def _level(path: str, level: int) -> str | None:
 def _of_table(paths: Sequence[str], file: str, column: str, tree: Tree, prefix: str) -> list[str | None]:
     """Each file's entry in a column; None where it has none."""
     if file not in tree.paths():
-        tables = [path for path in tree.paths() if path.lower().endswith(SUFFIXES)]
-        raise ConfigError(KEY, file, "a table in dataset.root", tables)
-    table = read_table(tree, file, KEY)
+        tables = [path for path in tree.paths() if path.lower().endswith(TABLE_SUFFIXES)]
+        raise ConfigError(GROUP_KEY, file, "a table in dataset.root", tables)
+    table = read_table(tree, file, GROUP_KEY)
     if column not in table.columns:
-        raise ConfigError(KEY, column, f"a column of {file}", table.columns)
+        raise ConfigError(GROUP_KEY, column, f"a column of {file}", table.columns)
     best: list[set[str]] = [set() for _ in paths]
     for naming in table.columns.drop(column):
         rows: dict[str, set[str]] = {}
@@ -90,7 +90,7 @@ def _of_table(paths: Sequence[str], file: str, column: str, tree: Tree, prefix: 
             best = found
     for path, values in zip(paths, best, strict=True):
         if len(values) > 1:
-            raise ConfigError(KEY, f"{file}:{column}", f"one group for each image; {path} has {len(values)}")
+            raise ConfigError(GROUP_KEY, f"{file}:{column}", f"one group for each image; {path} has {len(values)}")
     return [next(iter(values), None) for values in best]
 
 

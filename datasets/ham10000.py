@@ -22,7 +22,7 @@ from cutlayer.runtime.ground.text import printable
 
 log = logging.getLogger(__name__)
 
-URL = "https://doi.org/10.7910/DVN/DBW86T"
+HAM10000_URL = "https://doi.org/10.7910/DVN/DBW86T"
 CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 
 # What a diagnosis is called, besides its code. First come the names of the paper (Tschandl et al. 2018) and those made
@@ -109,7 +109,7 @@ def _find(root: Path) -> tuple[Path, str]:
         found = [name for name in inside if _METADATA.fullmatch(name)]
         if found:
             return place, min(found, key=lambda name: (not name.lower().startswith("ham10000"), name))
-    expected = f"HAM10000_metadata.csv and images in {places[-1 if root.is_file() else 1]}; get it at {URL}"
+    expected = f"HAM10000_metadata.csv and images in {places[-1 if root.is_file() else 1]}; get it at {HAM10000_URL}"
     raise ConfigError("dataset.root", root, expected)
 
 
@@ -120,7 +120,7 @@ class _Row(NamedTuple):
 
 
 def _rows(tree: Tree, name: str, left: Findings) -> list[_Row]:
-    """What the metadata say, in order of image; `left` is told of what is left out."""
+    """What the metadata say, in order of image; `left` gets what is left out."""
     root = tree.root
     table = read_table(tree, name, "dataset.root").rename(columns=lambda column: str(column).strip().lower())
     image, lesion = (next((c for c in of if c in table.columns), None) for of in (_IMAGE, _LESION))

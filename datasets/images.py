@@ -18,7 +18,7 @@ from cutlayer.datasets.trees import Tree
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
 _SIZES, _CONTENTS = 200_000, 64
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # As many as Pillow decodes.
 MOST_PIXELS = 178_956_970
 _SHOWN_PATH, _SHOWN_REASON = 110, 200
@@ -46,23 +46,23 @@ class Shape:
     upright: bool = False
 
 
-def decode(content: bytes, shape: Shape) -> np.ndarray:
+def decode_image(content: bytes, shape: Shape) -> np.ndarray:
     """Decode one file, of several frames the first: uint8 [channels, height, width]."""
     return _decoded(content, shape)[0]
 
 
 class _Seen(NamedTuple):
-    """What came to light when a file was decoded: several frames; what `pixels.deep_grey` says beside the image."""
+    """What came to light when a file was decoded: several frames; what `pixels.deep_grey` says of the image."""
 
     frames: bool
     depth: tuple[float, float] | None
 
 
-Cut = Callable[[Image.Image], Image.Image]
+Crop = Callable[[Image.Image], Image.Image]
 """What makes an image of the wanted size of a whole picture."""
 
 
-def _decoded(content: bytes, shape: Shape, cut: Cut | None = None) -> tuple[np.ndarray, _Seen]:
+def _decoded(content: bytes, shape: Shape, cut: Crop | None = None) -> tuple[np.ndarray, _Seen]:
     depth = None
     with open_image(content) as image:
         frames = has_frames(image)
@@ -107,7 +107,7 @@ class EncodedImages:
         tree: where the files are.
         paths: one path for each sample.
         shape: how to decode; where it has no size, the first file decides and all others must agree.
-        notes: those of another set of the same files, to go on with.
+        notes: those of another set of the same files, to start with.
     """
 
     def __init__(self, tree: Tree, paths: Sequence[str], shape: Shape, notes: Notes | None = None) -> None:
@@ -174,7 +174,7 @@ class EncodedImages:
 
             row[...] = self._read(self._paths[index], cut)
 
-    def _read(self, path: str, cut: Cut | None = None) -> np.ndarray:
+    def _read(self, path: str, cut: Crop | None = None) -> np.ndarray:
         try:
             pixels, seen = _decoded(self._tree.read(path), self._decode, cut)
         except Exception as error:  # decoders raise what they like on what is broken or hostile, MemoryError too
@@ -187,8 +187,8 @@ class EncodedImages:
             self.notes.deep(*seen.depth)
         return pixels
 
-    def tell_depth(self) -> None:
-        """Say where grey images of more than 8 bits, as far as they were decoded, use a small part of their range."""
+    def report_depth(self) -> None:
+        """Say where grey images of more than 8 bits, if they were decoded, use a small part of their range."""
         if self.notes.brightest is None or self._decode.white is not None:
             return
         largest, white = self.notes.brightest

@@ -33,7 +33,7 @@ class Dataset:
         info: its name, shape and classes.
         train, test: the two sets.
         validation: what `dataset.validation` holds out of the training set, or None.
-        facts: what tells it from others, see ``cutlayer.datasets.facts``.
+        facts: what distinguishes it from others, see ``cutlayer.datasets.facts``.
     """
 
     info: DatasetInfo

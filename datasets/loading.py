@@ -62,7 +62,7 @@ def load(
     validation = None if held is None else source(held, augmented=False)
     sources = source(train, augmented=True), source(raw.test, augmented=False)
     if isinstance(raw.train.images, EncodedImages):
-        raw.train.images.tell_depth()
+        raw.train.images.report_depth()
     return Dataset(info, *sources, validation, known)
 
 

@@ -16,7 +16,7 @@ _SAMPLED = 4096
 _BLOCK = 4096
 
 
-def measure(images: Tensor | EncodedImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: Tensor | EncodedImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, in 0..1, over all pixels.
 
     Exact for images in memory; of encoded files, 4096 evenly spread ones are read. A channel that never varies gets a
@@ -58,7 +58,7 @@ def moments(
             raise ConfigError("dataset.normalize", kind, f"dataset or none for images of {channels} channels")
         return IMAGENET_MEAN, IMAGENET_STD
     mean, std = tuple(known[0]), tuple(known[1])
-    return (mean, std) if len(mean) == channels else measure(images)
+    return (mean, std) if len(mean) == channels else channel_statistics(images)
 
 
 class Normalizer:
@@ -71,7 +71,7 @@ class Normalizer:
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype) -> None:
         self.mean, self.std = tuple(mean), tuple(std)
         self._dtype = dtype
-        # bfloat16 cannot tell neighbouring grey levels apart after the subtraction: compute wider, then round once.
+        # bfloat16 cannot distinguish neighbouring grey levels after the subtraction: compute wider, then round once.
         self._work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         if len(self.mean) == 1:
             self._shift: Tensor | float = 255 * self.mean[0]

@@ -55,7 +55,7 @@ class Partition:
         return self._tensor[self._bounds[client] : self._bounds[client + 1]]
 
     def table(self, labels: np.ndarray | Tensor, classes: int, first: int = 0, last: int | None = None) -> np.ndarray:
-        """Samples of each class that the clients first..last (all, unless told) hold: int64 [clients, classes]."""
+        """Samples of each class that the clients first..last (all, unless given) hold: int64 [clients, classes]."""
         last = len(self) if last is None else last
         samples = self.order[self.offsets[first] : self.offsets[last]]
         rows = np.repeat(np.arange(last - first), self.sizes[first:last])
@@ -106,9 +106,9 @@ def partition(
     divide = distributions.get(config.distribution).divide
     assert divide is not None, "each client has data of its own"
     owner = divide(distributions.Request(labels, num_clients, config, rng, groups))
-    told = f"distribution {config.distribution} has to give int64 [{n}], each -1 or a client below {num_clients}"
+    reported = f"distribution {config.distribution} has to give int64 [{n}], each -1 or a client below {num_clients}"
     if owner.shape != (n,) or owner.dtype != np.int64 or not ((owner >= -1) & (owner < num_clients)).all():
-        raise ValueError(told)
+        raise ValueError(reported)
     return Partition.from_owner(owner, num_clients)
 
 

@@ -16,7 +16,7 @@ from cutlayer.runtime.ground.files import written_whole
 from cutlayer.runtime.ground.text import csv_text, one_line
 
 # More clients than this are sorted by their main class and averaged into this many columns.
-COLUMNS = 400
+PICTURE_COLUMNS = 400
 _NAMED_CLASSES = 40
 _WRITTEN_CELLS = 250
 _CELLS = 1 << 22  # of the table that are made at a time
@@ -86,7 +86,7 @@ def columns(parts: Partition, labels: np.ndarray, classes: int) -> tuple[np.ndar
     Works on blocks of clients, so that a table of all clients by all classes never exists.
     """
     clients = len(parts)
-    if clients <= COLUMNS:
+    if clients <= PICTURE_COLUMNS:
         table = parts.table(labels, classes).astype(float)
         return (table / np.maximum(table.sum(axis=1, keepdims=True), 1)).T, table.sum(axis=1)
     step = max(1, (1 << 22) // classes)
@@ -97,11 +97,11 @@ def columns(parts: Partition, labels: np.ndarray, classes: int) -> tuple[np.ndar
         # By main class first, within it by how much of it the client has.
         main[first:last] = table.argmax(axis=1) - table.max(axis=1) / np.maximum(table.sum(axis=1), 1) * 0.999
     column = np.empty(clients, dtype=np.int64)
-    column[np.argsort(main, kind="stable")] = np.arange(clients) * COLUMNS // clients
+    column[np.argsort(main, kind="stable")] = np.arange(clients) * PICTURE_COLUMNS // clients
     owner = np.repeat(column, parts.sizes)
-    counts = np.bincount(owner * classes + labels[parts.order], minlength=COLUMNS * classes)
-    counts = counts.reshape(COLUMNS, classes).astype(float)
-    sizes = counts.sum(axis=1) / np.bincount(column, minlength=COLUMNS)
+    counts = np.bincount(owner * classes + labels[parts.order], minlength=PICTURE_COLUMNS * classes)
+    counts = counts.reshape(PICTURE_COLUMNS, classes).astype(float)
+    sizes = counts.sum(axis=1) / np.bincount(column, minlength=PICTURE_COLUMNS)
     return (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).T, sizes
 
 

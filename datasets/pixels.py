@@ -13,7 +13,7 @@ Image.preinit()
 for plugin in ("Tiff", "WebP", "Jpeg2K", "Avif"):
     with contextlib.suppress(ImportError):  # a Pillow before 11.3 has no AVIF
         importlib.import_module(f"PIL.{plugin}ImagePlugin")
-FORMATS = tuple(name for name in _FORMATS if name in Image.OPEN)
+IMAGE_FORMATS = tuple(name for name in _FORMATS if name in Image.OPEN)
 
 # How to turn a picture upright, by EXIF's orientation.
 _TURNS = {
@@ -32,7 +32,7 @@ def open_image(content: bytes) -> Image.Image:
     """An image whose pixels are not decoded yet. Raises many kinds of exception for what is broken."""
     if not content:
         raise ValueError("the file is empty")
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     if min(image.size) < 1:
         raise ValueError("it has no pixels")
     return image

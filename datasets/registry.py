@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 
 from cutlayer.datasets.images import EncodedImages
-from cutlayer.runtime.ground.config import build
+from cutlayer.runtime.ground.config import NoOptions, build
 from cutlayer.runtime.ground.registry import Registry
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """A dataset without options of its own."""
 
 
 @dataclass(frozen=True)

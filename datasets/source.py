@@ -25,7 +25,7 @@ CHUNK_VALUES = 1 << 20
 _PREFETCH = 2
 
 
-class Store(Protocol):
+class ImageStore(Protocol):
     """Where the images are."""
 
     shape: tuple[int, int, int]
@@ -139,7 +139,7 @@ class Source:
 
     def __init__(
         self,
-        store: Store,
+        store: ImageStore,
         labels: Tensor,
         normalizer: Normalizer,
         augmentation: Augmentation | None,

@@ -7,7 +7,7 @@ import pandas as pd
 from cutlayer.datasets.trees import Tree
 from cutlayer.runtime.ground.config import ConfigError
 
-SUFFIXES = (".csv", ".tab", ".tsv", ".txt")
+TABLE_SUFFIXES = (".csv", ".tab", ".tsv", ".txt")
 
 
 def read_table(tree: Tree, file: str, key: str) -> pd.DataFrame:

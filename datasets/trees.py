@@ -12,7 +12,7 @@ from typing import Protocol
 from cutlayer.datasets.notes import Findings
 from cutlayer.runtime.ground.config import ConfigError
 
-# Folders and files that systems and programs make beside one's own, in lower case; those whose name starts with a dot
+# Folders and files that systems and programs add to the user's own, in lower case; those whose name starts with a dot
 # are left out too.
 SYSTEM = frozenset({
     *("$recycle.bin", "#recycle", "@eadir", "__macosx", "__pycache__", "lost+found", "system volume information"),
@@ -173,7 +173,7 @@ class ZipTree:
 
     Args:
         top: names of which one is expected at the top. Where none is, a single folder that holds one of them (where
-            `top` is empty: that holds folders) is looked through, whatever files lie beside it.
+            `top` is empty: that holds folders) is looked through, even if files lie next to it.
     """
 
     def __init__(self, file: Path, top: Collection[str] = ()) -> None:

@@ -17,16 +17,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cutlayer.runtime.ground.config import build
+from cutlayer.runtime.ground.config import NoOptions, build
 from cutlayer.runtime.ground.registry import Registry, import_modules
 
 OPTIONS = "distribution_options"
 """The key below `dataset` that holds a distribution's own options."""
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """A distribution without options of its own."""
 
 
 class Keys(Protocol):

@@ -111,12 +111,12 @@ def target(data: bytes) -> None:
     watching = True
     try:
         for read in READERS:
-            told(read)
+            attempt(read)
     finally:
         watching = False
 
 
-def told(read: Callable[[], object]) -> None:
+def attempt(read: Callable[[], object]) -> None:
     """Call a reader; an error has to be one line."""
     try:
         read()
@@ -129,7 +129,7 @@ def told(read: Callable[[], object]) -> None:
 
 
 def resume() -> None:
-    """Go on from what is there, as far as to the next checkpoint."""
+    """Resume from what is there, up to the next checkpoint."""
     results = Results(folder)
     if federation.resume(results.restore) is not None:
         results.start(config.to_mapping())
@@ -145,8 +145,8 @@ READERS: list[Callable[[], object]] = [
     lambda: read_status_of(folder),
     lambda: find_runs(saves),
     lambda: [each.personalized for each in find_runs(saves).runs],
-    lambda: personalize.read(folder, config.personalize),
-    lambda: probe.read(folder, config.probe),
+    lambda: personalize.earlier_personalization(folder, config.personalize),
+    lambda: probe.earlier_probe(folder, config.probe),
     lambda: federation.resume(),
     resume,
 ]

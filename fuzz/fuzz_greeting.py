@@ -6,7 +6,7 @@
 The first byte of an input chooses who reads: a client, up to the configuration that it would build its data and its
 parts of, or a server. Whatever comes in, it ends in a configuration or a connection, or in one line that says why not.
 Until then a client imports nothing, starts nothing and opens nothing, and what it takes is within the bounds that it
-states: its own where a key is a machine's own, no code from elsewhere, no file.
+states: its own where a key is a machine's own, no foreign code, no file.
 """
 
 import json

@@ -233,7 +233,7 @@ class Arena:
         stream = Stream(pieces)
         try:
             connection = LOOP.run_until_complete(unplugged._greet(stream))
-        except (hub.RefusedError, bounds.WireError) as error:
+        except (hub.ClientRefusedError, bounds.WireError) as error:
             fuzz_wire.one_line(error)
         else:
             assert connection.facts["samples"] == self.federation.setup.partition.sizes[connection.client]

@@ -226,7 +226,7 @@ def seeds() -> list[bytes]:
     made += [(modes["RGB"], "TIFF", {"save_all": True, "append_images": [modes["L"]], "exif": exif})]
     made += [(modes[mode], "PPM", {}) for mode in ("1", "L", "RGB")] + [(deep, "PPM", {})]
     made += [(modes["P"], "GIF", {"save_all": True, "append_images": [modes["P"].rotate(180)], "transparency": 1})]
-    made += [(modes["RGBA"], kind, {}) for kind in ("JPEG2000", "AVIF") if kind in pixels.FORMATS]
+    made += [(modes["RGBA"], kind, {}) for kind in ("JPEG2000", "AVIF") if kind in pixels.IMAGE_FORMATS]
     files: list[bytes] = []
     for image, form, named in made:
         file = io.BytesIO()

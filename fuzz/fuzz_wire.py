@@ -117,7 +117,7 @@ def contents(payload: Any) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 def messages(data: bytes) -> list[bytes]:
-    """The messages of an input, as far as their envelopes tell where they end."""
+    """The messages of an input, as far as their envelopes say where they end."""
     found: list[bytes] = []
     missing = 0
     for piece in split(data):
@@ -200,7 +200,7 @@ def mutate_frame(body: bytes, random: Random) -> bytes:
 
 
 def tile(header: Any) -> tuple[Any, int]:
-    """A header with the places of its tensors mended to fit their shapes, as far as it has any; the bytes of all."""
+    """A header with the places of its tensors mended to fit their shapes, if it has any; the bytes of all."""
     sizes = {name: dtype.itemsize for dtype, name in frames.DTYPES.items()}
     mended: list[tuple[str, Any]] = []
     offset = 0

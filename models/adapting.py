@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from cutlayer.models.config import Bottleneck, ModelConfig
 from cutlayer.models.registry import entry
-from cutlayer.models.sources import told
-from cutlayer.models.splitting import check_cuts, ended, named, split, zeros
+from cutlayer.models.sources import error_line
+from cutlayer.models.splitting import check_cuts, children_of, ended, split, zeros
 from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ class StandardisedConv2d(nn.Conv2d):
         return self._conv_forward(input, (self.weight - mean) * (variance + _EPS).rsqrt(), self.bias)
 
 
-def groups(channels: int) -> int:
+def norm_groups(channels: int) -> int:
     """Groups of a GroupNorm: the largest of 32, 16, 8, 4, 2, 1 with equal groups of at least two channels each."""
     return next((count for count in _GROUPS if channels % count == 0 and channels >= 2 * count), 1)
 
 
-def plain(config: ModelConfig, info: DatasetInfo) -> nn.Module:
+def unadapted(config: ModelConfig, info: DatasetInfo) -> nn.Module:
     """The model as its builder gives it, with fresh weights from torch's global generator."""
     return entry(config.name).build(info, config.typed_options())
 
@@ -51,7 +51,7 @@ def fresh(config: ModelConfig, info: DatasetInfo) -> nn.Module:
     Raises:
         ConfigError: they cannot be had at this cut.
     """
-    model = plain(config, info)
+    model = unadapted(config, info)
     if not config.is_adapted:
         return model
     cut, outputs = config.client_end, list[Any]()
@@ -60,7 +60,7 @@ def fresh(config: ModelConfig, info: DatasetInfo) -> nn.Module:
     try:
         calls = ended(model, info.shape)
     except Exception as error:
-        raise ConfigError("model.cut", cut, f"a model that runs ({told(error)})") from error
+        raise ConfigError("model.cut", cut, f"a model that runs ({error_line(error)})") from error
     finally:
         handle.remove()
     if len(outputs) != 1:
@@ -97,7 +97,7 @@ def _use_groups(model: nn.Module, client: set[str]) -> None:
 def _group_norm(norm: nn.BatchNorm2d) -> nn.GroupNorm:
     """A GroupNorm that starts with the scale and shift of a BatchNorm."""
     like = {} if norm.weight is None else {"device": norm.weight.device, "dtype": norm.weight.dtype}
-    twin = nn.GroupNorm(groups(norm.num_features), norm.num_features, norm.eps, norm.affine, **like)
+    twin = nn.GroupNorm(norm_groups(norm.num_features), norm.num_features, norm.eps, norm.affine, **like)
     twin.load_state_dict(dict(norm.named_parameters()))
     return twin.train(norm.training)
 
@@ -109,7 +109,7 @@ def _put_bottleneck(model: nn.Module, cut: str, text: str, info: DatasetInfo, z:
     if not isinstance(z, Tensor) or z.dim() != 4:
         found = f"it is {list(z.shape)}" if isinstance(z, Tensor) else f"it is a {type(z).__name__}"
         raise ConfigError("model.bottleneck", text, f"{expected} {found}")
-    between = isinstance(model, nn.Sequential) and cut in named(model)
+    between = isinstance(model, nn.Sequential) and cut in children_of(model)
     if not between and z.device.type != "meta":
         crossing = getattr(split(model, cut, info.shape, compare=False)[0], "crossing", 1)
         if crossing > 1:
@@ -122,7 +122,7 @@ def _put_bottleneck(model: nn.Module, cut: str, text: str, info: DatasetInfo, z:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()(zeros(model, info.shape))
     except Exception as error:
-        raise ConfigError("model.bottleneck", text, f"{expected} it does not fit ({told(error)})") from error
+        raise ConfigError("model.bottleneck", text, f"{expected} it does not fit ({error_line(error)})") from error
     finally:
         model.train(mode)
 
@@ -132,7 +132,7 @@ def _around(body: nn.Module, bottleneck: Bottleneck, z: Tensor) -> nn.Sequential
     channels, height, width = z.shape[1:]
     narrow, stride = bottleneck
     like: dict[str, Any] = {"padding": 1, "stride": stride, "device": z.device, "dtype": z.dtype}
-    rest = (height - 1) % stride, (width - 1) % stride  # what a strided convolution does not tell of a side
+    rest = (height - 1) % stride, (width - 1) % stride  # what a strided convolution does not determine of a side
     return nn.Sequential(
         OrderedDict(
             body=body,

@@ -41,8 +41,8 @@ def check_model(config: ModelConfig, info: DatasetInfo, parts: Collection[str] =
     """Raise the `ConfigError` that building and cutting this model, and making parts beside it, would raise.
 
     `parts` are those that a method has: with `tail` the model is cut in three, with `server` in two, with neither as
-    `config` says. Allocates and reads no weights. Whether a model from elsewhere
-    takes the images is `cutlayer.models.input_channels`' to say.
+    `config` says. Allocates and reads no weights. `cutlayer.models.input_channels` says whether a model of another
+    library takes the images.
     """
     foreign = entry(config.name).is_foreign
     if config.bottleneck is not None and "tail" in parts:
@@ -76,7 +76,7 @@ def _file(path: Path) -> Path:
 
 
 def _compare(model: nn.Module, path: Path) -> None:
-    """Check names and shapes in the file's header against the model's; a `ConfigError` tells the first of each kind."""
+    """Check names and shapes in the file's header against the model's; a `ConfigError` names the first of each kind."""
     file = _file(path)
     if not file.is_file():
         expected = f"a folder with a {_WEIGHTS}" if path.is_dir() else "a safetensors file or the folder of a run"

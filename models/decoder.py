@@ -48,12 +48,12 @@ class Decoder(nn.Module):
     """Smashed data -> images with values 0..1, by residual blocks at the size of the data and transposed convolutions.
 
     Smashed data is a map [b, c, h, w], tokens [b, t, d] or a vector [b, d], which a linear layer makes a map of at most
-    8x8. A map is doubled in size while it is not beyond the images', then brought to that by nearest neighbours, so
-    that any ratio will do. Of several values that cross, all are taken, see `joined`. Normalisation is over groups
-    of channels within a sample: the same in training and in use, and for a batch of one.
+    8x8. A map is doubled in size while it is not beyond the images', then brought to that by nearest neighbours: any
+    ratio will do. Of several values that cross, all are taken, see `merged_tensor`. Normalisation is over groups of
+    channels within a sample: the same in training and in use, and for a batch of one.
 
     Args:
-        z_shape: of one sample of the smashed data, after `joined`, without the batch.
+        z_shape: of one sample of the smashed data, after `merged_tensor`, without the batch.
         image_shape: of an image (c, h, w).
         width: channels of every layer but the first and the last.
         blocks: residual blocks.
@@ -82,13 +82,13 @@ class Decoder(nn.Module):
         self.leave = nn.Conv2d(width, channels, 3, padding=1)
 
     def forward(self, z: Crossing) -> Tensor:
-        x = self.grow(self.blocks(self.enter(joined(z))))
+        x = self.grow(self.blocks(self.enter(merged_tensor(z))))
         if list(x.shape[2:]) != self.size:
             x = F.interpolate(x, self.size, mode="nearest")
         return torch.sigmoid(self.leave(x))
 
 
-def joined(z: Crossing) -> Tensor:
+def merged_tensor(z: Crossing) -> Tensor:
     """All floating-point values that cross a cut as one: [b, c, h, w], [b, t, d] or [b, d].
 
     Of several, maps are brought to the largest one's size and put together by channel, tokens of one number by feature;
@@ -108,7 +108,7 @@ def joined(z: Crossing) -> Tensor:
 def build_attacker(info: DatasetInfo, client: nn.Module, width: int = WIDTH, blocks: int = BLOCKS) -> Decoder:
     """A fresh decoder from what the client part gives to the dataset's images; weights from torch's generator."""
     z = trace(client, torch.empty(2, *info.shape, dtype=next(client.parameters()).dtype, device="meta"))
-    return Decoder(joined(z).shape[1:], info.shape, width, blocks)
+    return Decoder(merged_tensor(z).shape[1:], info.shape, width, blocks)
 
 
 def _doubling(width: int) -> nn.ConvTranspose2d:

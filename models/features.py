@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cutlayer.models.layers import FeatureMean
-from cutlayer.models.sources import told
+from cutlayer.models.sources import error_line
 from cutlayer.models.splitting import classifier, zeros
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
@@ -58,7 +58,7 @@ def _check(model: nn.Module, name: str, shape: Sequence[int]) -> None:
     try:
         given: object = _pass(model, shape)
     except Exception as error:
-        raise ConfigError("model.name", NO_VALUE, f"{expected} it fails ({told(error)})") from error
+        raise ConfigError("model.name", NO_VALUE, f"{expected} it fails ({error_line(error)})") from error
     finally:
         handle.remove()
     # The deepest networks overflow in evaluation with the statistics that they start from: NaN is as good as a number.

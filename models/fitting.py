@@ -1,4 +1,4 @@
-"""Whether a model from elsewhere takes a dataset's images and gives a classifier's logits, tried without computing."""
+"""Whether a model of another library takes a dataset's images and gives a classifier's logits, without computing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cutlayer.models.adapting import fresh, plain
+from cutlayer.models.adapting import fresh, unadapted
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.registry import find
-from cutlayer.models.sources import told
+from cutlayer.models.sources import error_line
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _SIDES = (32, 64, 96, 128, 224, 256, 299, 384, 512)  # that models are made for,
 def input_channels(config: ModelConfig, info: DatasetInfo) -> int:
     """Channels of the images that the model is to be given: the dataset's, or 3 where grey ones are to be repeated.
 
-    A registered model follows the dataset. One from elsewhere is built without memory for its weights, its first
+    A registered model follows the dataset. One of another library is built without memory for its weights, its first
     convolution looked at, and given images in training and in evaluation: `ConfigError` if it does not take them, with
     a size that it would take if there is one, or if it gives something else than logits [b, classes].
     """
@@ -39,7 +39,7 @@ def input_channels(config: ModelConfig, info: DatasetInfo) -> int:
         )
         if side is None:
             raise
-        cause = f" ({told(error.__cause__)})" if error.__cause__ else ""
+        cause = f" ({error_line(error.__cause__)})" if error.__cause__ else ""
         sizes = f"images of {side}x{side} and not of {info.height}x{info.width}"
         text = f"{config.name} takes {sizes}: dataset.resize={side} scales them{cause}"
         raise ConfigError("dataset.resize", NO_VALUE, text) from error
@@ -65,7 +65,7 @@ def _drawn(make: Callable[[], nn.Module], *, anywhere: bool) -> nn.Module:
 
 
 def _fitted(config: ModelConfig, info: DatasetInfo, *, anywhere: bool) -> int:
-    model = _drawn(lambda: plain(config, info), anywhere=anywhere)
+    model = _drawn(lambda: unadapted(config, info), anywhere=anywhere)
     first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     channels = _COLOURS if info.channels == 1 and first == _COLOURS else info.channels
     seen = replace(info, channels=channels)
@@ -78,7 +78,7 @@ def _fitted(config: ModelConfig, info: DatasetInfo, *, anywhere: bool) -> int:
                 raise ConfigError("model.name", config.name, found) from error
             if not (anywhere and _is_of_meta(error)):
                 raise
-            _check_logits(config, plain(config, seen), seen)
+            _check_logits(config, unadapted(config, seen), seen)
     return channels
 
 
@@ -97,7 +97,7 @@ def _check_logits(config: ModelConfig, model: nn.Module, info: DatasetInfo) -> N
                 output: object = model.train(mode == "training")(x)
         except Exception as error:
             shape = "x".join(map(str, info.shape))
-            expected = f"a model that takes images of {shape}; in {mode} it fails ({told(error)})"
+            expected = f"a model that takes images of {shape}; in {mode} it fails ({error_line(error)})"
             raise ConfigError("model.name", config.name, expected) from error
         if not isinstance(output, Tensor):
             expected = f"a model that gives one tensor of logits, not {type(output).__name__} as in {mode}"

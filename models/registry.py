@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.config import ConfigError, NoOptions
 from cutlayer.runtime.ground.registry import Registry
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Builder = Callable[["DatasetInfo", Any], nn.Module]
 # From a name in a source and the model's options, both checked, to what builds the model.
-Source = Callable[[str, Mapping[str, Any]], Callable[["DatasetInfo"], nn.Module]]
+ModelSource = Callable[[str, Mapping[str, Any]], Callable[["DatasetInfo"], nn.Module]]
 # Names of blocks, or what gives them for the model's options.
 Blocks = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 # The two children that end the client part and the server part of a model cut in three, or what gives them likewise.
@@ -29,11 +29,6 @@ Cuts = tuple[str, str] | Callable[[Any], tuple[str, str]]
 DENSE_THINNING: Mapping[str, float] = {"half": 0.09, "default": 0.2}
 # The same for residual networks, where only one block of each stage stays and bytes fall with the width's square.
 RESIDUAL_THINNING: Mapping[str, float] = {"half": 0.4, "default": 0.65}
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """A model without options of its own."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Entry:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether the model is from elsewhere: any module, which need not follow the dataset's shape."""
+        """Whether the model is of another library: any module, which need not follow the dataset's shape."""
         return self.options is None
 
     def blocks_for(self, options: Any) -> tuple[str, ...] | None:
@@ -72,7 +67,7 @@ class Entry:
 
 
 _ENTRIES: Registry[Entry] = Registry("model")
-_SOURCES: Registry[Source] = Registry("source of models")
+_SOURCES: Registry[ModelSource] = Registry("source of models")
 
 
 def register(
@@ -100,10 +95,10 @@ def register(
     return add
 
 
-def register_source(name: str) -> Callable[[Source], Source]:
+def register_source(name: str) -> Callable[[ModelSource], ModelSource]:
     """Register `find(inner, options)`, which gives the builder of model `<name>/<inner>` or raises a `ConfigError`."""
 
-    def add(find: Source) -> Source:
+    def add(find: ModelSource) -> ModelSource:
         _SOURCES.add(name, find)
         return find
 
@@ -122,7 +117,7 @@ def is_known(name: str) -> bool:
 
 
 def choices() -> tuple[str, ...]:
-    """What a model's name may be, as told in messages."""
+    """What a model's name may be, as named in messages."""
     return (*names(), *(f"{source}/<name>" for source in sources()))
 
 

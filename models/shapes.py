@@ -19,6 +19,6 @@ def trace(module: nn.Module, x: Crossing) -> Any:
         return functional_call(module, state, (x,))
 
 
-def features(output: Tensor) -> int:
+def output_width(output: Tensor) -> int:
     """The width of what a layer gives: c of [b, c, h, w], d of [b, tokens, d] and of [b, d]."""
     return output.shape[-1] if output.dim() == 3 else output.shape[1]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from cutlayer.models.layers import LocalResponseNorm
-from cutlayer.models.registry import NoOptions, register
-from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.models.registry import register
+from cutlayer.runtime.ground.config import ConfigError, NoOptions
 
 if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo

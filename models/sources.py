@@ -1,4 +1,4 @@
-"""Models from elsewhere: torchvision's, timm's and Hugging Face's by name, and anyone's own by import path.
+"""Models of other libraries: torchvision's, timm's and Hugging Face's by name, and your own by import path.
 
 Each source is a function from a name and `model.options` to what builds the model for a dataset: with the dataset's
 number of classes, for its images as far as the model can follow them, and with fresh weights. Nothing is downloaded.
@@ -27,7 +27,7 @@ from cutlayer.runtime.ground.extras import install
 if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
 
-Builder = Callable[["DatasetInfo"], nn.Module]
+ConfiguredBuilder = Callable[["DatasetInfo"], nn.Module]
 
 # Options by which these libraries take trained weights, which they would download.
 _WEIGHTS = ("weights", "weights_backbone", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
@@ -44,8 +44,8 @@ _TORCHVISION: Mapping[str, Callable[[DatasetInfo], dict[str, Any]]] = {
     "maxvit": lambda info: {"input_size": (info.height, info.width)},
 }
 
-# What a class or function of one's own is told of the dataset, if it has a parameter of that name.
-_TOLD: Mapping[str, Callable[[DatasetInfo], Any]] = {
+# What your own class or function learns about the dataset, if it has a parameter of that name.
+_FROM_DATASET: Mapping[str, Callable[[DatasetInfo], Any]] = {
     "info": lambda info: info,
     "num_classes": lambda info: info.classes,
     "classes": lambda info: info.classes,
@@ -57,7 +57,7 @@ _TOLD: Mapping[str, Callable[[DatasetInfo], Any]] = {
 
 
 @register_source("torchvision")
-def torchvision_model(name: str, options: Mapping[str, Any]) -> Builder:
+def torchvision_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilder:
     """Any classification model of `torchvision.models`."""
     zoo = torchvision.models
     _check_name("torchvision", name, zoo.list_models(module=zoo))
@@ -72,7 +72,7 @@ def torchvision_model(name: str, options: Mapping[str, Any]) -> Builder:
 
 
 @register_source("timm")
-def timm_model(name: str, options: Mapping[str, Any]) -> Builder:
+def timm_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilder:
     """Any model of timm; the first convolution is made for the dataset's channels, as timm does."""
     timm = _package("timm", "timm", f"timm/{name}")
     _check_name("timm", name.partition(".")[0], timm.list_models())
@@ -91,7 +91,7 @@ def timm_model(name: str, options: Mapping[str, Any]) -> Builder:
 
 
 @register_source("huggingface")
-def huggingface_model(name: str, options: Mapping[str, Any]) -> Builder:
+def huggingface_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilder:
     """A classifier of transformers by its type of model, made from a configuration: the default one with `options`.
 
     One of images where there is one for the type, else one of sequences.
@@ -128,10 +128,10 @@ def huggingface_model(name: str, options: Mapping[str, Any]) -> Builder:
 
 
 @register_source("import")
-def imported_model(path: str, options: Mapping[str, Any]) -> Builder:
+def imported_model(path: str, options: Mapping[str, Any]) -> ConfiguredBuilder:
     """What the class or function at an import path, such as my_package.net.Net, makes when called with `options`.
 
-    Of the dataset it is told what it has parameters for: see `_TOLD`.
+    It gets those facts of the dataset that it has parameters for: see `_FROM_DATASET`.
     """
     full = f"import/{path}"
     target = _imported(path)
@@ -144,8 +144,8 @@ def imported_model(path: str, options: Mapping[str, Any]) -> Builder:
         parameters = set[str]()
 
     def build(info: DatasetInfo) -> nn.Module:
-        told = {key: value(info) for key, value in _TOLD.items() if key in parameters}
-        return _made(full, lambda: target(**{**told, **options}), info, options)
+        reported = {key: value(info) for key, value in _FROM_DATASET.items() if key in parameters}
+        return _made(full, lambda: target(**{**reported, **options}), info, options)
 
     return build
 
@@ -161,7 +161,7 @@ def _made(name: str, build: Callable[[], object], info: DatasetInfo, options: Ma
     except Exception as error:
         key, value = ("model.options", dict(options)) if options else ("model.name", name)
         shape = f"{info.classes} classes of {'x'.join(map(str, info.shape))}"
-        raise ConfigError(key, value, f"what {name} can be built with for {shape} ({told(error)})") from error
+        raise ConfigError(key, value, f"what {name} can be built with for {shape} ({error_line(error)})") from error
     if not isinstance(model, nn.Module):
         raise ConfigError("model.name", name, f"what makes an nn.Module, not {type(model).__name__}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -169,7 +169,7 @@ def _made(name: str, build: Callable[[], object], info: DatasetInfo, options: Ma
     return model
 
 
-def told(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An exception in a few words: its kind and the first line of its message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {show(lines[0])}" if lines else type(error).__name__
@@ -217,7 +217,7 @@ def _package(package: str, extra: str, model: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        advice = f"an installed source; {package} is missing ({told(error)}): {install(extra)}"
+        advice = f"an installed source; {package} is missing ({error_line(error)}): {install(extra)}"
         raise ConfigError("model.name", model, advice) from error
 
 
@@ -234,7 +234,7 @@ def _imported(path: str) -> object:
             missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
             if missing and end > 1:
                 continue
-            expected = f"a module that can be imported, from this folder or PYTHONPATH ({told(error)})"
+            expected = f"a module that can be imported, from this folder or PYTHONPATH ({error_line(error)})"
             raise ConfigError("model.name", full, expected) from error
         for at, name in enumerate(parts[end:], start=end):
             if not hasattr(found, name):

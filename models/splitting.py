@@ -19,7 +19,7 @@ from cutlayer.models.cutting.recording import called_modules
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
 
-def named(model: nn.Module) -> dict[str, nn.Module]:
+def children_of(model: nn.Module) -> dict[str, nn.Module]:
     """The children of `model` by name; unlike `named_children`, with a module that occurs twice under both names."""
     return {name: child for name, child in model._modules.items() if child is not None}
 
@@ -55,7 +55,7 @@ def split(
     valid = cuts(model)
     if cut not in valid:
         raise ConfigError("model.cut", cut, "the child of the model that ends the client part", valid)
-    client, server = _divide(model, 1 + list(named(model)).index(cut))
+    client, server = _divide(model, 1 + list(children_of(model)).index(cut))
     if _shared(client, server):
         raise ConfigError("model.cut", cut, "a cut that does not divide weights shared by two children", valid)
     return client, server
@@ -76,7 +76,7 @@ def split_in_three(
     for cut in (first, second):
         if cut not in valid:
             raise ConfigError("model.cut", cut, "the children that end the client part and the server part", valid)
-    order = list(named(model))
+    order = list(children_of(model))
     if order.index(first) >= order.index(second):
         raise ConfigError("model.cut", [first, second], "two children of the model, in its order", valid)
     client, rest = _divide(model, 1 + order.index(first))
@@ -91,7 +91,7 @@ def split_in_three(
 
 def check_cuts(model: nn.Module, *chosen: str) -> None:
     """Raise what `split` or `split_in_three` raises if the model has no such modules; it may be without memory."""
-    if isinstance(model, nn.Sequential) and all(cut in named(model) or "." not in cut for cut in chosen):
+    if isinstance(model, nn.Sequential) and all(cut in children_of(model) or "." not in cut for cut in chosen):
         _ = split(model, chosen[0]) if len(chosen) == 1 else split_in_three(model, chosen[0], chosen[1])
         return
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -102,7 +102,7 @@ def check_cuts(model: nn.Module, *chosen: str) -> None:
 
 
 def _is_between_children(model: nn.Module, *chosen: str) -> bool:
-    return isinstance(model, nn.Sequential) and named(model).keys() >= {*chosen}
+    return isinstance(model, nn.Sequential) and children_of(model).keys() >= {*chosen}
 
 
 def _split_anywhere(model: nn.Module, chosen: Sequence[str], shape: Sequence[int], compare: bool) -> list[Part]:
@@ -156,7 +156,7 @@ def classifier(model: nn.Module, shape: Sequence[int]) -> str:
     `shape` is that of an image (c, h, w). A model that ends otherwise is a `ConfigError`.
     """
     if isinstance(model, nn.Sequential):
-        calls, last = list(named(model))[-1:], 0
+        calls, last = list(children_of(model))[-1:], 0
     else:
         calls = ended(model, shape)
         last = _last_with_weights(model, calls)
@@ -212,7 +212,7 @@ def body_and_head(model: nn.Module, shape: Sequence[int] | None = None) -> tuple
 def _children(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if not isinstance(model, nn.Sequential):
         raise ConfigError("model.name", type(model).__name__, "an nn.Sequential of named children")
-    return list(named(model).items())
+    return list(children_of(model).items())
 
 
 def _divide(model: nn.Module, end: int) -> tuple[nn.Sequential, nn.Sequential]:

@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from cutlayer.models.mobilenet import SeparableBlock
 from cutlayer.models.residual import Block, initialise, stage
-from cutlayer.models.shapes import features, trace
+from cutlayer.models.shapes import output_width, trace
 from cutlayer.models.vit import TransformerBlock
 from cutlayer.runtime.ground.config import ConfigError
 
@@ -29,7 +29,7 @@ def thinned(server: nn.Sequential, z: Tensor, classes: int, share: float) -> nn.
     for name, module, kept in _fewer(body, share):
         layers.append((name, _thin(name, module, z, kept)))
         z = trace(layers[-1][1], z)
-    return nn.Sequential(OrderedDict([*layers, (last, nn.Linear(features(z), classes))]))
+    return nn.Sequential(OrderedDict([*layers, (last, nn.Linear(output_width(z), classes))]))
 
 
 def _fewer(body: list[tuple[str, nn.Module]], share: float) -> Iterator[tuple[str, nn.Module, float]]:
@@ -56,7 +56,7 @@ def _repeated(module: nn.Module) -> type | None:
 
 def _thin(name: str, module: nn.Module, z: Tensor, share: float) -> nn.Module:
     """A fresh `module` for the input `z`, its output narrowed to `share`."""
-    width = features(z)
+    width = output_width(z)
     match module:
         case nn.Conv2d(groups=1, padding_mode="zeros"):
             size, bias = module.kernel_size, module.bias is not None
@@ -82,7 +82,7 @@ def _thin(name: str, module: nn.Module, z: Tensor, share: float) -> nn.Module:
 
 def _thin_sequence(name: str, module: nn.Sequential, z: Tensor, share: float) -> nn.Sequential:
     if (first := _first_block(module)) is not None:
-        thin = stage(type(first), features(z), _narrow(first.conv1.out_channels, share), 1, first.stride)
+        thin = stage(type(first), output_width(z), _narrow(first.conv1.out_channels, share), 1, first.stride)
         initialise(thin)
         return thin
     layers: list[tuple[str, nn.Module]] = []

@@ -8,7 +8,7 @@ from torch import nn
 
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.registry import entry
-from cutlayer.models.splitting import cuts, named, split_in_three
+from cutlayer.models.splitting import children_of, cuts, split_in_three
 from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ def two_cuts(config: ModelConfig, model: nn.Module) -> tuple[str, str]:
     """
     own = entry(config.name)
     if isinstance(config.cut, str) or (config.cut is None and own.is_foreign):
-        names = cuts(model) if isinstance(model, nn.Sequential) else [*named(model)]
+        names = cuts(model) if isinstance(model, nn.Sequential) else [*children_of(model)]
         expected = f"[first,second], as the method cuts the model in three: two of {', '.join(names[:_SHOWN])}"
         raise ConfigError("model.cut", config.cut, expected)
-    first, second = config.cut or own.cuts_for(config.typed_options()) or (config.cut_after, list(named(model))[-2])
+    first, second = (
+        config.cut or own.cuts_for(config.typed_options()) or (config.cut_after, list(children_of(model))[-2])
+    )
     return first, second
 
 

@@ -1,5 +1,5 @@
 """What `results.json` must hold, checked once when it is read, so that nothing after it meets odd content; and what is
-told of a file that does not hold what it should."""
+reported about a file that does not hold what it should."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 from cutlayer.runtime.ground.reading import MissingError, UnreadableError
 from cutlayer.runtime.ground.text import one_line, printable
 
-METRICS = ("test_acc", "test_loss", "train_loss")
+METRIC_NAMES = ("test_acc", "test_loss", "train_loss")
 REQUIRED = ("rounds", "test_acc", "test_loss", "comm_load", "comm_up", "comm_down")
 _COUNTS = ("comm_load", "comm_up", "comm_down", "comm_framed", "round_trips", "client_rounds")
-_FIGURES = (*METRICS, "time_wall", "time_client", "time_server", "time_eval")
+_FIGURES = (*METRIC_NAMES, "time_wall", "time_client", "time_server", "time_eval")
 _LARGEST = 2**62
 # Of one run. Names become entries of a legend, and rounds and lists places in memory.
 _MOST_ROUNDS, _LONGEST_NAME = 10**9, 200
 _MOST_LISTS = {"metrics": 2000, "traffic": 200}
-JSON_BYTES = 64 << 20
+RESULTS_BYTES = 64 << 20
 """Of a file of results: some hundred thousand evaluations. Its lists take a few times as much memory."""
 _ABOVE_ONE = 1e-6
 """What floating point may make of an accuracy of 1."""
@@ -66,7 +66,7 @@ def check_results(results: Mapping[str, Any], required: Sequence[str] = REQUIRED
 
 
 def reason(error: BaseException) -> str:
-    """An error of reading in one line, without the path that is told beside it."""
+    """An error of reading in one line, without the path that is reported with it."""
     if isinstance(error, FileNotFoundError | MissingError):
         return "it vanished while it was read"
     if isinstance(error, OSError):

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cutlayer.plotting.content import METRICS
-from cutlayer.plotting.runs import SPREAD_KEYS, Array, Run, short
+from cutlayer.plotting.content import METRIC_NAMES
+from cutlayer.plotting.runs import SPREAD_KEYS, Run, short
 from cutlayer.plotting.style import shortened
-from cutlayer.plotting.timing import Link
+from cutlayer.plotting.timing import Array, Link
 
 _MOST_POINTS = 4000
 """Of a curve that is drawn: more than a screen has places for."""
@@ -29,7 +29,7 @@ class Curve:
     """One method's metric by round, by bytes and by simulated time, averaged over the seeds of one setting.
 
     Attributes:
-        method: registered name. label: what tells it from other settings of the same method, or "".
+        method: registered name. label: what distinguishes it from other settings of the same method, or "".
         variant: 0 for the first setting of its method in a group, 1 for the next, ...
         runs: what was averaged.
         rounds, bytes: [n], of many thousand evaluations at some of them; bytes are cumulative payload.
@@ -129,7 +129,7 @@ def _together(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _labels(runs: Sequence[Run], mixed: bool) -> list[str]:
-    """For each run what tells it from the others; `mixed` says that runs of several programs are compared."""
+    """For each run what distinguishes it from the others; `mixed` says that runs of several programs are compared."""
     labels = [""] * len(runs)
     for code in dict.fromkeys(run.code for run in runs):
         # Settings of different programs are not compared: they share few keys.
@@ -148,11 +148,11 @@ def _differences(runs: Sequence[Run]) -> list[str]:
         return [f"seed={short(run.get('seed'))}" for run in runs]
     # The distribution and the settings that shape it are one thing: "Dirichlet α=0.1".
     others = [key for key in keys if key not in SPREAD_KEYS]
-    told = [[run.distribution_label] if len(others) < len(keys) else [] for run in runs]
+    reported = [[run.distribution_label] if len(others) < len(keys) else [] for run in runs]
     each = [
         [f"{_short(key)}={short(json.loads(run.setting[key]))}" for key in others if key in run.setting] for run in runs
     ]
-    return [", ".join(spread + rest) for spread, rest in zip(told, each, strict=True)]
+    return [", ".join(spread + rest) for spread, rest in zip(reported, each, strict=True)]
 
 
 def _natural(text: str) -> list[Any]:
@@ -173,7 +173,7 @@ def final_values(curve: Curve) -> Array:
     found: list[float] = []
     for run in curve.runs:
         values = run.series(curve.metric)
-        measured = values if curve.metric in METRICS else values[~np.isnan(values)]
+        measured = values if curve.metric in METRIC_NAMES else values[~np.isnan(values)]
         found.append(float(measured[-1]) if len(measured) else math.nan)
     return np.asarray(found)
 
@@ -194,7 +194,7 @@ def values_at_budget(curve: Curve, budget: float, without_fields: tuple[str, ...
     for run in curve.runs:
         within = np.asarray(run.bytes(without_fields)) <= budget
         values = run.series(curve.metric)[within]
-        measured = values if curve.metric in METRICS else values[~np.isnan(values)]
+        measured = values if curve.metric in METRIC_NAMES else values[~np.isnan(values)]
         found.append(float(measured[-1]) if len(measured) else math.nan)
     return np.asarray(found)
 

@@ -96,7 +96,7 @@ class PlotConfig:
         )
 
 
-def read_config(path: Path) -> PlotConfig:
+def read_plot_config(path: Path) -> PlotConfig:
     """Read `exp_configs.yaml`; a file that is not there, or an empty one, stands for the defaults.
 
     Raises:

@@ -70,7 +70,7 @@ def _whole(count: Any) -> bool:
 
 
 def _from_names(folder: Path) -> dict[str, Any] | None:
-    """The configuration that the folders' names tell; None for names of another kind."""
+    """The configuration that the folders' names give; None for names of another kind."""
     names = folder.absolute().parts
     for at in range(len(names) - 1, 2, -1):
         found = _SETTINGS.fullmatch(names[at])
@@ -89,7 +89,7 @@ def _from_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = read_file(read_yaml, folder, "settings.yml", ignored_tags=_IGNORED_TAGS)
     except MissingError:
-        raise ValueError(f"no folder of {CODE}'s code: neither its name nor a settings.yml tells what ran") from None
+        raise ValueError(f"no folder of {CODE}'s code: neither its name nor a settings.yml says what ran") from None
     user = settings.get("u_args")
     if not isinstance(user, dict):
         raise ValueError("settings.yml has no u_args")

@@ -1,4 +1,4 @@
-"""What a run's folder tells of personalisation: accuracy of every client's own fine-tuned model, by epochs."""
+"""What a run's folder holds of personalisation: accuracy of every client's own fine-tuned model, by epochs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from cutlayer.plotting.content import read_file, reason
+from cutlayer.runtime.ground.files import PERSONALIZED, SUMMARY
 from cutlayer.runtime.ground.reading import MissingError, read_json
 
-FOLDER = "personalized"
-SUMMARY = "summary.json"
 _BYTES = 4 << 20
 # Of one evaluation: numbers of epochs, and bins of a histogram.
 _MOST, _LAST = 1000, 10**9
@@ -42,7 +41,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Personalized:
+class FineTuning:
     """One way to fine-tune, evaluated on the clients of one run.
 
     Attributes:
@@ -62,7 +61,7 @@ class Personalized:
 class Evaluations:
     """All evaluations of a run, by part and learning rate; and those that cannot be read, with the reason."""
 
-    found: tuple[Personalized, ...] = ()
+    found: tuple[FineTuning, ...] = ()
     damaged: dict[Path, str] = field(default_factory=dict[Path, str])
 
 
@@ -73,8 +72,8 @@ def read_personalized(folder: Path) -> Evaluations:
     hold a number of epochs, the one with most numbers of epochs has it.
     """
     evaluations = Evaluations()
-    found: list[Personalized] = []
-    for setting in _settings(folder / FOLDER, evaluations.damaged):
+    found: list[FineTuning] = []
+    for setting in _settings(folder / PERSONALIZED, evaluations.damaged):
         try:
             summary = read_file(read_json, setting, SUMMARY, _BYTES)
         except MissingError:
@@ -105,7 +104,7 @@ def _settings(folder: Path, damaged: dict[Path, str]) -> list[Path]:
         return []
 
 
-def _checked(summary: dict[str, Any]) -> Personalized:
+def _checked(summary: dict[str, Any]) -> FineTuning:
     """The record of a summary.
 
     Raises:
@@ -131,7 +130,7 @@ def _checked(summary: dict[str, Any]) -> Personalized:
     edges, shares = _histogram(summary.get("histogram"), len(epochs))
     rows = zip(epochs, *columns, shares, strict=True)
     points = {count: Point(count, mean, std, worst, edges, each) for count, mean, std, worst, each in sorted(rows)}
-    return Personalized(part, float(lr), round_, clients, points)
+    return FineTuning(part, float(lr), round_, clients, points)
 
 
 def _shares_of_one(summary: dict[str, Any], name: str, length: int) -> list[float]:
@@ -166,14 +165,14 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return type(value) in (int, float) and abs(value) <= 1e100
 
 
-def _merged(found: Sequence[Personalized]) -> list[Personalized]:
-    by_setting: dict[tuple[str, float], list[Personalized]] = {}
+def _merged(found: Sequence[FineTuning]) -> list[FineTuning]:
+    by_setting: dict[tuple[str, float], list[FineTuning]] = {}
     for each in sorted(found, key=lambda each: (each.round, len(each.points))):
         by_setting.setdefault((each.part, each.lr), []).append(each)
-    merged: list[Personalized] = []
+    merged: list[FineTuning] = []
     for (part, lr), same in sorted(by_setting.items()):
         last = same[-1]
         latest = [each for each in same if each.round == last.round]
         points = {count: point for each in latest for count, point in each.points.items()}
-        merged.append(Personalized(part, lr, last.round, last.clients, dict(sorted(points.items()))))
+        merged.append(FineTuning(part, lr, last.round, last.clients, dict(sorted(points.items()))))
     return merged

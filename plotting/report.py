@@ -38,7 +38,7 @@ _FOLDER = Path(__file__).parent
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 # Marks the best cells; no text holds it.
 _BEST = "\x01"
-# Characters of a line that a file has told.
+# Characters of a line that comes from a file.
 _LONGEST = 4000
 
 
@@ -110,7 +110,7 @@ def write_report(
     library, packed = _library()
     runs = [run for curve in curves for run in curve.runs]
     differing = _differing(runs)
-    # What all folders have in common is told once.
+    # What all folders have in common is shown once.
     shared = _shared_folder(runs)
     page = _template().render(
         title=one_line(options.title, _LONGEST) or "Comparison",
@@ -123,7 +123,7 @@ def write_report(
         drawn={"charts": {chart.name: chart.spec() for chart in charts}, "on_dark": _colors_on_dark(charts)},
         pictures=pictures,
         tables=[_table(rows, options), *map(_tuning_table, tuning_tables(curves))],
-        curves=[(label_of(curve), [_told(run, shared, differing) for run in curve.runs]) for curve in curves],
+        curves=[(label_of(curve), [_run_facts(run, shared, differing) for run in curve.runs]) for curve in curves],
         shared=printable(shared),
         left_out=[one_line(line, _LONGEST) for line in left_out],
     )
@@ -206,7 +206,7 @@ def _sorted_by(value: float | str | None) -> str:
 
 
 def _shared_folder(runs: Sequence[Run]) -> str:
-    """The folder that all runs are below; "" where there is none to tell."""
+    """The folder that all runs are below; "" where there is none to show."""
     try:
         return os.path.commonpath([run.folder.parent for run in runs])
     except ValueError:  # Some are absolute and some are not, or they lie on different drives.
@@ -220,8 +220,8 @@ def _differing(runs: Sequence[Run]) -> set[str]:
     return {key for key in keys if len({setting[key] for setting in settings if key in setting}) > 1}
 
 
-def _told(run: Run, shared: str, differing: set[str]) -> dict[str, Any]:
-    """What the page tells of a run."""
+def _run_facts(run: Run, shared: str, differing: set[str]) -> dict[str, Any]:
+    """What the page shows of a run."""
     facts = {
         "folder": printable(os.path.relpath(run.folder, shared) if shared else run.folder),
         **{key: run.get(key) for key in sorted(differing & set(run.setting))},
@@ -242,13 +242,13 @@ def _environment(folder: Path) -> dict[str, str]:
     git, packages = (each if isinstance(each := found.get(key), dict) else {} for key in ("git", "packages"))
     changed = " with changes that are not committed" if git.get("dirty") else ""
     versions = {"python": found.get("python"), **packages}
-    told = {
+    reported = {
         "git revision": f"{git['revision']}{changed}" if git.get("revision") else "",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "started": str(found.get("started", "")),
         "command": str(found.get("command", "")),
     }
-    return {name: one_line(text, _LONGEST) for name, text in told.items()}
+    return {name: one_line(text, _LONGEST) for name, text in reported.items()}
 
 
 def _summary(curves: Sequence[Curve], options: Options) -> str:
@@ -258,5 +258,5 @@ def _summary(curves: Sequence[Curve], options: Options) -> str:
         "setting": len(curves),
         "run": sum(len(curve.runs) for curve in curves),
     }
-    told = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items())
-    return f"{told}; {metric_label(options.metric)}; simulated time at {options.link.label}"
+    reported = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items())
+    return f"{reported}; {metric_label(options.metric)}; simulated time at {options.link.label}"

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from cutlayer.plotting.report_style import Key, faint, on_dark
+from cutlayer.plotting.report_style import LegendEntry, faint, on_dark
 from cutlayer.plotting.style import is_share, metric_label
 
 GREY = "#6b6f76"
-NAME = "<extra></extra><b>%{fullData.name}</b><br>"
-"""A curve's name in the first line of what the pointer tells, and not beside it, where a narrow page has no room."""
+HOVER_NAME = "<extra></extra><b>%{fullData.name}</b><br>"
+"""A curve's name in the first line of what the pointer shows, and not beside it, where a narrow page has no room."""
 # Beyond this ratio between the dearest and the cheapest method, the cheap one is lost in the corner of a linear axis.
 LOG_RATIO = 12.0
 _DIGITS = 9
@@ -25,7 +25,7 @@ class Axis:
 
     Attributes:
         label: in the list to choose from. title: beside the axis, in one or more
-            lines, with the unit. hover: how a value on it is told, in
+            lines, with the unit. hover: how a value on it is shown, in
             the library's words. layout: further properties of the axis. log: whether it starts logarithmic.
     """
 
@@ -37,7 +37,7 @@ class Axis:
 
     def spec(self) -> dict[str, Any]:
         """What the page's script draws from."""
-        title = {"text": plain(self.title).replace("\n", "<br>"), "standoff": 8}
+        title = {"text": html_text(self.title).replace("\n", "<br>"), "standoff": 8}
         layout = {"automargin": True, "title": title, "tickangle": 0, **self.layout}
         return {"layout": layout, "hover": self.hover, "log": self.log}
 
@@ -65,7 +65,7 @@ class Chart:
     log_y: bool = False
     note: str = ""
     height: int = 420
-    keys: list[Key] = field(default_factory=list[Key])
+    keys: list[LegendEntry] = field(default_factory=list[LegendEntry])
     columns: dict[str, dict[str, list[Any]]] = field(default_factory=dict[str, dict[str, list[Any]]])
     traces: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     shapes: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
@@ -96,12 +96,12 @@ class Chart:
         return {color: other for color, other in found.items() if color != other}
 
 
-def plain(value: object) -> str:
+def html_text(value: object) -> str:
     """A value as a text of the library, in which tags would be marks."""
     return escape(str(value), quote=False)
 
 
-def numbers(values: Iterable[float]) -> list[float | int | None]:
+def json_numbers(values: Iterable[float]) -> list[float | int | None]:
     """Values as JSON's numbers of nine digits, whole ones of any length; what is not finite as null."""
     return [_number(float(value)) for value in values]
 
@@ -118,14 +118,14 @@ def byte_axis(label: str, title: str, log: bool = False) -> Axis:
     return Axis(label, title, "%{x:.5~s}B (%{x:,} bytes)", layout, log)
 
 
-def metric_axis(metric: str) -> dict[str, Any]:
+def metric_layout(metric: str) -> dict[str, Any]:
     """Layout of a y axis that shows a metric."""
     return {
-        "title": {"text": plain(metric_label(metric)), "standoff": 8},
+        "title": {"text": html_text(metric_label(metric)), "standoff": 8},
         "tickformat": "~%" if is_share(metric) else "~g",
     }
 
 
 def value_format(metric: str) -> str:
-    """How the library tells a metric's value."""
+    """How the library shows a metric's value."""
     return ".3~%" if is_share(metric) else ".6~g"

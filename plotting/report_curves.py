@@ -9,27 +9,28 @@ from typing import Any
 
 import numpy as np
 
+from cutlayer.plotting.content import METRIC_NAMES
 from cutlayer.plotting.curves import Curve, final_values, higher_is_better
-from cutlayer.plotting.figures.axes import label_of, look
+from cutlayer.plotting.figures.axes import label_of, line_look
 from cutlayer.plotting.figures.base import Options
 from cutlayer.plotting.report_charts import (
     GREY,
+    HOVER_NAME,
     LOG_RATIO,
-    NAME,
     Axis,
     Chart,
     byte_axis,
-    metric_axis,
-    numbers,
-    plain,
+    html_text,
+    json_numbers,
+    metric_layout,
     value_format,
 )
-from cutlayer.plotting.report_style import Key, faint, hollow, line_style
-from cutlayer.plotting.runs import METRICS, Array, Run
+from cutlayer.plotting.report_style import BAND, LegendEntry, faint, hollow, line_style
+from cutlayer.plotting.runs import Run
 from cutlayer.plotting.style import format_metric, is_share, metric_label
-from cutlayer.plotting.timing import time_unit
+from cutlayer.plotting.timing import Array, time_unit
 
-TARGET, BAND = "target", "band"
+TARGET = "target"
 _MARKERS = 8
 # Of a level: enough for the pointer to find one of them.
 _POINTS = 50
@@ -69,7 +70,7 @@ def curves_chart(curves: Sequence[Curve], options: Options) -> Chart:
         heading=f"{metric[0].upper()}{metric[1:]} against cost",
         description=f"{metric} by communication, rounds or simulated time; the figures are in the table",
         axes=_axes(curves, costs, unit),
-        y=metric_axis(options.metric),
+        y=metric_layout(options.metric),
         log_x=True,
         log_y=not is_share(options.metric),
         height=460,
@@ -78,7 +79,7 @@ def curves_chart(curves: Sequence[Curve], options: Options) -> Chart:
         _add_curve(chart, f"c{number}", curve, costs)
     _add_levels(chart, curves)
     if any(len(curve.runs) > 1 for curve in curves):
-        chart.keys.append(Key(BAND, "± standard deviation over seeds", GREY, linestyle="-", band=True))
+        chart.keys.append(LegendEntry(BAND, "± standard deviation over seeds", GREY, linestyle="-", band=True))
     if options.target is not None:
         _add_target(chart, curves, options.target, costs)
     return chart
@@ -102,9 +103,11 @@ def _axes(curves: Sequence[Curve], costs: _Costs, unit: str) -> dict[str, Axis]:
 
 
 def _add_curve(chart: Chart, group: str, curve: Curve, costs: _Costs) -> None:
-    style = look(curve.method, curve.variant)
-    chart.keys.append(Key(group, label_of(curve), **style))
-    chart.columns[group] = {name: numbers(each) for name, each in costs.of_curve(curve).items() if name in chart.axes}
+    style = line_look(curve.method, curve.variant)
+    chart.keys.append(LegendEntry(group, label_of(curve), **style))
+    chart.columns[group] = {
+        name: json_numbers(each) for name, each in costs.of_curve(curve).items() if name in chart.axes
+    }
     seeds = len(curve.runs)
     if seeds > 1:
         _add_band(chart, group, curve)
@@ -116,15 +119,17 @@ def _add_curve(chart: Chart, group: str, curve: Curve, costs: _Costs) -> None:
         **_trace(curve, group, at=group, y=curve.value),
         **line,
         "mode": "lines+markers",
-        "customdata": [list(pair) for pair in zip(numbers(curve.rounds), numbers(curve.deviation), strict=True)],
-        "hovertemplate": f"{NAME}%{{y:{shown}}}{spread}<br>round %{{customdata[0]:,}}{{x}}",
+        "customdata": [
+            list(pair) for pair in zip(json_numbers(curve.rounds), json_numbers(curve.deviation), strict=True)
+        ],
+        "hovertemplate": f"{HOVER_NAME}%{{y:{shown}}}{spread}<br>round %{{customdata[0]:,}}{{x}}",
     }
     chart.traces.append(trace)
 
 
 def _add_band(chart: Chart, group: str, curve: Curve) -> None:
     """Between one standard deviation below the mean and one above."""
-    color = look(curve.method, curve.variant)["color"]
+    color = line_look(curve.method, curve.variant)["color"]
     filled = {"fill": "tonexty", "fillcolor": faint(color)}
     for side, filling in ((-1.0, {}), (1.0, filled)):
         bound = curve.value + side * curve.deviation
@@ -149,19 +154,19 @@ def _add_levels(chart: Chart, curves: Sequence[Curve]) -> None:
             continue
         spans = {name: [column[name] for column in chart.columns.values() if name in column] for name in missing}
         chart.columns[f"{group}-level"] = {name: _span(found, chart.axes[name].log) for name, found in spans.items()}
-        color = look(curve.method, curve.variant)["color"]
+        color = line_look(curve.method, curve.variant)["color"]
         trace = {
             **_trace(curve, group, at=f"{group}-level", y=np.full(_POINTS, float(np.nanmean(level)))),
             "mode": "lines",
             "line": {"color": color, "dash": "6px,4px", "width": 1.6},
-            "hovertemplate": f"{NAME}%{{y:{value_format(curve.metric)}}} at the end, sends nothing",
+            "hovertemplate": f"{HOVER_NAME}%{{y:{value_format(curve.metric)}}} at the end, sends nothing",
         }
         chart.traces.append(trace)
 
 
 def _span(columns: Sequence[list[Any]], log: bool) -> list[Any]:
     values = [value for column in columns for value in column if value]
-    return numbers((np.geomspace if log else np.linspace)(min(values), max(values), _POINTS))
+    return json_numbers((np.geomspace if log else np.linspace)(min(values), max(values), _POINTS))
 
 
 def _add_target(chart: Chart, curves: Sequence[Curve], target: float, costs: _Costs) -> None:
@@ -169,7 +174,7 @@ def _add_target(chart: Chart, curves: Sequence[Curve], target: float, costs: _Co
     metric = costs.options.metric
     name = f"target {format_metric(metric, target)}"
     text = f"{name}; hollow marks: first reached, mean over seeds"
-    chart.keys.append(Key(TARGET, text, GREY, linestyle=":", marker="o", hollow=True))
+    chart.keys.append(LegendEntry(TARGET, text, GREY, linestyle=":", marker="o", hollow=True))
     line = {"color": GREY, "dash": "dot", "width": 1.5}
     ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": target, "y1": target}
     chart.shapes.append({"type": "line", **ends, "line": line, "groups": [TARGET]})
@@ -179,15 +184,15 @@ def _add_target(chart: Chart, curves: Sequence[Curve], target: float, costs: _Co
         if not curve.sends or not places:
             continue
         shared = [axis for axis in chart.axes if all(axis in place for place in places)]
-        column = {axis: numbers([fmean(place[axis] for place in places)]) for axis in shared}
+        column = {axis: json_numbers([fmean(place[axis] for place in places)]) for axis in shared}
         chart.columns[f"c{number}-target"] = column
-        style = look(curve.method, curve.variant)
+        style = line_look(curve.method, curve.variant)
         trace = {
             **_trace(curve, f"c{number}", at=f"c{number}-target", y=np.asarray([target])),
             "mode": "markers",
             **hollow(style["color"], style["marker"]),
-            "customdata": [numbers([fmean(place["rounds"] for place in places)])],
-            "hovertemplate": f"{NAME}{name} first reached by {len(places)} of {len(first)} seeds<br>"
+            "customdata": [json_numbers([fmean(place["rounds"] for place in places)])],
+            "hovertemplate": f"{HOVER_NAME}{name} first reached by {len(places)} of {len(first)} seeds<br>"
             "round %{customdata[0]:,}{x}",
             "groups": [f"c{number}", TARGET],
         }
@@ -201,6 +206,6 @@ def _first_reached(values: Array, target: float, metric: str) -> int | None:
 
 def _trace(curve: Curve, group: str, at: str, y: Array) -> dict[str, Any]:
     # A metric that is measured in some rounds only is drawn from each measurement to the next.
-    gaps = {} if curve.metric in METRICS else {"connectgaps": True}
-    name = {"type": "scatter", "name": plain(label_of(curve)), "at": at, "groups": [group]}
-    return {**name, "y": numbers(y), **gaps}
+    gaps = {} if curve.metric in METRIC_NAMES else {"connectgaps": True}
+    name = {"type": "scatter", "name": html_text(label_of(curve)), "at": at, "groups": [group]}
+    return {**name, "y": json_numbers(y), **gaps}

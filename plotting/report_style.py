@@ -33,10 +33,12 @@ SYMBOLS = {
     "": "circle",
 }
 # For each of matplotlib's line styles the chart library's name and the strokes and gaps in a legend, in pixels.
+BAND = "band"
+"""The legend's group of the bands of a standard deviation."""
 DASHES = {"-": ("solid", ""), "--": ("dash", "6 3"), ":": ("dot", "2 2"), "-.": ("dashdot", "6 2 2 2")}
 
 _DARK_PAGE = "#16181c"
-# Ratio of luminances at which a line is told from its background (WCAG 2.2, 1.4.11).
+# Ratio of luminances at which a line stands out from its background (WCAG 2.2, 1.4.11).
 _CONTRAST = 3.0
 # Lightened, black would be another method's grey.
 _BLACK_ON_DARK = "#e8e8e8"
@@ -44,7 +46,7 @@ _LETTERS = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "
 
 
 @dataclass(frozen=True)
-class Key:
+class LegendEntry:
     """One entry of a legend.
 
     Attributes:

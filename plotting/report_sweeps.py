@@ -1,4 +1,4 @@
-"""Charts of a report that tell what a setting does: a metric against Dirichlet alpha and against a swept key."""
+"""Charts of a report that show what a setting does: a metric against Dirichlet alpha and against a swept key."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cutlayer.plotting.curves import Curve
-from cutlayer.plotting.figures.axes import look
+from cutlayer.plotting.figures.axes import line_look
 from cutlayer.plotting.figures.base import FIGURES, Options
 from cutlayer.plotting.figures.groups import (
-    ALPHA,
+    ALPHA_KEY,
     DISTRIBUTION,
     Group,
     followers,
@@ -23,8 +23,17 @@ from cutlayer.plotting.figures.groups import (
     swept_key,
 )
 from cutlayer.plotting.figures.settings import alpha_of, hashable, with_alpha
-from cutlayer.plotting.report_charts import GREY, NAME, Axis, Chart, metric_axis, numbers, plain, value_format
-from cutlayer.plotting.report_style import Key, hollow, line_style
+from cutlayer.plotting.report_charts import (
+    GREY,
+    HOVER_NAME,
+    Axis,
+    Chart,
+    html_text,
+    json_numbers,
+    metric_layout,
+    value_format,
+)
+from cutlayer.plotting.report_style import LegendEntry, hollow, line_style
 from cutlayer.plotting.runs import Run
 from cutlayer.plotting.style import metric_label
 
@@ -43,7 +52,7 @@ class _Sweep:
 
 
 def sweep_charts(curves: Sequence[Curve], options: Options) -> list[Chart]:
-    """A chart against Dirichlet alpha and one against the swept key, as far as the runs differ in them."""
+    """A chart against Dirichlet alpha and one against the swept key, where the runs differ in them."""
     charts: list[Chart] = []
     metric = metric_label(options.metric)
     for figure, name, sweep in (("metric_alpha", "alpha", _alpha_sweep), ("ablation", "ablation", _key_sweep)):
@@ -55,7 +64,7 @@ def sweep_charts(curves: Sequence[Curve], options: Options) -> list[Chart]:
 
 
 def _alpha_sweep(curves: Sequence[Curve], _: Options) -> _Sweep:
-    groups = grouped(with_alpha(curves), (ALPHA, DISTRIBUTION))
+    groups = grouped(with_alpha(curves), (ALPHA_KEY, DISTRIBUTION))
     alphas = sorted({alpha for group in groups for run in group.runs if (alpha := alpha_of(run)) is not None})
     finite = [alpha for alpha in alphas if math.isfinite(alpha)]
     places = {alpha: math.log10(alpha) for alpha in finite}
@@ -83,22 +92,22 @@ def _key_sweep(curves: Sequence[Curve], options: Options) -> _Sweep:
 
 
 def _chart(name: str, heading: str, sweep: _Sweep, options: Options) -> Chart:
-    ticks = {"tickvals": list(sweep.texts), "ticktext": [plain(text) for text in sweep.texts.values()]}
+    ticks = {"tickvals": list(sweep.texts), "ticktext": [html_text(text) for text in sweep.texts.values()]}
     chart = Chart(
         name=name,
         heading=heading,
         description=f"{heading}: last and best evaluation, mean over seeds",
         axes={"x": Axis(sweep.label, sweep.label, "", {**ticks, "zeroline": False})},
-        y=metric_axis(options.metric),
+        y=metric_layout(options.metric),
     )
     for number, (group, parts) in enumerate(sweep.groups):
-        style = look(group.method, group.variant)
-        chart.keys.append(Key(f"g{number}", group.name, **style))
+        style = line_look(group.method, group.variant)
+        chart.keys.append(LegendEntry(f"g{number}", group.name, **style))
         if all(math.isnan(place) for place in parts):
             _add_level(chart, f"g{number}", group, sweep, options)
         else:
             _add_points(chart, f"g{number}", group, parts, sweep, options)
-    chart.keys.append(Key(BEST, "hollow: best evaluation; else the last one", GREY, marker="o", hollow=True))
+    chart.keys.append(LegendEntry(BEST, "hollow: best evaluation; else the last one", GREY, marker="o", hollow=True))
     if any(len(runs) > 1 for _, parts in sweep.groups for runs in parts.values()):
         chart.note = "Means over seeds; bars: one standard deviation of the last evaluation."
     return chart
@@ -107,28 +116,30 @@ def _chart(name: str, heading: str, sweep: _Sweep, options: Options) -> Chart:
 def _add_points(
     chart: Chart, at: str, group: Group, parts: dict[float, list[Run]], sweep: _Sweep, options: Options
 ) -> None:
-    style = look(group.method, group.variant)
+    style = line_look(group.method, group.variant)
     places = [place for place in sweep.texts if place in parts]
     final, best, spread = zip(*(statistics(parts[place], options.metric) for place in places), strict=True)
     shown = value_format(options.metric)
-    chart.columns[at] = {"x": numbers(places)}
-    trace = {"type": "scatter", "name": plain(group.name), "at": at}
-    told = [[plain(sweep.texts[place]), len(parts[place])] for place in places]
-    columns = [[*each, *numbers(pair)] for each, pair in zip(told, zip(spread, best, strict=True), strict=True)]
-    place = f"{NAME}{plain(sweep.label)} %{{customdata[0]}}"
+    chart.columns[at] = {"x": json_numbers(places)}
+    trace = {"type": "scatter", "name": html_text(group.name), "at": at}
+    reported = [[html_text(sweep.texts[place]), len(parts[place])] for place in places]
+    columns = [
+        [*each, *json_numbers(pair)] for each, pair in zip(reported, zip(spread, best, strict=True), strict=True)
+    ]
+    place = f"{HOVER_NAME}{html_text(sweep.label)} %{{customdata[0]}}"
     hover = f"{place}<br>last %{{y:{shown}}} ± %{{customdata[2]:{shown}}}"
     line = {
         "mode": "lines+markers",
-        "y": numbers(final),
+        "y": json_numbers(final),
         "customdata": columns,
         "groups": [at],
         **line_style(**style),
-        "error_y": {"array": numbers(spread), "color": style["color"], "thickness": 1.2, "width": 3},
+        "error_y": {"array": json_numbers(spread), "color": style["color"], "thickness": 1.2, "width": 3},
         "hovertemplate": f"{hover}<br>best %{{customdata[3]:{shown}}}<br>seeds: %{{customdata[1]}}",
     }
     marks = {
         "mode": "markers",
-        "y": numbers(best),
+        "y": json_numbers(best),
         "customdata": columns,
         "groups": [at, BEST],
         **hollow(style["color"], style["marker"]),
@@ -140,16 +151,16 @@ def _add_points(
 def _add_level(chart: Chart, at: str, group: Group, sweep: _Sweep, options: Options) -> None:
     """A method that does not have the setting."""
     final, _, _ = statistics(group.runs, options.metric)
-    chart.columns[at] = {"x": numbers(np.linspace(min(sweep.texts), max(sweep.texts), _POINTS))}
+    chart.columns[at] = {"x": json_numbers(np.linspace(min(sweep.texts), max(sweep.texts), _POINTS))}
     chart.traces.append(
         {
             "type": "scatter",
-            "name": plain(group.name),
+            "name": html_text(group.name),
             "at": at,
             "groups": [at],
             "mode": "lines",
-            "y": numbers([final] * _POINTS),
-            "line": {"color": look(group.method, group.variant)["color"], "dash": "6px,4px", "width": 1.6},
-            "hovertemplate": f"{NAME}%{{y:{value_format(options.metric)}}} without this setting",
+            "y": json_numbers([final] * _POINTS),
+            "line": {"color": line_look(group.method, group.variant)["color"], "dash": "6px,4px", "width": 1.6},
+            "hovertemplate": f"{HOVER_NAME}%{{y:{value_format(options.metric)}}} without this setting",
         }
     )

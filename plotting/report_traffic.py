@@ -1,4 +1,4 @@
-"""The chart of a report that tells what was sent: bytes of a whole run by kind and direction, stacked."""
+"""The chart of a report that shows what was sent: bytes of a whole run by kind and direction, stacked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cutlayer.plotting.figures.axes import label_of
 from cutlayer.plotting.figures.bars import EDGE, kind_looks, traffic_of
 from cutlayer.plotting.figures.base import Options
 from cutlayer.plotting.figures.layout import wrapped
-from cutlayer.plotting.report_charts import NAME, Chart, byte_axis, numbers, plain
-from cutlayer.plotting.report_style import Key
+from cutlayer.plotting.report_charts import HOVER_NAME, Chart, byte_axis, html_text, json_numbers
+from cutlayer.plotting.report_style import LegendEntry
 
 _ROOM, _LINE, _GAP = 100, 17, 14
 """Pixels: of the chart without bars, of a line of a bar's name, and between names."""
@@ -28,7 +28,7 @@ def traffic_charts(curves: Sequence[Curve], options: Options) -> list[Chart]:
     # Two curves may have one name, and then two bars: a place is a number.
     names = [wrapped(label_of(curve), _NAME, _POINTS).split("\n") for curve, _ in bars]
     places = list(range(len(bars)))
-    ticks = {"tickvals": places, "ticktext": ["<br>".join(plain(line) for line in lines) for lines in names]}
+    ticks = {"tickvals": places, "ticktext": ["<br>".join(html_text(line) for line in lines) for lines in names]}
     mean = " Means over seeds." if any(len(curve.runs) > 1 for curve, _ in bars) else ""
     without = f" without {', '.join(options.without_fields)}" if options.without_fields else ""
     chart = Chart(
@@ -42,9 +42,9 @@ def traffic_charts(curves: Sequence[Curve], options: Options) -> list[Chart]:
         height=_ROOM + len(names) * (_GAP + _LINE * max(map(len, names))),
     )
     for name, look in kind_looks({name for _, sent in bars for name in sent}).items():
-        chart.keys.append(Key(name, name, look["facecolor"], marker="s", hatched=bool(look["hatch"])))
-        chart.columns[name] = {"x": numbers(sent.get(name, 0.0) for _, sent in bars)}
-        chart.traces.append(_bars(name, look, places, [plain(label_of(curve)) for curve, _ in bars]))
+        chart.keys.append(LegendEntry(name, name, look["facecolor"], marker="s", hatched=bool(look["hatch"])))
+        chart.columns[name] = {"x": json_numbers(sent.get(name, 0.0) for _, sent in bars)}
+        chart.traces.append(_bars(name, look, places, [html_text(label_of(curve)) for curve, _ in bars]))
     return [chart]
 
 
@@ -56,12 +56,12 @@ def _bars(name: str, look: Mapping[str, Any], places: list[int], texts: list[str
     return {
         "type": "bar",
         "orientation": "h",
-        "name": plain(name),
+        "name": html_text(name),
         "at": name,
         "groups": [name],
         "y": places,
         "marker": fill | {"pattern": pattern},
         "text": texts,
         "textposition": "none",
-        "hovertemplate": f"{NAME}%{{text}}{{x}}",
+        "hovertemplate": f"{HOVER_NAME}%{{text}}{{x}}",
     }

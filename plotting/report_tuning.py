@@ -1,4 +1,4 @@
-"""The chart of a report that tells how fast fine-tuning works: accuracy of clients' models by epochs."""
+"""The chart of a report that shows how fast fine-tuning works: accuracy of clients' models by epochs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from typing import Any
 import numpy as np
 
 from cutlayer.plotting.curves import Curve
-from cutlayer.plotting.figures.axes import look
+from cutlayer.plotting.figures.axes import line_look
 from cutlayer.plotting.figures.fine_tuning import banded
 from cutlayer.plotting.figures.tuned import Tuned, make_tuned
-from cutlayer.plotting.report_charts import GREY, NAME, Axis, Chart, metric_axis, numbers, plain, value_format
-from cutlayer.plotting.report_style import Key, faint, line_style
+from cutlayer.plotting.report_charts import (
+    GREY,
+    HOVER_NAME,
+    Axis,
+    Chart,
+    html_text,
+    json_numbers,
+    metric_layout,
+    value_format,
+)
+from cutlayer.plotting.report_style import BAND, LegendEntry, faint, line_style
 
-BAND = "band"
 _METRIC = "local_acc/mean"
 _TICKS = 12
 """That have room on a narrow page."""
@@ -40,33 +48,33 @@ def tuning_charts(curves: Sequence[Curve]) -> list[Chart]:
                 "epochs", "epochs of fine-tuning", "epochs of fine-tuning: %{x}", marks | {"zeroline": False}
             )
         },
-        y=metric_axis(_METRIC),
+        y=metric_layout(_METRIC),
         note=f"Mean over clients of the accuracy on their own test sets.{seeds}",
     )
     for number, each in enumerate(tuned):
         _add(chart, f"t{number}", each, banded(tuned))
     if banded(tuned):
-        chart.keys.append(Key(BAND, "± standard deviation over clients", GREY, linestyle="-", band=True))
+        chart.keys.append(LegendEntry(BAND, "± standard deviation over clients", GREY, linestyle="-", band=True))
     return [chart]
 
 
 def _add(chart: Chart, group: str, tuned: Tuned, with_band: bool) -> None:
-    style = look(tuned.curve.method, tuned.variant)
-    chart.keys.append(Key(group, tuned.name, **style))
-    chart.columns[group] = {"epochs": numbers(point.epochs for point in tuned.points)}
+    style = line_look(tuned.curve.method, tuned.variant)
+    chart.keys.append(LegendEntry(group, tuned.name, **style))
+    chart.columns[group] = {"epochs": json_numbers(point.epochs for point in tuned.points)}
     mean, spread = (np.asarray([getattr(point, name) for point in tuned.points]) for name in ("mean", "std"))
-    trace: dict[str, Any] = {"type": "scatter", "name": plain(tuned.name), "at": group, "groups": [group]}
+    trace: dict[str, Any] = {"type": "scatter", "name": html_text(tuned.name), "at": group, "groups": [group]}
     if with_band:
         for side, filling in ((-1.0, {}), (1.0, {"fill": "tonexty", "fillcolor": faint(style["color"])})):
             line = {"mode": "lines", "line": {"width": 0, "color": style["color"]}, "hoverinfo": "skip", **filling}
-            bound = numbers(np.clip(mean + side * spread, 0, 1))
+            bound = json_numbers(np.clip(mean + side * spread, 0, 1))
             chart.traces.append(trace | line | {"y": bound, "groups": [group, BAND]})
     shown = value_format(_METRIC)
-    told = f"{NAME}mean %{{y:{shown}}} ± %{{customdata[0]:{shown}}} over clients"
+    reported = f"{HOVER_NAME}mean %{{y:{shown}}} ± %{{customdata[0]:{shown}}} over clients"
     details = {
         "mode": "lines+markers",
-        "y": numbers(mean),
-        "customdata": [numbers([point.std, point.worst]) for point in tuned.points],
-        "hovertemplate": f"{told}<br>worst tenth %{{customdata[1]:{shown}}}{{x}}<br>seeds: {len(tuned.runs)}",
+        "y": json_numbers(mean),
+        "customdata": [json_numbers([point.std, point.worst]) for point in tuned.points],
+        "hovertemplate": f"{reported}<br>worst tenth %{{customdata[1]:{shown}}}{{x}}<br>seeds: {len(tuned.runs)}",
     }
     chart.traces.append(trace | line_style(**style) | details)

@@ -11,24 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cutlayer.distributions import DISTRIBUTIONS
-from cutlayer.plotting.content import JSON_BYTES, METRICS, check_results, read_file, reason
+from cutlayer.plotting.content import METRIC_NAMES, RESULTS_BYTES, check_results, read_file, reason
 from cutlayer.plotting.foreign import CODE, read_foreign
 from cutlayer.plotting.personalized import Evaluations, read_personalized
 from cutlayer.plotting.style import shortened
-from cutlayer.plotting.timing import Link, simulated_time
+from cutlayer.plotting.timing import Array, Link, simulated_time
 from cutlayer.runtime.ground.files import RESULTS
 from cutlayer.runtime.ground.reading import YAML_BYTES, MissingError, read_json, read_yaml
 from cutlayer.runtime.ground.text import one_line
 
-Array = NDArray[np.float64]
 CONFIG = "config.yaml"
 
 ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
 SHAPING_KEYS = frozenset(f"dataset.{key}" for each in DISTRIBUTIONS.values() for key in each.shaping)
-"""The keys that shape a distribution; those of another one are without effect and are not told."""
+"""The keys that shape a distribution; those of another one are without effect and are not shown."""
 SPREAD_KEYS = SHAPING_KEYS | {"dataset.distribution"}
 """The keys that together say how the data is spread over clients."""
 _UNREADABLE = (OSError, ValueError, RecursionError)
@@ -106,9 +104,9 @@ class Run:
         if self.code:
             without_effect = SHAPING_KEYS - {f"dataset.{key}" for key in self._shape}
             return {key: value for key, value in self.flat.items() if key not in without_effect}
-        told = self.results.get("setting")
-        if isinstance(told, list) and told and all(isinstance(key, str) for key in told):
-            return {key: self.get(key) for key in told}
+        reported = self.results.get("setting")
+        if isinstance(reported, list) and reported and all(isinstance(key, str) for key in reported):
+            return {key: self.get(key) for key in reported}
         from cutlayer.runtime.settings import setting_in  # late: only runs of earlier versions need what takes torch
 
         return setting_in(_nested(self.flat))
@@ -130,7 +128,7 @@ class Run:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The names that `series` takes."""
-        return (*(name for name in METRICS if name in self.results), *self.results.get("metrics", {}))
+        return (*(name for name in METRIC_NAMES if name in self.results), *self.results.get("metrics", {}))
 
     def series(self, metric: str) -> Array:
         """A metric at the evaluated rounds [n]; NaN where it was not measured, or was not finite or beyond 1e100.
@@ -143,7 +141,7 @@ class Run:
         """
         if metric not in self.metrics:
             raise ValueError(f"no metric {metric}; it has {', '.join(self.metrics)}")
-        values = self.results[metric] if metric in METRICS else self.results["metrics"][metric]
+        values = self.results[metric] if metric in METRIC_NAMES else self.results["metrics"][metric]
         series = np.asarray(values, dtype=np.float64)
         return np.where(np.abs(series) < _LARGEST, series, np.nan)
 
@@ -206,7 +204,7 @@ def read_run(folder: Path) -> Run:
         ValueError: a file is not what it should be; the text says which and why.
         OSError: a file cannot be read.
     """
-    results = read_file(read_json, folder, RESULTS, JSON_BYTES)
+    results = read_file(read_json, folder, RESULTS, RESULTS_BYTES)
     try:
         config = read_file(read_yaml, folder, CONFIG)
     except MissingError:
@@ -231,11 +229,11 @@ def _run_folders(folders: tuple[Path, ...], unreadable: dict[Path, str]) -> Iter
     """Every folder that is a run or looks like one, once, with the names of its files; in order of their paths."""
     seen: set[Path] = set()
 
-    def tell(error: OSError) -> None:
+    def note(error: OSError) -> None:
         unreadable[Path(error.filename)] = reason(error)
 
     for top in folders:
-        for name, inner, files in os.walk(top, onerror=tell):
+        for name, inner, files in os.walk(top, onerror=note):
             inner[:] = sorted(each for each in inner if not each.startswith("."))
             if CONFIG in files:
                 # What lies in a run's folder belongs to it: checkpoints, and what trackers write.

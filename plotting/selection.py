@@ -91,7 +91,7 @@ def resolve_key(key: str, runs: Sequence[Run], where: str) -> str:
     Args:
         key: as written.
         runs: among which one must have it; without any run there is nothing to check.
-        where: the key in `exp_configs.yaml` that a mistake is told of.
+        where: the key in `exp_configs.yaml` that a mistake is reported for.
 
     Raises:
         ConfigError: no run has such a key.

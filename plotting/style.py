@@ -84,7 +84,7 @@ def method_style(name: str) -> MethodStyle:
 
 
 def shortened(text: str) -> str:
-    """A name that fits into a legend: a long one is cut, and told from others by a number that follows from it all."""
+    """A name that fits into a legend: a long one is cut and gets a number that follows from it all."""
     number = f"\N{HORIZONTAL ELLIPSIS} #{zlib.crc32(text.encode()):08x}"
     return text if len(text) <= _LONGEST else text[:_LONGEST] + number
 

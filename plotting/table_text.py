@@ -20,7 +20,7 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 }
 
 
-def csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+def table_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as csv, unrounded; empty where a figure does not apply."""
     return plain.csv_text([columns, *([row[column] for column in columns] for row in rows)])
 
@@ -87,7 +87,7 @@ def emphasized(
     if len(competing) < 2:
         return list(texts)
     best = (min if less else max)(competing.values())
-    # Rows that read the same are equally good: what tells them apart is not in the table.
+    # Rows that read the same are equally good: what distinguishes them is not in the table.
     winners = {texts[at] for at, value in competing.items() if value == best}
     if winners == {texts[at] for at in competing}:
         return list(texts)

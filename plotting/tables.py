@@ -19,10 +19,10 @@ from cutlayer.plotting.curves import (
 )
 from cutlayer.plotting.figures import Options
 from cutlayer.plotting.style import format_metric, is_share, method_style, metric_label
-from cutlayer.plotting.table_text import csv_text, emphasized, latex, latex_bold, markdown, markdown_bold
+from cutlayer.plotting.table_text import emphasized, latex, latex_bold, markdown, markdown_bold, table_csv
 from cutlayer.runtime.ground.units import byte_unit, format_bytes
 
-COLUMNS = (
+TABLE_COLUMNS = (
     *("method", "setting", "code", "metric", "seeds", "rounds", "final", "final_std", "best", "best_std"),
     *("comm_load_bytes", "comm_load_bytes_std", "budget_bytes", "at_budget", "at_budget_std", "at_budget_seeds"),
     *("target", "target_seeds", "bytes_to_target", "bytes_to_target_std"),
@@ -30,19 +30,19 @@ COLUMNS = (
 
 
 def table_rows(curves: Sequence[Curve], options: Options) -> list[dict[str, Any]]:
-    """One row a curve with the columns `COLUMNS`, figures unrounded.
+    """One row a curve with the columns `TABLE_COLUMNS`, figures unrounded.
 
     Each figure is a mean over seeds, and its `_std` the population standard deviation. `at_budget` is the last
     evaluation within `options.budget` bytes and `at_budget_seeds` the number of seeds that have one; `target_seeds`
     counts the seeds that reached the target, `bytes_to_target` is their mean. What does not apply is None; a figure
     that is not finite is NaN. `code` names the program that wrote the runs where it is another one.
     """
-    return [dict(zip(COLUMNS, _row_values(curve, options), strict=True)) for curve in curves]
+    return [dict(zip(TABLE_COLUMNS, _row_values(curve, options), strict=True)) for curve in curves]
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as csv, unrounded; empty where a figure does not apply."""
-    return csv_text(COLUMNS, rows)
+    return table_csv(TABLE_COLUMNS, rows)
 
 
 def as_markdown(rows: Sequence[dict[str, Any]], options: Options) -> str:

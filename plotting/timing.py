@@ -13,7 +13,7 @@ from cutlayer.runtime.ground.config import ConfigError
 
 Array = NDArray[np.float64]
 
-PARTS = ("client", "server", "transfer", "waiting")
+ROUND_PARTS = ("client", "server", "transfer", "waiting")
 # Seconds, bytes or rounds: more than any run takes.
 _LARGEST = 1e20
 _NEEDED = ("rounds", "comm_framed", "time_client", "time_server", "round_trips", "client_rounds")
@@ -59,7 +59,7 @@ def simulated_time(results: Mapping[str, Any], link: Link) -> Array | None:
 
 
 def time_parts(results: Mapping[str, Any], link: Link) -> dict[str, float] | None:
-    """Seconds of one round, mean over the run, by `PARTS`; None as in `simulated_time`. They add up to the whole."""
+    """Mean seconds of one round over the run, by `ROUND_PARTS`, which add up to it; None as in `simulated_time`."""
     increments = _increments(results, link)
     if increments is None:
         return None
@@ -72,7 +72,7 @@ def time_unit(largest: float) -> tuple[float, str]:
     return next(((size, name) for name, size, least in units if largest >= least * size), (1e-6, "µs"))
 
 
-def format_seconds(seconds: float) -> str:
+def format_in_unit(seconds: float) -> str:
     """A duration in its best unit, e.g. "12.3 min"."""
     size, unit = time_unit(seconds)
     count = seconds / size

@@ -10,7 +10,7 @@ from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.figures.tuned import Tuned, make_tuned
 from cutlayer.plotting.personalized import Point
 from cutlayer.plotting.style import method_style
-from cutlayer.plotting.table_text import csv_text, emphasized, latex, latex_bold, markdown, markdown_bold
+from cutlayer.plotting.table_text import emphasized, latex, latex_bold, markdown, markdown_bold, table_csv
 
 _WHO: tuple[str, ...] = ("method", "setting", "code", "part", "lr", "seeds", "seeds_evaluated")
 GAIN_COLUMNS: tuple[str, ...] = (
@@ -60,7 +60,7 @@ class Table:
     def text(self, ending: str, title: str) -> str:
         """The content of its file; `ending` is one of "md", "tex" and "csv"."""
         if ending == "csv":
-            return csv_text(self.csv_columns, self.csv_rows)
+            return table_csv(self.csv_columns, self.csv_rows)
         heads, above = [each.head for each in self.columns], ": ".join(filter(None, (title, self.heading)))
         if ending == "tex":
             return latex(above, heads, self.cells(latex_bold), self.notes)

@@ -37,7 +37,7 @@ from cutlayer.runtime.transport import LocalTransport
 log = logging.getLogger(__name__)
 
 
-class Place(Protocol):
+class ClientsPlace(Protocol):
     """Where the clients of a run are."""
 
     def clients(self, setup: Setup, store: Store) -> Clients:
@@ -66,7 +66,7 @@ class _Here:
         return nullcontext()
 
 
-def _place(config: RunConfig, folder: RunFolder) -> Place:
+def _place(config: RunConfig, folder: RunFolder) -> ClientsPlace:
     if isinstance(config.transport, LocalTransport):
         return _Here()
     from cutlayer.runtime.network.server.elsewhere import Elsewhere  # late: it needs an extra
@@ -75,7 +75,7 @@ def _place(config: RunConfig, folder: RunFolder) -> Place:
 
 
 def run(config: RunConfig, folder: RunFolder) -> RunSummary:
-    """Run an experiment to its end, in a folder that this process owns; go on from a checkpoint if there is one.
+    """Run an experiment to its end, in a folder that this process owns; resume from a checkpoint if there is one.
 
     Raises:
         ConfigError: what cannot be built as configured.
@@ -131,7 +131,7 @@ def _begin(config: RunConfig, folder: RunFolder, federation: Federation) -> Resu
     setup = federation.setup
     record_data(folder.path, setup.dataset.facts)
     _save_partition(federation, folder.path)
-    setup.tell_idle()
+    setup.report_idle()
     log.info("%s on %s, %d threads, in %s", config.title, setup.device, torch.get_num_threads(), folder.path)
     return results
 

@@ -25,7 +25,7 @@ from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import GrpcTransport
 
 
-def check(config: RunConfig) -> None:
+def check_machine(config: RunConfig) -> None:
     """Raise ConfigError for what this machine lacks: a device, or the package of a logger or of the transport."""
     config.torch_device()
     if isinstance(config.transport, GrpcTransport) and importlib.util.find_spec("grpc") is None:

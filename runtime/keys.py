@@ -27,7 +27,7 @@ _FREE = ("optimizer", "scheduler")
 _Fields = dict[str, "dataclasses.Field[Any]"]
 
 
-class Key(NamedTuple):
+class ScopedKey(NamedTuple):
     """A key of a configuration: its value, its scope, whether the run reads it; ``identifies`` as of `scoped`."""
 
     value: Any
@@ -36,7 +36,7 @@ class Key(NamedTuple):
     identifies: bool
 
 
-def keys_of(kind: type[Any], mapping: Mapping[str, Any]) -> dict[str, Key]:
+def keys_of(kind: type[Any], mapping: Mapping[str, Any]) -> dict[str, ScopedKey]:
     """All keys of a configuration, dotted; what a mapping of an earlier version lacks has its default.
 
     Args:
@@ -47,7 +47,7 @@ def keys_of(kind: type[Any], mapping: Mapping[str, Any]) -> dict[str, Key]:
     section = mapping.get("algorithm")
     name = cast(Mapping[str, Any], section).get("name") if isinstance(section, Mapping) else None
     method = ALGORITHMS.get(name) if isinstance(name, str) else None
-    found = dict(_keys(kind, mapping, "", Key(None, "result", True, False), method))
+    found = dict(_keys(kind, mapping, "", ScopedKey(None, "result", True, False), method))
     unread = () if method is None else tuple(f"{name}." for name in method.unread)
     return {name: key._replace(read=key.read and not f"{name}.".startswith(unread)) for name, key in found.items()}
 
@@ -64,7 +64,7 @@ def identity_of(kind: type[Any], mapping: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
-def _read(keys: Mapping[str, Key], kept: Callable[[Key], bool]) -> dict[str, Any]:
+def _read(keys: Mapping[str, ScopedKey], kept: Callable[[ScopedKey], bool]) -> dict[str, Any]:
     return {name: key.value for name, key in keys.items() if key.read and kept(key) and key.value != {}}
 
 
@@ -98,8 +98,8 @@ def pruned(mapping: Mapping[str, Any], keep: Callable[[str], bool], prefix: str 
 
 
 def _keys(
-    kind: type[Any] | None, given: Mapping[Any, Any], prefix: str, use: Key, method: Any
-) -> Iterator[tuple[str, Key]]:
+    kind: type[Any] | None, given: Mapping[Any, Any], prefix: str, use: ScopedKey, method: Any
+) -> Iterator[tuple[str, ScopedKey]]:
     """The keys of a section: those of its dataclass, if it has one, and what it holds beside them."""
     fields = {} if kind is None else _fields(kind)
     values = {name: default for name, field in fields.items() if (default := _default(field)) is not _NONE}
@@ -119,14 +119,14 @@ def _keys(
             yield key, below._replace(value=value)
 
 
-def _below(above: Key, field: dataclasses.Field[Any], own: SimpleNamespace, method: Any) -> Key:
+def _below(above: ScopedKey, field: dataclasses.Field[Any], own: SimpleNamespace, method: Any) -> ScopedKey:
     """What holds of the key of a field, given what holds of its section."""
     use: Use = field.metadata.get("use", Use())
     read = above.read
     if use.read_if is not None:
         with contextlib.suppress(Exception):  # a stranger's values, or a method that is not known
             read = read and bool(use.read_if(own, method))
-    return Key(None, use.scope or above.scope, read, use.identifies)
+    return ScopedKey(None, use.scope or above.scope, read, use.identifies)
 
 
 def _uses(kind: type[Any], prefix: str, scope: Scope) -> Iterator[tuple[str, Use]]:

@@ -50,7 +50,7 @@ def safe_component(text: str, limit: int = _NAME_BYTES) -> str:
 
 
 def what_differs(lr: object, seed: object, overrides: Iterable[str]) -> str:
-    """The folder name that tells one setting of an algorithm, model and dataset from another.
+    """The folder name that distinguishes one setting of an algorithm, model and dataset from another.
 
     Args:
         lr: learning rate, always named. seed: likewise.
@@ -74,14 +74,14 @@ def read_status(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], status) if isinstance(status, dict) else {}
 
 
-def is_locked(path: Path) -> bool:
+def is_owned(path: Path) -> bool:
     """Whether a live process owns the run folder."""
     return locks.is_locked(path / LOCK)
 
 
 def find_unfinished(above: Path, identity: str, fits: Fits = lambda _: True) -> Path | None:
     """The newest run folder below `above` that has this identity, fits, is not finished and that nobody owns."""
-    free = (folder for folder in _find(above, identity) if _can_continue(folder) and not is_locked(folder))
+    free = (folder for folder in _find(above, identity) if _can_continue(folder) and not is_owned(folder))
     return next((folder for folder in free if fits(folder)), None)
 
 
@@ -93,7 +93,7 @@ def find_finished(above: Path, identity: str, fits: Fits = lambda _: True) -> Pa
 
 def find_running(above: Path, identity: str) -> Path | None:
     """A run folder below `above` that has this identity and that a live process owns."""
-    return next((folder for folder in _find(above, identity) if is_locked(folder)), None)
+    return next((folder for folder in _find(above, identity) if is_owned(folder)), None)
 
 
 def _find(above: Path, identity: str) -> Iterator[Path]:
@@ -114,7 +114,7 @@ def _can_continue(folder: Path) -> bool:
 
 
 def _is_open(folder: Path) -> bool:
-    """Whether a run is unfinished. One whose status cannot be read may be: where it is not, going on does no harm."""
+    """Whether a run is unfinished. One whose status cannot be read may be: where it is not, resuming does no harm."""
     state = read_status(folder).get("state")
     return state in ("running", "failed") or (state != "finished" and folder.is_dir() and not _is_fresh(folder))
 
@@ -164,7 +164,7 @@ class RunFolder:
 
         Args:
             path: the folder wished for.
-            identity: what tells this run's configuration from others; "" matches only "".
+            identity: what distinguishes this run's configuration from others; "" matches only "".
             save_dir: folder above all runs, below which `discard` may prune; by default `path`'s parent.
         """
         save_dir = path.parent if save_dir is None else save_dir

@@ -43,9 +43,9 @@ class RunConfig:
         optimizer, scheduler: what every part of the model inherits; `optimizer_for` and `scheduler_for` give a part's.
         transport: how messages travel; see its classes.
         evaluations: what the rounds' tests measure beside accuracy and loss: names of `cutlayer.evaluations`.
-        logger: trackers beside the run's own files.
+        logger: trackers in addition to the run's own files.
         num_clients: clients in the population. frac: share of them in each round's cohort, 0 < frac <= 1.
-        rounds, local_epochs, batch_size: as in the papers. lr: learning rate that the optimizer takes up.
+        rounds, local_epochs, batch_size: as in the papers. lr: learning rate, the default of the optimizer's.
         seed: the source of all randomness.
         device: auto, cpu, cuda or cuda:k. precision: of the arithmetic; parameters are kept in float32 under bf16.
         jobs_per_gpu: jobs of sweeps that share a GPU.
@@ -56,7 +56,7 @@ class RunConfig:
         communication_by: whose bytes are a line of communication.csv, each client's or the whole round's.
         state_memory_mb: MB of per-client state held in memory, at each of the two parties; the rest is on disk.
         save_dir: folder above all runs. resume: auto, never, or the folder of an unfinished run.
-        data_changed: whether to go on with a run whose data are no longer those that it was begun with.
+        data_changed: whether to resume a run whose data have changed since it started.
         progress: how progress is shown.
         role: which party of a run over the network this process is; None where all are in it.
         server: a client's: the server's HOST:PORT. client_id: its number.

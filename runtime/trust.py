@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 DATA_BYTES = 1 << 30
 """Of images that a data set makes itself, in memory."""
 MODEL_BYTES = 1 << 30
-"""Of the model of a run that is taken up from its folder."""
+"""Of the model of a run that is restored from its folder."""
 _LEVELS, _MAPPINGS, _LEAVES = 6, 16, 10_000
 _SHOWN = 12
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a key may hold beside true, false and null.
+    """What a key may hold other than true, false and null.
 
     Attributes:
         most: numbers from -most to most; 0 for none. text: what text has to match; None for none.
@@ -63,22 +63,22 @@ class Rule:
 
 WORD = re.compile(r"\w[\w+-]{0,63}")
 MODULE = re.compile(r"[\w.]{1,200}|auto:\w+<=[\d.e]{1,20}")
-FOLDER = re.compile(r"(?!/)(?!(.*/)?\.\.(/|$))[\w .+/-]{0,200}")
+FOLDER_PATTERN = re.compile(r"(?!/)(?!(.*/)?\.\.(/|$))[\w .+/-]{0,200}")
 # A column of a table within the data, or a pattern that no name makes slow: two repetitions at most, none of a group.
 GROUP = re.compile(
     r"(?!/)(?!(.*/)?\.\.(/|$))[\w .+/-]{1,200}:[\w .+-]{1,64}|"
     r"(?=[^+*]*([+*][^+*]*){0,2}$)(?!.*\)[+*?{])[\w\[\]()./\\+*-]{1,64}"
 )
-NAME = re.compile(r"[^\x00-\x1f\x7f/\\]{1,256}")
+NAME_PATTERN = re.compile(r"[^\x00-\x1f\x7f/\\]{1,256}")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 REGISTERED = re.compile(r"\w{1,64}")
 NOTHING = re.compile(r"(?!)")
 _TEXTS = {
     WORD: "a word",
     MODULE: "a module of the model",
-    FOLDER: "a folder within the data",
+    FOLDER_PATTERN: "a folder within the data",
     GROUP: "a table within the data, or a short pattern",
-    NAME: "a name",
+    NAME_PATTERN: "a name",
     DEVICE: "auto, cpu, cuda or cuda:<index>",
     REGISTERED: "a model of this project",
     NOTHING: "null",
@@ -121,10 +121,10 @@ RULES: Mapping[str, Rule] = {
     "dataset.drop_last": _CHOICE,
     "dataset.validation": _MANY,
     "dataset.local_test": _CHOICE,
-    "dataset.options.train": Rule(text=FOLDER),
-    "dataset.options.test": Rule(text=FOLDER),
+    "dataset.options.train": Rule(text=FOLDER_PATTERN),
+    "dataset.options.test": Rule(text=FOLDER_PATTERN),
     "dataset.options.group": Rule(1024, GROUP),
-    "dataset.options.classes": Rule(65_536, NAME, 65_536),
+    "dataset.options.classes": Rule(65_536, NAME_PATTERN, 65_536),
     **{f"dataset.options.{key}": Rule(1024) for key in ("size", "resize", "height", "width", "channels")},
     "dataset.options.n_train": _MANY,
     "dataset.options.n_test": _MANY,
@@ -174,7 +174,7 @@ FOLDER_RULES: Mapping[str, Rule] = {
     "checkpoint_interval": _ANY,
     "communication_by": _CHOICE,
 }
-"""What the folder of a run may set beside; where its data are is looked at by itself."""
+"""What the folder of a run may set as well; where its data are is looked at by itself."""
 _PART_KEY = Rule(4096, WORD, 64)
 
 
@@ -187,7 +187,7 @@ def part_rules() -> dict[str, Rule]:
     return {**own, **{f"{slot}.*": _LEARNING for slot in slots}}
 
 
-# Of a model from elsewhere each option goes into code that is not this project's.
+# Of a model of another library each option goes into code that is not this project's.
 _OPTIONS = ("model.options.", "model.personal.variants.")
 
 Named = Callable[[str, object], bool]
@@ -269,7 +269,7 @@ class Limit(NamedTuple):
 
 
 def check_size(config: ModelConfig, info: DatasetInfo, limit: Limit) -> None:
-    """Check how large a model of this project is, before there is memory for it; one from elsewhere was named.
+    """Check how large a model of this project is, before there is memory for it; one of another library was named.
 
     Raises:
         ConfigError: it, with the models that personal bodies are from, is larger.

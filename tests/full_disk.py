@@ -26,7 +26,7 @@ from tests.damage import METHODS, SETTING, play
 from tests.killing import left
 
 PAGE = 4096
-TEXT = "cannot be written: No space left on device; once there is room, the same command goes on"
+TEXT = "cannot be written: No space left on device; once there is room, the same command resumes"
 
 
 @contextlib.contextmanager

@@ -143,3 +143,66 @@ def test_every_test_learns_from_one_place_whether_there_is_a_checkout() -> None:
         if path.name != "places.py":
             found = re.findall(r'Path\(__file__\)|sys\.executable, "\w+\.py"', path.read_text(encoding="utf-8"))
             assert path.name == "test_house.py" or not found, f"{path.relative_to(ROOT)}: see tests/places.py"
+
+
+# What each module of a kind has: a program its keys, a registry the same functions.
+SHARED_NAMES = {"log", "main", "KEYS", "register", "get", "names", "check_options"}
+
+
+def public_names(source: str) -> set[str]:
+    """The classes, functions and constants that a module defines; not its type variables."""
+    found: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "TypeVar":
+                continue
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {
+                leaf.id
+                for target in targets
+                for leaf in ast.walk(target)
+                if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store)
+            }
+    return {name for name in found if not name.startswith("_")} - SHARED_NAMES
+
+
+def test_public_names_of_a_module_are_found() -> None:
+    source = "A, (B, _C) = 1, (2, 3)\nD: int = 4\nT = TypeVar('T')\nlog = 5\nx.y = 7\n"
+    source += "class E: ...\ndef f(): g = 6\nasync def h(): ..."
+    assert public_names(source) == {"A", "B", "D", "E", "f", "h"}
+
+
+def test_a_public_name_has_one_meaning() -> None:
+    """The benchmarks are left out: each is a program of its own that nothing imports."""
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        if path.relative_to(ROOT).parts[0] != "benchmarks":
+            for name in public_names(path.read_text()):
+                places.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def acting_participles(source: str) -> list[str]:
+    """Functions that return nothing, and so act, though named by a past participle as those that only compute are."""
+    return [
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and isinstance(node.returns, ast.Constant)
+        and node.returns.value is None
+        and (first := node.name.strip("_").split("_")[0]).endswith("ed")
+        and first not in {"feed", "need", "seed"}
+    ]
+
+
+def test_participles_that_act_are_found() -> None:
+    source = "def sorted_rows() -> list: ...\ndef feed() -> None: ...\n"
+    source += "def _restored() -> None: ...\nasync def closed() -> None: ..."
+    assert acting_participles(source) == ["_restored", "closed"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_past_participle_names_no_action(path: Path) -> None:
+    assert acting_participles(path.read_text()) == []

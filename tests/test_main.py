@@ -17,9 +17,9 @@ import pytest
 from cutlayer import HOME
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.job import choose_folder
-from cutlayer.runtime.launching.hydra_errors import check_options, explain
+from cutlayer.runtime.launching.hydra_errors import check_flags, explain
 from cutlayer.runtime.launching.hydra_support import load_config, preprocess
-from cutlayer.runtime.run_folder import RunFolder, is_locked, read_status
+from cutlayer.runtime.run_folder import RunFolder, is_owned, read_status
 from tests.places import ROOT, program
 
 SMALL = ["dataset=digits", "model=mlp", "progress=none"]
@@ -179,13 +179,13 @@ def test_a_killed_run_is_continued_and_an_interrupted_one_says_so(tmp_path: Path
     with subprocess.Popen(endless, cwd=ROOT, env=environment(), **pipes) as process:
         try:
             wait_for(lambda: "resumed after round" in (folder / "run.log").read_text())
-            assert is_locked(folder)
+            assert is_owned(folder)
             process.send_signal(signal.SIGINT)
             _, stderr = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 130
-    assert stderr.startswith("interrupted; the same command goes on from the last checkpoint")
+    assert stderr.startswith("interrupted; the same command resumes from the last checkpoint")
     assert stderr.count("\n") == 1
     assert run_folders(tmp_path) == [folder]
     assert read_status(folder)["state"] == "running"
@@ -277,9 +277,9 @@ def test_the_multirun_flag_may_stand_between_settings() -> None:
 
 
 def test_only_unknown_options_are_refused() -> None:
-    check_options(["--cfg", "job", "-m", "--multi", "lr=--x"], ["--cfg", "--multirun"])
+    check_flags(["--cfg", "job", "-m", "--multi", "lr=--x"], ["--cfg", "--multirun"])
     with pytest.raises(ConfigError, match=r"^--seed: no such option"):
-        check_options(["--seed", "3"], ["--cfg"])
+        check_flags(["--seed", "3"], ["--cfg"])
 
 
 def test_what_is_no_mistake_in_the_configuration_is_not_explained_away() -> None:

@@ -280,7 +280,7 @@ def test_the_document_has_the_scope_of_every_key() -> None:
         wanted = {key for key, use in uses.items() if use.scope == scope and key != "logger"}
         assert below({*uses, *loggers}, cells[words]) == wanted | (loggers if scope == "record" else set()), words
 
-    told = {name for row in conditions for name in named_in(row.split("|")[1])}
+    reported = {name for row in conditions for name in named_in(row.split("|")[1])}
     fields_of = {
         f"algorithm.{each.name}": each for name in algorithms.names() for each in fields(algorithms.get(name).Config)
     }
@@ -289,7 +289,7 @@ def test_the_document_has_the_scope_of_every_key() -> None:
     wanted |= {f"{key}.*" for key, use in uses_of(RunConfig).items() if is_section(key) and use.read_if}
     wanted |= {f"{key}.*" for key in uses_of(RunConfig) if key.startswith("model.") and is_section(key)}
     unread = {key for name in algorithms.names() for key in algorithms.get(name).unread}
-    assert told == wanted | {f"{key}.*" if is_section(key) else key for key in unread}
+    assert reported == wanted | {f"{key}.*" if is_section(key) else key for key in unread}
 
 
 def leaves(values: Any, above: str = "") -> Iterator[str]:

@@ -72,8 +72,8 @@ def test_no_traceback_and_nothing_lost_where_the_encoding_lacks_a_letter() -> No
     code = "from cutlayer.runtime.ground import streams, text; "
     code += "streams.run_program(lambda: text.tell('ü\\x1b') or 0)"
     variables = environment(PYTHONIOENCODING="ascii")
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, check=True)
-    assert (told.stdout, told.stderr) == (b"\\xfc\\x1b\n", b"")
+    reported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, check=True)
+    assert (reported.stdout, reported.stderr) == (b"\\xfc\\x1b\n", b"")
 
 
 def test_a_run_and_a_sweep_are_not_lost_for_their_streams(tmp_path: Path) -> None:

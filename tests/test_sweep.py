@@ -173,7 +173,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
 
 
 @pytest.mark.timeout(560)
-def test_whatever_dies_the_same_command_goes_on_to_the_same_bits(
+def test_whatever_dies_the_same_command_resumes_to_the_same_bits(
     tmp_path: Path, undisturbed: dict[str, dict[str, Any]]
 ) -> None:
     """The launcher is killed, then the sweep interrupted, then a job and a worker killed; a fourth time is enough."""
@@ -297,7 +297,7 @@ def test_a_sweep_whose_workers_die_again_and_again_is_given_up_and_says_so(tmp_p
     code, _, err = finish(process)
     assert killed
     assert code == 1
-    assert err.endswith("1 of 1 jobs are not done; the same command goes on with them\n")
+    assert err.endswith("1 of 1 jobs are not done; the same command resumes them\n")
 
 
 def test_jobs_wait_for_a_lock_and_for_a_gpu_and_run_nothing_again(tmp_path: Path) -> None:

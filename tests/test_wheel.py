@@ -157,7 +157,7 @@ def test_a_run_a_sweep_a_figure_and_a_measurement(installed: Environment) -> Non
     assert list(runs[0].glob("personalized/*"))
 
 
-def test_a_mistake_is_told_without_a_checkout(installed: Environment) -> None:
+def test_a_mistake_is_reported_without_a_checkout(installed: Environment) -> None:
     code = "from cutlayer.runtime.ground.extras import install; print(install('grpc'))"
     assert installed.run("-c", code).stdout == 'pip install "cutlayer[grpc]"\n'
     wrong = installed.run("-m", "cutlayer.main", "algorithm=fed_avgg", status=1).stderr

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cutlayer.models.cutting.crossing import as_crossing
-from cutlayer.models.cutting.recording import INPUT, Source
+from cutlayer.models.cutting.recording import INPUT, Origin
 
 
 class Reached(Exception):
@@ -84,15 +84,15 @@ class Plan:
     """
 
     first: bool
-    takes: tuple[Source, ...]
-    gives: tuple[Source, ...]
-    extents: dict[Source, Extent]
+    takes: tuple[Origin, ...]
+    gives: tuple[Origin, ...]
+    extents: dict[Origin, Extent]
     inputs: dict[str, tuple[Extent, torch.dtype] | None]
     constants: dict[str, Any]
     answers: dict[str, tuple[Answer | None, ...]]
-    same: dict[Source, Source]
-    copied_out: frozenset[Source]
-    copied_in: frozenset[Source]
+    same: dict[Origin, Origin]
+    copied_out: frozenset[Origin]
+    copied_in: frozenset[Origin]
 
     def __deepcopy__(self, _: Any) -> Plan:
         """Itself: nothing in it changes, and a copied part has the same plan."""
@@ -128,7 +128,7 @@ class Wire:
     def close(self) -> None:
         """End a pass: let go of all tensors."""
         self.plan: Plan | None = None
-        self.values: dict[Source, Tensor] = {}
+        self.values: dict[Origin, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.batch = 0
         self.like: Tensor | None = None
@@ -153,7 +153,7 @@ class Wire:
         assert answer is not None
         leaves = list(answer.constants)
         for index, extent in answer.extents.items():
-            value = Source(path, call, index)
+            value = Origin(path, call, index)
             tensor = self.values.get(self.plan.same.get(value, value))
             leaves[index] = self.blank(extent, answer.dtypes[index]) if tensor is None else tensor
         return leaves[0] if answer.tree is None else pytree.tree_unflatten(leaves, answer.tree)
@@ -164,7 +164,7 @@ class Wire:
         given = dict(self.plan.constants)
         for name, looks in self.plan.inputs.items():
             if looks is not None:
-                tensor = self.values.get(Source(f"{INPUT}{name}", 0, 0))
+                tensor = self.values.get(Origin(f"{INPUT}{name}", 0, 0))
                 given[name] = self.blank(*looks) if tensor is None else tensor
         return given
 
@@ -199,7 +199,7 @@ class Capture:
             return
         call = self.wire.next_call(self.name)
         for index, leaf in enumerate(pytree.tree_leaves(output)):
-            value = Source(self.path, call, index)
+            value = Origin(self.path, call, index)
             if isinstance(leaf, Tensor) and value in plan.gives and value not in self.wire.values:
                 self.wire.values[value] = leaf.clone() if value in plan.copied_out else leaf
         if self.is_cut:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 INPUT, BARE = "input:", "parameter:"
 
 
-class Source(NamedTuple):
+class Origin(NamedTuple):
     """A value that may cross: the ``place``-th tensor in the output of the ``call``-th call of the unit ``path``.
 
     ``path`` is ``input:<name>`` for a tensor among the model's inputs, and ``parameter:<name>`` for a parameter that
@@ -71,13 +71,13 @@ class Pass:
     inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(
         default_factory=dict[str, tuple[tuple[int, ...], torch.dtype]]
     )
-    part_of: dict[Source, int] = field(default_factory=dict[Source, int])
-    needs: list[list[Source]] = field(default_factory=list[list[Source]])
-    same: dict[Source, Source] = field(default_factory=dict[Source, Source])
-    rewritten: set[Source] = field(default_factory=set[Source])
-    overwritten: set[Source] = field(default_factory=set[Source])
+    part_of: dict[Origin, int] = field(default_factory=dict[Origin, int])
+    needs: list[list[Origin]] = field(default_factory=list[list[Origin]])
+    same: dict[Origin, Origin] = field(default_factory=dict[Origin, Origin])
+    rewritten: set[Origin] = field(default_factory=set[Origin])
+    overwritten: set[Origin] = field(default_factory=set[Origin])
     bare: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
-    values: dict[Source, Tensor] = field(default_factory=dict[Source, Tensor])
+    values: dict[Origin, Tensor] = field(default_factory=dict[Origin, Tensor])
 
 
 class UnreachedError(Exception):
@@ -88,7 +88,7 @@ class UnreachedError(Exception):
         self.cut, self.why = cut, why
 
 
-def tensors(values: Any) -> list[Tensor]:
+def all_tensors(values: Any) -> list[Tensor]:
     """All tensors in a nested value."""
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
@@ -164,7 +164,7 @@ def called_modules(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
     return ended
 
 
-# Operations that tell only what a tensor looks like, and those that make one that has nothing else of it.
+# Operations that only describe a tensor, and those that make one that has nothing else of it.
 _LOOKS = {
     *("__get__", "size", "dim", "ndimension", "__len__", "numel", "nelement", "stride", "element_size", "is_complex"),
     *(
@@ -191,10 +191,10 @@ class Recorder(TorchFunctionMode):
         self._model, self._cuts, self._skeleton = model, cuts, skeleton
         self._part = 0
         self._depth = 0  # how many units are running
-        self._made_from: dict[int, set[Source]] = {}  # by id of a tensor
-        self._is: dict[int, Source] = {}  # the first value that a tensor object is, by its id
+        self._made_from: dict[int, set[Origin]] = {}  # by id of a tensor
+        self._is: dict[int, Origin] = {}  # the first value that a tensor object is, by its id
         self._alive: list[Tensor] = []  # ids are of these
-        self._versions: dict[Source, int] = {}  # how often a value had been written to when its part ended
+        self._versions: dict[Origin, int] = {}  # how often a value had been written to when its part ended
         own = {*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)}
         self._names = {id(tensor): name for name, tensor in own}
 
@@ -202,14 +202,14 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._depth:
             return func(*args, **kwargs)
-        taken = tensors((args, kwargs))
+        taken = all_tensors((args, kwargs))
         versions = [tensor._version for tensor in taken]
         output = func(*args, **kwargs)
-        made = tensors(output)
+        made = all_tensors(output)
         name = getattr(func, "__name__", "")
         if name in _LIKE or (name in _LOOKS and not made):
             return output
-        before: set[Source] = set()
+        before: set[Origin] = set()
         for tensor in taken:
             before |= self._made_from.get(id(tensor), set()) | self._bare(tensor)
         self._use(before)
@@ -232,11 +232,11 @@ class Recorder(TorchFunctionMode):
     def run(self, inputs: Mapping[str, Any]) -> Pass:
         """Run the model, and give what was seen."""
         for name, value in inputs.items():
-            for index, tensor in enumerate(tensors(value)):
+            for index, tensor in enumerate(all_tensors(value)):
                 if index:
                     raise TypeError(f"input {name} holds several tensors; each must be an input of its own")
                 self.found.inputs[name] = tuple(tensor.shape), tensor.dtype
-                self._appear(Source(f"{INPUT}{name}", 0, 0), tensor)
+                self._appear(Origin(f"{INPUT}{name}", 0, 0), tensor)
         everyone = units(self._model, self._skeleton)
         hooks = ((unit, self._before, self._after(path)) for path, unit in everyone.items())
         with hooked(hooks), torch.no_grad(), self:
@@ -248,13 +248,13 @@ class Recorder(TorchFunctionMode):
         for path in self._cuts:
             if len(self.found.calls[path]) > 1:
                 raise UnreachedError(path, f"it runs {len(self.found.calls[path])} times in a forward pass")
-        self._use(set().union(*(self._made_from.get(id(tensor), set()) for tensor in tensors(output))))
+        self._use(set().union(*(self._made_from.get(id(tensor), set()) for tensor in all_tensors(output))))
         for value, at_end in self._versions.items():
             if self.found.values[value]._version != at_end:
                 self.found.overwritten.add(value)
         return self.found
 
-    def _bare(self, tensor: Tensor) -> set[Source]:
+    def _bare(self, tensor: Tensor) -> set[Origin]:
         """A parameter or buffer that skeleton code uses itself."""
         name = self._names.get(id(tensor))
         if name is None:
@@ -262,23 +262,23 @@ class Recorder(TorchFunctionMode):
         self.found.bare.setdefault(name, set()).add(self._part)
         if not isinstance(tensor, nn.Parameter):
             return set()
-        value = Source(f"{BARE}{name}", 0, 0)
+        value = Origin(f"{BARE}{name}", 0, 0)
         self.found.part_of.setdefault(value, self._part)
         return {value}
 
-    def _use(self, values: set[Source]) -> None:
+    def _use(self, values: set[Origin]) -> None:
         self._need(self._part, values)
 
-    def _need(self, part: int, values: set[Source]) -> None:
+    def _need(self, part: int, values: set[Origin]) -> None:
         for value in sorted(values):
             if self.found.part_of[value] < part and value not in self.found.needs[part]:
                 self.found.needs[part].append(value)
 
-    def _note(self, tensor: Tensor, made_from: set[Source]) -> None:
+    def _note(self, tensor: Tensor, made_from: set[Origin]) -> None:
         self._made_from[id(tensor)] = set(made_from)
         self._alive.append(tensor)
 
-    def _appear(self, value: Source, tensor: Tensor) -> None:
+    def _appear(self, value: Origin, tensor: Tensor) -> None:
         """A value comes into being, or is found to be the same object as an earlier one."""
         self.found.part_of[value] = self._part
         self.found.values[value] = tensor
@@ -292,7 +292,7 @@ class Recorder(TorchFunctionMode):
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._depth:
-            for tensor in tensors((args, kwargs)):
+            for tensor in all_tensors((args, kwargs)):
                 self._use(self._made_from.get(id(tensor), set()) | self._bare(tensor))
         self._depth += 1
 
@@ -308,7 +308,7 @@ class Recorder(TorchFunctionMode):
             shapes = {index: tuple(leaves[index].shape) for index in places}
             dtypes = {index: leaves[index].dtype for index in places}
             for index in places:
-                self._appear(Source(path, len(calls), index), leaves[index])
+                self._appear(Origin(path, len(calls), index), leaves[index])
             tree = None if isinstance(output, Tensor) else tree
             calls.append(Call(self._part, tree, constants, shapes, dtypes))
             if self._part < len(self._cuts) and path == self._cuts[self._part]:
@@ -320,7 +320,7 @@ class Recorder(TorchFunctionMode):
 
 
 def record(model: nn.Module, cuts: Sequence[str], skeleton: set[str], inputs: Mapping[str, Any]) -> Pass:
-    """Run the model once in its present mode and tell what happens around its cuts; changes its running statistics.
+    """Run the model once in its present mode and record what happens around its cuts; changes its running statistics.
 
     Raises:
         UnreachedError: a cut is not reached, not in this order, or more than once.

@@ -14,13 +14,13 @@ from cutlayer.models.cutting.parts import Answer, Capture, Extent, Part, Plan, S
 from cutlayer.models.cutting.recording import (
     BARE,
     INPUT,
+    Origin,
     Pass,
-    Source,
     UnreachedError,
+    all_tensors,
     called_modules,
     record,
     skeleton_paths,
-    tensors,
     units,
 )
 
@@ -102,7 +102,7 @@ def record_modes(model: nn.Module, cuts: Sequence[str], inputs: Mapping[str, Any
         except UnreachedError as error:
             raise CutError(error.cut, error.why) from error
     constant = _constant(model, skeleton, passes[False][0], other)
-    given = {name: value for name, value in inputs.items() if not tensors(value)}
+    given = {name: value for name, value in inputs.items() if not all_tensors(value)}
     return Recording(tuple(cuts), frozenset(skeleton), passes, frozenset(constant), given)
 
 
@@ -132,7 +132,7 @@ def _plans(recording: Recording) -> list[dict[bool, Plan]]:
     return plans
 
 
-def _crossing(recording: Recording, mode: bool, boundary: int) -> tuple[Source, ...]:
+def _crossing(recording: Recording, mode: bool, boundary: int) -> tuple[Origin, ...]:
     """The values that go over the cut number ``boundary``: made before it, used after it, each object once."""
     few, _ = recording.passes[mode]
     wanted = [
@@ -189,7 +189,9 @@ def _plan(recording: Recording, mode: bool, part: int) -> Plan:
         try:
             return Extent.of(one, other, BATCHES)
         except ValueError as error:
-            raise CutError(recording.cuts[max(0, part - 1)], f"{error}: shapes that the batch does not tell") from error
+            raise CutError(
+                recording.cuts[max(0, part - 1)], f"{error}: shapes that the batch does not determine"
+            ) from error
 
     inputs = {name: (extent(shape, many.inputs[name][0]), dtype) for name, (shape, dtype) in few.inputs.items()}
     return Plan(
@@ -206,7 +208,7 @@ def _plan(recording: Recording, mode: bool, part: int) -> Plan:
     )
 
 
-def build(model: nn.Module, recording: Recording, *, untie: bool = False) -> list[Part]:
+def build_parts(model: nn.Module, recording: Recording, *, untie: bool = False) -> list[Part]:
     """The parts of a model (or of another of the same architecture) as recorded; they share its tensors only.
 
     Raises:

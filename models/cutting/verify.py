@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cutlayer.models.cutting.recording import tensors
-from cutlayer.models.cutting.splitter import BATCHES, CutError, Recording, build, example
+from cutlayer.models.cutting.recording import all_tensors
+from cutlayer.models.cutting.splitter import BATCHES, CutError, Recording, build_parts, example
 
 _TOLERANCE = 1e-9  # relative, in double precision; what is wrong is wrong by far more
 
@@ -32,7 +32,7 @@ def verify(model: nn.Module, recording: Recording, inputs: Mapping[str, Any]) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         whole = _disturbed(model)
-        parts = build(whole, recording, untie=True)
+        parts = build_parts(whole, recording, untie=True)
         for mode, batch in ((False, 1), (True, BATCHES[0])):  # normalisation may refuse to train on one sample
             given = {name: _double(value) for name, value in example(inputs, batch, seed=batch).items()}
             buffers = {name: tensor.clone() for name, tensor in whole.named_buffers()}
@@ -71,7 +71,7 @@ def _outcome(modules: Sequence[nn.Module], whole: nn.Module, inputs: Mapping[str
     torch.manual_seed(2)
     for module in modules:
         module.zero_grad(set_to_none=True)
-    outputs = [output for output in tensors(composed(modules, **inputs)) if output.requires_grad]
+    outputs = [output for output in all_tensors(composed(modules, **inputs)) if output.requires_grad]
     weights = torch.Generator().manual_seed(3)
     noise = (torch.randn(output.shape, generator=weights, dtype=output.dtype) for output in outputs)
     torch.autograd.backward(outputs, list(noise))

@@ -16,8 +16,8 @@ from cutlayer.models.cutting import is_ghost
 from cutlayer.models.layers import FeatureMean
 from cutlayer.models.part_registry import Making, PartConfig, part
 from cutlayer.models.registry import entry
-from cutlayer.models.shapes import features, trace
-from cutlayer.models.splitting import body_and_head, named
+from cutlayer.models.shapes import output_width, trace
+from cutlayer.models.splitting import body_and_head, children_of
 from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def head_blocks(config: ModelConfig, body: nn.Module) -> tuple[str, ...]:
         blocks = entry(config.name).blocks_for(config.typed_options()) or _by_rule(body)
         if not blocks:
             raise ConfigError(
-                _KEY, None, "names of modules, as the model has too few layers to choose from", named(body)
+                _KEY, None, "names of modules, as the model has too few layers to choose from", children_of(body)
             )
     valid = list(_ended(body))
     for i, name in enumerate(blocks):
@@ -135,7 +135,7 @@ def _recorded(body: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Tens
     modules = dict(body.named_modules(remove_duplicate=False))
     unknown = next((name for name in blocks if not name or name not in modules), None)
     if unknown is not None:
-        raise ConfigError(_KEY, unknown, "a module of the model before its classifier", named(body))
+        raise ConfigError(_KEY, unknown, "a module of the model before its classifier", children_of(body))
 
     def keep(name: str, output: object) -> None:
         if name in outputs:
@@ -169,12 +169,12 @@ def _features(name: str, output: Tensor) -> int:
     if output.dim() not in (2, 3, 4):
         shape = list(output.shape)
         raise ConfigError(_KEY, name, f"a module that gives [b, c, h, w], [b, tokens, d] or [b, d], not {shape}")
-    return features(output)
+    return output_width(output)
 
 
 def _ended(module: nn.Module, prefix: str = "", learns: bool = False) -> Iterator[str]:
     """Names of the modules in `module` in the order in which their forward passes end, from the first weights on."""
-    for name, child in named(module).items():
+    for name, child in children_of(module).items():
         if is_ghost(child):
             continue
         yield from _ended(child, f"{prefix}{name}.", learns)
@@ -186,7 +186,7 @@ def _ended(module: nn.Module, prefix: str = "", learns: bool = False) -> Iterato
 def _by_rule(body: nn.Module) -> tuple[str, ...]:
     """Where the last layers end, a layer being a child with weights and what follows it, but for the very last one."""
     ends: list[str] = []
-    for name, child in named(body).items():
+    for name, child in children_of(body).items():
         # A normalisation has vectors only and belongs to the layer that it follows.
         if any(p.dim() > 1 for p in child.parameters()):
             ends.append(name)

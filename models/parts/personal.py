@@ -15,7 +15,7 @@ from cutlayer.models.cutting import Crossing, tensors
 from cutlayer.models.part_registry import Making, PartConfig, part
 from cutlayer.models.registry import entry
 from cutlayer.models.shapes import trace
-from cutlayer.models.splitting import named, split_in_three
+from cutlayer.models.splitting import children_of, split_in_three
 from cutlayer.models.three import Thirds, divide, two_cuts
 from cutlayer.runtime.ground.config import ConfigError, build
 
@@ -96,7 +96,7 @@ def build_personal(config: ModelConfig, info: DatasetInfo, thirds: Thirds) -> li
     for i, (options, chosen) in enumerate(variant_options(config)):
         variant = entry(config.name).build(info, options)
         if chosen is None and isinstance(client, nn.Sequential) and isinstance(tail, nn.Sequential):
-            children = OrderedDict(list(named(variant).items())[len(client) : -len(tail)])
+            children = OrderedDict(list(children_of(variant).items())[len(client) : -len(tail)])
             body: nn.Module = nn.Sequential(children)
         else:
             body = split_in_three(variant, *(chosen or two_cuts(config, variant)), info.shape)[1]

@@ -10,12 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, NullFormatter
 
-from cutlayer.plotting.content import METRICS
+from cutlayer.plotting.content import METRIC_NAMES
 from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.figures.layout import wrapped
-from cutlayer.plotting.runs import Array
 from cutlayer.plotting.style import dashes, format_metric, is_share, method_style, metric_label, shade
-from cutlayer.plotting.timing import time_unit
+from cutlayer.plotting.timing import Array, time_unit
 from cutlayer.runtime.ground.units import byte_unit
 
 Unit = Callable[[float], tuple[float, str]]
@@ -37,7 +36,7 @@ def label_of(curve: Curve) -> str:
     return f"{name}, {curve.label}" if curve.label else name
 
 
-def look(method: str, variant: int) -> dict[str, Any]:
+def line_look(method: str, variant: int) -> dict[str, Any]:
     """Colour, dashes and marker of the n-th setting (from 0) of a method, as arguments of `Axes.plot`."""
     style = method_style(method)
     return {"color": shade(style.color, variant), "linestyle": dashes(variant), "marker": style.marker}
@@ -50,11 +49,11 @@ def draw_curve(axes: Axes, x: Array, curve: Curve, place: int) -> Line2D:
         place: number of the curve in the figure; markers of curves that coincide do not cover each other.
     """
     value, deviation = curve.value, curve.deviation
-    if curve.metric not in METRICS:
+    if curve.metric not in METRIC_NAMES:
         # Measured in some rounds only: drawn from each measurement to the next.
         known = np.isfinite(value)
         x, value, deviation = x[known], value[known], deviation[known]
-    style = look(curve.method, curve.variant)
+    style = line_look(curve.method, curve.variant)
     (line,) = axes.plot(x, value, **style, markevery=_marked(value, place), label=label_of(curve))
     if len(curve.runs) > 1:
         low, high = value - deviation, value + deviation
@@ -67,7 +66,7 @@ def draw_curve(axes: Axes, x: Array, curve: Curve, place: int) -> Line2D:
 def draw_level(axes: Axes, method: str, variant: int, value: float, label: str) -> Line2D:
     """A level line from side to side, for what does not depend on the figure's x."""
     x = [0.0, 0.03, 0.97, 1.0]
-    options = look(method, variant) | {"linestyle": (0, (4, 3)), "linewidth": 1.2, "markevery": [1, 2]}
+    options = line_look(method, variant) | {"linestyle": (0, (4, 3)), "linewidth": 1.2, "markevery": [1, 2]}
     (line,) = axes.plot(x, [value] * 4, transform=axes.get_yaxis_transform(), **options, label=label)
     return line
 
@@ -118,7 +117,7 @@ def seconds_unit(seconds: float) -> tuple[float, str]:
 
 
 class Percent(Formatter):
-    """Fractions in percent, with as many digits as the ticks of the axis need to be told apart, and no more."""
+    """Fractions in percent, with as many digits as the ticks of the axis need to be distinguished, and no more."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         """The text of one value alone."""

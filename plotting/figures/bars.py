@@ -13,10 +13,10 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation, Transform
 
 from cutlayer.plotting.curves import Curve
-from cutlayer.plotting.figures.axes import Unit, bytes_unit, label_of, look, seconds_unit
+from cutlayer.plotting.figures.axes import Unit, bytes_unit, label_of, line_look, seconds_unit
 from cutlayer.plotting.figures.base import Options, register
 from cutlayer.plotting.figures.layout import axis_text, new_height, put_legend, text_width, wrapped
-from cutlayer.plotting.timing import PARTS, Link, format_seconds, time_parts
+from cutlayer.plotting.timing import ROUND_PARTS, Link, format_in_unit, time_parts
 from cutlayer.runtime.ground.units import format_bytes
 
 _PART_LABELS = {
@@ -45,7 +45,7 @@ _TICK, _NUMBER = 9.0, 8.0
 def _parts(curve: Curve, link: Link) -> dict[str, float] | None:
     """Seconds of a round by part, mean over seeds."""
     found = [parts for run in curve.runs if (parts := time_parts(run.results, link)) is not None]
-    return {name: float(np.mean([parts[name] for parts in found])) for name in PARTS} if found else None
+    return {name: float(np.mean([parts[name] for parts in found])) for name in ROUND_PARTS} if found else None
 
 
 def _any_parts(curves: Sequence[Curve], options: Options) -> bool:
@@ -59,7 +59,7 @@ def latency(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     bars = [(curve, parts) for curve, parts in found if parts is not None]
     missing = [label_of(curve) for curve, parts in found if parts is None]
     axes = figure.add_subplot()
-    unit = _stack(figure, axes, bars, _PARTS, seconds_unit, format_seconds)
+    unit = _stack(figure, axes, bars, _PARTS, seconds_unit, format_in_unit)
     note = f"not drawn, as no time was recorded: {'; '.join(missing)}" if missing else ""
     link = f"each client's link: {options.link.label}"
     axes.set_xlabel(axis_text(figure, f"simulated time of one round ({unit})", link, note, width=ROWS_WIDTH))
@@ -118,7 +118,7 @@ def _stack(
     bars: Sequence[tuple[Curve, Mapping[str, float]]],
     looks: Mapping[str, dict[str, Any]],
     unit: Unit,
-    told: Callable[[float], str],
+    reported: Callable[[float], str],
 ) -> str:
     """Horizontal stacked bars with their sums beside them; returns the unit of the axis."""
     totals = [sum(parts.values()) for _, parts in bars]
@@ -129,7 +129,7 @@ def _stack(
         widths = np.asarray([parts.get(part, 0.0) for _, parts in bars]) / size
         axes.barh(rows, widths, BAR, left=left, edgecolor=EDGE, linewidth=0.4, **style)
         left += widths
-    texts = [told(total) for total in totals]
+    texts = [reported(total) for total in totals]
     for row, total, text in zip(rows, left, texts, strict=True):
         axes.annotate(text, (total, row), (4, 0), textcoords="offset points", va="center", fontsize=_NUMBER)
     # Room for the longest sum beyond the longest bar, on axes of no less than four inches.
@@ -161,7 +161,7 @@ def named_rows(figure: Figure, axes: Axes, entries: Sequence[tuple[str, str, int
     axes.tick_params(axis="y", length=0, pad=14)
     axes.grid(visible=False, axis="y")
     for row, (_, method, variant) in zip(rows, entries, strict=True):
-        style = look(method, variant) | {"linestyle": "", "clip_on": False, "markersize": 6}
+        style = line_look(method, variant) | {"linestyle": "", "clip_on": False, "markersize": 6}
         axes.plot([0], [row], transform=_beside_axis(figure, axes), **style)
     new_height(figure, max(1.4, float(edges[-1]) + 0.75))
     return rows

@@ -14,12 +14,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from cutlayer.plotting.curves import Curve
-from cutlayer.plotting.figures.axes import Percent, label_of, look
+from cutlayer.plotting.figures.axes import Percent, label_of, line_look
 from cutlayer.plotting.figures.bars import BAR, ROWS_WIDTH, method_rows
 from cutlayer.plotting.figures.base import Options, register
 from cutlayer.plotting.figures.layout import axis_text, grow, new_height, put_legend, text_width, wrapped
-from cutlayer.plotting.runs import Array, Run
+from cutlayer.plotting.runs import Run
 from cutlayer.plotting.style import metric_label, shortened
+from cutlayer.plotting.timing import Array
 from cutlayer.runtime.ground.files import CLIENT_ACCURACY
 from cutlayer.runtime.ground.reading import UnreadableError, read_text
 from cutlayer.runtime.ground.text import printable
@@ -70,7 +71,7 @@ def _any_partition(curves: Sequence[Curve], _: Options) -> bool:
 
 
 @register("partition", "a run with a partition.csv", _any_partition)
-def partition(figure: Figure, curves: Sequence[Curve], _: Options) -> None:
+def partition_maps(figure: Figure, curves: Sequence[Curve], _: Options) -> None:
     """Samples of each class at each client, as one heat map for each way in which the data is spread."""
     found = _partitions(curves)
     shown = dict(list(found.items())[:_PANELS])
@@ -147,7 +148,7 @@ def client_accuracy(figure: Figure, curves: Sequence[Curve], options: Options) -
     rows = method_rows(figure, axes, [curve for curve, _ in found])
     subset = False
     for row, (curve, values) in zip(rows, found, strict=True):
-        style = look(curve.method, curve.variant)
+        style = line_look(curve.method, curve.variant)
         low, first, middle, third, high = np.percentile(values, _WHISKERS)
         axes.plot([low, high], [row, row], color=style["color"], linewidth=1)
         axes.barh(row, third - first, 0.8 * BAR, left=first, facecolor=(style["color"], 0.25), edgecolor=style["color"])

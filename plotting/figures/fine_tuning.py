@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from cutlayer.plotting.curves import Curve
-from cutlayer.plotting.figures.axes import Percent, look
+from cutlayer.plotting.figures.axes import Percent, line_look
 from cutlayer.plotting.figures.bars import ROWS_WIDTH, named_rows
 from cutlayer.plotting.figures.base import Options, register
 from cutlayer.plotting.figures.groups import put_ticks
@@ -50,7 +50,7 @@ def fine_tuning(figure: Figure, curves: Sequence[Curve], _: Options) -> None:
     for each in tuned:
         epochs = [point.epochs for point in each.points]
         mean, spread = (np.asarray([getattr(point, name) for point in each.points]) for name in ("mean", "std"))
-        style = look(each.curve.method, each.variant)
+        style = line_look(each.curve.method, each.variant)
         handles += axes.plot(epochs, mean, **style)
         if banded(tuned):
             low, high = np.clip(mean - spread, 0, 1), np.clip(mean + spread, 0, 1)
@@ -87,7 +87,7 @@ def client_histogram(figure: Figure, curves: Sequence[Curve], _: Options) -> Non
     for row, each in zip(rows, tuned, strict=True):
         floor = row - _BAR / 2
         if each.after is not None:
-            color = look(each.curve.method, each.variant)["color"]
+            color = line_look(each.curve.method, each.variant)["color"]
             filled = {"facecolor": (color, 0.35), "edgecolor": color}
             _draw_shares(axes, each.after, floor, highest, color, {"fill": True, "linewidth": 0.8, **filled})
         if each.before is not None and each.before.shares:

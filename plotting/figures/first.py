@@ -38,14 +38,14 @@ def first_picture(folder: Path, results: dict[str, Any], title: str, method: str
         figure = new_figure(AXES_HEIGHT)
         axes = figure.add_subplot()
         axes.plot(x, accuracy, color=style.color, marker=style.marker, markevery=max(1, len(x) // _MARKERS))
-        told = ""
+        reported = ""
         if np.isfinite(accuracy).any():
             best = int(np.nanargmax(accuracy))
             where = f"after {format_bytes(load[best])}" if sends else f"in round {results['rounds'][best]}"
             axes.plot(x[best], accuracy[best], "o", markersize=10, markerfacecolor="none", markeredgecolor="black")
-            told = f"\nbest (circle): {accuracy[best]:.2%} {where}"
+            reported = f"\nbest (circle): {accuracy[best]:.2%} {where}"
         axes.set_xlim(left=0)
-        axes.set_xlabel((f"communication ({unit})" if sends else "rounds (this method sends nothing)") + told)
+        axes.set_xlabel((f"communication ({unit})" if sends else "rounds (this method sends nothing)") + reported)
         metric_axis(axes, "test_acc", [accuracy])
         put_title(figure, title)
         return save_figure(figure, folder / "accuracy_communication", ("svg", "png"))[-1]

@@ -18,7 +18,7 @@ from cutlayer.plotting.figures.layout import text_width, wrapped
 from cutlayer.plotting.runs import Run
 from cutlayer.plotting.style import method_style, shortened
 
-ALPHA = "dataset.alpha"
+ALPHA_KEY = "dataset.alpha"
 DISTRIBUTION = "dataset.distribution"
 AXES_WIDTH = 5.2
 """Inches that the axes of a figure of the house's width have at least."""
@@ -91,7 +91,7 @@ def swept_key(curves: Sequence[Curve]) -> str | None:
     for curve in curves:
         by_method.setdefault((curve.method, curve.runs[0].code), []).append(curve.runs[0])
     for runs in by_method.values():
-        names = {key for run in runs for key in run.setting} - {ALPHA, DISTRIBUTION}
+        names = {key for run in runs for key in run.setting} - {ALPHA_KEY, DISTRIBUTION}
         values = {key: tuple(run.setting.get(key) for run in runs) for key in names}
         found |= {key for key in names if len(set(values[key])) > 1}
     return found.pop() if len(found) == 1 else None
@@ -150,7 +150,7 @@ def value_text(value: Any) -> str:
 
 
 def put_ticks(axes: Axes, positions: Sequence[float], texts: Sequence[str], width: float = AXES_WIDTH) -> int:
-    """Ticks at given places of the x axis, with their texts as far as they find room; returns the lines they take.
+    """Ticks at given places of the x axis, with their texts where they find room; returns the lines they take.
 
     Texts that are wider than the distance of neighbours are wrapped; of those that still touch every other is left out.
     """

@@ -18,14 +18,14 @@ from cutlayer.plotting.figures.axes import (
     draw_level,
     draw_target,
     label_of,
-    look,
+    line_look,
     metric_axis,
     seconds_unit,
 )
 from cutlayer.plotting.figures.base import Options, register
 from cutlayer.plotting.figures.layout import axis_text, put_legend
-from cutlayer.plotting.runs import Array
 from cutlayer.plotting.style import format_metric
+from cutlayer.plotting.timing import Array
 from cutlayer.runtime.ground.units import format_bytes
 
 
@@ -109,13 +109,18 @@ def _finish(axes: Axes, curves: Sequence[Curve], options: Options) -> None:
 
 
 def _mark_cost(axes: Axes, curve: Curve, options: Options, target: float, size: float) -> str:
-    """Mark the mean bytes after which the seeds had reached the target, and tell them for the legend."""
+    """Mark the mean bytes after which the seeds had reached the target, and report them for the legend."""
     found = bytes_to_reach(curve, target, options.without_fields)
     needed = [count for count in found if count is not None]
     if not needed:
         return "not reached"
     mean = float(np.mean(needed))
-    mark = look(curve.method, curve.variant) | {"linestyle": "", "markersize": 8, "markeredgewidth": 1.4, "zorder": 4}
+    mark = line_look(curve.method, curve.variant) | {
+        "linestyle": "",
+        "markersize": 8,
+        "markeredgewidth": 1.4,
+        "zorder": 4,
+    }
     axes.plot(mean / size, target, **mark, markerfacecolor="none")
     some = f" ({len(needed)} of {len(found)} seeds)" if len(needed) < len(found) else ""
     return f"{format_bytes(mean)}{some}"

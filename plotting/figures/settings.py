@@ -13,10 +13,10 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation, Transform
 
 from cutlayer.plotting.curves import Curve
-from cutlayer.plotting.figures.axes import amount_axis, bytes_unit, draw_level, draw_target, look, metric_axis
+from cutlayer.plotting.figures.axes import amount_axis, bytes_unit, draw_level, draw_target, line_look, metric_axis
 from cutlayer.plotting.figures.base import Options, register
 from cutlayer.plotting.figures.groups import (
-    ALPHA,
+    ALPHA_KEY,
     DISTRIBUTION,
     Group,
     followers,
@@ -28,8 +28,9 @@ from cutlayer.plotting.figures.groups import (
     swept_key,
 )
 from cutlayer.plotting.figures.layout import axis_text, grow, put_legend
-from cutlayer.plotting.runs import Array, Run
+from cutlayer.plotting.runs import Run
 from cutlayer.plotting.style import method_style
+from cutlayer.plotting.timing import Array
 
 _ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
 _IID = math.inf
@@ -63,7 +64,7 @@ def _several_alphas(curves: Sequence[Curve], _: Options) -> bool:
 def metric_alpha(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     """The final metric against Dirichlet alpha, with evenly spread data at the right end."""
     axes = figure.add_subplot()
-    groups = grouped(with_alpha(curves), (ALPHA, DISTRIBUTION))
+    groups = grouped(with_alpha(curves), (ALPHA_KEY, DISTRIBUTION))
     alphas = sorted({alpha for group in groups for run in group.runs if (alpha := alpha_of(run)) is not None})
     finite = [alpha for alpha in alphas if alpha != _IID]
     places = {alpha: math.log10(alpha) for alpha in finite}
@@ -126,7 +127,7 @@ def ablation(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
         x = [scale.at(value) for value in known]
         means, spread = [point[0] for point in points], [point[2] for point in points]
         handles.append(_points(axes, group, x, means, spread, beside))
-        hollow = look(group.method, group.variant) | {"linestyle": "", "markerfacecolor": "none", "markersize": 7}
+        hollow = line_look(group.method, group.variant) | {"linestyle": "", "markerfacecolor": "none", "markersize": 7}
         best = [point[1] for point in points]
         axes.plot(x, best, **hollow, transform=beside)
         _reach(axes, x, best)
@@ -147,7 +148,7 @@ def _any_pair(curves: Sequence[Curve], _: Options) -> bool:
 def accuracy_scatter(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     """The final metric against all bytes sent: a dot for each setting, the larger the larger Dirichlet alpha."""
     axes = figure.add_subplot()
-    groups = grouped(curves, (ALPHA, DISTRIBUTION))
+    groups = grouped(curves, (ALPHA_KEY, DISTRIBUTION))
     parts = [group.split(lambda run: (run.distribution, alpha_of(run))) for group in groups]
     cost = [{key: _mean_bytes(runs, options) for key, runs in part.items()} for part in parts]
     size, unit = amount_axis(axes, [count for each in cost for count in each.values() if count > 0], bytes_unit)
@@ -155,7 +156,7 @@ def accuracy_scatter(figure: Figure, curves: Sequence[Curve], options: Options) 
     handles: list[Any] = []
     logarithmic = axes.get_xscale() == "log"
     for group, part, counts in zip(groups, parts, cost, strict=True):
-        color = look(group.method, group.variant)["color"]
+        color = line_look(group.method, group.variant)["color"]
         style: dict[str, Any] = {"marker": method_style(group.method).marker, "linestyle": "", "color": color}
         style |= {"markerfacecolor": (color, 0.3), "markeredgecolor": color}
         # Large dots first, so that small ones lie on top of them.
@@ -214,7 +215,7 @@ def _points(
     axes: Axes, group: Group, x: Sequence[float], means: Sequence[float], spread: Sequence[float], beside: Transform
 ) -> Any:
     """Points joined by a line, with bars of one standard deviation where there are several seeds."""
-    style = look(group.method, group.variant)
+    style = line_look(group.method, group.variant)
     if max(spread, default=0) > 0:
         axes.errorbar(
             x, means, yerr=spread, fmt="none", ecolor=style["color"], elinewidth=1, capsize=2, transform=beside

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.figures.axes import label_of
-from cutlayer.plotting.personalized import Personalized, Point
+from cutlayer.plotting.personalized import FineTuning, Point
 from cutlayer.plotting.style import method_style
 
 
@@ -18,7 +18,7 @@ class Tuned:
 
     Attributes:
         curve: what was trained. part, lr: what was fine-tuned, and at which learning rate.
-        label: what tells it from the others of its method, or "".
+        label: what distinguishes it from the others of its method, or "".
         variant: as in `Curve`; the first way to fine-tune looks like the curve.
         runs: what was averaged, the evaluation of each seed that has one.
         points: by rising number of epochs, those that every seed has. Each figure, the standard deviation over clients
@@ -30,7 +30,7 @@ class Tuned:
     lr: float
     label: str
     variant: int
-    runs: tuple[Personalized, ...]
+    runs: tuple[FineTuning, ...]
     points: tuple[Point, ...]
 
     @property
@@ -57,15 +57,15 @@ class Tuned:
 def make_tuned(curves: Sequence[Curve]) -> list[Tuned]:
     """Every way to fine-tune of every curve, in the order of the curves; of curves without any evaluation none.
 
-    Where not all are of the same part and learning rate, their names tell both as far as they differ. Seeds of which no
-    two numbers of epochs are the same are not averaged but told apart by them.
+    Where not all are of the same part and learning rate, their names give what differs. Seeds of which no
+    two numbers of epochs are the same are kept apart by them.
     """
     found = [(curve, *group) for curve in curves for group in _groups(curve)]
     parts, rates = {part for _, part, *_ in found}, {lr for _, _, lr, *_ in found}
     tuned: list[Tuned] = []
     for curve, part, lr, apart, seeds in found:
-        told = [curve.label, f"part={part}" * (len(parts) > 1), f"fine-tuning lr={lr:g}" * (len(rates) > 1), apart]
-        label = ", ".join(filter(None, told))
+        reported = [curve.label, f"part={part}" * (len(parts) > 1), f"fine-tuning lr={lr:g}" * (len(rates) > 1), apart]
+        label = ", ".join(filter(None, reported))
         ways = sorted({tuple(way) for other, *way, _ in found if other.method == curve.method})
         settings = 1 + max(each.variant for each in curves if each.method == curve.method)
         variant = curve.variant + settings * ways.index((part, lr, apart))
@@ -78,29 +78,29 @@ def without_tuning(curves: Sequence[Curve], tuned: Sequence[Tuned]) -> list[str]
     return [label_of(curve) for curve in curves if all(each.curve is not curve for each in tuned)]
 
 
-def _groups(curve: Curve) -> list[tuple[str, float, str, list[Personalized]]]:
+def _groups(curve: Curve) -> list[tuple[str, float, str, list[FineTuning]]]:
     """The evaluations of a curve's seeds by part and learning rate, and by their epochs where they share none."""
-    by_setting: dict[tuple[str, float], list[Personalized]] = {}
+    by_setting: dict[tuple[str, float], list[FineTuning]] = {}
     for run in curve.runs:
         for each in run.personalized.found:
             by_setting.setdefault((each.part, each.lr), []).append(each)
-    groups: list[tuple[str, float, str, list[Personalized]]] = []
+    groups: list[tuple[str, float, str, list[FineTuning]]] = []
     for (part, lr), seeds in sorted(by_setting.items()):
         if _shared(seeds):
             groups.append((part, lr, "", seeds))
             continue
-        alike: dict[tuple[int, ...], list[Personalized]] = {}
+        alike: dict[tuple[int, ...], list[FineTuning]] = {}
         for each in seeds:
             alike.setdefault(tuple(each.points), []).append(each)
         groups += [(part, lr, f"epochs={'-'.join(map(str, epochs))}", alike[epochs]) for epochs in sorted(alike)]
     return groups
 
 
-def _shared(seeds: Sequence[Personalized]) -> list[int]:
+def _shared(seeds: Sequence[FineTuning]) -> list[int]:
     return sorted(set.intersection(*(set(each.points) for each in seeds)))
 
 
-def _mean(seeds: Sequence[Personalized]) -> tuple[Point, ...]:
+def _mean(seeds: Sequence[FineTuning]) -> tuple[Point, ...]:
     return tuple(_mean_point([each.points[epochs] for each in seeds]) for epochs in _shared(seeds))
 
 

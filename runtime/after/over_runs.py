@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
-from cutlayer.runtime.ground.text import complain
+from cutlayer.runtime.ground.text import print_errors
 
 Measure = Callable[[Path, Mapping[str, Any]], object]
 """Measures a run in its folder, with these keys changed in its configuration, and shows what it found."""
@@ -45,20 +45,22 @@ def over_runs(
         if not folders:
             raise ConfigError("run", NO_VALUE, "name the folder of a run, or one above several, such as saves")
         function = measure()
-        from cutlayer.runtime.after.saved import find_runs  # late: a mistake in the keys need not wait for torch
+        from cutlayer.runtime.after.saved import (
+            folders_with_results,  # late: a mistake in the keys need not wait for torch
+        )
 
         failed = 0
-        for run in dict.fromkeys(run for folder in folders for run in find_runs(folder)):
+        for run in dict.fromkeys(run for folder in folders for run in folders_with_results(folder)):
             try:
                 function(run, changes)
             except ConfigError as error:
-                complain(f"{run}: {error}")
+                print_errors(f"{run}: {error}")
                 failed += 1
     except ConfigError as error:
-        complain(error)
+        print_errors(error)
         return 1
     except KeyboardInterrupt:
-        complain("interrupted; runs that were not reached or not completed are as they were")
+        print_errors("interrupted; runs that were not reached or not completed are as they were")
         return 130
     return 1 if failed else 0
 

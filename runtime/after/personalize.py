@@ -27,7 +27,15 @@ from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig, fine_tune
 from cutlayer.runtime.evaluation.scores import spread
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.files import PERSONALIZED, make_folder, named, replace_file, sync_file, temporary_name
+from cutlayer.runtime.ground.files import (
+    PERSONALIZED,
+    SUMMARY,
+    make_folder,
+    named,
+    replace_file,
+    sync_file,
+    temporary_name,
+)
 from cutlayer.runtime.ground.reading import read_json
 from cutlayer.runtime.ground.text import csv_text
 from cutlayer.runtime.ground.units import format_percent
@@ -39,12 +47,12 @@ from cutlayer.runtime.rounds.setup import Setup
 
 log = logging.getLogger(__name__)
 
-SUMMARY, CLIENTS = "summary.json", "clients.csv"
+CLIENTS = "clients.csv"
 _COLUMNS = ("client", "samples", "epochs", "accuracy", "loss")
 _BINS = 20
 
-Shown = Callable[[int, int], None]
-"""Told the number of clients that are done, and of all."""
+ClientsDone = Callable[[int, int], None]
+"""Gets the number of clients that are done, and of all."""
 
 
 @dataclass(frozen=True)
@@ -93,22 +101,22 @@ class Personalized:
         return Section("personalised", "accuracy on the clients' own test data", rows)
 
 
-def folder_of(run: Path, config: PersonalizeConfig) -> Path:
+def personalized_folder(run: Path, config: PersonalizeConfig) -> Path:
     """Where a setting's results lie in a run's folder."""
     return run / PERSONALIZED / config.setting
 
 
-def read(run: Path, config: PersonalizeConfig) -> Personalized | None:
+def earlier_personalization(run: Path, config: PersonalizeConfig) -> Personalized | None:
     """What an earlier personalisation of the run by this setting found; None where there was none that finished."""
     try:
-        content = read_json(run, str(folder_of(run, config).relative_to(run) / SUMMARY))
+        content = read_json(run, str(personalized_folder(run, config).relative_to(run) / SUMMARY))
         return Personalized.from_json(content) if content["finished"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def personalize(
-    federation: Federation, config: PersonalizeConfig, run: Path, shown: Shown = lambda _done, _all: None
+    federation: Federation, config: PersonalizeConfig, run: Path, shown: ClientsDone = lambda _done, _all: None
 ) -> Personalized:
     """Fine-tune and test every client; writes ``summary.json`` and ``clients.csv`` below the run's folder.
 
@@ -119,7 +127,7 @@ def personalize(
         ConfigError: a client's loss is not finite.
     """
     assert config.part is not None
-    tuner, folder = _Tuner(federation, config), folder_of(run, config)
+    tuner, folder = _Tuner(federation, config), personalized_folder(run, config)
     make_folder(run, folder)
     path = temporary_name(folder / CLIENTS)
     path.unlink(missing_ok=True)
@@ -176,19 +184,19 @@ class _Over:
 
 
 def tunable(setup: Setup, part: str | None) -> tuple[Parts, nn.Module, nn.Module]:
-    """Fresh parts of a run's model, and its body and head made of them, see ``divided``.
+    """Fresh parts of a run's model, and its body and head made of them, see ``_halves``.
 
     Raises:
-        ConfigError: there is no classifier, or the head cannot be told and ``part`` needs it.
+        ConfigError: there is no classifier, or it is not known which the head is and ``part`` needs it.
     """
     if setup.algorithm.evaluates_features:
         expected = "null after a method that learns features and no classifier; probe.after=true measures these"
         raise ConfigError("personalize.part", part, expected)
     parts = setup.blueprint.parts(setup.algorithm.layout.whole)
-    return parts, *divided(parts, part, setup.dataset.info.shape)
+    return parts, *_halves(parts, part, setup.dataset.info.shape)
 
 
-def divided(parts: Parts, part: str | None, shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
+def _halves(parts: Parts, part: str | None, shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
     """The body and the head of the model that the parts make up; of parts that are no sequences all is body.
 
     Args:
@@ -196,7 +204,7 @@ def divided(parts: Parts, part: str | None, shape: Sequence[int]) -> tuple[nn.Mo
         shape: of an image, [C, H, W].
 
     Raises:
-        ConfigError: the head cannot be told, and ``part`` needs it.
+        ConfigError: it is not known which the head is, and ``part`` needs it.
     """
     if parts.keys() == {"body", "head"}:
         return parts["body"], parts["head"]

@@ -19,7 +19,7 @@ from cutlayer.runtime.evaluation.classifiers import ProbeConfig, balanced, drawn
 from cutlayer.runtime.evaluation.features import features
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
-from cutlayer.runtime.ground.files import PROBED, make_folder, replace_file
+from cutlayer.runtime.ground.files import PROBED, SUMMARY, make_folder, replace_file
 from cutlayer.runtime.ground.reading import read_json
 from cutlayer.runtime.ground.rng import TorchStream
 from cutlayer.runtime.ground.units import format_percent
@@ -27,12 +27,11 @@ from cutlayer.runtime.records.console import Section
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.setup import Setup
 
-SUMMARY = "summary.json"
 OUTPUT = "output"
 """Where the features of a method are that learns nothing else."""
 
-Shown = Callable[[str], None]
-"""Told what is being done."""
+StageShown = Callable[[str], None]
+"""Gets what is being done, as a text."""
 
 
 @dataclass(frozen=True)
@@ -81,21 +80,21 @@ class Probed:
         return Section("frozen features", f"{self.dimension}, {self.features}", rows)
 
 
-def folder_of(run: Path, config: ProbeConfig) -> Path:
+def probed_folder(run: Path, config: ProbeConfig) -> Path:
     """Where a setting's results lie in a run's folder."""
     return run / PROBED / config.setting
 
 
-def read(run: Path, config: ProbeConfig) -> Probed | None:
+def earlier_probe(run: Path, config: ProbeConfig) -> Probed | None:
     """What an earlier probe of the run by this setting found; None where there was none that finished."""
     try:
-        content = read_json(run, str(folder_of(run, config).relative_to(run) / SUMMARY))
+        content = read_json(run, str(probed_folder(run, config).relative_to(run) / SUMMARY))
         return Probed.from_json(content) if content["finished"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def probe(federation: Federation, config: ProbeConfig, run: Path, shown: Shown = lambda _: None) -> Probed:
+def probe(federation: Federation, config: ProbeConfig, run: Path, shown: StageShown = lambda _: None) -> Probed:
     """Measure the features of the model that the server holds; writes ``summary.json`` below the run's folder.
 
     The training samples' features are the kNN's bank and what the linear classifiers are trained on, without
@@ -126,14 +125,19 @@ def probe(federation: Federation, config: ProbeConfig, run: Path, shown: Shown =
         linear=linear,
         labels=labels,
     )
-    folder = folder_of(run, config)
+    folder = probed_folder(run, config)
     make_folder(run, folder)
     replace_file(folder / SUMMARY, json.dumps(probed.to_json(), allow_nan=False) + "\n")
     return probed
 
 
 def _features(
-    federation: Federation, modules: Sequence[nn.Module], name: str, source: Source, count: int | None, shown: Shown
+    federation: Federation,
+    modules: Sequence[nn.Module],
+    name: str,
+    source: Source,
+    count: int | None,
+    shown: StageShown,
 ) -> tuple[Tensor, Tensor]:
     """Features, float32 [n, d], and labels, int64 [n], of ``count`` samples of a source, drawn by the run's seed."""
     shown(f"features of {name} samples")
@@ -157,7 +161,7 @@ def _linear(
     test: tuple[Tensor, Tensor],
     classes: int,
     seed: int,
-    shown: Shown,
+    shown: StageShown,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Accuracies of linear classifiers by the share of the labels that they learn from, and how many labels that is."""
     (bank, known), linear, labels = train, dict[str, float](), dict[str, int]()

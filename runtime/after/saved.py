@@ -1,4 +1,4 @@
-"""A finished (or checkpointed) run taken up again from its folder, to measure something more of it."""
+"""A finished (or checkpointed) run restored from its folder, to measure something more of it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from cutlayer.runtime.after.personalize import Personalized, personalize
-from cutlayer.runtime.after.personalize import folder_of as personalized_in
+from cutlayer.runtime.after.personalize import personalized_folder as personalized_in
 from cutlayer.runtime.after.probe import Probed, probe
-from cutlayer.runtime.after.probe import folder_of as probed_in
+from cutlayer.runtime.after.probe import probed_folder as probed_in
 from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.ground.config import ConfigError, plain, show
 from cutlayer.runtime.ground.files import MODEL_FILE, RESULTS
@@ -42,7 +42,7 @@ _NOT_TAKEN = tuple(
 _PATH = 4096
 
 
-def find_runs(above: Path) -> list[Path]:
+def folders_with_results(above: Path) -> list[Path]:
     """The folder itself, or those below it, that hold a run with results.
 
     Raises:
@@ -176,14 +176,14 @@ def _root(values: dict[str, Any]) -> str:
 
 def _check_root(root: str, source: str) -> None:
     """Refuse what is no folder. A folder's files are read as images and labels and as nothing else."""
-    with contextlib.suppress(OSError):  # what is not there is told when it is read
+    with contextlib.suppress(OSError):  # what is missing is reported when it is read
         if not stat.S_ISDIR(os.stat(os.path.expanduser(root)).st_mode):
             expected = f"a folder, as only {source} says so; {to_take([('dataset.root', root)])}"
             raise ConfigError("dataset.root", root, expected)
 
 
 @contextlib.contextmanager
-def owned(run: Path) -> Generator[None]:
+def owning(run: Path) -> Generator[None]:
     """Own a run's folder for the length of the block.
 
     Raises:
@@ -202,7 +202,7 @@ def owned(run: Path) -> Generator[None]:
 def restore(run: Path, saved: Saved) -> Federation:
     """The run's federation as its last checkpoint left it.
 
-    A run whose checkpoint was removed is taken up from its model, if one model is all that the method learns.
+    A run whose checkpoint was removed is restored from its model, if one model is all that the method learns.
 
     Raises:
         ConfigError: nothing is left of what was learnt, or what is left is not of such a run.
@@ -234,14 +234,14 @@ def restore(run: Path, saved: Saved) -> Federation:
 
 
 @contextlib.contextmanager
-def taken_up(run: Path, saved: Saved) -> Generator[tuple[Federation, Progress]]:
+def restored(run: Path, saved: Saved) -> Generator[tuple[Federation, Progress]]:
     """Own a run's folder for the length of the block, with the run's federation and a display of progress.
 
     Raises:
-        ConfigError: as `owned` and `restore`.
+        ConfigError: as `owning` and `restore`.
     """
     config = saved.config
-    with owned(run):
+    with owning(run):
         prepare_process(config.torch_device())
         federation = restore(run, saved)
         set_threads(config.threads, federation.setup.device, federation.setup.parameters)
@@ -256,13 +256,13 @@ def personalize_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None
         changes, own: as of `read_config`.
 
     Raises:
-        ConfigError: as `read_config`, `owned` and `restore`; or no part is named.
+        ConfigError: as `read_config`, `owning` and `restore`; or no part is named.
     """
     saved = read_config(run, changes, own=own)
     config = saved.config
     if config.personalize.part is None:
         raise ConfigError("personalize.part", None, "what is fine-tuned", ("body", "head", "full"))
-    with taken_up(run, saved) as (federation, progress):
+    with restored(run, saved) as (federation, progress):
         found = personalize(federation, config.personalize, run, progress.clients)
     show_rows(found.section().rows, personalized_in(run, config.personalize), config.title, config.progress)
     return found
@@ -275,11 +275,11 @@ def probe_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None = Non
         changes, own: as of `read_config`.
 
     Raises:
-        ConfigError: as `read_config`, `owned`, `restore` and `probe`.
+        ConfigError: as `read_config`, `owning`, `restore` and `probe`.
     """
     saved = read_config(run, changes, (*PROBE_KEYS, *MACHINE), own)
     config = saved.config
-    with taken_up(run, saved) as (federation, progress):
+    with restored(run, saved) as (federation, progress):
         found = probe(federation, config.probe, run, progress.doing)
     show_rows(found.section().rows, probed_in(run, config.probe), config.title, config.progress)
     return found

@@ -73,7 +73,7 @@ class Costs:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def measure(config: RunConfig, dataset: Dataset | None = None) -> Costs:
+def measure_costs(config: RunConfig, dataset: Dataset | None = None) -> Costs:
     """Let a client of the configured run take one step in the first round.
 
     Args:
@@ -99,7 +99,7 @@ class _Kept:
 class _Operations(TorchDispatchMode):
     """Counts floating-point operations by torch's own table, of `torch.utils.flop_counter`.
 
-    Its counter keeps hooks in the graph that `torch.autograd.grad` does not allow; and this tells the passes apart.
+    Its counter keeps hooks in the graph that `torch.autograd.grad` does not allow; this counts each pass separately.
     """
 
     forward = 0
@@ -141,7 +141,7 @@ class Meter:
         with ExitStack() as stack:
             stack.enter_context(self.operations)
             stack.enter_context(saved_tensors_hooks(lambda tensor: _Kept(self, tensor), lambda kept: kept.tensor))
-            stack.callback(register_optimizer_step_post_hook(self._stepped).remove)
+            stack.callback(register_optimizer_step_post_hook(self._on_step).remove)
             yield
         self._look(parameter for part in self._parts.values() for parameter in part.parameters())
 
@@ -163,7 +163,7 @@ class Meter:
                 del self._kept[key]
                 self._now -= tensor.untyped_storage().nbytes()
 
-    def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _on_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._optimizers[id(optimizer)] = optimizer
         self._look(parameter for group in optimizer.param_groups for parameter in group["params"])
 
@@ -267,8 +267,8 @@ def _a_batch_each(setup: Setup) -> Partition:
 
 
 def show_costs(config: RunConfig) -> None:
-    """Print the table of `measure`."""
-    costs = measure(config)
+    """Print the table of `measure_costs`."""
+    costs = measure_costs(config)
     table = Table(Column(), Column(justify="right"), box=box.ASCII, show_header=False)
     for section in _sections(costs):
         for name, value in section.items():

@@ -43,7 +43,7 @@ class ProbeConfig:
         after: whether a run ends with it.
         knn: whether the weighted kNN is part of it. k, temperature: as in ``MonitorConfig``.
         labels: shares of the training labels, in (0, 1], with which a linear classifier is trained, one for each.
-        l2: weight of half the squared norm of the linear classifier's weights beside the mean cross-entropy.
+        l2: weight of half the squared norm of the linear classifier's weights, added to the mean cross-entropy.
         train_samples, test_samples: samples that are used, drawn once; None takes all.
     """
 
@@ -69,7 +69,7 @@ class ProbeConfig:
 
     @property
     def setting(self) -> str:
-        """A name that tells this setting from others, fit for a folder."""
+        """A name that distinguishes this setting from others, fit for a folder."""
         parts = [f"k={self.k},temperature={self.temperature:g}"] if self.knn else []
         if self.labels:
             parts.append(f"labels={'-'.join(f'{share:g}' for share in self.labels)},l2={self.l2:g}")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.parties.optim import PartOptimizer
 
-Part = Literal["body", "head", "full"]
+TunedPart = Literal["body", "head", "full"]
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -27,7 +27,7 @@ class PersonalizeConfig:
         lr: learning rate, constant; the rest of the optimizer is the run's.
     """
 
-    part: Part | None = None
+    part: TunedPart | None = None
     epochs: int | tuple[int, ...] = 5
     lr: float = 0.001
 
@@ -45,14 +45,14 @@ class PersonalizeConfig:
 
     @property
     def setting(self) -> str:
-        """A name that tells this setting from others, fit for a folder."""
+        """A name that distinguishes this setting from others, fit for a folder."""
         return f"part={self.part},lr={self.lr:g},epochs={'-'.join(map(str, self.tested_after))}"
 
 
 def fine_tune(
     body: nn.Module,
     head: nn.Module,
-    part: Part,
+    part: TunedPart,
     optimizer: PartOptimizer,
     epoch: Callable[[], Batches],
     *,

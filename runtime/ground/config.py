@@ -1,6 +1,6 @@
 """Typed construction of configuration from plain containers, and the one-line error that users see.
 
-`hydra_config/` holds values; the frozen dataclasses beside the code that consumes them hold the schema. `build` joins
+`hydra_config/` holds values; the frozen dataclasses next to the code that uses them hold the schema. `build` joins
 the two: it checks every key and every type, coerces nothing but an integer to a float, and says where it went wrong.
 """
 
@@ -68,7 +68,7 @@ NO_VALUE = NoValue.NO_VALUE
 
 
 class ConfigError(ValueError):
-    """A mistake in the configuration, told in one line.
+    """A mistake in the configuration, reported in one line.
 
     Args:
         key: full dotted key as the user would write it.
@@ -108,7 +108,7 @@ class ConfigError(ValueError):
 
     @classmethod
     def unknown_key(cls, key: str, choices: Iterable[str]) -> "ConfigError":
-        """The error for a key that nothing reads; `choices` are the valid keys beside it."""
+        """The error for a key that nothing reads; `choices` are the valid keys."""
         return cls(key, NO_VALUE, "no such key", choices)
 
 
@@ -136,6 +136,11 @@ def show(value: object) -> str:
         text = str(value) if str(value).strip() else repr(str(value))
     text = " ".join(text.split())
     return text if len(text) <= _SHOWN_VALUE else text[: _SHOWN_VALUE - 3] + "..."
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """A choice, such as a model or a dataset, without options of its own."""
 
 
 def plain(value: Any) -> Any:

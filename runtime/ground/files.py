@@ -1,7 +1,7 @@
 """Files that survive a crash: written whole or not at all, and on the disk when the call returns.
 
-A run's folder may come from elsewhere: what is written there never goes through a link, and what can be checked against
-a sum is. An error of the system names the file that it is about.
+A run's folder may come from another machine: no file there is written through a link, and what has a sum is checked
+against it. An error of the system names the file that it is about.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ RESULTS = "results.json"
 CLIENT_ACCURACY = "client_accuracy.csv"
 PERSONALIZED = "personalized"
 PROBED = "probed"
+SUMMARY = "summary.json"
+"""What an evaluation of a finished run found, in a folder of its own below one of these two."""
 MODEL_FILE = "model.safetensors"
 _PIECE = 1 << 20
 
@@ -30,7 +32,7 @@ class DamagedError(ConfigError):
 
     @classmethod
     def of(cls, path: Path, what: str) -> DamagedError:
-        """The error of a file, where ``what`` goes on from its name."""
+        """The error of a file, where ``what`` follows its name."""
         return cls("", NO_VALUE, f"{path} {what}")
 
     @classmethod

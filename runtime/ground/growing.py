@@ -38,11 +38,11 @@ class GrowingFile:
         sync_file(self.path)
         return Mark(self.path.name, self._bytes, self._sum.hexdigest())
 
-    def take_up(self, mark: Mark) -> None:
+    def resume_from(self, mark: Mark) -> None:
         """Go on from a mark; the file itself is not changed, see ``cut``.
 
         Args:
-            mark: one without a sum, of a checkpoint of the first format, tells the length only.
+            mark: one without a sum, of a checkpoint of the first format, gives the length only.
 
         Raises:
             DamagedError: the file is missing, shorter than it was, or was changed.
@@ -62,11 +62,11 @@ class GrowingFile:
             return hashlib.sha256(file.read(length))
 
     def read(self) -> bytes:
-        """All of it up to the mark that was taken up."""
+        """All of it up to the mark that was restored."""
         with self.path.open("rb") as file:
             return file.read(self._bytes)
 
     def cut(self) -> None:
-        """Take away what came after the mark that was taken up."""
+        """Take away what came after the mark that was restored."""
         os.truncate(self.path, self._bytes)
         sync_file(self.path)

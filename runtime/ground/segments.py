@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cutlayer.runtime.ground.files import DamagedError, Mark, named, open_anew, temporary_name
-from cutlayer.runtime.ground.serial import decode
+from cutlayer.runtime.ground.serial import decode_tensors
 
 _MARK = b"CUTROWS1"
 _TAIL = 8 + len(_MARK)
@@ -159,6 +159,6 @@ def to_row(content: bytes, path: Path) -> Row:
         DamagedError: they are none.
     """
     try:
-        return decode(content)
+        return decode_tensors(content)
     except (SafetensorError, ValueError, LookupError) as error:
         raise DamagedError.unreadable(path, error) from None

@@ -67,7 +67,7 @@ def load_state(path: Path) -> Any:
     """What ``save_state`` wrote, tensors on the CPU.
 
     Raises:
-        DamagedError: it cannot be read, or is not what was written; files of earlier versions have no sum to tell.
+        DamagedError: it cannot be read, or is not what was written; files of earlier versions have no sum to compare.
     """
     try:
         tensors, metadata = open_tensors(path)
@@ -96,7 +96,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         return {str(name): file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+def encode_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Tensors as the bytes of a safetensors file.
 
     Each is copied, as the format refuses tensors that share memory (tied weights, views of one buffer).
@@ -106,14 +106,14 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
     return module.save(copies, dict(metadata) if metadata else None)
 
 
-def decode(content: bytes) -> dict[str, Tensor]:
-    """What ``encode`` made bytes of, on the CPU."""
+def decode_tensors(content: bytes) -> dict[str, Tensor]:
+    """What ``encode_tensors`` made bytes of, on the CPU."""
     module: Any = safetensors.torch
     return module.load(content)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Mark:
     """Write a safetensors file, whole or not at all; its bytes are on the disk when this returns."""
-    content = encode(tensors, metadata)
+    content = encode_tensors(tensors, metadata)
     replace_file(path, content)
     return Mark(path.name, len(content), hashlib.sha256(content).hexdigest())

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from cutlayer.runtime.ground.text import complain, error_text, plain_logs
+from cutlayer.runtime.ground.text import error_text, plain_logs, print_errors
 
 _NARROWEST, _WIDEST = 20, 1000
 """Columns and lines of a terminal that COLUMNS and LINES are believed."""
@@ -53,7 +53,7 @@ def stand_without_streams() -> None:
         if size and not (size.isdecimal() and len(size) < 5 and _NARROWEST <= int(size) <= _WIDEST):
             del os.environ[name]
     plain_logs()
-    sys.excepthook = lambda _kind, error, _trace: complain(*error_text(error).split("\n"))
+    sys.excepthook = lambda _kind, error, _trace: print_errors(*error_text(error).split("\n"))
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:

@@ -1,7 +1,7 @@
 """Text of any origin (files, peers, names of folders and classes, exceptions) as it may be shown or written.
 
 A terminal obeys what it is sent, a log is read by lines, and a spreadsheet computes what looks like a formula: so text
-is printed by `tell` and `complain`, logged as a `PlainRecord`, written into csv by `csv_text` and else goes
+is printed by `print_lines` and `print_errors`, logged as a `PlainRecord`, written into csv by `csv_text` and else goes
 through `printable` or `one_line`.
 """
 
@@ -45,7 +45,7 @@ def one_line(text: object, limit: int | None = LONGEST) -> str:
     """The same without needless space, and cut; for what is read and never copied, as the path of a file may be.
 
     Args:
-        limit: characters, of which the last tells that there were more; None: all of it.
+        limit: characters, of which the last shows that there were more; None: all of it.
     """
     line = printable(" ".join(_text(text).split()))
     return line if limit is None or len(line) <= limit else f"{line[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
@@ -61,13 +61,13 @@ def error_text(error: BaseException) -> str:
     return lines("".join(traceback.format_exception(error)).rstrip("\n")[-_ERROR:])
 
 
-def tell(*texts: object) -> None:
+def print_lines(*texts: object) -> None:
     """Print texts, each on a line of its own, now."""
     for text in texts:
         print(printable(text), flush=True)
 
 
-def complain(*texts: object) -> None:
+def print_errors(*texts: object) -> None:
     """The same to standard error."""
     for text in texts:
         print(printable(text), file=sys.stderr, flush=True)

@@ -70,7 +70,7 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str | None:
 
     Args:
         error: what was raised while composing or checking the configuration.
-        overrides: the command line's overrides, whose group choices tell which keys there are.
+        overrides: the command line's overrides, whose group choices decide which keys there are.
     """
     link: BaseException | None = error
     while link is not None:
@@ -87,7 +87,7 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str | None:
 def _reason(error: OSError) -> str | None:
     """Why a file of a run could not be written, and what can be done; None for an error of another kind."""
     if error.errno in _FULL:
-        return f"cannot be written: {error.strerror}; once there is room, the same command goes on"
+        return f"cannot be written: {error.strerror}; once there is room, the same command resumes"
     if error.errno == errno.ENOENT and error.filename and not Path(str(error.filename)).parent.exists():
         return "cannot be written: its folder was removed; the same command begins anew"
     return f"cannot be written: {error.strerror}" if error.errno in _FOLDER_ERRORS and error.filename else None
@@ -181,7 +181,7 @@ def check_choices(arguments: Iterable[str]) -> None:
             raise ConfigError(group, None, "one of the choices", [*options(group), *spellings(group)])
 
 
-def check_options(arguments: Iterable[str], known: Iterable[str]) -> None:
+def check_flags(arguments: Iterable[str], known: Iterable[str]) -> None:
     """Raise ConfigError for `--rounds=3` and the like, which argparse would answer with its usage.
 
     Args:

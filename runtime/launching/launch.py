@@ -24,12 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 
 import cutlayer
 from cutlayer.runtime.ground.streams import stand_without_streams
-from cutlayer.runtime.ground.text import complain, error_text
-from cutlayer.runtime.launching.hydra_errors import check_options, explain
+from cutlayer.runtime.ground.text import error_text, print_errors
+from cutlayer.runtime.launching.hydra_errors import check_flags, explain
 from cutlayer.runtime.launching.hydra_support import load_config, plain_values, preprocess, run_config
 from cutlayer.runtime.launching.sweeps.display import Display, show_table
 from cutlayer.runtime.launching.sweeps.supervise import LAUNCHER, TRACEBACKS, supervise
-from cutlayer.runtime.launching.sweeps.sweep import BAD, OUTPUT, PATIENT, Sweep
+from cutlayer.runtime.launching.sweeps.sweep import BAD, JOB_OUTPUT, PATIENT, Sweep
 from cutlayer.runtime.records.console import stamp_lines
 from cutlayer.runtime.run_folder import remove_empty
 
@@ -83,30 +83,30 @@ def start(composed: DictConfig) -> float | None:
             _work(config, overrides)
             return None
         from cutlayer.runtime.experiment import run  # late, so that --help and mistakes do not wait for it
-        from cutlayer.runtime.job import check, claim
+        from cutlayer.runtime.job import check_machine, claim
 
-        check(config)
+        check_machine(config)
         with claim(config, overrides) as folder:
             where = f": {os.path.relpath(folder.path)}"
             run(config, folder)
     except KeyboardInterrupt:
-        complain(f"interrupted; the same command goes on from the last checkpoint (resume=auto){where}")
+        print_errors(f"interrupted; the same command resumes from the last checkpoint (resume=auto){where}")
         sys.exit(130)
     except Exception as error:
         line = explain(error, overrides)
         if line is None or os.environ[TRACEBACKS] == "1":
-            complain(*error_text(error).split("\n"))
+            print_errors(*error_text(error).split("\n"))
         else:
-            complain(line)
+            print_errors(line)
         sys.exit(1)
     return None
 
 
 def _work(config: Any, overrides: list[str]) -> None:
     """Be a client of a run over the network."""
-    from cutlayer.runtime.job import check  # late, as above
+    from cutlayer.runtime.job import check_machine  # late, as above
 
-    check(config)
+    check_machine(config)
     from cutlayer.runtime.network.client.program import work
 
     work(config, overrides)
@@ -123,7 +123,7 @@ def _show(what: str, overrides: list[str]) -> None:
 def launch(main: Callable[[], Any]) -> None:
     """Call a Hydra main function with this process's command line, and leave with its exit status.
 
-    0: all well. 1: a mistake in the configuration, told in one line, or a failed job. 130: interrupted.
+    0: all well. 1: a mistake in the configuration, reported in one line, or a failed job. 130: interrupted.
     HYDRA_FULL_ERROR=1 shows tracebacks instead of lines.
     """
     stand_without_streams()
@@ -139,7 +139,7 @@ def launch(main: Callable[[], Any]) -> None:
             if what in given:
                 _show(what, [text for text in given if text != what])
                 return
-        check_options(given, [name for name in get_args_parser()._option_string_actions if name[1] == "-"])
+        check_flags(given, [name for name in get_args_parser()._option_string_actions if name[1] == "-"])
         sys.argv[1:] = preprocess(given)
         with _ends_as_interrupted():
             _until_done(main)
@@ -147,16 +147,16 @@ def launch(main: Callable[[], Any]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # an impatient second one: the rest takes seconds
             signal.signal(number, signal.SIG_IGN)
         if not _watched:
-            complain("interrupted; the same command goes on with what is unfinished (resume=auto)")
+            print_errors("interrupted; the same command resumes what is unfinished (resume=auto)")
         else:
-            _close(f"the same command goes on: {shlex.join(sys.orig_argv)}")
+            _close(f"the same command resumes: {shlex.join(sys.orig_argv)}")
         sys.exit(130)
     except Exception as error:
         line = None if os.environ[TRACEBACKS] == "1" else explain(error, sys.argv[1:])
         _give_up()
         if line is None:
             raise
-        complain(line)
+        print_errors(line)
         sys.exit(1)
     if _watched:
         sys.exit(0 if _close() else 1)
@@ -204,7 +204,7 @@ def _close(how_to_go_on: str = "") -> bool:
         display.wait_for_processes()
     jobs = sweep.jobs()
     failed = sum(job.state in BAD for job, _ in jobs)
-    empty = failed == len(jobs) and not any(path.stat().st_size for path in sweep.path.glob(f"jobs/*/{OUTPUT}"))
+    empty = failed == len(jobs) and not any(path.stat().st_size for path in sweep.path.glob(f"jobs/*/{JOB_OUTPUT}"))
     show_table(jobs, None if empty else sweep.path, how_to_go_on)
     if empty:
         _drop(sweep.path)
@@ -212,10 +212,10 @@ def _close(how_to_go_on: str = "") -> bool:
         try:
             sweep.write_table()
         except OSError as error:  # a full disk: what the sweep did is shown all the same
-            complain(f"{sweep.path}: cannot be written: {error.strerror}")
+            print_errors(f"{sweep.path}: cannot be written: {error.strerror}")
     undone = sum(not job.is_done for job, _ in jobs)
     if undone and not how_to_go_on:
-        complain(f"{undone} of {len(jobs)} jobs are not done; the same command goes on with them")
+        print_errors(f"{undone} of {len(jobs)} jobs are not done; the same command resumes them")
     return not failed and not undone
 
 

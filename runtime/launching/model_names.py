@@ -1,10 +1,10 @@
-"""Names of models from elsewhere, `<source>/<name>`: what Hydra has to know of them before anything is imported."""
+"""Names of models of other libraries, `<source>/<name>`: what Hydra has to know of them before anything is imported."""
 
 from __future__ import annotations
 
 import re
 
-# Where models come from beside this project; `models/sources.py` builds them.
+# Where models come from besides this project; `models/sources.py` builds them.
 SOURCES = ("torchvision", "timm", "huggingface", "import")
 
 _CHOICE = re.compile(rf"model/((?:{'|'.join(SOURCES)})/.+?)(?:\.yaml)?")
@@ -17,5 +17,5 @@ def chosen_model(config_path: str) -> str | None:
 
 
 def spellings(group: str) -> tuple[str, ...]:
-    """What may be chosen in a config group beside its files, as told in messages."""
+    """What may be chosen in a config group besides its files, as named in messages."""
     return tuple(f"{source}/<name>" for source in SOURCES) if group == "model" else ()

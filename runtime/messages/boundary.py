@@ -56,7 +56,7 @@ ClientProgram: TypeAlias = Generator[Message, Reply, Fields | None]
 
 
 class ClientDroppedError(Exception):
-    """A client left in the middle of its round: what it staged is discarded, the others go on."""
+    """A client left in the middle of its round: what it staged is discarded, the others continue."""
 
 
 def ask(kind: str, /, **fields: Value | tuple[Tensor, ...]) -> Message:

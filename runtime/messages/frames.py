@@ -285,7 +285,7 @@ def _read_header(raw: bytearray, data: int, limits: Limits) -> list[_Entry]:
             raise WireError(f"the data of {shown(entry.name)} begin at {shown(entry.start)}, not at {end}")
         end = entry.end
     if end != data:
-        raise WireError(f"{data} bytes of data, where the header tells of {end}")
+        raise WireError(f"{data} bytes of data, where the header says {end}")
     return entries
 
 

@@ -65,7 +65,7 @@ class Ledger:
             self._totals.setdefault((direction, kind, field), Count()).add(size, framed[field])
             self._round.setdefault((direction, kind, field, client), Count()).add(size, framed[field])
 
-    def replied(self) -> None:
+    def count_reply(self) -> None:
         """Count a reply that a client waited for, whether or not it carries bytes."""
         self._replies += 1
 
@@ -98,7 +98,7 @@ class Ledger:
         return {"totals": totals, "round_trips": self.round_trips}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the totals of a checkpoint; what an unfinished round left is forgotten."""
+        """Restore the totals of a checkpoint; what an unfinished round left is forgotten."""
         self._round.clear()
         self._replies = 0
         self.round_trips = int(state["round_trips"])

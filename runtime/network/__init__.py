@@ -2,5 +2,5 @@
 
 import os
 
-# gRPC tells each failed handshake on stderr otherwise; it reads this when it is first imported.
+# gRPC prints each failed handshake on stderr otherwise; it reads this when it is first imported.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -52,7 +52,7 @@ def _of_scope(mapping: Mapping[str, Any], *, result: bool) -> dict[str, Any]:
     return pruned(mapping, lambda key: (key not in other) == result)
 
 
-def joined(own: RunConfig, theirs: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:
+def client_config(own: RunConfig, theirs: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:
     """The configuration that a client works with: the server's, and of its own what each machine says for itself.
 
     Args:
@@ -114,7 +114,7 @@ def _shown(value: object) -> str:
 
 
 def data_facts(dataset: Dataset, *, divided: bool) -> dict[str, Any]:
-    """What is told of a data set, so that both parties know that theirs go together.
+    """What is reported about a data set, so that both parties know that theirs go together.
 
     Args:
         divided: all have the whole set, so that its labels have to be equal; else each has its own, and only what an
@@ -134,11 +134,11 @@ def compare_data(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | Non
                 hint = "; dataset.distribution=own at the server if each client has data of its own"
             elif key.startswith("class"):
                 hint = "; for image folders dataset.options.classes=[...] at the server names all of them"
-            return f"the client's data have {key} {told(there.get(key))}, the server's {show(value)}{hint}"
+            return f"the client's data have {key} {peer_text(there.get(key))}, the server's {show(value)}{hint}"
     return None
 
 
-def told(value: object) -> str:
+def peer_text(value: object) -> str:
     """What a peer says, for an error's line: spelled as on the command line where that is one short line."""
     text = show(value) if value is None or isinstance(value, str | int | float) else ""
     return text if text and text.isprintable() else shown(value)

@@ -29,14 +29,14 @@ from cutlayer.runtime.messages.boundary import Payload, Reply
 from cutlayer.runtime.messages.bounds import MIB, Limits, WireError, read_object, shown
 from cutlayer.runtime.messages.frames import FrameReader, chunks, pieces
 
-CHUNK = MIB
+CHUNK_BYTES = MIB
 """Bytes of a piece, the envelope aside."""
 
 KIND_BYTES = 64
 _ENVELOPE = struct.Struct("<BBHIQ")
 _FORMAT = 0xC1
 
-PIECE_BYTES = CHUNK + _ENVELOPE.size + KIND_BYTES
+PIECE_BYTES = CHUNK_BYTES + _ENVELOPE.size + KIND_BYTES
 """The most bytes of a piece: what a channel has to let through."""
 
 
@@ -96,7 +96,7 @@ class Received(NamedTuple):
     envelope_bytes: int
 
 
-def outgoing(head: Head, body: Payload | Mapping[str, Any], chunk: int = CHUNK) -> Iterator[bytes]:
+def outgoing(head: Head, body: Payload | Mapping[str, Any], chunk: int = CHUNK_BYTES) -> Iterator[bytes]:
     """The pieces of one message, in order; a frame has the bytes of ``codec.encode``, an empty one has none.
 
     Tensors are read as the iterator moves on: they must not change before it is through.

@@ -27,7 +27,7 @@ from cutlayer.runtime.parties.optim import (
 
 BATCH_NORM: Any = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  the base of all of them
 Parts = dict[str, nn.Module]
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 
 class LearningConfig(Protocol):
@@ -90,7 +90,7 @@ class Blueprint:
         compare: bool = True,
     ) -> None:
         self.device = device
-        self.dtype = DTYPES[precision]
+        self.dtype = WEIGHT_DTYPES[precision]
         self.buffers = buffers
         self._precision = precision
         made = make_parts(
@@ -124,7 +124,7 @@ class Blueprint:
         return twin
 
     def for_client(self, client: int) -> Blueprint:
-        """The blueprint with the client's own variant of each part; variants are given to clients in turn."""
+        """The blueprint with the client's own variant of each part; clients get them in rotation."""
         return self.variants[client % len(self.variants)]
 
     def parts(self, names: Iterable[str]) -> Parts:

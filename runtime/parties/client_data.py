@@ -55,7 +55,7 @@ class ClientData:
         return len(self._indices)
 
     def batches(self, generator: torch.Generator, epochs: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """``local_epochs`` passes over the data, or as many as told: x [b, C, H, W] on the device, y int64 [b]."""
+        """``local_epochs`` passes over the data, or as many as given: x [b, C, H, W] on the device, y int64 [b]."""
         return self.source.batches(
             self._indices,
             batch_size=self._batch_size,

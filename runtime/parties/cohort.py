@@ -14,7 +14,7 @@ from cutlayer.runtime.parties.contexts import ClientContext
 from cutlayer.runtime.parties.optim import PartOptimizer
 
 # Samples that go through a client part at a time. On a processor more leave its cache, and are no faster than one.
-CHUNK = 16
+CHUNK_SAMPLES = 16
 _IMAGES = 256  # that are augmented at a time
 
 
@@ -41,7 +41,7 @@ class Cohort:
         self._seat = contexts[0]
         total = sum(weights)
         self._shares = {context.id: weight / total for context, weight in zip(contexts, weights, strict=True)}
-        self._chunk = CHUNK if device.type == "cpu" else sum(sum(context.steps) for context in contexts)
+        self._chunk = CHUNK_SAMPLES if device.type == "cpu" else sum(sum(context.steps) for context in contexts)
         self.sizes = {context.id: sum(context.steps) for context in contexts}
         """Samples in each client's batch."""
 

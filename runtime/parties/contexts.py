@@ -151,7 +151,7 @@ class ClientContext:
         return self._blueprint.optimizer([(name, self.part(name)) for name in names], self.round)
 
     def batches(self, stream: str = "batches", epochs: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The round's batches, ``local_epochs`` passes unless told: x [b, C, H, W] on the device, y int64 [b].
+        """The round's batches, ``local_epochs`` passes unless given: x [b, C, H, W] on the device, y int64 [b].
 
         A method that goes through the data twice names another ``stream`` of randomness for the second time.
         """
@@ -281,7 +281,7 @@ class ServerContext:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a checkpoint."""
+        """Restore a checkpoint."""
         for name, values in state["parts"].items():
             self.parts[name].load_state_dict(values)
         for names, values in state["optimizers"].items():

@@ -199,7 +199,7 @@ class PartOptimizer:
         return [optimizer.state_dict() for optimizer in self._optimizers]
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
-        """Take up the states that ``state_dict`` gave."""
+        """Restore the states that ``state_dict`` gave."""
         for optimizer, values in zip(self._optimizers, state, strict=True):
             optimizer.load_state_dict(values)
 
@@ -219,7 +219,7 @@ class PartOptimizer:
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what ``tensors`` gave; the options stay as they are."""
+        """Restore what ``tensors`` gave; the options stay as they are."""
         for number, optimizer in enumerate(self._optimizers):
             state: dict[int, dict[str, Any]] = {}
             for name, value in tensors.items():

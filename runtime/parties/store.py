@@ -5,7 +5,7 @@ population of a million costs nothing until a client has state of its own. Write
 next round when ``commit`` is called; a client that drops out is rolled back with ``discard``.
 
 Rows that memory does not hold, and at a checkpoint all that no file holds, go to the end of one file, a segment. It is
-finished at the checkpoint and takes up then what still counts of segments that are no larger, or mostly out of date: so
+finished at the checkpoint and reads then what still counts of segments that are no larger, or mostly out of date: so
 their number grows with the logarithm of the rows, and they take at most about twice the room of these.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cutlayer.runtime.ground.files import Mark
 from cutlayer.runtime.ground.segments import Key, Place, Row, SegmentWriter, read_place, read_segment, to_row
-from cutlayer.runtime.ground.serial import encode
+from cutlayer.runtime.ground.serial import encode_tensors
 
 # A segment between checkpoints is written anew once so much of it is out of date, and more than half.
 _STALE_BYTES = 16 << 20
@@ -139,7 +139,7 @@ class Store:
             self._bytes -= _size(self._memory.pop(oldest))
 
     def _write(self, key: Key) -> None:
-        self._append(key, encode(self._memory[key]))
+        self._append(key, encode_tensors(self._memory[key]))
         self._dirty.discard(key)
         writer = self._open()
         if writer.bytes > max(_STALE_BYTES, 2 * self._live[writer.path.name]):
@@ -197,7 +197,7 @@ class Store:
 
     def _finish(self) -> None:
         for key in sorted(self._dirty):
-            self._append(key, encode(self._memory[key]))
+            self._append(key, encode_tensors(self._memory[key]))
         self._dirty.clear()
         writer = self._open()
         absorbed = self._absorbed(writer)
@@ -225,7 +225,7 @@ class Store:
         return chosen
 
     def restore(self, segments: Sequence[Mark], version: int) -> None:
-        """Take up the rows of a manifest; what was written after it is written over in time.
+        """Restore the rows of a manifest; what was written after it is written over in time.
 
         Args:
             version: number of checkpoints taken.
@@ -246,8 +246,8 @@ class Store:
             for key in found.gone:
                 self._put_at(key, None)
 
-    def take_up(self, places: Mapping[Key, Place], version: int) -> None:
-        """Take up rows that are in a file each, as in the first format; the next checkpoint has them together."""
+    def load_places(self, places: Mapping[Key, Place], version: int) -> None:
+        """Restore rows that are in a file each, as in the first format; the next checkpoint has them together."""
         self.clear()
         self._version = version
         for key, place in places.items():

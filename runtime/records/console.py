@@ -39,7 +39,7 @@ _LOG_WIDTH = 88
 _TIME_WINDOW = 600.0
 
 
-Row = tuple[str, str, str]
+TableRow = tuple[str, str, str]
 """A line of a table: a name, a figure, a remark."""
 
 
@@ -49,7 +49,7 @@ class Section:
 
     title: str
     remark: str
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
 
 
 def check_mode(mode: str) -> None:
@@ -290,7 +290,7 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def show_rows(rows: Sequence[Row], folder: Path, title: str = "", mode: str = "auto") -> None:
+def show_rows(rows: Sequence[TableRow], folder: Path, title: str = "", mode: str = "auto") -> None:
     """Print what was measured of a saved run; nothing with mode "none"."""
     if mode == "none":
         return

@@ -26,7 +26,7 @@ def record_data(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def check_data(folder: Path, facts: Callable[[], Mapping[str, Any]], if_changed: Changed) -> None:
-    """Compare the data that a run's folder tells of with those that are there now; runs of earlier versions tell none.
+    """Compare the data that a run's folder records with those that are there now; runs of earlier versions have none.
 
     Args:
         facts: gives what is known of the data now; asked for only where there is something to compare with.
@@ -49,7 +49,7 @@ def check_data(folder: Path, facts: Callable[[], Mapping[str, Any]], if_changed:
             return
         reason = f"the data have changed since run {folder.name} was begun: {difference}"
     if if_changed == "refuse":
-        advice = "resume=never begins a new run, data_changed=accept goes on with this one all the same"
+        advice = "resume=never begins a new run, data_changed=accept continues this one anyway"
         raise ConfigError("dataset", NO_VALUE, f"{reason}; {advice}")
     log.warning("%s; accepted", reason)
 

@@ -58,7 +58,7 @@ def git_revision(folder: Path) -> tuple[str | None, bool | None]:
 
 
 def cpu_model() -> str | None:
-    """The processor's name, e.g. "AMD EPYC 7B13", or None when the system does not tell."""
+    """The processor's name, e.g. "AMD EPYC 7B13", or None when the system does not say."""
     try:
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             name, _, value = line.partition(":")

@@ -14,7 +14,7 @@ TrafficRow = tuple[int, str, str, str, int, int, int]
 ClientRow = tuple[str, int, int, float]
 """metric, client, samples that it was measured on, accuracy as a fraction"""
 
-COLUMNS = {
+CSV_COLUMNS = {
     "metrics.csv": (
         *("round", "test_acc", "test_loss", "train_loss", "comm_load", "comm_up", "comm_down", "comm_framed"),
         *("clients", "round_trips", "time_wall", "time_client", "time_server", "time_eval"),
@@ -23,7 +23,7 @@ COLUMNS = {
     "communication.csv": ("round", "direction", "kind", "field", "client", "payload_bytes", "framed_bytes"),
 }
 JOURNAL = "history.jsonl"
-GROWING = (*COLUMNS, JOURNAL)
+GROWING = (*CSV_COLUMNS, JOURNAL)
 SERIES = (
     *("test_acc", "test_loss", "train_loss", "comm_load", "comm_up", "comm_down", "comm_framed"),
     *("round_trips", "client_rounds", "time_wall", "time_client", "time_server", "time_eval"),
@@ -37,7 +37,7 @@ class RoundRecord:
     `round` counts completed rounds from 1. Accuracies are fractions; `test_*` are None in a round that was not
     evaluated. `comm_*` are cumulative payload bytes of training traffic (`comm_framed`: bytes on the wire), `time_*`
     cumulative seconds. `clients` survived the round. `round_trips` counts so far how often a client waited for the
-    server, see `ledger.Ledger`; `in_turn` tells that a round's clients work one after the other. `metrics` are the
+    server, see `ledger.Ledger`; `in_turn` says that a round's clients work one after the other. `metrics` are the
     algorithm's own, e.g. "align/error_before", `client_rows` what was measured client by client.
     """
 
@@ -66,7 +66,7 @@ class RoundRecord:
 
     def scalars(self) -> dict[str, float]:
         """Every figure of the round but its number, by name, the algorithm's own included; missing ones left out."""
-        own = {name: getattr(self, name) for name in COLUMNS["metrics.csv"][1:]}
+        own = {name: getattr(self, name) for name in CSV_COLUMNS["metrics.csv"][1:]}
         return {name: value for name, value in (self.metrics | own).items() if value is not None}
 
 
@@ -159,7 +159,7 @@ class History:
             }
 
     def current(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the journal."""
+        """What a checkpoint keeps besides the journal."""
         return {name: copy.deepcopy(getattr(self, name)) for name in ("totals", "pending", "last", "client_rows")}
 
 

@@ -25,7 +25,7 @@ from cutlayer.runtime.ground.growing import GrowingFile
 from cutlayer.runtime.ground.text import csv_text
 from cutlayer.runtime.records.environment import describe_environment
 from cutlayer.runtime.records.history import (
-    COLUMNS,
+    CSV_COLUMNS,
     JOURNAL,
     SERIES,
     ClientRow,
@@ -46,12 +46,12 @@ _WRITE_SHARE = 0.05
 
 
 class Results:
-    """Writer of a run's files, and the one who tells its loggers.
+    """Writer of a run's files, and the one the one that feeds its loggers.
 
     Args:
         folder: the run's folder; made if it is not there.
         loggers: trackers to feed, from `build_loggers`. One that fails in mid-run is reported and left out; the run
-            goes on.
+            resumes.
     """
 
     def __init__(self, folder: Path, loggers: Sequence[Logger] = (), *, by_client: bool = True) -> None:
@@ -60,7 +60,7 @@ class Results:
         self._loggers = list(loggers)
         self._history = History()
         self._begun = False
-        self._files = {name: GrowingFile(folder / name) for name in (*COLUMNS, JOURNAL)}
+        self._files = {name: GrowingFile(folder / name) for name in (*CSV_COLUMNS, JOURNAL)}
         self._finished = False
         self._setting: list[str] = []
         self._summary: dict[str, Any] | None = None
@@ -87,7 +87,7 @@ class Results:
             logger.start(config)
 
     def record(self, record: RoundRecord, traffic: Iterable[TrafficRow] = ()) -> None:
-        """Append one round to the csv files, tell the loggers, and bring `results.json` up to date if evaluated.
+        """Append one round to the csv files, inform the loggers, and bring `results.json` up to date if evaluated.
 
         Args:
             record: the round's figures; rounds must come in rising order.
@@ -96,7 +96,7 @@ class Results:
         traffic = list(traffic)
         self._begin()
         entry = self._history.add(record, traffic)
-        metrics = [[plain_number(getattr(record, name)) for name in COLUMNS["metrics.csv"]]]
+        metrics = [[plain_number(getattr(record, name)) for name in CSV_COLUMNS["metrics.csv"]]]
         extras = [[record.round, name, float(value)] for name, value in record.metrics.items()]
         self._files["metrics.csv"].append(csv_text(metrics))
         self._files["extras.csv"].append(csv_text(extras))
@@ -105,7 +105,7 @@ class Results:
             self._files[JOURNAL].append(_json_line(entry))
         self._stale |= record.evaluated
         self._write_in_time()
-        self._tell(record)
+        self._log(record)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep: length and sum of each file that grows, which are synced first, and totals.
@@ -127,7 +127,7 @@ class Results:
             self._restore_first(state)
             return
         for name, file in self._files.items():
-            file.take_up(build(Mark, state["files"][name]))
+            file.resume_from(build(Mark, state["files"][name]))
         history = History(**copy.deepcopy(dict(state["history"])))
         journal = self._files[JOURNAL]
         try:
@@ -135,17 +135,17 @@ class Results:
                 history.enter(json.loads(line))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise DamagedError.unreadable(journal.path, error) from None
-        self._restored(history, self._files)
+        self._restore(history, self._files)
 
     def _restore_first(self, state: Mapping[str, Any]) -> None:
         """The same of a checkpoint of the first format, which has the whole history, and no sums."""
         for name, length in state["offsets"].items():
-            self._files[name].take_up(Mark(name, length, ""))
+            self._files[name].resume_from(Mark(name, length, ""))
         history = History(**copy.deepcopy(dict(state["history"])))
-        self._restored(history, state["offsets"])
+        self._restore(history, state["offsets"])
         self._files[JOURNAL].begin("".join(map(_json_line, history.entries())))
 
-    def _restored(self, history: History, names: Iterable[str]) -> None:
+    def _restore(self, history: History, names: Iterable[str]) -> None:
         for name in names:
             self._files[name].cut()
         self._begun, self._history = True, history
@@ -223,7 +223,7 @@ class Results:
         if not self._begun:
             self._begun = True
             for name, file in self._files.items():
-                file.begin(csv_text([COLUMNS[name]]) if name in COLUMNS else "")
+                file.begin(csv_text([CSV_COLUMNS[name]]) if name in CSV_COLUMNS else "")
 
     def _write_results(self) -> None:
         began = time.monotonic()
@@ -244,7 +244,7 @@ class Results:
             except Exception as error:  # as in `_tell`: the run's own files are complete
                 log.warning("logger %s failed at the end: %s", logger.config.name, error)
 
-    def _tell(self, record: RoundRecord) -> None:
+    def _log(self, record: RoundRecord) -> None:
         for logger in list(self._loggers):
             try:
                 logger.log(record)
@@ -254,7 +254,7 @@ class Results:
 
 
 def _after(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
-    """An environment behind those that a run's `env.json` tells of; alone where there is none that can be read."""
+    """An environment behind those that a run's `env.json` lists; alone where there is none that can be read."""
     try:
         first: Any = json.loads(path.read_text(encoding="utf-8"))
         first.setdefault("resumed", []).append(environment)

@@ -1,8 +1,8 @@
-"""Checkpoints at round boundaries: one manifest that names everything a run needs to go on, and sums of all of it.
+"""Checkpoints at round boundaries: one manifest that names everything a run needs to resume, and sums of all of it.
 
 The manifest is written to a temporary name, synced and renamed, after the files that it names are on the disk. What
-was written after it (a half-done round, rows of a store, lines of a table) is discarded when the run is taken up again.
-The checkpoint before it stays, whole, until the next one: where the last is damaged the run goes on from that one, and
+was written after it (a half-done round, rows of a store, lines of a table) is discarded when the run is resumed.
+The checkpoint before it stays, whole, until the next one: where the last is damaged the run resumes from that one, and
 as it repeats the rounds since, it ends in the same bits.
 """
 
@@ -68,7 +68,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A checkpoint as it was read: its manifest, and where its rows are if it is of the first format."""
 
     manifest: Manifest
@@ -81,8 +81,8 @@ class Found:
         return {*(mark.name for mark in self.manifest.marks), *old}
 
 
-TakeUp = Callable[[Found, Any], None]
-"""Takes up a checkpoint and the server's state; raises DamagedError where the run's other files are not as they were.
+Restore = Callable[[FoundCheckpoint, Any], None]
+"""Restores a checkpoint and the server's state; raises DamagedError where the run's other files are not as they were.
 
 May be called again then, with the checkpoint before.
 """
@@ -98,7 +98,7 @@ class Checkpoint:
         self._unneeded: set[str] = set()  # named once by this run's manifests
 
     def exists(self) -> bool:
-        """Whether there is a checkpoint to go on from, be it a damaged one."""
+        """Whether there is a checkpoint to resume from, be it a damaged one."""
         refuse_link(self._folder)
         return any(os.path.lexists(self._folder / name) for name in (MANIFEST, PREVIOUS))
 
@@ -114,7 +114,7 @@ class Checkpoint:
         server = save_state(self._folder / f"server-{manifest.generation}.safetensors", server_state)
         sync_folder(self._folder)
         manifest = replace(manifest, server=server)
-        kept, names = self._last or set[str](), Found(manifest).names
+        kept, names = self._last or set[str](), FoundCheckpoint(manifest).names
         obsolete = tuple(sorted(self._unneeded - kept - names))
         manifest = replace(manifest, before=tuple(sorted(kept)), obsolete=obsolete)
         if self._last is not None and self._is_last:
@@ -135,12 +135,12 @@ class Checkpoint:
                 if path.parent != self._folder:
                     path.parent.rmdir()  # of the first format; once it is empty
 
-    def read(self, identities: Collection[str], take_up: TakeUp, *, fall_back: bool) -> None:
-        """Take up the last checkpoint that is whole.
+    def read(self, identities: Collection[str], restore: Restore, *, fall_back: bool) -> None:
+        """Restore the last checkpoint that is whole.
 
         Args:
             identities: one of which it has to be of.
-            fall_back: go on from the checkpoint before, where the last is damaged.
+            fall_back: resume from the checkpoint before, where the last is damaged.
 
         Raises:
             ConfigError: there is none, or it is not this configuration's.
@@ -150,12 +150,12 @@ class Checkpoint:
             try:
                 found = self._read(name, identities)
                 self._unneeded |= found.names | {*found.manifest.before, *found.manifest.obsolete}
-                take_up(found, self._checked(found))
+                restore(found, self._checked(found))
             except DamagedError as error:
                 damage.append(str(error))
                 continue
             if damage:
-                log.warning("%s: goes on from the checkpoint before, of round %d", damage[0], found.manifest.round)
+                log.warning("%s: resumes from the checkpoint before, of round %d", damage[0], found.manifest.round)
             self._last, self._is_last = found.names, name == MANIFEST
             if fall_back and self._is_last:
                 self._remove(found.manifest.obsolete)  # a killed process may not have come to it
@@ -163,7 +163,7 @@ class Checkpoint:
         advice = _ANEW if fall_back else "a run is measured as its last checkpoint has it"
         raise ConfigError("resume", NO_VALUE, f"{'; '.join(dict.fromkeys(damage))}; {advice}")
 
-    def _read(self, name: str, identities: Collection[str]) -> Found:
+    def _read(self, name: str, identities: Collection[str]) -> FoundCheckpoint:
         path = self._folder / name
         try:
             if path.is_symlink():
@@ -179,17 +179,17 @@ class Checkpoint:
             raise DamagedError.of(path, f"is of another configuration ({found.manifest.identity!r:.40})")
         return found
 
-    def _found(self, path: Path, content: Any) -> Found:
+    def _found(self, path: Path, content: Any) -> FoundCheckpoint:
         if is_first(content):
-            found = Found(build(Manifest, values_of(content)), rows_of(self._folder, content))
+            found = FoundCheckpoint(build(Manifest, values_of(content)), rows_of(self._folder, content))
         else:
             version, body = content["format"], content["body"]
             if type(version) is int and version > FORMAT:
                 reason = f"a newer version of the platform wrote it (format {version}; this one reads up to {FORMAT})"
-                raise ConfigError("resume", NO_VALUE, f"{path}: {reason}; go on with that version, or {_ANEW}")
+                raise ConfigError("resume", NO_VALUE, f"{path}: {reason}; continue with that version, or {_ANEW}")
             if version != FORMAT or content["sha256"] != _sum_of(body):
                 raise DamagedError.of(path, "has other content than was written")
-            found = Found(build(Manifest, body))
+            found = FoundCheckpoint(build(Manifest, body))
         allowed = _NAMES if found.first is None else FIRST_NAMES
         for name in found.names:
             if not allowed.fullmatch(name):
@@ -199,7 +199,7 @@ class Checkpoint:
                 raise DamagedError.of(path, f"names {name!r:.80}, which is no file of a checkpoint")
         return found
 
-    def _checked(self, found: Found) -> Any:
+    def _checked(self, found: FoundCheckpoint) -> Any:
         """The server's state; every file that a manifest names is as it was."""
         server = found.manifest.server
         if found.first is None:

@@ -53,11 +53,11 @@ class Clients(Protocol):
         """
         ...
 
-    def counted(self, report: RoundReport) -> None:
+    def on_counted(self, report: RoundReport) -> None:
         """A round is over: what its survivors staged counts."""
         ...
 
-    def recorded(self, record: RoundRecord) -> None:
+    def on_recorded(self, record: RoundRecord) -> None:
         """A round has been tested, if it was time to, and its figures are complete."""
         ...
 
@@ -73,7 +73,7 @@ class Clients(Protocol):
         """Be as at a checkpoint."""
         ...
 
-    def checkpointed(self) -> None:
+    def on_checkpoint(self) -> None:
         """A checkpoint is in place: nothing from before it will be asked for again."""
         ...
 

@@ -21,7 +21,7 @@ from cutlayer.runtime.parties.contexts import ServerContext
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.data_record import check_data
 from cutlayer.runtime.records.history import RoundRecord
-from cutlayer.runtime.rounds.checkpoint import Checkpoint, Found, Manifest
+from cutlayer.runtime.rounds.checkpoint import Checkpoint, FoundCheckpoint, Manifest
 from cutlayer.runtime.rounds.clients import MakeClients
 from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.learnt import Learnt
@@ -108,13 +108,13 @@ class Federation:
         self.round += 1
         for store in self.stores.values():
             store.commit()
-        self.clients.counted(report)
+        self.clients.on_counted(report)
         metrics = {**report.metrics, **self.server.ctx.means.read()}  # what a device still computes is waited for here
         found = self._test_if_due()
         self.seconds["wall"] += time.perf_counter() - start
         lines = self.ledger.close_round(self.round)
         record = self._recorded(report, metrics, found)
-        self.clients.recorded(record)
+        self.clients.on_recorded(record)
         return record, lines
 
     def cohort(self, round: int) -> list[int]:
@@ -135,8 +135,8 @@ class Federation:
         for store in self.stores.values():
             store.discard_all()
         self.server = make_server(self.setup, self.stores["server"])
-        # A copy: an optimizer goes on with the very tensors that it is given, and the round may be lost again.
-        self._take_up(*copy.deepcopy(before))
+        # A copy: an optimizer keeps the very tensors that it is given, and the round may be lost again.
+        self._restore_server(*copy.deepcopy(before))
 
     def _test_if_due(self) -> Evaluation | None:
         if not self.done and self.round % self.setup.config.eval_interval:
@@ -206,16 +206,16 @@ class Federation:
             clients=self.clients.state_dict(),
         )
         self._checkpoint.write(manifest, self.server.state_dict())
-        self.clients.checkpointed()
+        self.clients.on_checkpoint()
 
     def resume(
         self, restore: Callable[[Mapping[str, Any]], None] | None = None, *, recorded: Collection[str] = ()
     ) -> dict[str, Any] | None:
-        """Take up the folder's checkpoint; returns its results, or None where there is no checkpoint.
+        """Restore the folder's checkpoint; returns its results, or None where there is no checkpoint.
 
         Args:
-            restore: takes up the results; raises DamagedError where the run's files are not as they were then. Given by
-                a run that goes on: where its last checkpoint is damaged, it goes on from the one before.
+            restore: restores the results; raises DamagedError where the run's files are not as they were then. Given by
+                a run that is resumed: where its last checkpoint is damaged, it resumes from the one before.
             recorded: identities that the run was recorded with, beside that of this federation's configuration.
 
         Raises:
@@ -232,7 +232,7 @@ class Federation:
                 store.clear()
             return None
 
-        def take_up(found: Found, server_state: Any) -> None:
+        def restore_found(found: FoundCheckpoint, server_state: Any) -> None:
             nonlocal results
             try:
                 self._restore(found, server_state)
@@ -242,24 +242,24 @@ class Federation:
                 raise DamagedError.unreadable(self._folder / CHECKPOINT_FOLDER, error) from error
             results = found.manifest.results
 
-        self._checkpoint.read({self.setup.config.identity(), *recorded}, take_up, fall_back=restore is not None)
+        self._checkpoint.read({self.setup.config.identity(), *recorded}, restore_found, fall_back=restore is not None)
         return results
 
-    def _restore(self, found: Found, server_state: Any) -> None:
+    def _restore(self, found: FoundCheckpoint, server_state: Any) -> None:
         manifest = found.manifest
         for name, store in self.stores.items():
             if found.first is None:
                 store.restore(manifest.rows[name], manifest.generation + 1)
             else:
-                store.take_up(found.first[name], manifest.generation + 1)
-        # As new: a damaged checkpoint may have been taken up in part.
+                store.load_places(found.first[name], manifest.generation + 1)
+        # As new: a damaged checkpoint may have been restored in part.
         self.server = make_server(self.setup, self.stores["server"])
         self.round = manifest.round
-        self._take_up(server_state, manifest.ledger)
+        self._restore_server(server_state, manifest.ledger)
         self.clients.load_state_dict(manifest.clients)
         self.seconds = dict(manifest.seconds)
 
-    def _take_up(self, server: Any, ledger: Mapping[str, Any]) -> None:
+    def _restore_server(self, server: Any, ledger: Mapping[str, Any]) -> None:
         """The server and the ledger as they were before the round that comes."""
         self.server.ctx.open_round(max(0, self.round - 1))
         self.server.load_state_dict(server)

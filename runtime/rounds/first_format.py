@@ -1,6 +1,6 @@
 """Checkpoints as the first versions of the platform wrote them: no sums, a file for each row, all of the history.
 
-The next checkpoint of a run that goes on from one is of today's format.
+The next checkpoint of a run that resumes from one is of today's format.
 """
 
 from __future__ import annotations

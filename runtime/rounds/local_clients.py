@@ -119,10 +119,10 @@ class LocalClients(Seats):
         report.seconds = self.seconds - before
         return report
 
-    def counted(self, report: RoundReport) -> None:
+    def on_counted(self, report: RoundReport) -> None:
         pass  # the store has it
 
-    def recorded(self, record: RoundRecord) -> None:
+    def on_recorded(self, record: RoundRecord) -> None:
         pass
 
     def scores(self, evaluator: Evaluator) -> dict[int, ClientScores]:
@@ -134,7 +134,7 @@ class LocalClients(Seats):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
 
-    def checkpointed(self) -> None:
+    def on_checkpoint(self) -> None:
         pass
 
     @cached_property

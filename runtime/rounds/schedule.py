@@ -26,7 +26,7 @@ class RoundReport:
     _sums: dict[str, float] = field(default_factory=dict[str, float])
     _weights: dict[str, float] = field(default_factory=dict[str, float])
 
-    def finished(self, client: int, upload: Upload) -> None:
+    def add(self, client: int, upload: Upload) -> None:
         """Count a client's upload."""
         self.survivors.append(client)
         for name, value in upload.metrics.items():
@@ -172,7 +172,7 @@ class _Lockstep:
 def _finish(client: int, upload: Upload, server: Serving, channel: Channel, report: RoundReport) -> None:
     received = channel.upload(client, upload)
     server.absorb(client, received)
-    report.finished(client, received)
+    report.add(client, received)
 
 
 def _drop(client: int, drop: Dropper, server: Serving, report: RoundReport) -> None:
@@ -207,5 +207,5 @@ def compute_together(
     for client in cohort:
         upload = channel.upload(client, Upload(packed(fields), cohort.samples(client)))
         server.absorb(client, upload)
-        report.finished(client, upload)
+        report.add(client, upload)
     return report

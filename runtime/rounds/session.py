@@ -131,7 +131,7 @@ class Channel:
 
     def reply(self, client: int, kind: str, payload: Payload) -> Reply:
         """The server's answer to a question that the client waits for."""
-        self._ledger.replied()
+        self._ledger.count_reply()
         return self.down(client, kind, payload)
 
     def up(self, client: int, kind: str, payload: Payload) -> Reply:

@@ -20,7 +20,7 @@ from cutlayer.models import check_model, input_channels
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.crossing import joined
-from cutlayer.runtime.parties.blueprint import DTYPES, Blueprint
+from cutlayer.runtime.parties.blueprint import WEIGHT_DTYPES, Blueprint
 from cutlayer.runtime.parties.client_data import ClientData
 from cutlayer.runtime.settings import RunConfig
 
@@ -37,7 +37,7 @@ def load_data(config: RunConfig, *, download: bool = True) -> Dataset:
         ConfigError: there are no such data, or the method does not go with an optimizer.
     """
     _method(config)
-    device, dtype = config.torch_device(), DTYPES[config.precision]
+    device, dtype = config.torch_device(), WEIGHT_DTYPES[config.precision]
     return load(config.dataset, seed=config.seed, device=device, dtype=dtype, download=download)
 
 
@@ -141,7 +141,7 @@ class Setup:
             return self.algorithm.steps(config.algorithm, client, self.population, sizes)
         return [*sizes]
 
-    def tell_idle(self) -> None:
+    def report_idle(self) -> None:
         """Log how many clients have no batch to train on, if any."""
         idle = self.partition.sizes[~self._able]
         if len(idle) and not self._apart:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cutlayer.algorithms.mhmd import MHMDConfig, divergence, mhmd_loss, tempered
+from cutlayer.algorithms.mhmd import MHMDConfig, gated_divergence, mhmd_loss, tempered
 from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import play, same, weights
 
@@ -49,12 +49,12 @@ SECOND = 0.2 * log(0.4) + 0.8 * log(1.6)
 )
 def test_divergence_by_hand(gate: bool, reduction: str, expected: float) -> None:
     config = replace(DEFAULT, gate=gate, reduction=reduction)
-    assert divergence(STUDENT, TEACHER, LABELS, config).item() == pytest.approx(expected, abs=1e-12)
+    assert gated_divergence(STUDENT, TEACHER, LABELS, config).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_no_sample_that_the_teacher_gets_right_gives_zero_and_a_graph() -> None:
     student = STUDENT.clone().requires_grad_()
-    loss = divergence(student, TEACHER, torch.tensor([1, 0]), DEFAULT)
+    loss = gated_divergence(student, TEACHER, torch.tensor([1, 0]), DEFAULT)
     assert loss.item() == 0
     (gradient,) = torch.autograd.grad(loss, student)
     assert torch.equal(gradient, torch.zeros_like(student))
@@ -100,7 +100,7 @@ def test_gradient_against_finite_differences(seed, distill, reduction, gate, tem
 def test_without_teacher_gradient_the_teacher_is_constant() -> None:
     student, teacher = STUDENT.clone().requires_grad_(), TEACHER.clone().requires_grad_()
     for through in (True, False):
-        loss = divergence(student, teacher, LABELS, replace(DEFAULT, teacher_gradient=through, gate=False))
+        loss = gated_divergence(student, teacher, LABELS, replace(DEFAULT, teacher_gradient=through, gate=False))
         by_student, by_teacher = torch.autograd.grad(loss, (student, teacher), allow_unused=True)
         # d KL / d student logits is softmax(student) - softmax(teacher), here over two samples and two classes.
         assert torch.allclose(by_student, (student.softmax(1) - teacher.softmax(1)) / 4, atol=1e-12)

@@ -349,7 +349,7 @@ def test_a_loss_that_falls_enough_ends_the_saving(configure) -> None:
 
 @pytest.mark.parametrize("rounds", [1, 3, 5, 7])
 @pytest.mark.parametrize("together", ["auto", "never"])
-def test_an_interrupted_run_goes_on_to_the_same_bits(configure, tmp_path: Path, rounds: int, together: str) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bits(configure, tmp_path: Path, rounds: int, together: str) -> None:
     config = configure(*SETTING, "rounds=9", "algorithm.loss_threshold=1000", "algorithm.loss_interval=2",
                        "precision=fp32", f"algorithm.together={together}")  # fmt: skip
     through = play(Federation(config))

@@ -292,7 +292,7 @@ def test_fsl_sage(configure, batch: int) -> None:
 
 
 def test_local_only_and_centralized(configure) -> None:
-    """Each client goes on from its own model and its own optimizer; pooled, one client has all data."""
+    """Each client resumes from its own model and its own optimizer; pooled, one client has all data."""
     momentum = 0.9
     for name in ("local_only", "centralized"):
         federation = Federation(configure(*SETTING, f"algorithm={name}", f"optimizer.momentum={momentum}"))

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from cutlayer.datasets import DatasetInfo
 from cutlayer.models import Decoder, build_attacker
-from cutlayer.models.decoder import joined
+from cutlayer.models.decoder import merged_tensor
 
 
 @pytest.mark.parametrize("image", [(1, 8, 8), (3, 32, 32), (3, 28, 36), (1, 7, 5)])
@@ -42,14 +42,14 @@ def test_width_and_blocks_are_what_they_say() -> None:
 
 def test_several_values_that_cross_are_joined() -> None:
     small, large, vector = torch.rand(2, 3, 4, 4), torch.rand(2, 1, 8, 6), torch.rand(2, 5)
-    one = joined((small, torch.zeros(2, 3, dtype=torch.int64)))
+    one = merged_tensor((small, torch.zeros(2, 3, dtype=torch.int64)))
     assert one is small, "what cannot have a gradient shows nothing"
-    both = joined((small, large))
+    both = merged_tensor((small, large))
     assert both.shape == (2, 4, 8, 6)
     assert torch.equal(both[:, :3], F.interpolate(small, (8, 6)))
     assert torch.equal(both[:, 3:], large)
-    assert torch.equal(joined((small, vector)), torch.cat([small.flatten(1), vector], 1))
-    assert joined((torch.rand(2, 7, 3), torch.rand(2, 7, 4))).shape == (2, 7, 7)
+    assert torch.equal(merged_tensor((small, vector)), torch.cat([small.flatten(1), vector], 1))
+    assert merged_tensor((torch.rand(2, 7, 3), torch.rand(2, 7, 4))).shape == (2, 7, 7)
 
 
 def test_an_attacker_fits_its_client_part() -> None:

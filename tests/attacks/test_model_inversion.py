@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from cutlayer import algorithms
 from cutlayer import attack as command
-from cutlayer.attacks import ATTACKS, Found, Told, register
+from cutlayer.attacks import ATTACKS, AttackResult, Reported, register
 from cutlayer.attacks.model_inversion import Inversion, InversionConfig, _picture
 from cutlayer.attacks.running import attack
 from cutlayer.runtime.experiment import run
@@ -233,15 +233,15 @@ def test_an_attack_is_one_registration(configure, tmp_path: Path, capsys) -> Non
     class Keys:
         guesses: int = 3
 
-    class Counted(Found):
+    class Counted(AttackResult):
         def to_json(self) -> dict[str, Any]:
             return {"hits": 2}
 
         def table(self) -> str:
             return "2 hits"
 
-    def count(federation: Federation, config: Keys, told: Told) -> Found:
-        told(1, 1, f"{config.guesses} guesses")
+    def count(federation: Federation, config: Keys, reported: Reported) -> AttackResult:
+        reported(1, 1, f"{config.guesses} guesses")
         return Counted()
 
     path = finished(configure, tmp_path, "algorithm=fed_avg")

@@ -150,7 +150,7 @@ def test_freezing_changes_no_traffic(configure) -> None:
     assert expected_bytes(frozen.setup, range(1)) == expected_bytes(free.setup, range(1))
 
 
-def test_a_pre_trained_client_part_is_taken_up_and_kept(configure, tmp_path: Path) -> None:
+def test_a_pre_trained_client_part_is_restored_and_kept(configure, tmp_path: Path) -> None:
     config = configure("algorithm=ressfl", *NARROW, "progress=none", "rounds=1")
     with RunFolder.claim(tmp_path / "run", config.identity()) as folder:
         run(config, folder)

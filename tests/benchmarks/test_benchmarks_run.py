@@ -52,7 +52,7 @@ def test_the_platform_and_the_bare_loop_end_a_round_with_the_same_weights(
     assert "weights agree" in shown
 
 
-def test_different_weights_are_told_and_fail(
+def test_different_weights_are_reported_and_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bare.WeightedSum, "add", lambda self, state, weight: self.state.update(state))
@@ -110,7 +110,7 @@ def test_a_round_of_a_cohort_has_the_bytes_of_its_clients(algorithm: str, capsys
     assert re.search(rf"{algorithm} +ratio {DECIMAL} \({DECIMAL} \.\. {DECIMAL}\), bytes equal", shown)
 
 
-def test_cohorts_of_different_bytes_are_told_and_fail(
+def test_cohorts_of_different_bytes_are_reported_and_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     equal = cohort.federation

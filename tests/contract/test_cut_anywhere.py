@@ -66,7 +66,7 @@ def test_one_client_is_centralized_training(configure: Configure, model: tuple[s
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_an_interrupted_run_goes_on_to_the_same_bits(
+def test_an_interrupted_run_resumes_to_the_same_bits(
     configure: Configure, tmp_path: Path, model: tuple[str, ...]
 ) -> None:
     config = configure("algorithm=sl_multi_server", *model, "rounds=2", "num_clients=2")

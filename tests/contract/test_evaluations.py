@@ -87,13 +87,13 @@ def test_one_that_is_not_registered_is_refused(configure: Any) -> None:
 
 
 def test_a_client_tells_what_was_asked_for_and_nothing_else() -> None:
-    def told(each: Any, *asked: str) -> Measured:
+    def reported(each: Any, *asked: str) -> Measured:
         federation = SimpleNamespace(config=SimpleNamespace(evaluations=asked))
         return RemoteClients._score_of(SimpleNamespace(_federation=federation), each)  # type: ignore[arg-type]
 
     found = Measured(3, 0.5, 1.0, {"class_acc/1": 0.25})
-    assert told(found.to_json(), "class_acc") == found
-    assert told([3, 0.5, 1.0], "class_acc").values == {}
+    assert reported(found.to_json(), "class_acc") == found
+    assert reported([3, 0.5, 1.0], "class_acc").values == {}
     for wrong, asked in (
         (found.to_json(), ()),
         (found.to_json(), ("other",)),
@@ -105,4 +105,4 @@ def test_a_client_tells_what_was_asked_for_and_nothing_else() -> None:
         (3, ("class_acc",)),
     ):
         with pytest.raises(WireError):
-            told(wrong, *asked)
+            reported(wrong, *asked)

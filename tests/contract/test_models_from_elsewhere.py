@@ -130,7 +130,7 @@ def test_a_model_of_torchvision_loads_into_torchvisions(configure: Configure, tm
     assert same(started, load_file(tmp_path / "run" / MODEL_FILE))
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(configure: Configure, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bits(configure: Configure, tmp_path: Path) -> None:
     config = configure("algorithm=fed_avg", OWN, "rounds=4")
     through = play(Federation(config))
     first = play(Federation(config, tmp_path), 2)

@@ -45,9 +45,9 @@ def test_sizes_of_batches_by_exhaustion(drop: Any) -> None:
                 or (drop == "auto" and len(batches[-1]) == 1 < len(batches) and size > 1)
             ):
                 batches.pop()
-            told = () if drop is None else (drop,)
-            assert batch_sizes(n, size, *told) == [len(batch) for batch in batches]
-            assert batch_count(n, size, *told) == len(batches)
+            reported = () if drop is None else (drop,)
+            assert batch_sizes(n, size, *reported) == [len(batch) for batch in batches]
+            assert batch_count(n, size, *reported) == len(batches)
 
 
 # ---------------------------------------------------------------------- whole numbers

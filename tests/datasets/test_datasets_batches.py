@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as reference
 
 from cutlayer.datasets import Dataset, DatasetConfig, Source, batch_count, batch_sizes, load
 from cutlayer.datasets.augment import augmentation, crop, flip, resized_crop
-from cutlayer.datasets.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalizer, measure
+from cutlayer.datasets.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalizer, channel_statistics
 from cutlayer.datasets.source import CHUNK_VALUES, ResidentStore, StreamStore
 from cutlayer.runtime.ground.config import ConfigError
 
@@ -120,7 +120,7 @@ def test_normalising_is_torchvision_s(channels: int, dtype: torch.dtype) -> None
 def test_measured_moments() -> None:
     x = pixels(50, 2, 5, 7)
     x[:, 1] = 8
-    mean, std = measure(x)
+    mean, std = channel_statistics(x)
     values = x.double().transpose(0, 1).flatten(1) / 255
     assert mean == pytest.approx(values.mean(1).tolist())
     assert std == pytest.approx([float(values[0].std(correction=0)), 1 / 255])

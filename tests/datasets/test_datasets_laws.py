@@ -1,4 +1,4 @@
-"""Laws of what is drawn and read: of random boxes, shares of rare classes, what is measured, read and told to users."""
+"""Laws of what is drawn and read: of random boxes, shares of rare classes, and what is measured and reported."""
 
 import csv
 import zlib
@@ -19,7 +19,7 @@ from cutlayer.datasets import DatasetConfig, Partition, Source, apply_partition,
 from cutlayer.datasets.augment import augmentation, flip, moco_parameters, of_whole_pictures
 from cutlayer.datasets.colour import greyscale, hue, jitter_
 from cutlayer.datasets.images import EncodedImages, Shape
-from cutlayer.datasets.normalize import Normalizer, measure, moments
+from cutlayer.datasets.normalize import Normalizer, channel_statistics, moments
 from cutlayer.datasets.partition_files import save_partition
 from cutlayer.datasets.seeding import derived
 from cutlayer.datasets.source import ResidentStore, StreamStore
@@ -131,7 +131,7 @@ def test_of_many_files_evenly_spread_ones_are_measured(
     read: list[int] = []
     subset = encoded.subset
     monkeypatch.setattr(encoded, "subset", lambda indices: (read.extend(indices.tolist()), subset(indices))[1])
-    assert measure(encoded) == tuple(pytest.approx(each, abs=1e-9) for each in statistics(images[read]))
+    assert channel_statistics(encoded) == tuple(pytest.approx(each, abs=1e-9) for each in statistics(images[read]))
     assert len(read) == count
     assert read[0] == 0
     assert count == 1 or read[-1] == 12
@@ -140,9 +140,9 @@ def test_of_many_files_evenly_spread_ones_are_measured(
 
 def test_blocks_of_images_are_measured_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(0, 256, (23, 2, 3, 5), dtype=torch.uint8, generator=rng())
-    whole = measure(images)
+    whole = channel_statistics(images)
     monkeypatch.setattr("cutlayer.datasets.normalize._BLOCK", 4)
-    assert measure(images) == whole
+    assert channel_statistics(images) == whole
     values = images.double().transpose(0, 1).flatten(1) / 255
     assert whole == (
         pytest.approx(values.mean(1).tolist(), abs=1e-12),
@@ -151,8 +151,8 @@ def test_blocks_of_images_are_measured_as_one(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_no_images_and_a_single_pixel_have_moments_that_are_safe_to_divide_by() -> None:
-    assert measure(torch.full((1, 1, 1, 1), 51, dtype=torch.uint8)) == ((51 / 255,), (1 / 255,))
-    assert measure(torch.zeros(0, 2, 3, 3, dtype=torch.uint8)) == ((0.0, 0.0), (1 / 255, 1 / 255))
+    assert channel_statistics(torch.full((1, 1, 1, 1), 51, dtype=torch.uint8)) == ((51 / 255,), (1 / 255,))
+    assert channel_statistics(torch.zeros(0, 2, 3, 3, dtype=torch.uint8)) == ((0.0, 0.0), (1 / 255, 1 / 255))
 
 
 def test_more_pixels_than_a_float_can_count_are_measured() -> None:
@@ -160,7 +160,7 @@ def test_more_pixels_than_a_float_can_count_are_measured() -> None:
     images[0, 0, 0, :2] = 255
     assert images.numel() - 2 > 2**24
     assert images.numel() % 2 == 1, "black pixels are no number of float32"
-    assert measure(images)[0][0] == pytest.approx(2 / images.numel(), rel=1e-12, abs=0)
+    assert channel_statistics(images)[0][0] == pytest.approx(2 / images.numel(), rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -289,18 +289,18 @@ def test_shards_of_a_class_are_as_many_as_its_share_says(labels: np.ndarray, cli
     for wanted, error in refused.items():
         expected = error.expected
         assert (error.key, error.value) == ("dataset.classes_per_client", wanted)
-        told = int(next(word.strip(",:") for word in expected.split() if word.strip(",:").isdigit()))
+        reported = int(next(word.strip(",:") for word in expected.split() if word.strip(",:").isdigit()))
         if expected.startswith("at least"):
-            assert told == -(-present // clients) > wanted
+            assert reported == -(-present // clients) > wanted
             rest = f", so that {clients} clients hold all {present} classes"
         elif wanted > present:
-            assert told == present
+            assert reported == present
             rest = ", the classes that there are"
         else:
             # What is said is the last that can be, unless other classes would then be left out.
-            assert told == max(possible, default=told) < wanted
+            assert reported == max(possible, default=reported) < wanted
             rest = ": rare classes have fewer samples than would need them"
-        assert expected == f"{expected[:8].strip()} {told}{rest}"
+        assert expected == f"{expected[:8].strip()} {reported}{rest}"
 
 
 @pytest.mark.parametrize("alpha", [0.4, 3.0])
@@ -377,7 +377,7 @@ def iid(samples: int, clients: int, least: int = 1) -> Partition:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "reported"),
     [
         (lambda: iid(5, 0), "num_clients=0: expected an integer >= 1"),
         (lambda: iid(5, 6), "num_clients=6: expected at most 5, the training samples"),
@@ -404,10 +404,10 @@ def iid(samples: int, clients: int, least: int = 1) -> Partition:
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_said_in_full(make: Callable[[], Any], told: str) -> None:
+def test_what_cannot_be_is_said_in_full(make: Callable[[], Any], reported: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make()
-    assert str(caught.value) == told
+    assert str(caught.value) == reported
 
 
 def test_too_few_samples_of_shards_are_said_in_full() -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cutlayer.datasets import DatasetConfig, Partition, partition
-from cutlayer.datasets.partition_files import COLUMNS, columns, save_partition
+from cutlayer.datasets.partition_files import PICTURE_COLUMNS, columns, save_partition
 
 
 @pytest.mark.parametrize("clients", [1, 7, 399, 5000])
@@ -41,7 +41,7 @@ def test_picture_is_of_shares_whether_binned_or_not() -> None:
     assert sizes.tolist() == [3000] * 4
     many = Partition.from_owner(np.random.default_rng(0).permutation(1200)[np.arange(12_000) // 10], 1200)
     shares, sizes = columns(many, labels, 2)
-    assert shares.shape == (2, COLUMNS)
+    assert shares.shape == (2, PICTURE_COLUMNS)
     assert shares[0].tolist() == [1] * 100 + [0] * 300
     assert set(sizes) == {10}
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from cutlayer.datasets.images import EncodedImages, Shape, decode
+from cutlayer.datasets.images import EncodedImages, Shape, decode_image
 from cutlayer.datasets.trees import FolderTree, ZipTree
 from cutlayer.runtime.ground.config import ConfigError
 
@@ -68,7 +68,7 @@ SIXTEEN = whole_numbers("u2", 65535)
     ids=["png", "pgm", "tiff", "big endian tiff"],
 )
 def test_grey_of_16_bits_is_scaled_by_its_kind(content: bytes, channels: int) -> None:
-    found = decode(content, Shape(channels))
+    found = decode_image(content, Shape(channels))
     assert found.shape == (channels, 9, 30)
     for channel in found:
         assert np.array_equal(channel, scaled(SIXTEEN, 65535))
@@ -76,11 +76,11 @@ def test_grey_of_16_bits_is_scaled_by_its_kind(content: bytes, channels: int) ->
 
 def test_of_fewer_bits_the_largest_number_is_white() -> None:
     values = whole_numbers("u2", 4095)
-    assert np.array_equal(decode(tiff(values, bits=12), Shape(1))[0], scaled(values, 4095))
+    assert np.array_equal(decode_image(tiff(values, bits=12), Shape(1))[0], scaled(values, 4095))
 
 
 def test_white_may_be_zero_in_a_tiff() -> None:
-    inverted = decode(tiff(SIXTEEN, bits=16, photometric=0), Shape(1))[0]
+    inverted = decode_image(tiff(SIXTEEN, bits=16, photometric=0), Shape(1))[0]
     assert np.array_equal(inverted, np.floor(255.5 - SIXTEEN / 257).astype(np.uint8))
 
 
@@ -89,16 +89,16 @@ def test_white_may_be_zero_in_a_tiff() -> None:
 def test_what_is_white_may_be_said(kind: int, order: str) -> None:
     values = whole_numbers({1: "u4", 2: "i4", 3: "f4"}[kind], 4095)
     content = tiff(values, bits=32, kind=kind, order=order)
-    assert np.array_equal(decode(content, Shape(1, white=4095))[0], scaled(values.astype(int), 4095))
+    assert np.array_equal(decode_image(content, Shape(1, white=4095))[0], scaled(values.astype(int), 4095))
     with pytest.raises(ValueError, match=r"dataset\.options\.white"):
-        decode(content, Shape(1))
+        decode_image(content, Shape(1))
     with pytest.raises(ValueError, match="from 0 to 4095 where 0 to 4094 is expected"):
-        decode(content, Shape(1, white=4094))
+        decode_image(content, Shape(1, white=4094))
 
 
 def test_unsigned_numbers_of_32_bits_stay_unsigned() -> None:
     values = whole_numbers("u4", 2**32 - 1)
-    assert np.array_equal(decode(tiff(values, bits=32), Shape(1, white=2**32 - 1))[0], scaled(values, 2**32 - 1))
+    assert np.array_equal(decode_image(tiff(values, bits=32), Shape(1, white=2**32 - 1))[0], scaled(values, 2**32 - 1))
 
 
 def test_images_of_one_kind_stay_comparable() -> None:
@@ -106,7 +106,7 @@ def test_images_of_one_kind_stay_comparable() -> None:
     values = np.linspace(0, 1, 40, dtype=np.float32).reshape(5, 8)
     for part in (values, values / 2, values / 8):
         expected = np.floor(part.astype(np.float64) * 255 + 0.5)
-        assert np.array_equal(decode(tiff(part, bits=32, kind=3), Shape(1))[0], expected)
+        assert np.array_equal(decode_image(tiff(part, bits=32, kind=3), Shape(1))[0], expected)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.01, 1.01])
@@ -114,12 +114,12 @@ def test_floats_outside_of_the_range_are_refused(value: float) -> None:
     values = np.full((4, 4), 0.5, np.float32)
     values[2, 1] = value
     with pytest.raises(ValueError, match="where 0 to 1 is expected"):
-        decode(tiff(values, bits=32, kind=3), Shape(1))
+        decode_image(tiff(values, bits=32, kind=3), Shape(1))
 
 
 def test_signed_numbers_below_zero_are_refused() -> None:
     with pytest.raises(ValueError, match="from -7 to 3 where"):
-        decode(tiff(np.array([[-7, 3]], np.int16), bits=16, kind=2), Shape(1, white=100))
+        decode_image(tiff(np.array([[-7, 3]], np.int16), bits=16, kind=2), Shape(1, white=100))
 
 
 def transparent(mode: str) -> Image.Image:
@@ -152,13 +152,13 @@ def test_transparent_images_lie_on_the_background(case: str, background: int) ->
     content = encoded(transparent(mode), form, **named)
     rgba = Image.open(io.BytesIO(content)).convert("RGBA")
     over = Image.alpha_composite(Image.new("RGBA", rgba.size, (background,) * 3 + (255,)), rgba)
-    found = decode(content, Shape(3, background=background))
+    found = decode_image(content, Shape(3, background=background))
     assert np.array_equal(found, np.asarray(over.convert("RGB")).transpose(2, 0, 1))
     # And by arithmetic, to the rounding.
     colours, alpha = np.asarray(rgba, dtype=float)[..., :3], np.asarray(rgba, dtype=float)[..., 3:] / 255
     assert alpha.min() < 1
     assert np.abs(colours * alpha + background * (1 - alpha) - found.transpose(1, 2, 0)).max() <= 1
-    grey = decode(content, Shape(1, background=background))[0]
+    grey = decode_image(content, Shape(1, background=background))[0]
     assert np.array_equal(grey, np.asarray(over.convert("RGB").convert("L")))
 
 
@@ -168,7 +168,7 @@ def test_grey_of_16_bits_with_a_transparent_level() -> None:
     chunk = (2).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
     content = encoded(Image.fromarray(values))
     at = content.index(b"IDAT") - 4
-    assert decode(content[:at] + chunk + content[at:], Shape(1, background=77))[0].tolist() == [[0, 77, 255]]
+    assert decode_image(content[:at] + chunk + content[at:], Shape(1, background=77))[0].tolist() == [[0, 77, 255]]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
@@ -179,7 +179,7 @@ def test_opaque_images_are_what_torchvision_reads(mode: str) -> None:
     for form in forms:
         content = encoded(image, form)
         expected = Image.open(io.BytesIO(content)).convert("RGB")
-        assert np.array_equal(decode(content, Shape(3)), np.asarray(expected).transpose(2, 0, 1))
+        assert np.array_equal(decode_image(content, Shape(3)), np.asarray(expected).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -191,16 +191,16 @@ def test_pictures_are_turned_upright_on_request(form: str) -> None:
         content = encoded(image, form, exif=exif)
         opened = Image.open(io.BytesIO(content))
         expected = np.asarray(ImageOps.exif_transpose(opened)).transpose(2, 0, 1)
-        assert np.array_equal(decode(content, Shape(upright=True)), expected)
+        assert np.array_equal(decode_image(content, Shape(upright=True)), expected)
         assert (expected.shape == (3, 24, 16)) == (5 <= orientation <= 8)
         if form != "TIFF":  # which Pillow turns itself
             plain = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
-            assert np.array_equal(decode(content, Shape()), plain)
+            assert np.array_equal(decode_image(content, Shape()), plain)
 
 
 def test_a_picture_is_not_refused_for_broken_exif_data() -> None:
     image = Image.fromarray(np.zeros((4, 6, 3), np.uint8))
-    assert decode(encoded(image, "JPEG", exif=b"Exif\0\0nothing at all"), Shape(upright=True)).shape == (3, 4, 6)
+    assert decode_image(encoded(image, "JPEG", exif=b"Exif\0\0nothing at all"), Shape(upright=True)).shape == (3, 4, 6)
 
 
 def read(tmp_path: Path, content: bytes, shape: Shape | None = None, name: str = "x.png") -> EncodedImages:
@@ -358,5 +358,5 @@ def test_frames_that_are_not_read_are_said_once(tmp_path: Path, caplog: pytest.L
 def test_a_range_hardly_used_is_said(tmp_path: Path, most: int, said: bool, caplog: pytest.LogCaptureFixture) -> None:
     images = read(tmp_path, encoded(Image.fromarray(whole_numbers("u2", most))))
     images.decode_all(0)
-    images.tell_depth()
+    images.report_depth()
     assert ("dataset.options.white=4095" in caplog.text) == said

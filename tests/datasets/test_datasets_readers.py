@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torchvision.transforms.v2 import functional as reference
 
 from cutlayer.datasets import Dataset, DatasetConfig, load, names
-from cutlayer.datasets.images import EncodedImages, Shape, decode
+from cutlayer.datasets.images import EncodedImages, Shape, decode_image
 from cutlayer.datasets.trees import FolderTree
 from cutlayer.runtime.ground.config import ConfigError
 from tests.places import SHARED
@@ -257,7 +257,7 @@ def test_ham10000(tmp_path: Path) -> None:
         files = [
             folder / f"HAM10000_images_part_{1 + i % 2}" / f"ISIC_{i:07}.jpg" for i in (2 * lesion, 2 * lesion + 1)
         ]
-        there = [decode(file.read_bytes(), Shape(3, (16, 16))).tobytes() in train for file in files]
+        there = [decode_image(file.read_bytes(), Shape(3, (16, 16))).tobytes() in train for file in files]
         assert there[0] == there[1]
 
 
@@ -342,7 +342,7 @@ def test_resizing_is_torchvision_s(height: int, width: int) -> None:
         content = file.getvalue()
     image = Image.open(io.BytesIO(content))
     expected = reference.center_crop(reference.resize(image, [14]), [12])
-    assert np.array_equal(decode(content, Shape(3, (12, 12), 14)), np.asarray(expected).transpose(2, 0, 1))
+    assert np.array_equal(decode_image(content, Shape(3, (12, 12), 14)), np.asarray(expected).transpose(2, 0, 1))
 
 
 def test_imagenet_defaults(tmp_path: Path) -> None:

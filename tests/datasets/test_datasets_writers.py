@@ -149,23 +149,23 @@ def test_hdf5_that_is_not_divided(tmp_path: Path, by: str) -> None:
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(root: Path) -> str:
+    def reported(root: Path) -> str:
         with pytest.raises(ConfigError) as caught:
             loaded(root)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
     federated(tmp_path / "half" / "fed_emnist_train.h5", writers(TRAIN, 0))
-    assert "there is none with test in its name" in told(tmp_path / "half")
+    assert "there is none with test in its name" in reported(tmp_path / "half")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "femnist.h5").write_bytes(b"\x89HDF")
-    assert "femnist.h5: expected FEMNIST as docs/datasets.md describes it" in told(tmp_path / "torn")
+    assert "femnist.h5: expected FEMNIST as docs/datasets.md describes it" in reported(tmp_path / "torn")
     (tmp_path / "cut" / "all_data").mkdir(parents=True)
     (tmp_path / "cut" / "all_data" / "a.json").write_text('{"users": ["a"]')
-    assert "a.json: expected FEMNIST" in told(tmp_path / "cut")
+    assert "a.json: expected FEMNIST" in reported(tmp_path / "cut")
     (tmp_path / "labels").mkdir()
     flat(tmp_path / "labels" / "a.h5", {"w": (np.zeros((2, 28, 28), np.uint8), np.array([0, 62]))})
-    assert "writer w has no label of 0 to 61" in told(tmp_path / "labels")
+    assert "writer w has no label of 0 to 61" in reported(tmp_path / "labels")
     flat(tmp_path / "whole" / "a.h5", writers(TRAIN, 0))
     monkeypatch.setitem(__import__("sys").modules, "h5py", None)
-    assert 'h5py to read it: pip install -e ".[hdf5]"' in told(tmp_path / "whole")
+    assert 'h5py to read it: pip install -e ".[hdf5]"' in reported(tmp_path / "whole")

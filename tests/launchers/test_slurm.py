@@ -147,7 +147,7 @@ def test_an_interrupt_empties_the_queue(slurm: Slurm, tmp_path: Path) -> None:
     result = finish(process)
     assert result[0] == 130, describe(result)
     assert [job["state"] for job in jobs(saves)] == ["interrupted", "interrupted"]
-    assert "the same command goes on: " in result[2]
+    assert "the same command resumes: " in result[2]
     assert "Traceback" not in result[2]
     end = time.monotonic() + 30
     while slurm.run("squeue", "--noheader"):

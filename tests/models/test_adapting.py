@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cutlayer.models import ModelConfig, build_auxiliary, build_model, check_model, split
-from cutlayer.models.adapting import StandardisedConv2d, groups
+from cutlayer.models.adapting import StandardisedConv2d, norm_groups
 from cutlayer.models.cutting import Part
 from cutlayer.models.parts.auxiliary import AuxiliaryConfig
 from cutlayer.runtime.ground.config import ConfigError
@@ -64,7 +64,7 @@ def _kinds(module: nn.Module) -> dict[str, type]:
     [(1, 1), (2, 1), (3, 1), (4, 2), (6, 2), (8, 4), (12, 4), (16, 8), (24, 8), (32, 16), (48, 16), (64, 32), (96, 32)],
 )
 def test_groups(channels: int, expected: int) -> None:
-    assert groups(channels) == expected
+    assert norm_groups(channels) == expected
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 3, 3), (5, 1, 3, 3), (4, 6, 1, 1)])
@@ -273,7 +273,7 @@ def test_runs_of_both(configure: Configure) -> None:
 
 
 def test_saved_weights_go_into_the_same_model(configure: Configure, tmp_path: Path) -> None:
-    """Of a split run into one that cuts nothing, of a model from elsewhere on grey images; not into the plain model."""
+    """Of a split run into one that cuts nothing, of another library's on grey images; not into the plain model."""
     file = tmp_path / "model.safetensors"
     given = (
         *("model=torchvision/mobilenet_v2", "model.options.width_mult=0.25", "dataset.resize=32", "num_clients=2"),

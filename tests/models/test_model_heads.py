@@ -22,7 +22,7 @@ from cutlayer.models import (
     split,
 )
 from cutlayer.models.registry import _ENTRIES
-from cutlayer.models.splitting import named
+from cutlayer.models.splitting import children_of
 from cutlayer.runtime.ground.config import ConfigError
 
 QUICK = [name for name in MODELS if name not in ("resnet110", "resnet1202", "resnet152")]
@@ -342,7 +342,7 @@ def test_body_and_head_are_the_model(name: str, training: bool) -> None:
     assert all(
         t.data_ptr() == own[key].data_ptr() for key, t in [*body.state_dict().items(), *head.state_dict().items()]
     )
-    assert list(head.state_dict()) == [f"{list(named(model))[-1]}.{kind}" for kind in ("weight", "bias")]
+    assert list(head.state_dict()) == [f"{list(children_of(model))[-1]}.{kind}" for kind in ("weight", "bias")]
     x = images("digits", 3)
     torch.manual_seed(2)
     expected = model(x)

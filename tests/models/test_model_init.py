@@ -1,4 +1,4 @@
-"""Starting from saved weights: what fits loads exactly, what does not is told in one line."""
+"""Starting from saved weights: what fits loads exactly, what does not is reported in one line."""
 
 from pathlib import Path
 

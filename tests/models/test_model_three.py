@@ -130,7 +130,7 @@ def test_registered_without_cuts_it_is_cut_before_the_classifier() -> None:
         (("block4", "flatten"), r"model\.cut=\[block4,flatten\]: expected cuts that leave weights to each"),
     ],
 )
-def test_bad_cuts_are_told(cuts: tuple[str, str], reason: str) -> None:
+def test_bad_cuts_are_reported(cuts: tuple[str, str], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         split_in_three(built("cnn4", "digits"), *cuts)
     with pytest.raises(ConfigError, match=reason):

@@ -1,4 +1,4 @@
-"""Models from elsewhere: built by name as their own library builds them, or refused in one line."""
+"""Models of other libraries: built by name as their own library builds them, or refused in one line."""
 
 import importlib
 import sys
@@ -293,7 +293,7 @@ def test_a_model_that_looks_at_values_is_tried_with_values() -> None:
 # ---------------------------------------------------------------------- one's own
 
 
-def test_an_imported_class_is_told_of_the_dataset_and_takes_options() -> None:
+def test_an_imported_class_gets_facts_of_the_dataset_and_takes_options() -> None:
     net = importlib.import_module("own_models.net")
     ours = seeded(
         lambda: build_model(ModelConfig("import/own_models.net.Net", options={"width": 3}), info(2, classes=6))
@@ -402,7 +402,7 @@ def test_models_of_transformers_are_made_from_a_configuration() -> None:
         input_channels(ModelConfig("huggingface/bert"), info(3, 8))
 
 
-def test_an_unknown_source_is_told_with_those_that_there_are() -> None:
+def test_an_unknown_source_is_reported_with_those_that_there_are() -> None:
     with pytest.raises(ConfigError, match=r"did you mean torchvision/<name>\?"):
         load_config(["model=torchvison/resnet18"])
     with pytest.raises(ConfigError, match="registered model"):

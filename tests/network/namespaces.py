@@ -189,9 +189,9 @@ class NamespaceLink:
             return
         if self._forwarder is None:
             self._detour()
-        self._tell(encode(wanted))
+        self._send(encode(wanted))
 
-    def _tell(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         assert self._forwarder is not None
         assert self._forwarder.stdin is not None
         assert self._forwarder.stdout is not None
@@ -203,7 +203,7 @@ class NamespaceLink:
         """The program comes between the host and the switch: host - bridge - device - program - device - switch."""
         network, near, far, between = self._network, f"{self._host}-n", f"{self._host}-f", f"{self._host}-b"
         self._forwarder = network.forwarder(near, far, self._seed)
-        self._tell("")
+        self._send("")
         was_cut = "master" not in json.loads(network.do("ip", "-j", "link", "show", self._port))[0]
         network.do("ip", "link", "add", between, "type", "bridge", "mcast_snooping", "0")
         network.do("ip", "link", "set", near, "up", "master", between)

@@ -1,7 +1,7 @@
 """A run's server under pressure, by hand: `python -m tests.network.pressure [case ...]`, on loopback only.
 
 Each case begins after some rounds of a run with honest clients, whose results are compared with those of one process,
-to the bit. A line tells the server's resident memory before, at its most and at the end of the case, the median round
+to the bit. A line gives the server's resident memory before, at its most and at the end of the case, the median round
 before and in the case and the longest one, the connections that it kept, and the lines of its log.
 """
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.launching.hydra_support import load_config
-from cutlayer.runtime.network.agreement import compare_data, fingerprint, joined, shared
+from cutlayer.runtime.network.agreement import client_config, compare_data, fingerprint, shared
 from cutlayer.runtime.network.client.kept import KeptState
 from cutlayer.runtime.network.client.site import Site
 from tests.conftest import SMALL
@@ -21,7 +21,7 @@ OWN = ["transport=grpc", "role=client", "server=127.0.0.1:1", "client_id=3"]
 
 def join(*overrides: str, theirs: dict[str, Any] | None = None):
     given = [*OWN, *overrides]
-    return joined(load_config(given), shared(SERVER) if theirs is None else theirs, given)
+    return client_config(load_config(given), shared(SERVER) if theirs is None else theirs, given)
 
 
 def test_a_client_works_with_the_servers_setting_on_its_own_machine(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_what_a_client_says_may_be_what_the_server_says(said: str) -> None:
         ("optimizer=sgd", "optimizer=sgd: expected adam, as at the server"),
     ],
 )
-def test_a_client_that_wants_something_else_is_told(said: str, line: str) -> None:
+def test_a_client_that_wants_something_else_gets_one_line(said: str, line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         join(said)
     assert str(caught.value) == line
@@ -129,7 +129,7 @@ def test_what_the_server_sends_is_checked(change: dict[str, Any]) -> None:
         join(theirs={**shared(SERVER), **change})
 
 
-def test_data_that_do_not_go_together_are_told_apart() -> None:
+def test_data_that_do_not_go_together_are_distinguished() -> None:
     here = {"name": "mnist", "classes": 10, "training samples": 100}
     assert compare_data(here, dict(here)) is None
     assert compare_data(here, {**here, "more": 1}) is None
@@ -175,29 +175,29 @@ def test_a_client_is_as_it_was_after_the_round_that_counted(tmp_path: Path) -> N
     assert after(0, row) is True
     assert after(1, {"w": row["w"] + 1}) is True
     assert after(2, None) is False
-    site.take_up(0, None)
+    site.restore(0, None)
     assert torch.equal(store.rows(site.client)["own"]["w"], row["w"])
     assert site.kept.rounds() == [0]
     assert after(1, None) is False
-    site.take_up(0, 0)
+    site.restore(0, 0)
     assert torch.equal(store.rows(site.client)["own"]["w"], row["w"])
-    site.take_up(None, 0)  # that it kept nothing counted, but is in no checkpoint yet
+    site.restore(None, 0)  # that it kept nothing counted, but is in no checkpoint yet
     assert store.rows(site.client) == {}
-    site.take_up(0, 0)
+    site.restore(0, 0)
     assert torch.equal(store.rows(site.client)["own"]["w"], row["w"])
-    site.take_up(None, None)
+    site.restore(None, None)
     assert store.rows(site.client) == {}
     with pytest.raises(ConfigError, match="this client's state after its round 6"):
-        site.take_up(5, 5)
+        site.restore(5, 5)
 
 
-def test_a_state_that_is_damaged_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_state_that_is_damaged_is_reported_in_one_line(tmp_path: Path) -> None:
     site = Site(join(f"save_dir={tmp_path}"), tmp_path / "kept")
     site.kept.write(0, {"own": {"w": torch.arange(300.0)}})
     (file,) = (tmp_path / "kept").glob("state-0.*")
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(ConfigError, match=r"this client's state after its round 1 \(.*state-0"):
-        site.take_up(0, 0)
+        site.restore(0, 0)
 
 
 @pytest.mark.parametrize("run", ["../../../../../../elsewhere", "/elsewhere", "a\0b"])

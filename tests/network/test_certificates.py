@@ -211,7 +211,7 @@ def test_two_at_work_in_one_folder_do_not_mix(certs: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         ([], "name what to make: server="),
         (["client=1"], "client: no such key; did you mean clients?"),
@@ -231,10 +231,12 @@ def test_two_at_work_in_one_folder_do_not_mix(certs: Path, tmp_path: Path) -> No
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line_and_makes_nothing(arguments: list[str], told: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_mistake_is_one_line_and_makes_nothing(
+    arguments: list[str], reported: str, tmp_path: Path, capsys: Any
+) -> None:
     assert certificates.main([str(tmp_path / "certs"), *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(told), line
+    assert line.startswith(reported), line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -249,7 +251,7 @@ def test_without_the_library_it_says_what_to_install(
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "reported"),
     [
         (lambda folder, foreign: (folder / "ca.key").unlink(), "ca.key is not there"),
         (lambda folder, foreign: (folder / "ca.pem").unlink(), "there are certificates, but no ca.pem"),
@@ -260,13 +262,13 @@ def test_without_the_library_it_says_what_to_install(
         (lambda folder, foreign: (folder / "ca.key").write_text("no"), "a key in PEM form in ca.key"),
     ],
 )
-def test_a_folder_that_does_not_fit_is_told_and_left_alone(
-    certs: Path, foreign: Path, tmp_path: Path, spoil: Callable[[Path, Path], Any], told: str
+def test_a_folder_that_does_not_fit_is_reported_and_left_alone(
+    certs: Path, foreign: Path, tmp_path: Path, spoil: Callable[[Path, Path], Any], reported: str
 ) -> None:
     folder = shutil.copytree(certs, tmp_path / "certs")
     spoil(folder, foreign)
     before = contents(folder)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         make_certificates(folder, Order(server=NAMES, clients=(5,)))
     assert contents(folder) == before
 
@@ -291,7 +293,7 @@ def encrypt(folder: Path, foreign: Path, ended: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "reported"),
     [
         (lambda folder, foreign, ended: (folder / "server.pem").unlink(), "there is no server.pem"),
         (lambda folder, foreign, ended: shutil.rmtree(folder), "there is no ca.pem"),
@@ -311,8 +313,8 @@ def encrypt(folder: Path, foreign: Path, ended: Path) -> None:
         ),
     ],
 )
-def test_a_server_is_told_what_is_wrong_with_its_files(
-    certs: Path, foreign: Path, ended: Path, tmp_path: Path, spoil: Callable[[Path, Path, Path], Any], told: str
+def test_a_server_learns_what_is_wrong_with_its_files(
+    certs: Path, foreign: Path, ended: Path, tmp_path: Path, spoil: Callable[[Path, Path, Path], Any], reported: str
 ) -> None:
     folder = shutil.copytree(certs, tmp_path / "certs")
     tls.server_credentials(folder)
@@ -321,19 +323,19 @@ def test_a_server_is_told_what_is_wrong_with_its_files(
         tls.server_credentials(folder)
     (line,) = str(raised.value).splitlines()
     assert line.startswith(f"transport.certificates={folder}: expected ")
-    assert told in line
+    assert reported in line
     assert f"`python certificates.py {folder} server=HOST`" in line
 
 
-def test_a_client_is_told_what_is_wrong_with_its_files(certs: Path, ended: Path, tmp_path: Path) -> None:
+def test_a_client_learns_what_is_wrong_with_its_files(certs: Path, ended: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(certs, tmp_path / "certs")
     tls.client_credentials(folder, 1)
-    for wrong, told in ((2, "there is no client-2.pem"), (0, "client-0.pem to name client-0")):
+    for wrong, reported in ((2, "there is no client-2.pem"), (0, "client-0.pem to name client-0")):
         for end in ("pem", "key"):
             shutil.copy(folder / f"client-1.{end}", folder / f"client-0.{end}")
         with pytest.raises(ConfigError) as raised:
             tls.client_credentials(folder, wrong)
-        assert told in str(raised.value)
+        assert reported in str(raised.value)
         assert f"`python certificates.py {folder} client_id={wrong}`" in str(raised.value)
     with pytest.raises(ConfigError, match="client-0.pem valid now"):
         tls.client_credentials(ended, 0)

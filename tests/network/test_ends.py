@@ -12,7 +12,7 @@ from tests.network.serving import served, start_client
 pytest.importorskip("grpc", reason="the extra grpc is not installed")
 
 from cutlayer.runtime.messages.bounds import Limits
-from cutlayer.runtime.network.client.link import Link
+from cutlayer.runtime.network.client.link import ServerLink
 from cutlayer.runtime.network.server.hub import Greeting, Hub
 from cutlayer.runtime.network.wire import What
 from cutlayer.runtime.transport import GrpcTransport
@@ -41,7 +41,9 @@ def test_one_that_is_silent_does_not_use_up_the_time_of_those_after_it(
             quick.kill()
 
 
-def test_a_rate_that_does_not_converge_is_told_by_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_that_does_not_converge_is_reported_by_the_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class WaitedAgainError(Exception):
         pass
 
@@ -66,27 +68,27 @@ def test_a_rate_that_does_not_converge_is_told_by_the_client(tmp_path: Path, mon
             client.kill()
 
 
-def test_a_client_that_was_just_lost_is_told_that_the_run_is_over(tmp_path: Path) -> None:
+def test_a_client_that_was_just_lost_learns_that_the_run_is_over(tmp_path: Path) -> None:
     with served(tmp_path, *SETTING, "num_clients=1") as federation:
         play(federation)
         clients: Any = federation.clients
         clients.hub.connections[0].cut("for a test")
         with clients.hub.changed:
             assert clients.hub.changed.wait_for(lambda: not clients.hub.connections, 30)
-        clients.see_off()
+        clients.disconnect_all()
         assert list(clients.hub.connections) == [0]
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_a_client_that_is_still_greeting_is_told(later: bool) -> None:
+def test_a_client_that_is_still_greeting_learns_it(later: bool) -> None:
     hub = Hub(GrpcTransport(port=0), 1, Greeting(lambda *_: {}, lambda *_: Limits(message_bytes=0)))
-    link = Link(f"127.0.0.1:{hub.port}", 0, GrpcTransport())
+    link = ServerLink(f"127.0.0.1:{hub.port}", 0, GrpcTransport())
     try:
         link.send(What.HELLO, {"client": 0})
         link.receive((What.WELCOME,))
         hub.close("the run is over", later=later)  # while the client has its data to load
-        told = {"error": "the run is over", "later": True} if later else {"reason": "the run is over"}
-        assert link.receive((What.END,)).body == told
+        reported = {"error": "the run is over", "later": True} if later else {"reason": "the run is over"}
+        assert link.receive((What.END,)).body == reported
     finally:
         link.close()
         hub.close("the test is over")

@@ -35,10 +35,10 @@ class Hostile:
     """A peer that greets as client 1 of a federation does, then does as it is told."""
 
     def __init__(self, federation: Federation, **greeting: object) -> None:
-        from cutlayer.runtime.network.client.link import Link
+        from cutlayer.runtime.network.client.link import ServerLink
 
         transport = federation.setup.config.transport
-        self.link = Link(f"127.0.0.1:{federation.clients.hub.port}", HOSTILE, transport)
+        self.link = ServerLink(f"127.0.0.1:{federation.clients.hub.port}", HOSTILE, transport)
         hello = {"client": HOSTILE, "protocol": PROTOCOL, "version": version()}
         self.link.send(What.HELLO, hello | {key: value for key, value in greeting.items() if key in hello})
         facts = {
@@ -116,8 +116,8 @@ def asks(kind: str, **fields: object) -> Callable[[Hostile, int], None]:
 
 def uploads(fields: dict, samples: object = None, **metrics: object) -> Callable[[Hostile, int], None]:
     def act(hostile: Hostile, session: int) -> None:
-        told = SAMPLES if samples is None else samples
-        hostile.link.send(What.METRICS, {"samples": told, **metrics}, session)
+        reported = SAMPLES if samples is None else samples
+        hostile.link.send(What.METRICS, {"samples": reported, **metrics}, session)
         hostile.link.send(What.REPORT, {"keeps": False, "seconds": 0.0}, session)
         hostile.link.send(What.UPLOAD, fields, session, "model")
 
@@ -175,10 +175,10 @@ ATTACKS: dict[str, tuple[Callable[[Hostile, int], None], str]] = {
 def test_what_it_sends_ends_its_session_alone(arena: Federation, name: str) -> None:
     act, reason = ATTACKS[name]
     before = weights(arena)
-    told = attack(arena, act)
-    assert reason in told
-    assert told.isprintable()
-    assert len(told) < 400
+    reported = attack(arena, act)
+    assert reason in reported
+    assert reported.isprintable()
+    assert len(reported) < 400
     after = weights(arena)
     assert not same(before, after)  # the honest client's round counts
     assert all(tensor.isfinite().all() for tensor in after.values())
@@ -363,7 +363,7 @@ def test_who_is_silent_for_too_long_may_come_again(arena: Federation, monkeypatc
     with here.changed:
         assert here.changed.wait_for(lambda: HONEST in here.connections, 30)
     monkeypatch.setattr(hub, "_GREETING_S", 0.2)
-    silent = link.Link(f"127.0.0.1:{here.port}", HOSTILE, arena.setup.config.transport)
+    silent = link.ServerLink(f"127.0.0.1:{here.port}", HOSTILE, arena.setup.config.transport)
     try:
         end = silent.receive()
     finally:
@@ -469,5 +469,5 @@ def test_the_log_has_a_line(arena: Federation, caplog: pytest.LogCaptureFixture)
     assert lines == ["client 1 is lost: 'z' has values that are not finite"]
 
 
-def test_a_configuration_that_is_told_can_be_read(tmp_path: Path, arena: Federation) -> None:
+def test_a_configuration_that_is_sent_can_be_read(tmp_path: Path, arena: Federation) -> None:
     assert json.loads(json.dumps(arena.clients._shared)) == arena.clients._shared

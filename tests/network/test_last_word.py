@@ -58,7 +58,7 @@ def test_a_server_killed_after_its_last_round_ends_that_run(tmp_path: Path, monk
     overrides = [*SETTING, "role=server", f"transport.port={port}", f"save_dir={tmp_path / 'server'}", "device=cpu"]
     config = load_config(overrides)
     waited: list[bool] = []
-    see_off = RemoteClients.see_off
+    disconnect_all = RemoteClients.disconnect_all
     monkeypatch.setattr(experiment, "_save_partition", lambda *_: None)  # a picture that takes long to draw
     monkeypatch.setattr(experiment, "first_picture", lambda *_: None)
 
@@ -72,7 +72,7 @@ def test_a_server_killed_after_its_last_round_ends_that_run(tmp_path: Path, monk
 
     def counted(self: RemoteClients, *, everyone: bool = False) -> None:
         waited.append(everyone)
-        see_off(self, everyone=everyone)
+        disconnect_all(self, everyone=everyone)
 
     def mark(self: RunFolder, state: str, error: str | None = None) -> None:
         if state == "finished":
@@ -95,10 +95,10 @@ def test_a_server_killed_after_its_last_round_ends_that_run(tmp_path: Path, monk
     client = start_client(0, port, tmp_path, "dataset=digits")
     try:
         with monkeypatch.context() as patch:  # before it has told anybody
-            patch.setattr(RemoteClients, "see_off", _die)
+            patch.setattr(RemoteClients, "disconnect_all", _die)
             patch.setattr(Hub, "close", _silently)
             is_killed("stopped", has_model=False)
-        monkeypatch.setattr(RemoteClients, "see_off", counted)
+        monkeypatch.setattr(RemoteClients, "disconnect_all", counted)
         with monkeypatch.context() as patch:
             patch.setattr(experiment, "save_tensors", _die)
             is_killed("finished", has_model=False)
@@ -127,17 +127,17 @@ def test_a_client_that_was_lost_long_ago_is_waited_for_as_long_as_its_pause(
         clients: Any = federation.clients
         waited: list[tuple[list[int], float]] = []
         monkeypatch.setattr(clients, "_wait", lambda away, needed, what, seconds: waited.append((away, seconds)))
-        clients.see_off()
+        clients.disconnect_all()
         assert waited == []  # nobody has ever come
         seen = clients.hub.seen[1]
         seen.joined, seen.failed = 1, time.time() - 3600
-        clients.see_off()
+        clients.disconnect_all()
         seen.failed = time.time() - 5
-        clients.see_off()
+        clients.disconnect_all()
         assert [away for away, _ in waited] == [[1], [1]]
         assert waited[0][1] == remote._LONGEST_PAUSE_S
         assert 5.5 < waited[1][1] < 10
-        clients.see_off(everyone=True)
+        clients.disconnect_all(everyone=True)
         assert waited[2] == ([0, 1], remote._LONGEST_PAUSE_S)
     assert 1.2 * client._LONGEST_S < remote._LONGEST_PAUSE_S
 
@@ -183,7 +183,7 @@ def test_nothing_found_says_that_a_server_takes_some_seconds(
     assert "some seconds after its server was started" in capsys.readouterr().err
 
 
-def test_a_client_without_a_test_folder_is_told_which_key_helps(tmp_path: Path) -> None:
+def test_a_client_without_a_test_folder_learns_which_key_helps(tmp_path: Path) -> None:
     scenarios.images(tmp_path / "mine", 0, 4)
     shutil.rmtree(tmp_path / "mine" / "test")
     config = load_config(["dataset=image_folder", f"dataset.root={tmp_path / 'mine'}", "dataset.options.channels=1"])

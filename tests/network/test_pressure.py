@@ -22,7 +22,7 @@ from tests.network.programs import until
 pytest.importorskip("grpc", reason="the extra grpc is not installed")
 
 from cutlayer.runtime.messages.bounds import Limits
-from cutlayer.runtime.network.client.link import Link
+from cutlayer.runtime.network.client.link import ServerLink
 from cutlayer.runtime.network.links import LinkLostError
 from cutlayer.runtime.network.server import audit, connection, guard, hub
 from cutlayer.runtime.network.server.audit import AUDIT, BEFORE, Audit
@@ -60,11 +60,11 @@ def audited(folder: Path, name: str = AUDIT) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text(encoding="ascii").splitlines()]
 
 
-def honest(server: Hub, client: int = 0) -> Link:
+def honest(server: Hub, client: int = 0) -> ServerLink:
     """A client that is let in: it goes on to greet until there is a place for it."""
     end = time.monotonic() + 10
     while time.monotonic() < end:
-        link = Link(f"127.0.0.1:{server.port}", client, GrpcTransport())
+        link = ServerLink(f"127.0.0.1:{server.port}", client, GrpcTransport())
         link.send(What.HELLO, {"client": client})
         link.send(What.HELLO, {})
         try:
@@ -177,11 +177,11 @@ def test_there_are_so_many_streams(
             for _ in range(3 * most):
                 crowd.come(raw.greeting() + raw.request(1))
 
-            def told() -> int:
+            def reported() -> int:
                 found.append(len(few._streams))
                 return sum(each[raw.HEADERS] for each in crowd.frames.values())
 
-            until(lambda: told() >= 2 * most, "the others turned away", 10)
+            until(lambda: reported() >= 2 * most, "the others turned away", 10)
             assert max(found) == most
             honest(few).close()  # later, when the others' time is over
     finally:
@@ -198,7 +198,7 @@ def test_a_flood_of_pings_ends_the_connection(here: Hub) -> None:
 
 def test_an_honest_probe_does_not(here: Hub) -> None:
     """A probe in each half second, as of a client whose ``keepalive`` is the shortest that makes sense."""
-    link = Link(f"127.0.0.1:{here.port}", 0, GrpcTransport(keepalive=0.5))
+    link = ServerLink(f"127.0.0.1:{here.port}", 0, GrpcTransport(keepalive=0.5))
     link.send(What.HELLO, {"client": 0})
     link.send(What.HELLO, {})
     try:
@@ -267,16 +267,16 @@ def test_refusals_are_counted_and_only_some_of_them_told(
             crowd.come(raw.greeting() + raw.request(1) + STRANGER)
         until(lambda: here.refused[0] >= came, "refused", 20)
     here.close("the test is over")
-    told = [record.getMessage() for record in caplog.records if "refused ipv4" in record.getMessage()]
+    reported = [record.getMessage() for record in caplog.records if "refused ipv4" in record.getMessage()]
     assert here.refused[0] == came
-    assert len(told) == here.quiet.most
-    assert f"refused: {came - len(told)} more lines like these were left out" in caplog.text
+    assert len(reported) == here.quiet.most
+    assert f"refused: {came - len(reported)} more lines like these were left out" in caplog.text
     events = audited(tmp_path)
-    assert [each["event"] for each in events] == ["listening", *["refused"] * len(told), "left out", "closed"]
-    assert events[-2]["count"] == came - len(told)
+    assert [each["event"] for each in events] == ["listening", *["refused"] * len(reported), "left out", "closed"]
+    assert events[-2]["count"] == came - len(reported)
 
 
-def test_lines_are_told_anew_when_their_time_is_over(
+def test_lines_are_reported_again_when_their_time_is_over(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = [1000.0]
@@ -284,10 +284,10 @@ def test_lines_are_told_anew_when_their_time_is_over(
     quiet = guard.Quiet(logging.getLogger("test"), most=3, seconds=60)
     assert [quiet("a", "line %d", number) for number in range(5)] == [True] * 3 + [False] * 2
     assert quiet("b", "another kind")
-    assert quiet.tell_rest() == []
+    assert quiet.report_rest() == []
     clock[0] += 61
-    assert quiet.tell_rest() == [("a", 2)]
-    assert quiet.tell_rest() == []
+    assert quiet.report_rest() == [("a", 2)]
+    assert quiet.report_rest() == []
     assert quiet._windows == {}  # nothing stays of those that are over
     assert quiet("a", "line")
 
@@ -297,7 +297,7 @@ def test_lines_are_told_anew_when_their_time_is_over(
 
 def test_the_audit_log_tells_who_joined_was_refused_and_left(here: Hub, tmp_path: Path) -> None:
     link = honest(here, 1)
-    stranger = Link(f"127.0.0.1:{here.port}", 0, GrpcTransport())
+    stranger = ServerLink(f"127.0.0.1:{here.port}", 0, GrpcTransport())
     stranger.send(What.HELLO, {"client": "\x1b[2J\n{\u202e"})
     assert stranger.receive((What.END,))
     link.close()
@@ -305,9 +305,9 @@ def test_the_audit_log_tells_who_joined_was_refused_and_left(here: Hub, tmp_path
     stranger.close()
     here.close("the test is over")
     events = audited(tmp_path)
-    told = [(each["event"], each.get("client"), each.get("why")) for each in events]
+    reported = [(each["event"], each.get("client"), each.get("why")) for each in events]
     refused = r"there is no client '\x1b[2J\n{\u202e'; clients are 0 to 2"
-    assert told == [
+    assert reported == [
         ("listening", None, None),
         ("joined", 1, None),
         ("refused", None, refused),
@@ -342,7 +342,7 @@ def test_a_fault_in_the_greeting_is_the_trouble_of_that_client_alone(
         raise KeyError("a fault of this program")
 
     monkeypatch.setattr(here._greeting, "welcome", faulty)
-    other = Link(f"127.0.0.1:{here.port}", 0, GrpcTransport())
+    other = ServerLink(f"127.0.0.1:{here.port}", 0, GrpcTransport())
     try:
         other.send(What.HELLO, {"client": 0})
         end = other.receive((What.END,))

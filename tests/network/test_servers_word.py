@@ -22,7 +22,7 @@ from cutlayer.runtime import trust
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.keys import scope_of
 from cutlayer.runtime.launching.hydra_support import load_config
-from cutlayer.runtime.network.agreement import joined, shared
+from cutlayer.runtime.network.agreement import client_config, shared
 from cutlayer.runtime.network.client.site import Site
 from cutlayer.runtime.settings import RunConfig
 from tests.audited import HOSTILE, MARK, watched
@@ -72,7 +72,7 @@ def take(theirs: dict[str, Any], *overrides: str) -> RunConfig | None:
     """The configuration that a client works with; None if it refuses, in one line."""
     given = [*OWN, *overrides]
     try:
-        return joined(MINE if not overrides else load_config(given), theirs, given)
+        return client_config(MINE if not overrides else load_config(given), theirs, given)
     except ConfigError as error:
         line = str(error)
     assert line.isprintable()

@@ -56,7 +56,7 @@ def test_the_file_tells_of_a_run_what_federation_ledger_and_hub_know(tmp_path: P
     pytest.importorskip("grpc", reason="the extra grpc is not installed")
     from tests.network.serving import served, start_client
 
-    folder, setting = tmp_path / "told", ("algorithm=sl_single_server", "num_clients=2", "eval_interval=1")
+    folder, setting = tmp_path / "reported", ("algorithm=sl_single_server", "num_clients=2", "eval_interval=1")
     records: list[Any] = []
     caplog.set_level(logging.WARNING)
     with served(tmp_path, *setting, clients=1) as federation:
@@ -64,7 +64,7 @@ def test_the_file_tells_of_a_run_what_federation_ledger_and_hub_know(tmp_path: P
         with StatusFile(folder, federation, remote, accuracy=0.25) as file:
             until(lambda: "network.json cannot be written" in caplog.text)  # there is no folder: as on a full disk
             folder.mkdir()
-            file.changed()
+            file.mark_changed()
             until((folder / NETWORK).exists)
             first = read_status_of(folder)
             assert (first.accuracy, first.round, first.rounds, first.payload) == (0.25, 0, 2, 0)
@@ -79,26 +79,26 @@ def test_the_file_tells_of_a_run_what_federation_ledger_and_hub_know(tmp_path: P
             until(lambda: [each.joined for each in read_status_of(folder).clients] == [2, 1])
             records.append(federation.step())
             until(lambda: read_status_of(folder).round == 2)
-        told = read_status_of(folder)
-        assert [asdict(each) for each in told.clients] == [asdict(each) for each in remote.hub.seen]
+        reported = read_status_of(folder)
+        assert [asdict(each) for each in reported.clients] == [asdict(each) for each in remote.hub.seen]
     assert late.error() == ""
     sent = federation.ledger.training
-    assert (told.payload, told.framed) == (sent().payload, sent().framed)
-    assert (told.up, told.down) == (sent("up").payload, sent("down").payload)
-    assert (told.state, told.waiting, told.attempt, told.repeats) == ("finished", "", 0, 0)
+    assert (reported.payload, reported.framed) == (sent().payload, sent().framed)
+    assert (reported.up, reported.down) == (sent("up").payload, sent("down").payload)
+    assert (reported.state, reported.waiting, reported.attempt, reported.repeats) == ("finished", "", 0, 0)
     record = records[-1][0]
-    assert (told.accuracy, told.seconds) == (record.test_acc, record.time_wall)
-    assert [each.state for each in told.clients] == ["idle", "idle"]
-    assert [each.error for each in told.clients] == ["cut by hand", ""]
-    for client, seen in enumerate(told.clients):
+    assert (reported.accuracy, reported.seconds) == (record.test_acc, record.time_wall)
+    assert [each.state for each in reported.clients] == ["idle", "idle"]
+    assert [each.error for each in reported.clients] == ["cut by hand", ""]
+    for client, seen in enumerate(reported.clients):
         assert seen.peer.startswith("ipv4:127.0.0.1:")
-        assert first.began < seen.since <= told.time
-        assert first.began < seen.last <= told.time
+        assert first.began < seen.since <= reported.time
+        assert first.began < seen.last <= reported.time
         for direction, wire in (("up", seen.up), ("down", seen.down)):
             of_it = [each for _, found in records for each in found if (each[4], each[1]) == (client, direction)]
             payload, framed = sum(each[5] for each in of_it), sum(each[6] for each in of_it)
             assert payload < wire < 1.1 * framed + 20_000  # a head for each message, and what opens a round
-    assert told.wire_up == sum(each.up for each in told.clients)
+    assert reported.wire_up == sum(each.up for each in reported.clients)
 
 
 def stub(federation: Federation, seen: list[Seen]) -> Any:
@@ -155,9 +155,9 @@ def test_what_another_version_wrote_is_read_as_far_as_it_is_known(tmp_path: Path
 # ---------------------------------------------------------------------- the program
 
 
-def write(folder: Path, told: Status) -> Path:
+def write(folder: Path, reported: Status) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / NETWORK, json.dumps(asdict(told)), durable=False)
+    replace_file(folder / NETWORK, json.dumps(asdict(reported)), durable=False)
     return folder
 
 
@@ -169,8 +169,8 @@ def a_run(**changes: Any) -> Status:
         Seen(),
     ]
     first = Status(title="sl mlp digits-iid", round=12, rounds=50, attempt=2, repeats=1, accuracy=0.9306, seconds=60)
-    told = replace(first, payload=22_900_000, waiting="", address="10.0.0.1:50505", tls=True, began=now, time=now)
-    return replace(told, clients=clients, **changes)
+    reported = replace(first, payload=22_900_000, waiting="", address="10.0.0.1:50505", tls=True, began=now, time=now)
+    return replace(reported, clients=clients, **changes)
 
 
 def shown(folder: Path, capsys: Any) -> list[str]:
@@ -265,7 +265,7 @@ CLIENTS = st.builds(
 
 @settings(max_examples=60)
 @given(st.lists(CLIENTS, min_size=5, max_size=40), st.integers(78, 200), st.integers(24, 30), st.booleans())
-def test_what_does_not_fit_the_terminal_is_told_in_a_line(
+def test_what_does_not_fit_the_terminal_is_reported_in_a_line(
     clients: list[Seen], width: int, height: int, alive: bool
 ) -> None:
     console = Console(width=width, height=height, file=io.StringIO(), color_system=None)

@@ -24,9 +24,9 @@ _KEYS = sorted(set(asdict(Status())) - {"clients"})
 _CLIENT = st.dictionaries(st.sampled_from(sorted(asdict(Seen()))), _ANY, max_size=3)
 
 
-def show(folder: Path, told: Any, capsys: Any) -> tuple[int, list[str], list[str]]:
+def show(folder: Path, reported: Any, capsys: Any) -> tuple[int, list[str], list[str]]:
     """Exit status, output and errors of `status.py` on a file."""
-    (folder / NETWORK).write_text(json.dumps(told), encoding="utf-8", errors="surrogatepass")
+    (folder / NETWORK).write_text(json.dumps(reported), encoding="utf-8", errors="surrogatepass")
     capsys.readouterr()
     code = program.main([str(folder), "once=true"])
     shown = capsys.readouterr()

@@ -57,7 +57,7 @@ def heard(port: int, shown: Any, client: int) -> list[Any]:
 
 
 @dataclasses.dataclass
-class Told:
+class Reported:
     """What came of a run during which others came."""
 
     federation: Federation
@@ -69,7 +69,7 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Generator[Told]:
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Generator[Reported]:
     """One run of three rounds: strangers come after the first, another process as client 1 after the second."""
     folder, certs, foreign = (tmp_path_factory.mktemp(name) for name in ("run", "certs", "foreign"))
     for each in (certs, foreign):
@@ -107,23 +107,23 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Generator[Told]:
                 assert hub.changed.wait_for(lambda: 1 in hub.connections, END_S)
             records.append(federation.step())
             joined += [seen.joined for seen in hub.seen]
-        yield Told(federation, records, strangers, joined, (earlier.returncode, errors), later.error())
+        yield Reported(federation, records, strangers, joined, (earlier.returncode, errors), later.error())
     finally:
         for process in processes:
             process.kill()
 
 
-def test_the_bits_are_those_of_a_run_in_one_process(told: Told, configure) -> None:
+def test_the_bits_are_those_of_a_run_in_one_process(reported: Reported, configure) -> None:
     local = Federation(configure(*SETTING))
     expected = [local.step() for _ in range(3)]
-    assert same(weights(told.federation), weights(local))
-    assert [lines for _, lines in told.records] == [lines for _, lines in expected]
-    assert [record.test_acc for record, _ in told.records] == [record.test_acc for record, _ in expected]
+    assert same(weights(reported.federation), weights(local))
+    assert [lines for _, lines in reported.records] == [lines for _, lines in expected]
+    assert [record.test_acc for record, _ in reported.records] == [record.test_acc for record, _ in expected]
 
 
-def test_nobody_else_is_let_in(told: Told) -> None:
+def test_nobody_else_is_let_in(reported: Reported) -> None:
     left = (What.END, "the client has left")
-    assert told.strangers == {
+    assert reported.strangers == {
         "the right one": [(What.WELCOME, None), left, "OK"],
         "another number": [(What.END, "client 1 came with the certificate of client 0"), "OK"],
         "the server": ["UNAVAILABLE"],
@@ -131,17 +131,17 @@ def test_nobody_else_is_let_in(told: Told) -> None:
         "another authority": ["UNAVAILABLE"],
         "no TLS": ["UNAVAILABLE"],
     }
-    assert told.joined == [1, 1, 1, 2]
+    assert reported.joined == [1, 1, 1, 2]
 
 
-def test_of_two_processes_with_one_number_the_later_counts(told: Told) -> None:
-    status, errors = told.earlier
+def test_of_two_processes_with_one_number_the_later_counts(reported: Reported) -> None:
+    status, errors = reported.earlier
     assert status == 1
     assert errors.splitlines()[-1].endswith(
         "expected a server that takes client 1: another process has come as this client"
     )
     assert "Traceback" not in errors
-    assert told.later == ""
+    assert reported.later == ""
 
 
 def free_port() -> int:

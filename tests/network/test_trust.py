@@ -27,7 +27,7 @@ x509 = pytest.importorskip("cryptography.x509", reason="the extra grpc is not in
 pytest.importorskip("grpc", reason="the extra grpc is not installed")
 
 from cutlayer.runtime.network.certificates.authority import Order, make_certificates  # noqa: E402
-from cutlayer.runtime.network.client.link import Link  # noqa: E402
+from cutlayer.runtime.network.client.link import ServerLink  # noqa: E402
 from cutlayer.runtime.network.server import guard, hub  # noqa: E402
 from cutlayer.runtime.network.server.audit import AUDIT, Audit  # noqa: E402
 from cutlayer.runtime.network.server.hub import Greeting, Hub  # noqa: E402
@@ -53,14 +53,14 @@ def here(certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     made.close("the test is over")
 
 
-def greets(server: Hub, client: int, folder: Path) -> Link:
-    link = Link(f"127.0.0.1:{server.port}", client, GrpcTransport(certificates=folder))
+def greets(server: Hub, client: int, folder: Path) -> ServerLink:
+    link = ServerLink(f"127.0.0.1:{server.port}", client, GrpcTransport(certificates=folder))
     link.send(What.HELLO, {"client": client})
     link.send(What.HELLO, {})
     return link
 
 
-def joins(server: Hub, client: int, folder: Path) -> Link:
+def joins(server: Hub, client: int, folder: Path) -> ServerLink:
     """A client that is let in."""
     before = server.connections.get(client)
     link = greets(server, client, folder)
@@ -69,7 +69,7 @@ def joins(server: Hub, client: int, folder: Path) -> Link:
     return link
 
 
-def ended(link: Link) -> dict[str, Any]:
+def ended(link: ServerLink) -> dict[str, Any]:
     """The server's last word."""
     try:
         return dict(link.receive((What.END,)).body)
@@ -103,7 +103,7 @@ def own(folder: Path, stem: str = "server") -> bytes:
 # ---------------------------------------------------------------------- renewed
 
 
-def test_renewed_files_are_taken_up_and_sessions_go_on(here: Hub, certs: Path, tmp_path: Path) -> None:
+def test_renewed_files_are_read_and_sessions_continue(here: Hub, certs: Path, tmp_path: Path) -> None:
     before = own(certs)
     link = joins(here, 1, certs)
     assert shown(here, certs) == before
@@ -183,7 +183,7 @@ def test_a_list_that_cannot_be_read_leaves_the_one_before_it(
     assert certificates.main([str(certs), "revoke=2"]) == 0
     until(lambda: "read anew" in caplog.text, "read", 10)
     (certs / REVOKED).write_text("{")
-    until(lambda: "still counts" in caplog.text, "told", 10)
+    until(lambda: "still counts" in caplog.text, "reported", 10)
     assert ended(greets(here, 2, certs))["error"] == "the certificate of client 2 is revoked"
     joins(here, 0, certs).close()
     with pytest.raises(ConfigError, match="a folder whose revoked.json can be read"):
@@ -219,7 +219,7 @@ def test_the_list_is_what_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (("revoke=x",), "numbers of clients"),
         (("revoke=-1",), "numbers of clients"),
@@ -227,10 +227,10 @@ def test_the_list_is_what_was_written(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_revoked(
-    tmp_path: Path, arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, arguments: tuple[str, ...], reported: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert certificates.main([str(tmp_path / "none"), *arguments]) == 1
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from cutlayer import HOME, plot_results
 from cutlayer.plotting.compose import compose
 from cutlayer.plotting.curves import Curve
-from cutlayer.plotting.experiments import Comparison, PlotConfig, read_config
+from cutlayer.plotting.experiments import Comparison, PlotConfig, read_plot_config
 from cutlayer.plotting.figures import FIGURES, Options, register
 from cutlayer.plotting.timing import Link
 from cutlayer.runtime.ground.config import ConfigError
@@ -36,8 +36,8 @@ def draw(
     path.write_text(yaml.safe_dump(PLAIN if values is None else values))
     keys = ["--saves", str(tmp_path / "saves"), "--out", str(tmp_path / "out"), "--config", str(path)]
     status = plot_results.main([*keys, *arguments])
-    told = capsys.readouterr()
-    return status, told.out, told.err
+    reported = capsys.readouterr()
+    return status, reported.out, reported.err
 
 
 def test_without_any_edit_runs_are_grouped_and_drawn(
@@ -49,8 +49,8 @@ def test_without_any_edit_runs_are_grouped_and_drawn(
     write_run("fed_avg", distribution="noniid_dirichlet", alpha=0.5)
     write_run("fed_avg", distribution="noniid_dirichlet", alpha=5)
     assert plot_results.main(["--saves", str(tmp_path / "saves"), "--out", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr()
-    assert told.err == ""
+    reported = capsys.readouterr()
+    assert reported.err == ""
     data = "cifar10-resnet18-"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *(f"{data}iid", f"{data}noniid_dirichlet-alpha=0.5", f"{data}noniid_dirichlet-alpha=5"),
@@ -63,7 +63,7 @@ def test_without_any_edit_runs_are_grouped_and_drawn(
     assert {"table.md", "table.tex", "table.csv", "report.html"} <= names
     # These runs left no partition and swept nothing.
     assert not {"partition.svg", "ablation.svg", "metric_alpha.svg"} & names
-    assert {str(path) for path in (tmp_path / "out").rglob("*") if path.is_file()} == set(told.out.split())
+    assert {str(path) for path in (tmp_path / "out").rglob("*") if path.is_file()} == set(reported.out.split())
     table = pd.read_csv(folder / "table.csv")
     assert table["method"].tolist() == ["fed_avg", "fsl_sage"]
     assert table["seeds"].tolist() == [2, 2]
@@ -213,7 +213,7 @@ def test_runs_without_the_metric_are_named(
     assert err.count("\n") == 1
 
 
-def test_a_figure_that_does_not_apply_is_told_where_it_was_asked_for(
+def test_a_figure_that_does_not_apply_is_reported_where_it_was_asked_for(
     write_run: WriteRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run("fed_avg")
@@ -241,9 +241,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     write_run("fed_avg")
     (tmp_path / "file").touch()
     assert plot_results.main(["--saves", str(tmp_path / "saves"), "--out", str(tmp_path / "file" / "out")]) == 1
-    told = capsys.readouterr()
-    assert told.err.startswith(f"--out: {tmp_path / 'file'}")
-    assert told.err.count("\n") == 1
+    reported = capsys.readouterr()
+    assert reported.err.startswith(f"--out: {tmp_path / 'file'}")
+    assert reported.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -274,11 +274,11 @@ def test_a_folder_that_cannot_be_written_is_one_line(
         ({"comparisons": [{"name": "a", "where": {"lr": 1}}] * 2}, "comparisons=a: expected names that differ"),
     ],
 )
-def test_mistakes_in_the_configuration_are_told(tmp_path: Path, values: dict[str, object], message: str) -> None:
+def test_mistakes_in_the_configuration_are_reported(tmp_path: Path, values: dict[str, object], message: str) -> None:
     path = tmp_path / "exp_configs.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError) as caught:
-        read_config(path)
+        read_plot_config(path)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
@@ -296,7 +296,7 @@ def test_a_configuration_that_is_none_is_one_line(
 def test_a_loss_may_have_a_target_above_one(tmp_path: Path) -> None:
     path = tmp_path / "exp_configs.yaml"
     path.write_text("metric: test_loss\ntarget: 1.5\n")
-    assert read_config(path).target == 1.5
+    assert read_plot_config(path).target == 1.5
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_loss_may_have_a_target_above_one(tmp_path: Path) -> None:
         ({"where": {"seed": 0}, "metric": "acc"}, "comparisons.mine.metric=acc: expected a metric of its runs"),
     ],
 )
-def test_mistakes_that_only_the_runs_show_are_told(
+def test_mistakes_that_only_the_runs_show_are_reported(
     write_run: WriteRun,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -326,7 +326,7 @@ def test_mistakes_that_only_the_runs_show_are_told(
 
 
 def test_the_configuration_that_comes_with_the_project_is_the_default() -> None:
-    assert read_config(HOME / "exp_configs.yaml") == PlotConfig() == read_config(HOME / "no_such_file.yaml")
+    assert read_plot_config(HOME / "exp_configs.yaml") == PlotConfig() == read_plot_config(HOME / "no_such_file.yaml")
 
 
 def test_the_examples_in_the_configuration_work(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_the_examples_in_the_configuration_work(tmp_path: Path) -> None:
     start = lines.index("# comparisons:")
     path = tmp_path / "exp_configs.yaml"
     path.write_text("\n".join(line.removeprefix("# ") for line in lines[start:] if line.startswith("# ")))
-    comparisons = read_config(path).comparisons
+    comparisons = read_plot_config(path).comparisons
     assert (comparisons[0].name, comparisons[0].target) == ("cifar10_iid", 0.81)
     assert [each.over for each in comparisons if each.over] == ["algorithm.align_interval"]
 

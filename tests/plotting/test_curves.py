@@ -48,7 +48,7 @@ def test_seeds_that_stopped_early_shorten_the_average(write_run: WriteRun, tmp_p
     assert list(curve.rounds) == list(range(1, 13))
 
 
-def test_settings_of_one_method_are_told_apart_by_what_differs(write_run: WriteRun, tmp_path: Path) -> None:
+def test_settings_of_one_method_are_distinguished_by_what_differs(write_run: WriteRun, tmp_path: Path) -> None:
     for seed in (0, 1):
         write_run("fed_avg", lr=0.1, optimizer={"name": "adam", "lr": 0.1}, seed=seed)
     # Neither the folder nor, on IID data, alpha has an effect; the optimizer's rate is what decides.
@@ -126,7 +126,7 @@ def test_a_run_that_diverged_is_kept_without_its_figures(write_run: WriteRun, tm
     assert default_target(curves) is not None
 
 
-def test_what_follows_from_another_key_is_told_once(write_run: WriteRun, tmp_path: Path) -> None:
+def test_what_follows_from_another_key_is_reported_once(write_run: WriteRun, tmp_path: Path) -> None:
     for rate, model in ((0.1, "mlp"), (0.01, "resnet18")):
         write_run("sl", lr=rate, optimizer={"name": "adam", "lr": rate}, model={"name": model})
     curves = make_curves(find_runs(tmp_path / "saves").runs)
@@ -232,7 +232,7 @@ def test_simulated_seconds_are_averaged_where_all_runs_have_them(write_run: Writ
     assert make_curves(runs)[0].seconds is None
 
 
-def test_settings_are_told_as_people_say_them_and_come_in_the_order_of_their_numbers(
+def test_settings_are_reported_as_people_say_them_and_come_in_the_order_of_their_numbers(
     write_run: WriteRun, tmp_path: Path
 ) -> None:
     write_run("fed_avg")

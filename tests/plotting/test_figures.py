@@ -25,9 +25,9 @@ def test_methods_look_different_and_always_the_same() -> None:
     assert len(set(looks)) == len(looks)
     assert len({style.label for style in METHODS.values()}) == len(METHODS)
     code = "from cutlayer.plotting import style; s = style.method_style('their_own'); print(s.label, s.color, s.marker)"
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    reported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     style = method_style("their_own")
-    assert told.split() == ["their_own", style.color, style.marker]
+    assert reported.split() == ["their_own", style.color, style.marker]
     assert style.color not in {each.color for each in METHODS.values()}
 
 

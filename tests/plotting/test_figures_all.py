@@ -123,6 +123,6 @@ def test_a_loss_is_neither_in_percent_nor_squeezed(tmp_path: Path) -> None:
     figure.draw_without_rendering()
     assert axes.get_ylabel() == "test loss (nats)"
     assert axes.get_yscale() == "log"
-    told = [tick.get_text() for tick in axes.get_yticklabels()]
-    assert "100" in told
-    assert not any("%" in text for text in told)
+    reported = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert "100" in reported
+    assert not any("%" in text for text in reported)

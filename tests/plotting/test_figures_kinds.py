@@ -87,9 +87,9 @@ def test_latency_is_stacked_from_its_parts(tmp_path: Path) -> None:
         np.testing.assert_allclose([part[row].get_width() * unit for part in bars], expected)
         ends = np.cumsum(expected)
         np.testing.assert_allclose([part[row].get_x() * unit for part in bars], [0, *ends[:-1]], atol=1e-12)
-        told = axes.texts[row].get_text()
-        size = {"s": 1.0, "ms": 1e-3}[told.split()[1]]
-        assert float(told.split()[0]) * size == pytest.approx(ends[-1], rel=5e-3)
+        reported = axes.texts[row].get_text()
+        size = {"s": 1.0, "ms": 1e-3}[reported.split()[1]]
+        assert float(reported.split()[0]) * size == pytest.approx(ends[-1], rel=5e-3)
     assert "8 Mbit/s, 50 ms round trip" in axes.get_xlabel()
 
 

@@ -70,9 +70,9 @@ def test_eight_methods_with_long_names(name: str, tmp_path: Path, monkeypatch: p
         for at in range(8)
         for swept, alpha in ((1, 0.1), (2, 0.1), (1, 1.0))
     ]
-    told = check(name, runs, monkeypatch, Options(TITLE, target=0.6, over="algorithm.align_interval"))
+    reported = check(name, runs, monkeypatch, Options(TITLE, target=0.6, over="algorithm.align_interval"))
     # Long names are broken into lines, and nothing of them is lost.
-    whole = "".join("".join(told).split())
+    whole = "".join("".join(reported).split())
     for at in range(8) if name != "partition" else ():
         assert f"{LONG}_{at}" in whole
 
@@ -135,9 +135,9 @@ def test_all_values_alike(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_extreme_targets(name: str, target: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [rich(tmp_path, method, at, alpha=at + 1) for at, method in enumerate(("sl", "fed_avg"))]
     runs += [rich(tmp_path, "sl", 9, alpha=1, more={"lr": 7})]
-    told = check(name, runs, monkeypatch, Options("Targets", target=target, over="lr"))
+    reported = check(name, runs, monkeypatch, Options("Targets", target=target, over="lr"))
     if name == "accuracy_communication":
-        assert sum("not reached" in text for text in told) == (3 if target == 1 else 0)
+        assert sum("not reached" in text for text in reported) == (3 if target == 1 else 0)
 
 
 @pytest.mark.parametrize(("clients", "classes"), [(1, 2), (1, 200), (50, 10), (50, 200), (1000, 10)])
@@ -148,8 +148,8 @@ def test_partitions_of_any_size(clients: int, classes: int, tmp_path: Path, monk
         for alpha in (0.1, 0.3, 1, 3, 10, 30, 100)
     ]
     for some in (1, 7):
-        told = check("partition", runs[:some], monkeypatch)
-        assert ("1 more not shown" in told) == (some == 7)
+        reported = check("partition", runs[:some], monkeypatch)
+        assert ("1 more not shown" in reported) == (some == 7)
 
 
 @pytest.mark.parametrize("name", ["latency", "traffic_kinds"])
@@ -181,8 +181,8 @@ def test_methods_that_cannot_be_drawn_are_named_beside_long_names(
 ) -> None:
     lacking = {"traffic": None, "round_trips": None}
     runs = [rich(tmp_path, LONG, 0), *(make_run(tmp_path / each, each, results=lacking) for each in METHODS)]
-    told = " ".join(check(name, runs, monkeypatch)).replace("\n", " ")
-    (note,) = re.findall(r"not drawn, as .*: Centralized; .*", told)
+    reported = " ".join(check(name, runs, monkeypatch)).replace("\n", " ")
+    (note,) = re.findall(r"not drawn, as .*: Centralized; .*", reported)
     assert all(style.label in note for style in METHODS.values())
 
 

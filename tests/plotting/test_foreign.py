@@ -149,7 +149,7 @@ def test_damaged_results_are_named(tmp_path: Path, content: dict[str, Any], reas
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (None, "no folder of FSL-SAGE's code: neither its name nor a settings.yml tells what ran"),
+        (None, "no folder of FSL-SAGE's code: neither its name nor a settings.yml says what ran"),
         ("- 1", "settings.yml: it holds no mapping"),
         ("u_args: 1", "settings.yml has no u_args"),
         ("u_args: {method: 3}", "settings.yml: u_args.method is 3, expected one of fed_avg, "),

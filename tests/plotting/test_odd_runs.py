@@ -150,15 +150,15 @@ def test_no_content_of_one_run_stops_or_changes_the_others(tmp_path: Path) -> No
         spoil(odd, random.Random(seed))
         found = find_runs(tmp_path)
         mine = [run for run in found.runs if run.folder == odd]
-        told = {**found.damaged, **found.unfinished}
-        assert len(mine) + (odd in told) == 1, seed
-        assert all(reason.isprintable() and 0 < len(reason) <= 300 for reason in told.values()), told
+        reported = {**found.damaged, **found.unfinished}
+        assert len(mine) + (odd in reported) == 1, seed
+        assert all(reason.isprintable() and 0 < len(reason) <= 300 for reason in reported.values()), reported
         assert of_others(tmp_path) == before, seed
         # What is not left out can be drawn with the others; figures are below.
         curves = make_curves(found.runs)
         text = as_csv(table_rows(curves, Options(target=0.75, budget=2e6)))
         assert text.replace("\n", "").isprintable()
-        drawn, left = drawn + len(mine), left + len(told)
+        drawn, left = drawn + len(mine), left + len(reported)
     assert min(drawn, left) > SEEDS / 5
 
 
@@ -223,7 +223,7 @@ def test_a_figure_that_fails_is_named_and_the_others_are_drawn(tmp_path: Path, m
     ],
     ids=["10^400", "deep json", "aliases", "deep yaml", "long", "another tool"],
 )
-def test_hostile_files_are_told_in_one_line(tmp_path: Path, name: str, content: str, reason: str) -> None:
+def test_hostile_files_are_reported_in_one_line(tmp_path: Path, name: str, content: str, reason: str) -> None:
     odd = write_all(tmp_path)
     before = of_others(tmp_path)
     (odd / name).write_text(content)

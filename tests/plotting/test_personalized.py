@@ -93,21 +93,21 @@ def test_what_is_not_finished_is_left_out_in_silence(tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_odd_content_is_told_and_the_rest_is_read(other: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_odd_content_is_reported_and_the_rest_is_read(other: dict[str, Any], reason: str, tmp_path: Path) -> None:
     good = write_personalized(tmp_path, "head", 0.1, {0: [0.5], 5: [0.75]})
     odd = write_personalized(tmp_path, "full", 0.1, {0: [0.5], 5: [0.75]}, **other)
     evaluations = read_personalized(tmp_path)
     assert [each.part for each in evaluations.found] == ["head"]
-    (told,) = evaluations.damaged.items()
-    assert told[0] == odd != good
-    assert told[1].startswith(f"summary.json: {reason}")
-    assert "\n" not in told[1]
+    (reported,) = evaluations.damaged.items()
+    assert reported[0] == odd != good
+    assert reported[1].startswith(f"summary.json: {reason}")
+    assert "\n" not in reported[1]
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "3", "[" * 100_000, "\x00", '{"finished": true}'], ids=lambda text: text[:9]
 )
-def test_a_torn_summary_is_told(text: str, tmp_path: Path) -> None:
+def test_a_torn_summary_is_reported(text: str, tmp_path: Path) -> None:
     folder = write_personalized(tmp_path, "full", 0.1, {0: [0.5]})
     (folder / "summary.json").write_text(text)
     evaluations = read_personalized(tmp_path)

@@ -24,7 +24,7 @@ from cutlayer.plotting.figures import Options
 from cutlayer.plotting.report import write_report
 from cutlayer.plotting.report_charts import Chart
 from cutlayer.plotting.report_curves import curves_chart
-from cutlayer.plotting.report_style import DASHES, SYMBOLS, Key, on_dark
+from cutlayer.plotting.report_style import DASHES, SYMBOLS, LegendEntry, on_dark
 from cutlayer.plotting.report_sweeps import sweep_charts
 from cutlayer.plotting.report_traffic import traffic_charts
 from cutlayer.plotting.runs import Run
@@ -98,7 +98,7 @@ def test_every_look_of_the_figures_is_one_of_the_report() -> None:
     assert markers <= set(SYMBOLS)
     # Each is another symbol, and each is another outline in the legend.
     assert len({SYMBOLS[marker] for marker in markers}) == len(markers)
-    outlines = {Key("", "", "#000000", marker=marker).outline for marker in markers}
+    outlines = {LegendEntry("", "", "#000000", marker=marker).outline for marker in markers}
     assert len(outlines) == len(markers)
     for outline in outlines:
         assert max(abs(float(number)) for number in re.findall(r"-?\d+\.\d+", outline)) <= 8
@@ -374,7 +374,7 @@ def test_one_run_alone_is_a_page(tmp_path: Path, accuracy: Sequence[float | None
     assert "1 method, 1 setting, 1 run;" in page.texts["p"][0]
 
 
-def test_what_could_not_be_read_is_told(tmp_path: Path) -> None:
+def test_what_could_not_be_read_is_reported(tmp_path: Path) -> None:
     make_run(tmp_path / "saves" / "good")
     broken = make_run(tmp_path / "saves" / "bad").folder
     (broken / "results.json").write_text('{"rounds": [1,')

@@ -290,9 +290,9 @@ def test_fine_tuning_is_drawn_and_its_tables_are_sorted(tmp_path: Path, open_pag
     page.locator("#fine_tuning .legend button", has_text="FedAvg").click()
     assert lines(page, "fine_tuning") == ["FedBABU"]
     page.mouse.move(*middle(page.locator("#fine_tuning .scatterlayer .points path").last))
-    told = page.locator("#fine_tuning .hoverlayer .hovertext").text_content() or ""
+    reported = page.locator("#fine_tuning .hoverlayer .hovertext").text_content() or ""
     for text in ("FedBABU", "mean 75% ± 0% over clients", "worst tenth 75%", "epochs of fine-tuning: 5", "seeds: 1"):
-        assert text in told
+        assert text in reported
     table = page.locator("section:has(#table_fine_tuning-heading)")
     for order in (["FedAvg", "FedBABU"], ["FedBABU", "FedAvg"]):
         table.locator("th button", has_text="5 epochs").click()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cutlayer.plotting.curves import make_curves
 from cutlayer.plotting.figures import Options
 from cutlayer.plotting.runs import Run, find_runs
-from cutlayer.plotting.tables import COLUMNS, as_csv, as_latex, as_markdown, table_cells, table_rows
+from cutlayer.plotting.tables import TABLE_COLUMNS, as_csv, as_latex, as_markdown, table_cells, table_rows
 from tests.plotting.conftest import WriteRun, config_of
 
 
@@ -88,7 +88,7 @@ def test_rows_agree_with_pandas(
 def test_csv_keeps_every_digit() -> None:
     rows = rows_of([run_of("sl", [1 / 3], 7), run_of("local_only", [2 / 3], 0)], target=0.5, budget=7.0)
     table = pd.read_csv(StringIO(as_csv(rows)))
-    assert tuple(table.columns) == COLUMNS
+    assert tuple(table.columns) == TABLE_COLUMNS
     assert table.set_index("method")["final"].to_dict() == {"sl": 1 / 3, "local_only": 2 / 3}
     assert table.set_index("method")["bytes_to_target"].isna().to_dict() == {"sl": True, "local_only": False}
 
@@ -142,7 +142,7 @@ def test_rows_that_read_the_same_are_equally_good() -> None:
     assert "**" not in as_markdown(rows_of(runs[:2]), Options()).replace("Bold", "")
 
 
-def test_a_part_of_the_seeds_is_told_and_does_not_compete() -> None:
+def test_a_part_of_the_seeds_is_reported_and_does_not_compete() -> None:
     runs = [run_of("sl", [0.1, accuracy], 1000, seed=seed) for seed, accuracy in enumerate((0.9, 0.2))]
     runs += [run_of("fed_avg", [0.1, 0.9], 5000), run_of("cse_fsl", [None, None], 1000)]
     cells = cells_of(runs, target=0.5)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cutlayer.plotting.timing import PARTS, Link, format_seconds, simulated_time, time_parts, time_unit
+from cutlayer.plotting.timing import ROUND_PARTS, Link, format_in_unit, simulated_time, time_parts, time_unit
 from cutlayer.runtime.ground.config import ConfigError
 
 
@@ -81,7 +81,7 @@ def test_any_history_equals_a_plain_loop(
     np.testing.assert_allclose(simulated_time(results, link), expected, rtol=1e-9, atol=1e-9)
     parts = time_parts(results, link)
     assert parts is not None
-    assert tuple(parts) == PARTS
+    assert tuple(parts) == ROUND_PARTS
     assert math.isclose(sum(parts.values()) * results["rounds"][-1], seconds, rel_tol=1e-9, abs_tol=1e-9)
 
 
@@ -134,5 +134,5 @@ def test_links_in_words() -> None:
     ],
 )
 def test_durations_in_words(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
+    assert format_in_unit(seconds) == text
     assert text.endswith(time_unit(seconds)[1])

@@ -16,7 +16,7 @@ from cutlayer.plotting.compose import compose
 from cutlayer.plotting.curves import higher_is_better, make_curves
 from cutlayer.plotting.experiments import Comparison, PlotConfig
 from cutlayer.plotting.figures import FIGURES, Options
-from cutlayer.plotting.figures.axes import look
+from cutlayer.plotting.figures.axes import line_look
 from cutlayer.plotting.figures.tuned import make_tuned
 from cutlayer.plotting.report_tuning import tuning_charts
 from cutlayer.plotting.runs import Run, find_runs
@@ -67,7 +67,7 @@ def test_seeds_are_averaged_and_the_spread_stays_that_of_clients(tmp_path: Path)
     assert (tuned.name, tuned.variant, len(tuned.runs)) == ("FedAvg", 0, 3)
 
 
-def test_several_settings_are_told_by_what_differs(tmp_path: Path) -> None:
+def test_several_settings_are_reported_by_what_differs(tmp_path: Path) -> None:
     def names(*settings: Sequence[tuple[str, float]]) -> list[str]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         runs = [
@@ -78,8 +78,8 @@ def test_several_settings_are_told_by_what_differs(tmp_path: Path) -> None:
 
     assert names([FULL], [FULL]) == ["FedAvg", "FedBABU"]
     assert names([FULL], [("head", 0.001)]) == ["FedAvg, part=full", "FedBABU, part=head"]
-    told = ["FedAvg, fine-tuning lr=0.001", "FedAvg, fine-tuning lr=0.01", "FedBABU, fine-tuning lr=0.01"]
-    assert names([FULL, ("full", 0.01)], [("full", 0.01)]) == told
+    reported = ["FedAvg, fine-tuning lr=0.001", "FedAvg, fine-tuning lr=0.01", "FedBABU, fine-tuning lr=0.01"]
+    assert names([FULL, ("full", 0.01)], [("full", 0.01)]) == reported
     both = names([FULL, ("head", 0.01)], [FULL])
     assert both[1] == "FedAvg, part=head, fine-tuning lr=0.01"
     assert names([], [FULL]) == ["FedBABU"]
@@ -93,9 +93,9 @@ def test_every_setting_has_a_look_and_the_first_that_of_its_curve(tmp_path: Path
     curves = make_curves(runs)
     tuned = make_tuned(curves)
     assert [each.variant for each in tuned if each.part == "full"] == [curve.variant for curve in curves[:2]]
-    looks = [str(look(each.curve.method, each.variant)) for each in tuned]
+    looks = [str(line_look(each.curve.method, each.variant)) for each in tuned]
     assert len(set(looks)) == len(looks) == 5
-    assert look("fed_babu", tuned[-1].variant)["color"] == METHODS["fed_babu"].color.lower()
+    assert line_look("fed_babu", tuned[-1].variant)["color"] == METHODS["fed_babu"].color.lower()
     assert [each.name for each in tuned[:2]] == ["FedAvg, lr=0.1, part=full", "FedAvg, lr=0.1, part=head"]
 
 
@@ -233,9 +233,9 @@ def test_no_text_overlaps_with_any_epochs(
         for at, method in enumerate(("fed_avg", "fed_babu", "a_method_of_ones_own_with_a_long_name"))
     ]
     figure, _ = draw(name, [*runs, *(make_run(tmp_path / f"none-{each}", each) for each in PERSONAL[2:])])
-    told = "".join("".join(check_texts(figure, monkeypatch)).split())
+    reported = "".join("".join(check_texts(figure, monkeypatch)).split())
     for setting in ("part=full", "part=head", "lr=1e-06"):
-        assert setting in told
+        assert setting in reported
 
 
 # ------------------------------------------------------------------ tables
@@ -324,7 +324,7 @@ def test_what_the_tables_say(tmp_path: Path) -> None:
     assert "\\caption{50\\% \\& more: Speed of fine-tuning. " in speed.text("tex", "50% & more")
 
 
-def test_a_part_of_the_seeds_is_told_and_does_not_compete(tmp_path: Path) -> None:
+def test_a_part_of_the_seeds_is_reported_and_does_not_compete(tmp_path: Path) -> None:
     high = {0: [0.9], 5: [0.95]}
     runs = [tuned_run(tmp_path / "a", of=high), make_run(tmp_path / "b", seed=1)]
     runs += [tuned_run(tmp_path / method, method, of=accuracies(at, (0, 5))) for at, method in enumerate(PERSONAL[1:3])]
@@ -366,7 +366,7 @@ def test_the_chart_holds_the_means(tmp_path: Path) -> None:
     (line,) = [trace for trace in chart.traces if trace["name"] == "FedAvg" and trace["mode"] == "lines+markers"]
     np.testing.assert_allclose(line["y"], [np.mean(values[epochs]) for epochs in (0, 1, 5)], rtol=1e-8)
     np.testing.assert_allclose(
-        [told[0] for told in line["customdata"]], [np.std(values[n]) for n in (0, 1, 5)], rtol=1e-8
+        [reported[0] for reported in line["customdata"]], [np.std(values[n]) for n in (0, 1, 5)], rtol=1e-8
     )
     assert chart.columns[line["at"]] == {"epochs": [0, 1, 5]}
     # The page's script puts the axis' own words in this place, once.

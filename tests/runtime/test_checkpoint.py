@@ -86,9 +86,9 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before_and_ends_alike(run, c
         caplog.clear()
         federation = resume(config, copy)
         assert same(weights(federation), expected)
-        (line,) = [record.getMessage() for record in caplog.records if "goes on from" in record.getMessage()]
+        (line,) = [record.getMessage() for record in caplog.records if "resumes from" in record.getMessage()]
         assert file in line
-        assert line.endswith("goes on from the checkpoint before, of round 1")
+        assert line.endswith("resumes from the checkpoint before, of round 1")
         # Both of the last two checkpoints are whole again, and nothing else is left.
         names = {mark["name"] for each in ("manifest", "previous") for mark in named(copy, f"{each}.json")}
         assert {path.name for path in (copy / "checkpoint").iterdir()} == names | {"manifest.json", "previous.json"}
@@ -233,7 +233,7 @@ def test_the_manifest_does_not_grow_with_the_rounds(configure, tmp_path: Path) -
     assert max(sizes) - min(sizes[10:]) < 200  # digits of counts
 
 
-def test_a_state_with_a_flipped_bit_is_told(tmp_path: Path) -> None:
+def test_a_state_with_a_flipped_bit_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     save_state(path, {"w": torch.arange(5.0), "n": 3, "flags": (True, None)})
     content = path.read_bytes()

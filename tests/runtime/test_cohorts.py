@@ -70,13 +70,13 @@ def test_every_round_trains_where_few_clients_have_data(configure, caplog) -> No
     sizes = federation.setup.partition.sizes
     assert (sizes == 0).sum() >= 5
     with caplog.at_level(logging.WARNING):
-        federation.setup.tell_idle()
+        federation.setup.report_idle()
         while not federation.done:
             record, _ = federation.step()
             assert record.clients == 1
             assert record.train_loss is not None
-    told = [record.message for record in caplog.records]
-    assert told == [
+    reported = [record.message for record in caplog.records]
+    assert reported == [
         f"{(sizes == 0).sum()} of 10 clients, of 0 to 0 samples, have no batch to train on and are in no cohort"
     ]
 

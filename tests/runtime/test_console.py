@@ -94,7 +94,7 @@ def test_a_captured_stream_gets_no_bar(capsys: pytest.CaptureFixture[str], caplo
     assert lines(caplog) == ["sl: round 1/1, accuracy 98.33%, loss 0.5000, sent 12.0 MB, 0.00 s a round"]
 
 
-def test_an_unknown_mode_is_told() -> None:
+def test_an_unknown_mode_is_reported() -> None:
     with pytest.raises(ConfigError, match=r"progress=bars: expected a way to show progress; did you mean bar\?"):
         Progress(1, "", "bars")
 

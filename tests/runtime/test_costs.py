@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cutlayer import algorithms
 from cutlayer.models import build_model
-from cutlayer.runtime.costs.metering import Costs, Meter, _a_batch_each, measure
+from cutlayer.runtime.costs.metering import Costs, Meter, _a_batch_each, measure_costs
 from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.launching import launch
 from cutlayer.runtime.rounds.setup import Setup
@@ -23,7 +23,7 @@ LAYERS = [(64, 128), (128, 64), (64, 10)]  # of mlp on 8x8 digits
 
 
 def _measured(configure: Configure, *given: str) -> Costs:
-    return measure(configure(f"batch_size={B}", *given))
+    return measure_costs(configure(f"batch_size={B}", *given))
 
 
 def _parameters(*layers: tuple[int, int]) -> int:
@@ -80,7 +80,7 @@ def test_a_convolution_by_hand(configure: Configure) -> None:
 
 def test_operations_are_those_of_torchs_counter(configure: Configure) -> None:
     config = configure(f"batch_size={B}", "algorithm=fed_avg", "model=resnet20", "model.options.width=4")
-    found, trial = measure(config), Setup(config, None, _a_batch_each)
+    found, trial = measure_costs(config), Setup(config, None, _a_batch_each)
     model, x = build_model(config.model, trial.dataset.info), torch.zeros(B, *trial.dataset.info.shape)
     with FlopCounterMode(display=False) as forward:
         loss = model(x).sum()
@@ -92,7 +92,7 @@ def test_operations_are_those_of_torchs_counter(configure: Configure) -> None:
 def test_batches_of_one_sample(configure: Configure) -> None:
     """Activations follow the batch, operations too; the model is not counted twice."""
     given = ("algorithm=sl_single_server", "model=resnet20", "model.options.width=4", "model.client_norm=group")
-    one, two = (measure(configure(*given, f"batch_size={size}")) for size in (1, 2))
+    one, two = (measure_costs(configure(*given, f"batch_size={size}")) for size in (1, 2))
     assert (one.samples, two.samples) == (1, 2)
     assert two.forward_flops == 2 * one.forward_flops
     assert one.weights == two.weights
@@ -104,7 +104,7 @@ def test_batches_of_one_sample(configure: Configure) -> None:
 def test_every_method_is_measured(configure: Configure, name: str) -> None:
     """What crosses is what its arrows say; of several clients the one with most data has the batch."""
     config = configure(f"batch_size={B}", f"algorithm={name}", "num_clients=2", "dataset.min_samples=0")
-    found = measure(config)
+    found = measure_costs(config)
     trial = Setup(config, None, _a_batch_each)
     assert found.samples == trial.partition.sizes.max() == B
     alone = Setup(configure(f"batch_size={B}", f"algorithm={name}", "num_clients=1"), None, _a_batch_each)

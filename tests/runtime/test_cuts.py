@@ -54,7 +54,7 @@ def test_every_listed_cut_is_one(configure: Configure) -> None:
         Federation(configure(*given, f"model.cut={name}"))
 
 
-def test_a_method_that_cuts_nothing_is_told(configure: Configure) -> None:
+def test_a_method_that_cuts_nothing_is_reported(configure: Configure) -> None:
     with pytest.raises(ConfigError, match="algorithm=fed_avg: expected a method that cuts the model in two"):
         list(list_cuts(configure("algorithm=fed_avg")))
 

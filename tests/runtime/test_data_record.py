@@ -54,7 +54,7 @@ def test_place_times_and_order_of_listing_do_not_count(images: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "renamed", "moved", "content", "test"])
-def test_whatever_changes_the_data_is_told(images: Path, change: str) -> None:
+def test_whatever_changes_the_data_is_reported(images: Path, change: str) -> None:
     before = facts(images)
     path = images / "train" / "cat" / "000.png"
     if change == "added":
@@ -69,8 +69,8 @@ def test_whatever_changes_the_data_is_told(images: Path, change: str) -> None:
         path.write_bytes(path.with_name("001.png").read_bytes())
     else:
         add(images, "test", "dog", 20, 2)
-    told = changed(before, facts(images))
-    assert told is not None
+    reported = changed(before, facts(images))
+    assert reported is not None
     expected = {
         "added": "10 training samples before, 11 now (cat 6 before, 7 now)",
         "removed": "10 training samples before, 9 now (cat 6 before, 5 now)",
@@ -79,7 +79,7 @@ def test_whatever_changes_the_data_is_told(images: Path, change: str) -> None:
         "content": "the training images are others (10 before, 10 now)",
         "test": "10 test samples before, 12 now (dog 4 before, 6 now)",
     }
-    assert told == expected[change]
+    assert reported == expected[change]
 
 
 def test_a_run_does_not_go_on_with_other_data_unless_told_to(configure, images: Path, tmp_path: Path, caplog) -> None:
@@ -103,7 +103,7 @@ def test_a_run_does_not_go_on_with_other_data_unless_told_to(configure, images: 
     assert "accepted" in caplog.text
 
 
-def test_a_damaged_record_is_told_and_a_missing_one_is_of_an_earlier_version(tmp_path: Path) -> None:
+def test_a_damaged_record_is_reported_and_a_missing_one_is_of_an_earlier_version(tmp_path: Path) -> None:
     def never() -> dict[str, object]:
         raise AssertionError("the data are read for nothing")
 

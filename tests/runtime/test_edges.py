@@ -15,7 +15,7 @@ from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.messages.bounds import Limits, WireError
 from cutlayer.runtime.messages.frames import chunks
 from cutlayer.runtime.messages.ledger import Count
-from cutlayer.runtime.network.wire import CHUNK, Head, Incoming, What, outgoing
+from cutlayer.runtime.network.wire import CHUNK_BYTES, Head, Incoming, What, outgoing
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.transport import GrpcTransport
@@ -163,8 +163,8 @@ def test_pieces_of_a_message(count: int, pieces: int) -> None:
 
 def test_a_piece_is_a_mib() -> None:
     """Of the body; the envelope of the first is beside it."""
-    assert CHUNK == 1_048_576
-    body = {"a": torch.zeros(CHUNK * 2 // 4)}
+    assert CHUNK_BYTES == 1_048_576
+    body = {"a": torch.zeros(CHUNK_BYTES * 2 // 4)}
     sizes = [len(piece) for piece in outgoing(Head(What.TELL), body)]
     assert sizes[:2] == [16 + 1_048_576, 1_048_576]
     assert len(sizes) == 3

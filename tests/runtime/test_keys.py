@@ -12,7 +12,7 @@ import torch
 from cutlayer import algorithms
 from cutlayer.plotting.runs import Run
 from cutlayer.runtime.job import choose_folder
-from cutlayer.runtime.keys import Key, identity_of, keys_of, scope_of, setting_of, uses_of
+from cutlayer.runtime.keys import ScopedKey, identity_of, keys_of, scope_of, setting_of, uses_of
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.network.agreement import fingerprint, shared
 from cutlayer.runtime.records.loggers import LOGGERS
@@ -105,7 +105,7 @@ def changed(mapping: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return made
 
 
-def each_changed(mapping: dict[str, Any]) -> Iterator[tuple[str, Key, RunConfig]]:
+def each_changed(mapping: dict[str, Any]) -> Iterator[tuple[str, ScopedKey, RunConfig]]:
     """Every key by itself with another value that it may have."""
     for name, key in keys_of(RunConfig, mapping).items():
         if name not in APART:
@@ -155,8 +155,8 @@ def test_what_is_derived_from_a_keys_scope_agrees(name: str, tmp_path: Path) -> 
         assert (config.identity() != base) == (decides or each.identifies), key
         assert (setting_of(RunConfig, config.to_mapping()) != setting) == decides, key
         assert (fingerprint(shared(config)) != agreed) == decides, key
-        told = {"setting": sorted(config.setting())}
-        for results in ({}, told):  # of an earlier version, and of this one
+        reported = {"setting": sorted(config.setting())}
+        for results in ({}, reported):  # of an earlier version, and of this one
             assert (Run(tmp_path, config.to_mapping(), results).setting != drawn) == (decides and key != "seed"), key
         named = key in choose_folder(config, [f"{key}=x"]).parent.name
         assert named == (decides or key == "seed") or key in ("lr", "dataset.distribution"), key

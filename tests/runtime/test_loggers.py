@@ -11,7 +11,7 @@ import pytest
 from cutlayer.runtime.ground.config import ConfigError, plain
 from cutlayer.runtime.records import loggers
 from cutlayer.runtime.records.loggers import LOGGERS, build_loggers, check_loggers, logger_config
-from cutlayer.runtime.records.loggers.mlflow import flatten, mlflow_key
+from cutlayer.runtime.records.loggers.mlflow import flat_config, mlflow_key
 from cutlayer.runtime.records.results import RoundRecord
 
 CONFIG = {"lr": 0.1, "dataset": {"name": "digits", "options": {}}, "tags": ["a"], "init": None}
@@ -61,9 +61,9 @@ def test_record_scalars_leave_out_what_is_missing() -> None:
 
 def test_what_a_client_calls_a_metric_does_not_replace_a_figure_of_the_run() -> None:
     for accuracy in (0.5, None):
-        told = record(3, accuracy)
-        told.metrics.update(test_acc=1.0, comm_load=0.0)
-        assert told.scalars() == record(3, accuracy).scalars()
+        reported = record(3, accuracy)
+        reported.metrics.update(test_acc=1.0, comm_load=0.0)
+        assert reported.scalars() == record(3, accuracy).scalars()
 
 
 @pytest.mark.parametrize("name", sorted(LOGGERS))
@@ -83,7 +83,7 @@ def test_every_config_goes_round_through_plain_values(name: str) -> None:
         ({"name": "tensorboard", "flush_seconds": 0}, "logger.flush_seconds=0: expected an integer >= 1"),
     ],
 )
-def test_mistakes_are_told_in_one_line(values: dict[str, Any], message: str) -> None:
+def test_mistakes_are_reported_in_one_line(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         logger_config(values)
     assert str(caught.value).startswith(message)
@@ -102,7 +102,7 @@ def test_a_missing_package_is_named_with_its_cure(name: str, monkeypatch: pytest
 
 
 def test_names_for_trackers() -> None:
-    assert flatten(CONFIG) == {
+    assert flat_config(CONFIG) == {
         "lr": "0.1",
         "dataset.name": "digits",
         "dataset.options": "{}",

@@ -11,7 +11,7 @@ import torch
 
 from cutlayer import algorithms
 from cutlayer import personalize as command
-from cutlayer.runtime.after.personalize import folder_of, personalize, read
+from cutlayer.runtime.after.personalize import earlier_personalization, personalize, personalized_folder
 from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
@@ -122,33 +122,33 @@ def finished(configure, tmp_path: Path, *overrides: str) -> tuple[Path, Federati
 @pytest.mark.parametrize("name", ["fed_avg", "fed_per", "ditto", "sl_single_server"])
 def test_a_saved_run_gives_what_its_own_end_gave(configure, tmp_path: Path, capsys, name: str) -> None:
     path, _ = finished(configure, tmp_path, f"algorithm={name}", *TUNE)
-    first = read(path, CONFIG)
-    table = rows(folder_of(path, CONFIG))
+    first = earlier_personalization(path, CONFIG)
+    table = rows(personalized_folder(path, CONFIG))
     assert first is not None
-    (folder_of(path, CONFIG) / "summary.json").unlink()
-    assert read(path, CONFIG) is None
-    (folder_of(path, CONFIG) / "clients.csv").unlink()
+    (personalized_folder(path, CONFIG) / "summary.json").unlink()
+    assert earlier_personalization(path, CONFIG) is None
+    (personalized_folder(path, CONFIG) / "clients.csv").unlink()
     files = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     assert command.main([str(tmp_path)]) == 0
-    assert read(path, CONFIG) == first
-    assert rows(folder_of(path, CONFIG)) == table
+    assert earlier_personalization(path, CONFIG) == first
+    assert rows(personalized_folder(path, CONFIG)) == table
     assert all(file.read_bytes() == content for file, content in files.items()), "nothing else in the run changed"
     assert command.main([str(path), "personalize.part=head", "personalize.epochs=1", "personalize.lr=0.2"]) == 0
-    other = read(path, PersonalizeConfig("head", 1, 0.2))
+    other = earlier_personalization(path, PersonalizeConfig("head", 1, 0.2))
     assert other is not None
     assert other.epochs == [0, 1]
     assert other.mean[0] == first.mean[0]
 
 
-def test_a_run_without_its_checkpoint_is_taken_up_from_its_model(configure, tmp_path: Path) -> None:
+def test_a_run_without_its_checkpoint_is_restored_from_its_model(configure, tmp_path: Path) -> None:
     path, _ = finished(configure, tmp_path, "algorithm=fed_babu", *TUNE)
-    first = read(path, CONFIG)
+    first = earlier_personalization(path, CONFIG)
     for file in (path / "checkpoint").rglob("*"):
         if file.is_file():
             file.unlink()
-    (folder_of(path, CONFIG) / "summary.json").unlink()
+    (personalized_folder(path, CONFIG) / "summary.json").unlink()
     assert command.main([str(path)]) == 0
-    again = read(path, CONFIG)
+    again = earlier_personalization(path, CONFIG)
     assert first is not None
     assert again is not None
     assert again.mean == first.mean
@@ -156,8 +156,8 @@ def test_a_run_without_its_checkpoint_is_taken_up_from_its_model(configure, tmp_
 
 def test_the_summary_on_disk(configure, tmp_path: Path) -> None:
     path, _ = finished(configure, tmp_path, "algorithm=fed_avg", *TUNE)
-    content = json.loads((folder_of(path, CONFIG) / "summary.json").read_text())
-    table = rows(folder_of(path, CONFIG))
+    content = json.loads((personalized_folder(path, CONFIG) / "summary.json").read_text())
+    table = rows(personalized_folder(path, CONFIG))
     assert content["finished"] is True
     for at, epochs in enumerate(content["epochs"]):
         values = [float(row["accuracy"]) for row in table if int(row["epochs"]) == epochs]
@@ -187,7 +187,7 @@ def test_the_summary_on_disk(configure, tmp_path: Path) -> None:
         (["RUN"], "personalize.part=null: expected what is fine-tuned"),
     ],
 )
-def test_mistakes_are_told_in_one_line(configure, tmp_path: Path, capsys, arguments: list[str], line: str) -> None:
+def test_mistakes_are_reported_in_one_line(configure, tmp_path: Path, capsys, arguments: list[str], line: str) -> None:
     path, _ = finished(configure, tmp_path, "algorithm=fed_avg", "progress=none", "threads=1", "rounds=1")
     capsys.readouterr()
     assert command.main([str(path) if text == "RUN" else text for text in arguments]) == 1

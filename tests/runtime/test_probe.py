@@ -13,7 +13,7 @@ from cutlayer import probe as command
 from cutlayer.algorithms.fed_avg import FedAvg
 from cutlayer.models import leave_out
 from cutlayer.runtime.after.personalize import personalize
-from cutlayer.runtime.after.probe import feature_parts, folder_of, probe, read
+from cutlayer.runtime.after.probe import earlier_probe, feature_parts, probe, probed_folder
 from cutlayer.runtime.evaluation.classifiers import ProbeConfig, knn_accuracy
 from cutlayer.runtime.evaluation.features import features
 from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
@@ -161,28 +161,28 @@ def saved(configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["sl_single_server", "fed_per"])
 def test_a_saved_run_gives_what_its_own_end_gave(configure, tmp_path: Path, name: str) -> None:
     path = finished(configure, tmp_path, f"algorithm={name}", "probe.after=true")
-    first = read(path, CONFIG)
+    first = earlier_probe(path, CONFIG)
     assert first is not None
-    summary = folder_of(path, CONFIG) / "summary.json"
+    summary = probed_folder(path, CONFIG) / "summary.json"
     content = json.loads(summary.read_text())
     assert {"features", "round", "dimension", "train_samples", "test_samples", "knn", "linear"} <= content.keys()
     assert (content["finished"], content["round"], content["train_samples"]) == (True, 2, 300)
     summary.unlink()
-    assert read(path, CONFIG) is None
+    assert earlier_probe(path, CONFIG) is None
     files = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     assert command.main([str(tmp_path)]) == 0
-    assert read(path, CONFIG) == first
+    assert earlier_probe(path, CONFIG) == first
     assert all(file.read_bytes() == content for file, content in files.items()), "nothing else in the run changed"
     assert command.main([str(path), "probe.labels=[0.5]", "probe.knn=false", "progress=lines"]) == 0
-    other = read(path, replace(CONFIG, labels=(0.5,), knn=False))
+    other = earlier_probe(path, replace(CONFIG, labels=(0.5,), knn=False))
     assert other is not None
-    assert (list(other.linear), other.knn, read(path, CONFIG)) == (["0.5"], None, first)
+    assert (list(other.linear), other.knn, earlier_probe(path, CONFIG)) == (["0.5"], None, first)
 
 
 def test_the_tables_show_it(configure, tmp_path: Path, capsys, caplog) -> None:
     caplog.set_level("INFO")
     path = finished(configure, tmp_path, "algorithm=fed_avg", "probe.after=true", "progress=lines")
-    found = read(path, CONFIG)
+    found = earlier_probe(path, CONFIG)
     assert found is not None
     assert found.knn is not None
     rows = {"kNN": found.knn}
@@ -211,7 +211,7 @@ def test_the_tables_show_it(configure, tmp_path: Path, capsys, caplog) -> None:
         (["RUN", "personalize.part=full"], "key=personalize.part: expected one that may be set"),
     ],
 )
-def test_mistakes_are_told_in_one_line(saved: Path, capsys, arguments: list[str], line: str) -> None:
+def test_mistakes_are_reported_in_one_line(saved: Path, capsys, arguments: list[str], line: str) -> None:
     assert command.main([str(saved) if text == "RUN" else text for text in arguments]) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
@@ -239,7 +239,7 @@ def test_a_run_of_an_earlier_version_can_be_probed(configure, tmp_path: Path) ->
     content = command_free(text, "monitor", "probe")
     (path / "config.yaml").write_text(content)
     assert command.main([str(path), "probe.labels=[]", "progress=none"]) == 0
-    assert read(path, ProbeConfig(labels=())) is not None
+    assert earlier_probe(path, ProbeConfig(labels=())) is not None
 
 
 def command_free(text: str, *sections: str) -> str:

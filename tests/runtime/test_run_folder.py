@@ -17,7 +17,7 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.run_folder import (
     RunFolder,
     find_unfinished,
-    is_locked,
+    is_owned,
     read_status,
     remove_empty,
     run_path,
@@ -42,7 +42,7 @@ def start(path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def tell(process: subprocess.Popen[str]) -> None:
+def signal_end(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
@@ -71,9 +71,9 @@ def test_a_fresh_folder_is_taken_and_marked(tmp_path: Path) -> None:
     assert not folder.resumed
     assert (folder.path / "identity").read_text() == "abc\n"
     assert json.loads((folder.path / "status.json").read_text()) == {"state": "running", "error": None}
-    assert is_locked(folder.path)
+    assert is_owned(folder.path)
     folder.release()
-    assert not is_locked(folder.path)
+    assert not is_owned(folder.path)
 
 
 @pytest.mark.parametrize("existing", ["empty", "unfinished"])
@@ -86,7 +86,7 @@ def test_processes_that_start_in_the_same_instant_never_share_a_folder(tmp_path:
     processes = [start(path) for _ in range(3)]
     try:
         for process in processes:
-            tell(process)
+            signal_end(process)
         answers = [answer(process) for process in processes]
     finally:
         end(processes)
@@ -101,7 +101,7 @@ def test_processes_that_start_in_the_same_instant_never_share_a_folder(tmp_path:
 def test_the_folder_of_a_killed_process_is_free_and_unfinished(tmp_path: Path) -> None:
     path = tmp_path / "alg" / "set" / "run"
     process = start(path)
-    tell(process)
+    signal_end(process)
     assert answer(process) == (path, False)
     assert find_unfinished(tmp_path / "alg", "abc") is None  # somebody owns it
     os.kill(process.pid, signal.SIGKILL)
@@ -124,7 +124,7 @@ def test_a_forked_child_does_not_keep_the_folder_locked(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         end_of_patience = time.monotonic() + 20  # the child sleeps for 60 s; it may not have run at all yet
-        while is_locked(tmp_path / "run"):
+        while is_owned(tmp_path / "run"):
             assert time.monotonic() < end_of_patience
             time.sleep(0.01)
     finally:
@@ -177,7 +177,7 @@ def test_how_a_block_ends_decides_what_becomes_of_the_folder(tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt), RunFolder.claim(tmp_path / "interrupted"):
         raise KeyboardInterrupt
     assert read_status(tmp_path / "interrupted")["state"] == "running"
-    assert not any(is_locked(folder) for folder in tmp_path.iterdir())
+    assert not any(is_owned(folder) for folder in tmp_path.iterdir())
 
 
 def test_a_mistake_leaves_nothing_behind_but_work_is_never_discarded(tmp_path: Path) -> None:

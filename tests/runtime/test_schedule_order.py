@@ -195,8 +195,8 @@ def test_an_error_of_the_server_closes_every_session(schedule) -> None:
 
 def test_metrics_of_clients_without_samples_are_left_out() -> None:
     report = RoundReport()
-    report.finished(0, Upload({}, 0, {"loss": 3.0}))
+    report.add(0, Upload({}, 0, {"loss": 3.0}))
     assert report.metrics == {}
-    report.finished(1, Upload({}, 2, {"loss": 5.0, "other": 1.0}))
+    report.add(1, Upload({}, 2, {"loss": 5.0, "other": 1.0}))
     assert report.metrics == {"loss": 5.0, "other": 1.0}
     assert report.survivors == [0, 1]

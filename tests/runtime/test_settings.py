@@ -284,7 +284,7 @@ def test_parts_inherit_and_refine_the_top_level_scheduler() -> None:
         (["hydra.launcher.foo=1"], r"hydra\.launcher\.foo: no such key"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(overrides: list[str], line: str) -> None:
+def test_a_mistake_is_reported_in_one_line(overrides: list[str], line: str) -> None:
     with pytest.raises(ConfigError, match=f"^{line}") as caught:
         load_config(["algorithm=fed_avg", *overrides] if not overrides[0].startswith("algorithm") else overrides)
     assert len(str(caught.value).splitlines()) == 1

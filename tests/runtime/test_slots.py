@@ -19,7 +19,7 @@ HOLD = """
 import os, sys, time; from cutlayer.runtime.launching.sweeps.slots import gpu_slot
 with gpu_slot(sys.argv[1], int(sys.argv[2]), lambda text: print("waiting", flush=True)) as gpu:
     print("took", gpu.uuid, os.environ["CUDA_VISIBLE_DEVICES"], time.monotonic(), flush=True)
-    sys.stdin.readline() if sys.argv[3] == "told" else time.sleep(float(sys.argv[3]))
+    sys.stdin.readline() if sys.argv[3] == "asked" else time.sleep(float(sys.argv[3]))
     print("left", gpu.uuid, time.monotonic(), flush=True)
 """
 
@@ -44,7 +44,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 TWO = "0, GPU-a, NVIDIA H100\n1, GPU-b, NVIDIA H100"
 
 
-def hold(device: str = "cuda", jobs_per_gpu: int = 1, how_long: str = "told") -> subprocess.Popen[str]:
+def hold(device: str = "cuda", jobs_per_gpu: int = 1, how_long: str = "asked") -> subprocess.Popen[str]:
     command = [sys.executable, "-c", HOLD, device, str(jobs_per_gpu), how_long]
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import digest_of
-from cutlayer.runtime.ground.serial import encode
+from cutlayer.runtime.ground.serial import encode_tensors
 from cutlayer.runtime.parties.store import Store
 
 ROW_BYTES = 4 * 4
@@ -100,7 +100,7 @@ def test_restore_discards_what_came_after_the_checkpoint(tmp_path_factory, befor
     resumed = Store(later, memory_limit=2 * ROW_BYTES)
     resumed.restore(segments, version)
     assert rows_of(resumed) == expected
-    # It goes on as the other did, and a third takes up what it leaves.
+    # It continues as the other did, and a third restores what it leaves.
     play(resumed, after, 1000)
     resumed.commit()
     assert rows_of(resumed) == rows_of(store)
@@ -138,7 +138,7 @@ def test_few_files_hold_many_rows_and_little_that_is_out_of_date(tmp_path: Path)
         store.commit()
         segments = store.checkpoint()
         assert len(segments) <= 2 + math.log2(live)
-        row_bytes = len(encode(row(0)))
+        row_bytes = len(encode_tensors(row(0)))
         assert sum(mark.bytes for mark in segments) <= 3 * live * row_bytes + len(segments) * (64 + 60 * live)
 
 
@@ -154,7 +154,7 @@ def test_a_segment_between_checkpoints_does_not_grow_for_ever(tmp_path: Path, mo
     assert [values(store, client) for client in range(5)] == [[299 + client] * 4 for client in range(5)]
 
 
-def test_a_row_that_was_damaged_on_the_disk_is_told(tmp_path: Path) -> None:
+def test_a_row_that_was_damaged_on_the_disk_is_reported(tmp_path: Path) -> None:
     store = Store(tmp_path, memory_limit=ROW_BYTES)
     for client in range(3):
         store.put(client, "a", row(client))

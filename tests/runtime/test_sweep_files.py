@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from cutlayer.runtime.launching.sweeps.display import Display, outcome, shared_overrides, show_table, tally
-from cutlayer.runtime.launching.sweeps.supervise import start, threads_of
-from cutlayer.runtime.launching.sweeps.sweep import DONE, Job, JobFolder, Progress, Sweep, read_progress
+from cutlayer.runtime.launching.sweeps.supervise import start_job, threads_of
+from cutlayer.runtime.launching.sweeps.sweep import DONE, Job, JobFolder, JobProgress, Sweep, read_progress
 from tests.places import ROOT
 
 HEADER = "round,test_acc,test_loss,train_loss,comm_load,comm_up,comm_down,comm_framed,clients,time_wall\n"
@@ -54,7 +54,7 @@ def test_progress_is_the_last_complete_line_and_the_last_evaluation(
     with open(folder / "metrics.csv") as file:
         complete = list(csv.DictReader(file))[:-1]
     evaluated = [float(row["test_acc"]) for row in complete if row["test_acc"]]
-    expected = Progress(
+    expected = JobProgress(
         int(complete[-1]["round"]),
         evaluated[-1] if evaluated else None,
         int(complete[-1]["comm_load"]),
@@ -69,8 +69,8 @@ NUMBERLESS = HEADER + "one,2,3,4,5,6,7,8,9,10\n"
 @pytest.mark.parametrize("content", ["", "round", HEADER, HEADER + "1,0.5", NUMBERLESS, "\x00\n"])
 def test_a_file_that_says_nothing_is_no_progress(tmp_path: Path, content: str) -> None:
     (tmp_path / "metrics.csv").write_text(content)
-    assert read_progress(tmp_path) == Progress()
-    assert read_progress(tmp_path / "absent") == Progress()
+    assert read_progress(tmp_path) == JobProgress()
+    assert read_progress(tmp_path / "absent") == JobProgress()
 
 
 def test_jobs_are_listed_before_they_begin_and_damaged_files_are_no_harm(tmp_path: Path) -> None:
@@ -107,17 +107,17 @@ def test_the_table_holds_every_job(tmp_path: Path) -> None:
     assert (rows[1]["error"], rows[1]["test_acc"]) == ('lr="0,5": expected a number', "")
 
 
-def examples() -> list[tuple[Job, Progress]]:
+def examples() -> list[tuple[Job, JobProgress]]:
     return [
         (
             Job(0, ("lr=0.1", "++model.cut=[a,b]", "device=cuda\\:3"), "finished", "/runs/zero"),
-            Progress(9, 0.875, 2_500_000, 75.0),
+            JobProgress(9, 0.875, 2_500_000, 75.0),
         ),
-        (Job(1, ("lr=0.1", "seed=1"), "failed", error="lr=0.1: expected [less]"), Progress()),
-        (Job(2, ("lr=0.1", "seed=2"), "skipped", "/runs/two"), Progress(9, None, 0, 5.0)),
-        (Job(3, ("lr=0.1", "seed=3"), "waiting", place="waits for a free GPU"), Progress()),
-        (Job(4, ("lr=0.1", "seed=4"), "running", "/runs/four", rounds=10), Progress(5, 0.5, 1000, 20.0)),
-        (Job(5, ("lr=0.1", "seed=5")), Progress()),
+        (Job(1, ("lr=0.1", "seed=1"), "failed", error="lr=0.1: expected [less]"), JobProgress()),
+        (Job(2, ("lr=0.1", "seed=2"), "skipped", "/runs/two"), JobProgress(9, None, 0, 5.0)),
+        (Job(3, ("lr=0.1", "seed=3"), "waiting", place="waits for a free GPU"), JobProgress()),
+        (Job(4, ("lr=0.1", "seed=4"), "running", "/runs/four", rounds=10), JobProgress(5, 0.5, 1000, 20.0)),
+        (Job(5, ("lr=0.1", "seed=5")), JobProgress()),
     ]
 
 
@@ -169,11 +169,11 @@ def test_what_all_jobs_share_is_not_repeated() -> None:
 
 
 def test_each_state_has_its_words() -> None:
-    told = [outcome(job, done) for job, done in examples()]
-    assert told[0] == "finished, 87.50%, 2.50 MB, 1 min 15 s"
-    assert told[1] == "failed: lr=0.1: expected [less]"
-    assert told[2] == "skipped, -, 0 B, finished before"
-    assert told[3] == "waiting waits for a free GPU"
+    reported = [outcome(job, done) for job, done in examples()]
+    assert reported[0] == "finished, 87.50%, 2.50 MB, 1 min 15 s"
+    assert reported[1] == "failed: lr=0.1: expected [less]"
+    assert reported[2] == "skipped, -, 0 B, finished before"
+    assert reported[3] == "waiting waits for a free GPU"
     assert tally([]) == "0/0 jobs done"
 
 
@@ -204,7 +204,7 @@ def test_a_job_may_have_data_workers_of_its_own(tmp_path: Path, folder: str) -> 
 
 def start_loading(folder: str) -> None:
     """Called in a process of its own, as there is one server of forks in each."""
-    process = start(JobFolder(Path(folder)), load)
+    process = start_job(JobFolder(Path(folder)), load)
     process.join(120)
     assert process.exitcode == 0
 

@@ -23,13 +23,13 @@ from cutlayer.runtime.ground.screen import Screen
 from cutlayer.runtime.ground.text import (
     LONGEST,
     PlainRecord,
-    complain,
     csv_text,
     error_text,
     lines,
     one_line,
+    print_errors,
+    print_lines,
     printable,
-    tell,
 )
 from cutlayer.runtime.job import _log_to  # pyright: ignore[reportPrivateUsage]
 from cutlayer.runtime.launching.sweeps.display import distinct, outcome, show_table
@@ -66,7 +66,7 @@ def test_text_without_such_signs_stays_as_it_is(text: str) -> None:
     assert printable(text) == text
 
 
-def test_what_has_no_text_is_told_by_its_kind() -> None:
+def test_what_has_no_text_is_reported_by_its_kind() -> None:
     assert printable(10**5000) == "int"
 
 
@@ -93,8 +93,8 @@ def test_a_record_of_the_log_is_one_line_and_its_traceback_is_indented(text: str
         raise ValueError(text)
     except ValueError:
         record = PlainRecord("x", logging.INFO, __file__, 1, "from %s", (text,), sys.exc_info())
-    told, *more = logging.Formatter("[INFO] %(message)s").format(record).split("\n")
-    assert is_plain(told)
+    reported, *more = logging.Formatter("[INFO] %(message)s").format(record).split("\n")
+    assert is_plain(reported)
     assert all(is_plain(line) for line in more)
     assert more[0] == "Traceback (most recent call last):"
     assert all(line.startswith("  ") for line in more[1:])
@@ -108,10 +108,10 @@ def test_a_runs_log_cannot_be_forged(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="forged"):
         fail()
-    told = (tmp_path / "run.log").read_text(encoding="utf-8").splitlines()
-    assert sum(line.startswith("[20") for line in told) == 1
-    assert not any(line.startswith("forged") for line in told)
-    assert all(map(is_plain, told))
+    reported = (tmp_path / "run.log").read_text(encoding="utf-8").splitlines()
+    assert sum(line.startswith("[20") for line in reported) == 1
+    assert not any(line.startswith("forged") for line in reported)
+    assert all(map(is_plain, reported))
 
 
 def test_a_table_in_the_log_keeps_its_lines() -> None:
@@ -135,8 +135,8 @@ def test_the_screen_shows_text_as_text(text: str) -> None:
         screen = Screen(file=file, force_terminal=True, color_system="truecolor", width=200, highlight=False)
         for part in (text, Text(text), table):
             screen.print(part)
-        told = file.getvalue().replace("\x1b[1m", "").replace("\x1b[3m", "").replace("\x1b[0m", "")
-        assert all(map(is_plain, told.split("\n")))
+        reported = file.getvalue().replace("\x1b[1m", "").replace("\x1b[3m", "").replace("\x1b[0m", "")
+        assert all(map(is_plain, reported.split("\n")))
     if "[" in text and is_plain(text):
         assert text.split()[0] in file.getvalue()
 
@@ -163,10 +163,10 @@ def sweep(tmp_path: Path) -> Sweep:
 def test_a_sweep_tells_of_its_jobs_in_plain_text(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     show_table(sweep.jobs(), sweep.path, f"again: {ESCAPE}")
     ((job, done),) = sweep.jobs()
-    tell(outcome(job, done), distinct(job, ()))
-    told = capsys.readouterr()
-    assert all(map(is_plain, (told.out + told.err).split("\n")))
-    assert not any(line.startswith("forged") for line in (told.out + told.err).split("\n"))
+    print_lines(outcome(job, done), distinct(job, ()))
+    reported = capsys.readouterr()
+    assert all(map(is_plain, (reported.out + reported.err).split("\n")))
+    assert not any(line.startswith("forged") for line in (reported.out + reported.err).split("\n"))
     head, row = csv.reader(io.StringIO(sweep.write_table().read_text(encoding="utf-8")))
     cells = dict(zip(head, row, strict=True))
     assert cells["overrides"].startswith("'++x=")
@@ -178,19 +178,19 @@ def test_a_sweep_tells_of_its_jobs_in_plain_text(sweep: Sweep, capsys: pytest.Ca
 @example("=cmd|x" + ESCAPE)
 @example("![x](http://e) <b> \\| `c`")
 def test_tables_hold_text_and_no_marks_of_their_own(text: str) -> None:
-    told = markdown(text, ["method", "x"], [[text, "1"]], [text])
-    assert all(map(is_plain, told.split("\n")))
-    assert told.count("\n") == 7
-    assert "<" not in told
-    assert "](" not in told
-    (row,) = [line for line in told.split("\n") if line.endswith("| 1 |")]
+    reported = markdown(text, ["method", "x"], [[text, "1"]], [text])
+    assert all(map(is_plain, reported.split("\n")))
+    assert reported.count("\n") == 7
+    assert "<" not in reported
+    assert "](" not in reported
+    (row,) = [line for line in reported.split("\n") if line.endswith("| 1 |")]
     # A bar that ends a cell has an even number of backslashes before it.
     bars = [at for at, sign in enumerate(row) if sign == "|"]
     ends = [at for at in bars if (len(row[:at]) - len(row[:at].rstrip("\\"))) % 2 == 0]
     assert len(ends) == 3
-    told = latex(text, ["method"], [[text]], [text])
-    assert all(map(is_plain, told.split("\n")))
-    (row,) = [line for line in told.split("\n")[6:] if line.endswith("\\\\") and not line.startswith("    method")]
+    reported = latex(text, ["method"], [[text]], [text])
+    assert all(map(is_plain, reported.split("\n")))
+    (row,) = [line for line in reported.split("\n")[6:] if line.endswith("\\\\") and not line.startswith("    method")]
     body = row.removesuffix(r" \\").replace(r"\textbackslash{}", "").replace(r"\textasciitilde{}", "")
     body = body.replace(r"\textasciicircum{}", "")
     for sign in "&%$#_{}":
@@ -210,11 +210,11 @@ def test_long_names_are_cut_and_stay_apart(made: object) -> None:
 
 
 def test_both_streams_get_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    tell(ESCAPE, Path(ESCAPE))
-    complain(ValueError(ESCAPE), error_text(ValueError("x\n" + ESCAPE)))
-    told = capsys.readouterr()
-    assert (told.out.count("\n"), told.err.count("\n")) == (2, 2)
-    assert all(map(is_plain, (told.out + told.err).split("\n")))
+    print_lines(ESCAPE, Path(ESCAPE))
+    print_errors(ValueError(ESCAPE), error_text(ValueError("x\n" + ESCAPE)))
+    reported = capsys.readouterr()
+    assert (reported.out.count("\n"), reported.err.count("\n")) == (2, 2)
+    assert all(map(is_plain, (reported.out + reported.err).split("\n")))
 
 
 # ---------------------------------------------------------------------- nothing goes another way

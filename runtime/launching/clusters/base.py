@@ -111,7 +111,7 @@ class ClusterLauncher(Launcher):
             folder.path.mkdir(parents=True, exist_ok=True)
             folder.update(state="killed", overrides=tuple(overrides), error=" ".join(why.split()))
 
-    def interrupted(self, numbers: Sequence[int]) -> None:
+    def mark_interrupted(self, numbers: Sequence[int]) -> None:
         """Note the jobs that were ended with the sweep and could not say so."""
         for number in numbers:
             if self.folder(number).read().state in ALIVE:

@@ -75,7 +75,7 @@ class RayLauncher(ClusterLauncher):
         for task in running:
             ray.cancel(task, force=False)
         ray.wait(list(running), num_returns=len(running), timeout=_GRACE_S)
-        self.interrupted(list(running.values()))
+        self.mark_interrupted(list(running.values()))
 
 
 def _work(work: Work, overrides: Sequence[str], number: int) -> None:
@@ -83,7 +83,7 @@ def _work(work: Work, overrides: Sequence[str], number: int) -> None:
 
 
 def secure(*, alone: bool) -> None:
-    """Switch Ray's token authentication on: it listens on every address of the machine, and runs what it is told.
+    """Switch Ray's token authentication on: it listens on every address of the machine, and runs whatever it receives.
 
     Args:
         alone: whether Ray is started here; it then gets a token that nobody else knows.

@@ -23,7 +23,7 @@ _ASK_S = 15.0
 # A shared file system may show a task's result this much after Slurm has called it ended.
 _LATE_S = 10.0
 _GRACE_S = 60.0
-# Slurm kills seconds, or where its administrator grants it minutes, after it has told a task to end.
+# Slurm kills seconds, or where its administrator grants it minutes, after it has asked a task to end.
 _LONGEST_KILL_S = 1800.0
 # Slurm takes no larger arrays unless its administrator allows them (MaxArraySize).
 _LARGEST_ARRAY = 1000
@@ -53,7 +53,7 @@ class SlurmTask:
     def __call__(self, overrides: Sequence[str], number: int) -> None:
         """Run the job, in a task of Slurm's.
 
-        A task that Slurm tells to end stops its job and stays until it is killed: one that ended by itself would count
+        A task that Slurm asks to end stops its job and stays until it is killed: one that ended by itself would count
         as done, and one that had to make way would not be queued again.
         """
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -65,7 +65,7 @@ class SlurmTask:
             raise
 
     def checkpoint(self, *arguments: Any) -> Any:
-        """What submitit queues in its place: the same, as a run goes on from its own checkpoint."""
+        """What submitit queues in its place: the same, as a run resumes from its own checkpoint."""
         return importlib.import_module("submitit.helpers").DelayedSubmission(self, *arguments)
 
 
@@ -161,7 +161,7 @@ class SlurmLauncher(ClusterLauncher):
             if not alive or len(self._ended(tasks)) == len(tasks):
                 break
             time.sleep(_POLL_S)
-        self.interrupted(list(tasks))
+        self.mark_interrupted(list(tasks))
 
 
 def task_states(ids: Iterable[str]) -> dict[str, str] | None:

@@ -20,12 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cutlayer.runtime.ground.screen import Screen
-from cutlayer.runtime.ground.text import complain, one_line, printable, tell
+from cutlayer.runtime.ground.text import one_line, print_errors, print_lines, printable
 from cutlayer.runtime.ground.units import format_bytes
-from cutlayer.runtime.launching.sweeps.sweep import ALIVE, BAD, Job, JobFolder, Progress, Sweep
+from cutlayer.runtime.launching.sweeps.sweep import ALIVE, BAD, Job, JobFolder, JobProgress, Sweep
 from cutlayer.runtime.records.console import format_seconds, on_terminal
 
-Jobs = Sequence[tuple[Job, Progress]]
+Jobs = Sequence[tuple[Job, JobProgress]]
 
 _REFRESH_S = 1.0
 _LINES_S = 60.0
@@ -120,24 +120,24 @@ class Display:
         return f"{tally(jobs)}, {format_seconds(spent)}{left}"
 
     def _print_lines(self) -> None:
-        told: dict[int, str] = {}
+        reported: dict[int, str] = {}
         last = time.monotonic()
         more = True
         while more:
             more = not self._ended.wait(_REFRESH_S)
             jobs = self._sweep.jobs()
             for job, done in jobs:
-                if told.get(job.number, "queued") != job.state:
-                    told[job.number] = job.state
+                if reported.get(job.number, "queued") != job.state:
+                    reported[job.number] = job.state
                     if job.state != "starting":
-                        tell(f"{tally(jobs)} | #{job.number} {self.named(job)}: {outcome(job, done)}")
+                        print_lines(f"{tally(jobs)} | #{job.number} {self.named(job)}: {outcome(job, done)}")
                         last = time.monotonic()
             if time.monotonic() - last > _LINES_S:
                 last = time.monotonic()
-                tell(self._headline(jobs, _share(jobs)))
+                print_lines(self._headline(jobs, _share(jobs)))
 
     def named(self, job: Job) -> str:
-        """What tells the job from the others of its sweep."""
+        """What distinguishes the job from the others of its sweep."""
         return distinct(job, self._shared)
 
 
@@ -147,7 +147,7 @@ def shared_overrides(jobs: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 
 def distinct(job: Job, shared: Sequence[str]) -> str:
-    """The overrides that tell the job from the others."""
+    """The overrides that distinguish the job from the others."""
     return " ".join(_plain(each) for each in job.overrides if each not in shared) or "(no overrides)"
 
 
@@ -161,12 +161,12 @@ def tally(jobs: Jobs) -> str:
     states = Counter(job.state for job, _ in jobs)
     failed = sum(states[state] for state in BAD)
     counts = {"failed": failed, "running": states["running"], "waiting": states["waiting"] + states["elsewhere"]}
-    told = [f"{count} {name}" for name, count in counts.items() if count]
+    reported = [f"{count} {name}" for name, count in counts.items() if count]
     before = f" ({states['skipped']} of them before)" if states["skipped"] else ""
-    return ", ".join([f"{sum(job.is_done for job, _ in jobs)}/{len(jobs)} jobs done{before}", *told])
+    return ", ".join([f"{sum(job.is_done for job, _ in jobs)}/{len(jobs)} jobs done{before}", *reported])
 
 
-def outcome(job: Job, done: Progress) -> str:
+def outcome(job: Job, done: JobProgress) -> str:
     """A job's state in one line of text."""
     if job.state in BAD:
         return f"{job.state}: {job.error}"
@@ -208,11 +208,11 @@ def show_table(jobs: Jobs, sweep: Path | None, how_to_go_on: str = "") -> None:
     failed = sum(job.state in BAD for job, _ in jobs)
     sys.stdout.flush()
     if failed:
-        complain(f"{failed} of {len(jobs)} jobs failed; the same command tries them again")
+        print_errors(f"{failed} of {len(jobs)} jobs failed; the same command tries them again")
     if how_to_go_on:
         states = Counter(job.state for job, _ in jobs)
         counts = f"{states['interrupted'] + states['elsewhere']} in part, {states['queued']} not begun"
-        complain(f"interrupted ({counts}); {how_to_go_on}")
+        print_errors(f"interrupted ({counts}); {how_to_go_on}")
 
 
 def percent(accuracy: float | None) -> str:

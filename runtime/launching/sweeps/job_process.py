@@ -30,12 +30,12 @@ from cutlayer.runtime.after.saved import MACHINE, personalize_run, probe_run
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.locks import FileLock, is_locked
-from cutlayer.runtime.ground.text import complain, error_text, plain_logs
-from cutlayer.runtime.job import check, claim, has_data_of, runs_like
+from cutlayer.runtime.ground.text import error_text, plain_logs, print_errors
+from cutlayer.runtime.job import check_machine, claim, has_data_of, runs_like
 from cutlayer.runtime.keys import keys_of
 from cutlayer.runtime.launching.hydra_errors import explain
 from cutlayer.runtime.launching.sweeps.slots import gpu_slot
-from cutlayer.runtime.launching.sweeps.sweep import OUTPUT, JobFolder
+from cutlayer.runtime.launching.sweeps.sweep import JOB_OUTPUT, JobFolder
 from cutlayer.runtime.records.data_record import DATA, check_data
 from cutlayer.runtime.run_folder import LOCK, find_finished, find_running
 from cutlayer.runtime.settings import RunConfig
@@ -46,14 +46,14 @@ Again = Callable[[Path, Mapping[str, Any], RunConfig], object]
 """Measures an earlier run: its folder, keys to change, and this job's configuration, which the run's should be."""
 
 _POLL_S = 1.0
-# A job that is told to end and sits in one long operation ends without having its say.
+# A job that is asked to end and sits in one long operation ends without having its say.
 _GRACE_S = 20.0
 
 
 def main(folder: str) -> None:
     """Run the job described in `folder`; its state there says how it ended. Called in the job's own process."""
     job = JobFolder(Path(folder))
-    _take_output(job.path / OUTPUT)
+    _take_output(job.path / JOB_OUTPUT)
     _end_with_parent()
     content = job.read_job()
     program = ["main.py"] if IN_CHECKOUT else ["-m", "cutlayer.main"]
@@ -68,9 +68,9 @@ def main(folder: str) -> None:
     except Exception as error:
         reason = explain(error, content["overrides"])
         if reason is None or content["tracebacks"]:
-            complain(*error_text(error).split("\n"))
+            print_errors(*error_text(error).split("\n"))
         elif not job.read().folder or not Path(job.read().folder).is_dir():
-            os.truncate(job.path / OUTPUT, 0)  # a mistake that left nothing: its one line says it all
+            os.truncate(job.path / JOB_OUTPUT, 0)  # a mistake that left nothing: its one line says it all
             job.update(folder="")
         job.update(state="failed", error=reason or " ".join(f"{type(error).__name__}: {error}".split()))
 
@@ -98,7 +98,9 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
         with gpu_slot(config.device, config.jobs_per_gpu, waiting) as gpu:
             if waited and _taken(job, config):  # by a single run, which knows nothing of this sweep
                 return
-            check(config)  # not before: it starts CUDA, which then sees for good what was visible at that moment
+            check_machine(
+                config
+            )  # not before: it starts CUDA, which then sees for good what was visible at that moment
             place = f"{f'GPU {gpu.uuid} ({gpu.name})' if gpu else 'processor'}, threads: {content['threads']}"
             with claim(config, content["overrides"]) as folder:
                 log.info("job %d: %s", job.read().number, place)
@@ -113,9 +115,9 @@ def _unmeasured(job: JobFolder, config: RunConfig) -> list[tuple[Again, str]]:
     if state.state != "skipped":
         return []
     folder, missing = Path(state.folder), list[tuple[Again, str]]()
-    if config.personalize.part is not None and personalize.read(folder, config.personalize) is None:
+    if config.personalize.part is not None and personalize.earlier_personalization(folder, config.personalize) is None:
         missing.append((personalize_run, "personalize"))
-    if config.probe.after and probe.read(folder, config.probe) is None:
+    if config.probe.after and probe.earlier_probe(folder, config.probe) is None:
         missing.append((probe_run, "probe"))
     return missing
 
@@ -142,14 +144,14 @@ def _taken(job: JobFolder, config: RunConfig) -> bool:
 
 
 def _check_data(finished: Path, config: RunConfig) -> None:
-    """Raise ConfigError where an earlier run had other data than there are now; a machine without data cannot tell."""
+    """Raise ConfigError where an earlier run had other data than there are now; a machine without data cannot check."""
 
     if not (finished / DATA).is_file():
         return
     try:
         now = read_facts(config.dataset, config.seed)
     except ConfigError as error:
-        log.warning("whether the data have changed cannot be told: %s", error)
+        log.warning("it is not known whether the data have changed: %s", error)
         return
     check_data(finished, lambda: now, config.data_changed)
 
@@ -228,7 +230,7 @@ def _end_with_parent() -> None:
 
 
 def _interrupt(*_: object) -> NoReturn:
-    """Interrupt once: Slurm tells all processes of a task to end, and so does the supervisor that it tells."""
+    """Interrupt once: Slurm asks all processes of a task to end, and so does the supervisor."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

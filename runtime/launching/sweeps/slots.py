@@ -110,7 +110,7 @@ def gpu_slot(
 
 def _wait(gpus: Sequence[Gpu], jobs_per_gpu: int, waiting: Callable[[str], None]) -> tuple[FileLock, Gpu]:
     folder = slots_folder()
-    told = False
+    reported = False
     while True:
         # First slots of all GPUs before second ones: jobs spread before they share.
         for slot in range(jobs_per_gpu):
@@ -118,8 +118,8 @@ def _wait(gpus: Sequence[Gpu], jobs_per_gpu: int, waiting: Callable[[str], None]
                 lock = FileLock.take(folder / f"{gpu.uuid.replace('/', '_')}-{slot}")
                 if lock is not None:
                     return lock, gpu
-        if not told:
-            told = True
+        if not reported:
+            reported = True
             names = ", ".join(gpu.uuid for gpu in gpus)
             waiting(f"a free GPU of {len(gpus)} ({names}); other jobs hold them")
         time.sleep(_POLL_S)

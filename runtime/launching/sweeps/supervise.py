@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cutlayer.runtime.ground.forking import server
 from cutlayer.runtime.launching.hydra_errors import explain
-from cutlayer.runtime.launching.sweeps.sweep import OUTPUT, PATIENT, JobFolder, read_progress
+from cutlayer.runtime.launching.sweeps.sweep import JOB_OUTPUT, PATIENT, JobFolder, read_progress
 
 LAUNCHER, TRACEBACKS = "CUTLAYER_LAUNCHER", "CUTLAYER_TRACEBACKS"
 _POLL_S = 1.0
@@ -78,7 +78,7 @@ def _attend(job: JobFolder) -> None:
     _end_with_launcher()
     process: ForkServerProcess | None = None
     try:
-        process = start(job, enter)
+        process = start_job(job, enter)
         process.join()
     except BaseException:  # an interrupt, or submitit's SystemExit when Slurm takes the task away and queues it again
         if process is not None:  # else it ends with this one
@@ -87,7 +87,7 @@ def _attend(job: JobFolder) -> None:
             job.update(state="interrupted")
         raise
     if not job.read().is_done and job.read().state != "elsewhere":
-        job.update(state="killed", error=_last_words(process.exitcode, job.path / OUTPUT))
+        job.update(state="killed", error=_last_words(process.exitcode, job.path / JOB_OUTPUT))
 
 
 @cache
@@ -101,12 +101,12 @@ def _end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(_POLL_S)
-        os._exit(1)  # nobody is left to tell
+        os._exit(1)  # nobody is left to report to
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def start(job: JobFolder, target: Callable[[str], None]) -> ForkServerProcess:
+def start_job(job: JobFolder, target: Callable[[str], None]) -> ForkServerProcess:
     """Start a process that calls `target` with the job's folder."""
     process = server("cutlayer.runtime.launching.sweeps.job_process").Process(
         target=target, args=(str(job.path),), name=f"job {job.path.name}"

@@ -1,7 +1,7 @@
 """A sweep on disk: which jobs it has, what state each is in, and how far its run is.
 
 `<save_dir>/multirun/<unique>/jobs/<number>/` holds a job's `job.json` (what to run), `state.json` and `output.log`.
-Every process of a sweep, on whatever machine its launcher puts it, tells the others through these files alone.
+Every process of a sweep, on whatever machine its launcher puts it, informs the others through these files alone.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from cutlayer.runtime.ground.files import replace_file
 from cutlayer.runtime.ground.text import csv_text
 
 # fmt: off
-State = Literal[
+JobState = Literal[
     "queued", "starting", "waiting", "running", "elsewhere", "interrupted",
     "finished", "skipped", "failed", "killed",
 ]
 # fmt: on
-DONE: tuple[State, ...] = ("finished", "skipped", "failed", "killed")
-BAD: tuple[State, ...] = ("failed", "killed")
-ALIVE: tuple[State, ...] = ("starting", "waiting", "running")
+DONE: tuple[JobState, ...] = ("finished", "skipped", "failed", "killed")
+BAD: tuple[JobState, ...] = ("failed", "killed")
+ALIVE: tuple[JobState, ...] = ("starting", "waiting", "running")
 
-JOB, STATE, OUTPUT, TABLE = "job.json", "state.json", "output.log", "jobs.csv"
+JOB, STATE, JOB_OUTPUT, TABLE = "job.json", "state.json", "output.log", "jobs.csv"
 PATIENT = "patient"
 """A file in the sweep's folder: jobs wait for what other processes run, as nothing else is left to do."""
 _COLUMNS = ("job", "state", "overrides", "rounds", "test_acc", "comm_load", "time_wall", "folder", "error")
@@ -51,7 +51,7 @@ class Job:
 
     number: int
     overrides: tuple[str, ...] = ()
-    state: State = "queued"
+    state: JobState = "queued"
     folder: str = ""
     error: str = ""
     place: str = ""
@@ -68,7 +68,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Progress:
+class JobProgress:
     """How far a run is: completed rounds, last accuracy (fraction), payload bytes sent and seconds so far."""
 
     round: int = 0
@@ -119,28 +119,28 @@ class Sweep:
     """A sweep's folder. Done jobs are read once: a sweep may have thousands.
 
     Attributes:
-        path: the folder. expected: the overrides of each job, in order, as far as they are known beforehand.
+        path: the folder. expected: the overrides of each job, in order, where they are known beforehand.
     """
 
     def __init__(self, path: Path, expected: Sequence[Sequence[str]] = ()) -> None:
         self.path = path
         self.expected = [tuple(overrides) for overrides in expected]
-        self._done: dict[int, tuple[Job, Progress]] = {}
+        self._done: dict[int, tuple[Job, JobProgress]] = {}
 
-    def jobs(self) -> list[tuple[Job, Progress]]:
+    def jobs(self) -> list[tuple[Job, JobProgress]]:
         """Every job and how far it is, in order."""
         numbers = set(range(len(self.expected)))
         if not self.expected and (self.path / "jobs").is_dir():
             numbers = {int(entry.name) for entry in (self.path / "jobs").iterdir() if entry.name.isdigit()}
         return [self._job(number) for number in sorted(numbers)]
 
-    def _job(self, number: int) -> tuple[Job, Progress]:
+    def _job(self, number: int) -> tuple[Job, JobProgress]:
         if number in self._done:
             return self._done[number]
         job = JobFolder(self.path / "jobs" / str(number)).read()
         if not job.overrides and number < len(self.expected):
             job = replace(job, overrides=self.expected[number])
-        found = job, read_progress(Path(job.folder)) if job.folder else Progress()
+        found = job, read_progress(Path(job.folder)) if job.folder else JobProgress()
         if job.is_done:
             self._done[number] = found
         return found
@@ -155,7 +155,7 @@ class Sweep:
         return self.path / TABLE
 
 
-def read_progress(folder: Path) -> Progress:
+def read_progress(folder: Path) -> JobProgress:
     """How far the run in `folder` is, from the end of its `metrics.csv`."""
     try:
         with open(folder / "metrics.csv", "rb") as file:
@@ -165,15 +165,15 @@ def read_progress(folder: Path) -> Progress:
                 file.read().decode(errors="replace").split("\n")[:-1]
             )  # what follows the last newline is being written
     except OSError:
-        return Progress()
+        return JobProgress()
     names = header.decode(errors="replace").strip().split(",")
     rows = [dict(zip(names, line.split(","), strict=True)) for line in lines if line.count(",") == len(names) - 1]
     try:
         accuracy = next((float(row["test_acc"]) for row in reversed(rows) if row["test_acc"]), None)
         last = rows[-1]
-        return Progress(int(last["round"]), accuracy, int(last["comm_load"]), float(last["time_wall"]))
+        return JobProgress(int(last["round"]), accuracy, int(last["comm_load"]), float(last["time_wall"]))
     except (IndexError, KeyError, ValueError):
-        return Progress()
+        return JobProgress()
 
 
 def _read(path: Path) -> dict[str, Any]:

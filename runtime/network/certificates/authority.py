@@ -28,7 +28,7 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import sync_folder
 from cutlayer.runtime.ground.locks import FileLock
 from cutlayer.runtime.network.certificates.revoked import REVOKED, read_revoked, serial_text
-from cutlayer.runtime.network.certificates.tls import CA, CA_KEY, SERVER, client_name, issued_by, number_of
+from cutlayer.runtime.network.certificates.tls import CA, CA_KEY, SERVER_NAME, client_name, issued_by, number_of
 
 T = TypeVar("T")
 
@@ -109,15 +109,15 @@ class _Workshop:
             self.revoked.clients[client] = set()
         self.authority, self.authority_key = self._old_authority() if has_authority else self._new_authority()
         (kept if has_authority else made)["ca"] = self.authority.not_valid_after_utc
-        stems = [SERVER] if self.order.server or (self.folder / f"{SERVER}.pem").exists() else []
-        renewed = {SERVER} if self.order.server and self.order.renew else set[str]()
+        stems = [SERVER_NAME] if self.order.server or (self.folder / f"{SERVER_NAME}.pem").exists() else []
+        renewed = {SERVER_NAME} if self.order.server and self.order.renew else set[str]()
         if self.order.renew:
             renewed |= {client_name(client) for client in self.order.clients}
         for stem in [*stems, *map(client_name, self.order.clients)]:
             old = None if stem in renewed else self._read_certificate(f"{stem}.pem")
             certificate = self._issue(stem, stem in renewed) if old is None else self._fitting(stem, old)
             (made if old is None else kept)[stem] = certificate.not_valid_after_utc
-            if stem == SERVER:
+            if stem == SERVER_NAME:
                 self.names = _hosts(certificate)
         changed = self.revoked.text() != listed
         if changed:
@@ -145,7 +145,7 @@ class _Workshop:
         return certificate, key
 
     def _new_authority(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-        if (self.folder / f"{SERVER}.pem").exists() or any(self.folder.glob("client-*.pem")):
+        if (self.folder / f"{SERVER_NAME}.pem").exists() or any(self.folder.glob("client-*.pem")):
             raise self._wrong(f"the folder where the authority was made: there are certificates, but no {CA}")
         key = self._key(CA_KEY, renew=False)
         # A name of its own: with equal names, a certificate of another authority looks like a forged one.
@@ -169,20 +169,20 @@ class _Workshop:
         key = self._read_key(f"{stem}.key")
         if key is not None and key.public_key() != old.public_key():
             raise self._wrong(f"{stem}.pem and {stem}.key that belong together; with renew=true they are made anew")
-        if stem == SERVER and not set(self.names) <= set(_hosts(old)):
+        if stem == SERVER_NAME and not set(self.names) <= set(_hosts(old)):
             raise ConfigError(
                 "server",
                 ",".join(self.order.server),
-                f"names that {SERVER}.pem has ({', '.join(_hosts(old))}), or renew=true besides, to make it anew",
+                f"names that {SERVER_NAME}.pem has ({', '.join(_hosts(old))}), or renew=true besides, to make it anew",
             )
         return old
 
     def _issue(self, stem: str, renew: bool) -> x509.Certificate:
         key = self._key(f"{stem}.key", renew)
-        is_server = stem == SERVER
+        is_server = stem == SERVER_NAME
         hosts = [_general_name(name) for name in self.names] if is_server else [x509.DNSName(stem)]
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if is_server else ExtendedKeyUsageOID.CLIENT_AUTH
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"cutlayer {SERVER}" if is_server else stem)])
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"cutlayer {SERVER_NAME}" if is_server else stem)])
         end = min(self.now + datetime.timedelta(days=self.order.days), self.authority.not_valid_after_utc)
         identifier = self.authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         signer = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
@@ -262,7 +262,7 @@ class _Workshop:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Generator[Path]:
-    """A folder of one's own below `folder`, which is made if need be, to write to; afterwards it is gone again."""
+    """A new folder below `folder`, which is made if need be, to write to; afterwards it is gone again."""
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = None
     try:

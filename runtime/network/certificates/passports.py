@@ -1,4 +1,4 @@
-"""Whom a server trusts while it runs: a client's certificate may end, or be revoked, while its session goes on."""
+"""Whom a server trusts while it runs: a client's certificate may end, or be revoked, while its session continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.extras import install
 from cutlayer.runtime.network.certificates.revoked import REVOKED, read_revoked, serial_text
-from cutlayer.runtime.network.certificates.tls import KEY, file_state, peer_client
+from cutlayer.runtime.network.certificates.tls import CERTIFICATES_KEY, file_state, peer_client
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,9 @@ class Trust:
 
     def __init__(self, folder: Path) -> None:
         if importlib.util.find_spec("cryptography") is None:
-            raise ConfigError(KEY, folder, f"the packages of the extra, with cryptography: {install('grpc')}")
+            raise ConfigError(
+                CERTIFICATES_KEY, folder, f"the packages of the extra, with cryptography: {install('grpc')}"
+            )
         self._folder = folder
         self._state = file_state(folder / REVOKED)
         self._revoked = read_revoked(folder)

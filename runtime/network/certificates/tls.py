@@ -1,6 +1,6 @@
 """TLS with certificates on both sides: credentials from a folder of files, and who a peer's certificate speaks for.
 
-The files are those that `certificates.py` makes; others of the same names, from an authority of one's own, do as well.
+The files are those that `certificates.py` makes; others of the same names, from your own authority, do as well.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEY = "transport.certificates"
+CERTIFICATES_KEY = "transport.certificates"
 CA = "ca.pem"
 CA_KEY = "ca.key"
-SERVER = "server"
+SERVER_NAME = "server"
 _CLIENT = re.compile(rb"client-(0|[1-9][0-9]{0,8})")
 
 
@@ -86,7 +86,7 @@ def server_credentials(folder: Path) -> grpc.ServerCredentials:
         ConfigError: a file is missing, cannot be read, has ended or does not go with the others; or gRPC is missing.
     """
     library = _grpc()
-    files = _Files(folder, SERVER, f"python certificates.py {folder} server=HOST")
+    files = _Files(folder, SERVER_NAME, f"python certificates.py {folder} server=HOST")
     known = [files.state()]
 
     def read() -> grpc.ServerCertificateConfiguration:
@@ -143,7 +143,9 @@ class _Files:
         return key, chain, authority
 
     def _wrong(self, expected: str) -> ConfigError:
-        return ConfigError(KEY, self.folder, f"{expected}; `{self.command}` makes what is needed where {CA_KEY} is")
+        return ConfigError(
+            CERTIFICATES_KEY, self.folder, f"{expected}; `{self.command}` makes what is needed where {CA_KEY} is"
+        )
 
     def _read(self, name: str) -> bytes:
         try:
@@ -182,12 +184,12 @@ class _Files:
                 self._check_dates(name, certificate)
         if not any(issued_by(own[-1], issuer) for issuer in issuers):
             raise self._wrong(f"{self.stem}.pem to be issued by the authority in {CA}")
-        wanted = ExtendedKeyUsageOID.SERVER_AUTH if self.stem == SERVER else ExtendedKeyUsageOID.CLIENT_AUTH
+        wanted = ExtendedKeyUsageOID.SERVER_AUTH if self.stem == SERVER_NAME else ExtendedKeyUsageOID.CLIENT_AUTH
         with contextlib.suppress(x509.ExtensionNotFound):  # without this extension a certificate is for anything
             usage = own[0].extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
             if wanted not in usage:
-                raise self._wrong(f"{self.stem}.pem to be for a {'server' if self.stem == SERVER else 'client'}")
-        if self.stem != SERVER and client_of(own[0]) != number_of(self.stem):
+                raise self._wrong(f"{self.stem}.pem to be for a {'server' if self.stem == SERVER_NAME else 'client'}")
+        if self.stem != SERVER_NAME and client_of(own[0]) != number_of(self.stem):
             raise self._wrong(f"{self.stem}.pem to name {self.stem} as common name and as alternative name")
 
     def _check_dates(self, name: str, certificate: x509.Certificate) -> None:

@@ -1,7 +1,7 @@
 """What a client keeps between rounds, on its own machine: one file for each round that changed it.
 
-The server says which of the client's rounds counted last; the state after that one is taken up, and what was kept of
-later ones, which did not count, is removed. So a server that goes on from a checkpoint finds its clients as they were.
+The server says which of the client's rounds counted last; the state after that one is restored, and what was kept of
+later ones, which did not count, is removed. So a server that resumes from a checkpoint finds its clients as they were.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _TRIED = re.compile(r"^failed to connect to all addresses; last error: \w+: ipv[
 _ANSWERS = frozenset({What.WELCOME, What.ROUND, What.OPEN, What.REPLY, What.EVALUATE, What.CLOSE, What.END})
 
 
-class Link:
+class ServerLink:
     """One stream to the server; what is sent leaves in order, what comes is read ahead by a message or two.
 
     Args:

@@ -16,8 +16,8 @@ from cutlayer.runtime.ground.locks import FileLock
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.messages.boundary import METRICS, MODEL, Message, Payload, Reply
 from cutlayer.runtime.messages.bounds import WireError
-from cutlayer.runtime.network.agreement import PROTOCOL, data_facts, fingerprint, joined, shared, version
-from cutlayer.runtime.network.client.link import Link
+from cutlayer.runtime.network.agreement import PROTOCOL, client_config, data_facts, fingerprint, shared, version
+from cutlayer.runtime.network.client.link import ServerLink
 from cutlayer.runtime.network.client.site import Site
 from cutlayer.runtime.network.links import LinkLostError, on_device
 from cutlayer.runtime.network.wire import Received, What
@@ -75,7 +75,7 @@ class _Client:
     def work(self) -> None:
         wait, idle = _FIRST_S, threading.Event()
         while True:
-            link = Link(self._server, self._id, self._transport)
+            link = ServerLink(self._server, self._id, self._transport)
             try:
                 self._join(link)
                 wait = _FIRST_S
@@ -93,7 +93,7 @@ class _Client:
 
     # ------------------------------------------------------------------ joining
 
-    def _join(self, link: Link) -> None:
+    def _join(self, link: ServerLink) -> None:
         link.send(What.HELLO, {"client": self._id, "protocol": PROTOCOL, "version": version()})
         welcome = _next(link, What.WELCOME).body
         site = self._settle(welcome)
@@ -117,7 +117,7 @@ class _Client:
         self._rounds = _number(welcome, "rounds") or 0
         if self._site is not None and run == self._run and shared(self._site.setup.config) == theirs:
             return self._site
-        config = joined(self._own, cast(dict[str, Any], theirs), self._overrides)
+        config = client_config(self._own, cast(dict[str, Any], theirs), self._overrides)
         prepare_process(config.torch_device())
         folder = self._folder(config, run)
         if self._site is None or run != self._run:
@@ -147,7 +147,7 @@ class _Client:
 
     # ------------------------------------------------------------------ rounds
 
-    def _serve(self, link: Link) -> str:
+    def _serve(self, link: ServerLink) -> str:
         """Do what the server asks until it ends the run; why it does."""
         assert self._site is not None
         site, session = self._site, 0
@@ -157,7 +157,7 @@ class _Client:
                 if received.head.what is What.CLOSE:
                     continue  # of a round that is over here
                 session, order = received.head.session, received.body
-                site.take_up(_number(order, "last"), _number(order, "needed"))
+                site.restore(_number(order, "last"), _number(order, "needed"))
                 opening = _next(link, What.OPEN, What.EVALUATE)
                 try:
                     if opening.head.what is What.EVALUATE:
@@ -176,7 +176,7 @@ class _Client:
                 link.finish(_FAREWELL_S)
                 raise
 
-    def _train(self, link: Link, session: int, round: int, down: Payload) -> None:
+    def _train(self, link: ServerLink, session: int, round: int, down: Payload) -> None:
         assert self._site is not None
         site, start = self._site, time.monotonic()
         computed = site.seconds
@@ -202,7 +202,7 @@ class _Client:
         log.info("client %d: round %d of %d took %.2f s", self._id, round + 1, self._rounds, took)
 
 
-def _next(link: Link, *whats: What) -> Received:
+def _next(link: ServerLink, *whats: What) -> Received:
     """The next message, one of these, unless the server ends the stream."""
     received = link.receive({*whats, What.END})
     if received.head.what is What.END:
@@ -213,7 +213,7 @@ def _next(link: Link, *whats: What) -> Received:
     return received
 
 
-def _reply(link: Link, session: int) -> Reply:
+def _reply(link: ServerLink, session: int) -> Reply:
     while True:
         received = _next(link, What.REPLY, What.CLOSE, What.ROUND)
         if received.head.what is What.ROUND:

@@ -59,7 +59,7 @@ class Site:
         """That the client has computed in its rounds."""
         return self._seats.seconds
 
-    def take_up(self, last: int | None, needed: int | None) -> None:
+    def restore(self, last: int | None, needed: int | None) -> None:
         """Be as after the client's round ``last``, None for the initial state.
 
         Args:

@@ -42,15 +42,18 @@ class Audit:
         if self._folder is None:
             return
         known = {name: one_line(value) if isinstance(value, str) else value for name, value in facts.items()}
-        told = {name: value for name, value in known.items() if value not in (None, "")}
-        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **told}) + "\n"
+        reported = {name: value for name, value in known.items() if value not in (None, "")}
+        line = (
+            json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **reported})
+            + "\n"
+        )
         with self._lock:
             try:
                 self._append(self._folder, line.encode())
                 self._failed = False
             except OSError as error:
                 if not self._failed:
-                    log.warning("%s cannot be written, the run goes on: %s", AUDIT, error)
+                    log.warning("%s cannot be written, the run continues: %s", AUDIT, error)
                 self._failed = True
 
     def _append(self, folder: Path, line: bytes) -> None:

@@ -23,7 +23,7 @@ T = TypeVar("T")
 GrpcError: type[Exception] = getattr(aio, "BaseError")  # noqa: B009  (as below)
 EOF: Any = getattr(aio, "EOF")  # noqa: B009  (what a stream's end reads as; the types do not know it)
 FAREWELL_S = 5.0
-"""Seconds that a client has to take what it is told at the end."""
+"""Seconds that a client has to receive the last message."""
 
 
 class Host(Protocol):
@@ -92,7 +92,7 @@ class Connection:
         return read.result().head.what
 
     def expect(self, *whats: What) -> None:
-        """Begin to read the client's next message, one of these; a read that has begun goes on, for one of these."""
+        """Begin to read the client's next message, one of these; a read that has begun continues, for one of these."""
         if self._next is None:
             self._next = self._hub.submit(self._read(frozenset(whats)))
         else:
@@ -136,7 +136,7 @@ class Connection:
         self._hub.call(self.end)
 
     def reject(self, error: WireError) -> None:
-        """End the stream of a client that sends what it should not, and tell it so."""
+        """End the stream of a client that sends what it should not, and report why."""
         self.dismiss({"error": f"the server does not accept what it was sent: {error}", "later": False})
 
     def dismiss(self, why: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Generator
 
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.network.server.remote_clients import RemoteClients
-from cutlayer.runtime.network.server.status import is_told
+from cutlayer.runtime.network.server.status import was_finished
 from cutlayer.runtime.network.server.status_file import StatusFile, announce
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.rounds.federation import Federation
@@ -46,11 +46,11 @@ class Elsewhere:
         """Clients can join within the block.
 
         Args:
-            accuracy: of the last test, where the run goes on from a checkpoint.
+            accuracy: of the last test, where the run resumes from a checkpoint.
         """
         transport, clients, folder = federation.setup.config.transport, self._clients, self._folder.path
         assert isinstance(transport, GrpcTransport)
-        told, over = is_told(folder), federation.done
+        reported, over = was_finished(folder), federation.done
         clients.listen(federation.round)
         population = federation.setup.population
         log.info("listening on %s port %d for %d clients", transport.host, clients.hub.port, population)
@@ -61,7 +61,7 @@ class Elsewhere:
                 clients.hub.close("the server has stopped", later=True)
                 raise
             try:
-                if not (over and told):
-                    clients.see_off(everyone=over)
+                if not (over and reported):
+                    clients.disconnect_all(everyone=over)
             finally:
                 clients.hub.close("the run is over")

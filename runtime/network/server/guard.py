@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
-from cutlayer.runtime.network.wire import CHUNK
+from cutlayer.runtime.network.wire import CHUNK_BYTES
 from cutlayer.runtime.transport import GrpcTransport
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def server_options(config: GrpcTransport, population: int) -> list[tuple[str, in
     milliseconds = max(1, round(1000 * config.keepalive))
     return [
         # A window that grows with the link would let each client, unasked, fill many MB of the server's memory.
-        ("grpc.http2.lookahead_bytes", CHUNK),
+        ("grpc.http2.lookahead_bytes", CHUNK_BYTES),
         ("grpc.http2.bdp_probe", 0),
         ("grpc.max_concurrent_streams", 1),  # of a connection
         ("grpc.max_allowed_incoming_connections", most_connections(population)),
@@ -68,7 +68,7 @@ def server_options(config: GrpcTransport, population: int) -> list[tuple[str, in
 
 
 def raise_file_limit(population: int) -> None:
-    """Let this process have as many open files as there may be connections, as far as the system allows."""
+    """Let this process have as many open files as there may be connections, if the system allows it."""
     needed = most_connections(population) + _SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
@@ -190,7 +190,7 @@ def _plain(host: str, port: int) -> tuple[str, int]:
 @dataclass
 class _Window:
     began: float
-    told: int = 0
+    reported: int = 0
     more: int = 0
 
 
@@ -215,14 +215,14 @@ class Quiet:
             window = self._windows.setdefault(kind, _Window(now))
             if now - window.began > self.seconds and not window.more:
                 window = self._windows[kind] = _Window(now)
-            if window.told >= self.most:
+            if window.reported >= self.most:
                 window.more += 1
                 return False
-            window.told += 1
+            window.reported += 1
         self.log.log(level, text, *args, exc_info=trace)
         return True
 
-    def tell_rest(self, *, now: bool = False) -> list[tuple[str, int]]:
+    def report_rest(self, *, now: bool = False) -> list[tuple[str, int]]:
         """Write how many lines of each kind were left out, once their time is over or ``now``; kinds and counts."""
         with self._lock:
             clock = time.monotonic()
@@ -246,5 +246,5 @@ _no_leaving = _NoLeaving()
 
 
 def hush_grpc() -> None:
-    """Keep out of the log what gRPC says of peers that leave; the hub tells of those that matter."""
+    """Keep out of the log what gRPC says of peers that leave; the hub reports those that matter."""
     logging.getLogger("grpc._cython.cygrpc").addFilter(_no_leaving)

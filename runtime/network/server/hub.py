@@ -40,7 +40,7 @@ _GREETING_S = guard.GREETING_S
 _CARE_S = 1.0  # from one look at what has been there for too long to the next
 
 
-class RefusedError(Exception):
+class ClientRefusedError(Exception):
     """A client that may not take part.
 
     Args:
@@ -57,16 +57,16 @@ class Greeting:
     """What the hub asks before it lets a client in: both give a text, or raise RefusedError.
 
     Attributes:
-        welcome: from the client's number and its first text, what it is told.
+        welcome: from the client's number and its first text, what the server sends it.
         admit: from its number and its second text, the limits of its messages.
     """
 
     welcome: Callable[[int, dict[str, Any]], dict[str, Any]]
     admit: Callable[[int, dict[str, Any]], Limits]
     changed: Callable[[], None] = field(default=lambda: None)
-    """Told of anything new in what is known of clients, from any thread."""
+    """Called with anything new in what is known of clients, from any thread."""
     audit: Audit = field(default_factory=lambda: Audit(None))
-    """Told of who joins, is refused and leaves."""
+    """Called for each client that joins, is refused or leaves."""
 
 
 class Hub:
@@ -144,7 +144,7 @@ class Hub:
         with contextlib.suppress(Exception):
             self.submit(self._close(reason, later=later)).result(30)
         self._stop_loop()
-        self._tell_rest(now=True)
+        self._report_rest(now=True)
         self._audit.write("closed", why=reason)
 
     # ------------------------------------------------------------------ on the loop
@@ -189,10 +189,10 @@ class Hub:
                     why, later = self._trust.objection(connection.passport)
                     if why and not connection.why:
                         connection.dismiss({"error": why, "later": later})
-            self._tell_rest()
+            self._report_rest()
 
-    def _tell_rest(self, *, now: bool = False) -> None:
-        for kind, count in self.quiet.tell_rest(now=now):
+    def _report_rest(self, *, now: bool = False) -> None:
+        for kind, count in self.quiet.report_rest(now=now):
             self._audit.write("left out", kind=kind, count=count)
 
     async def _close(self, reason: str, *, later: bool) -> None:
@@ -209,7 +209,7 @@ class Hub:
         try:
             connection = await self._greeted(context, stream, shown)
             if connection is None:
-                await _tell(context, self._farewell.result())
+                await _send(context, self._farewell.result())
                 return
             self._enter(connection)
             if self._farewell.done():
@@ -217,10 +217,10 @@ class Hub:
             await connection.run()
         except GrpcError:  # what was to be sent finds nobody
             self._refuse(stream, shown, "the client has left")
-        except (RefusedError, WireError, TimeoutError) as error:
+        except (ClientRefusedError, WireError, TimeoutError) as error:
             late = isinstance(error, TimeoutError)
             reason = "the greeting took too long" if late else str(error)
-            later = late or (isinstance(error, RefusedError) and error.later)
+            later = late or (isinstance(error, ClientRefusedError) and error.later)
             await self._turn_away(context, stream, shown, reason, later=later)
         except Exception as error:  # a fault of this program is that client's trouble alone
             self.quiet("fault", "the greeting of %s cannot be served", stream.peer, trace=True)
@@ -234,7 +234,7 @@ class Hub:
     async def _turn_away(self, context: Any, stream: guard.Stream, shown: Passport, why: str, *, later: bool) -> None:
         self._refuse(stream, shown, why)
         stream.wait(FAREWELL_S)
-        await _tell(context, {"error": why, "later": later})
+        await _send(context, {"error": why, "later": later})
 
     def _refuse(self, stream: guard.Stream, shown: Passport, reason: str) -> None:
         self.refused = (self.refused[0] + 1, f"{stream.peer}: {reason}")
@@ -258,7 +258,9 @@ class Hub:
         incoming = Incoming(_GREETING, (What.HELLO,))
         stream.wait(_GREETING_S + FAREWELL_S)
         if shown.client is not None and self._streams.of_client(shown.client) > guard.STREAMS_EACH:
-            raise RefusedError(f"more than {guard.STREAMS_EACH} streams of client {shown.client} at a time", later=True)
+            raise ClientRefusedError(
+                f"more than {guard.STREAMS_EACH} streams of client {shown.client} at a time", later=True
+            )
         hello = await asyncio.wait_for(_text(context, incoming), _GREETING_S)
         client = self._identify(hello, shown)
         welcome = self._greeting.welcome(client, hello)
@@ -277,15 +279,15 @@ class Hub:
         """The client that says hello, if it is the one that it says."""
         client = hello.get("client")
         if not isinstance(client, int) or isinstance(client, bool) or not 0 <= client < self.population:
-            raise RefusedError(f"there is no client {shown(client)}; clients are 0 to {self.population - 1}")
+            raise ClientRefusedError(f"there is no client {shown(client)}; clients are 0 to {self.population - 1}")
         if self._trust is not None:
             if passport.client != client:
                 whose = "no client" if passport.client is None else f"client {passport.client}"
-                raise RefusedError(f"client {client} came with the certificate of {whose}")
+                raise ClientRefusedError(f"client {client} came with the certificate of {whose}")
             self._trust.refresh()
             why, later = self._trust.objection(passport)
             if why:
-                raise RefusedError(why, later=later)
+                raise ClientRefusedError(why, later=later)
         return client
 
     def _enter(self, connection: Connection) -> None:
@@ -308,7 +310,7 @@ class Hub:
         connection.end()  # pyright: ignore[reportPrivateUsage]
         silent = connection.stream.late
         connection.why = connection.why or ("it did not take what it was sent" if silent else "the link was lost")
-        told = True
+        reported = True
         with self.changed:
             if self.connections.get(client) is connection:
                 del self.connections[client]
@@ -316,9 +318,9 @@ class Hub:
                 seen.become("absent")
                 if not self.closing:
                     seen.fail(connection.why)
-                    told = self.quiet(f"client {client}", "client %d is gone: %s", client, connection.why)
+                    reported = self.quiet(f"client {client}", "client %d is gone: %s", client, connection.why)
             self.changed.notify_all()
-        if told:
+        if reported:
             self._audit.write("left", client=client, peer=connection.peer, why=connection.why)
         self.note()
 
@@ -331,7 +333,7 @@ async def _outcome(work: Coroutine[Any, Any, T]) -> T | Exception:
         return error
 
 
-async def _tell(context: Any, why: dict[str, Any]) -> None:
+async def _send(context: Any, why: dict[str, Any]) -> None:
     """Say why there is no more of a stream, if somebody is there to hear it."""
     with contextlib.suppress(Exception):
         for piece in outgoing(Head(What.END), why):
@@ -342,7 +344,7 @@ async def _text(context: Any, incoming: Incoming) -> dict[str, Any]:
     while True:
         data = await context.read()
         if data is EOF:
-            raise RefusedError("the client has left")
+            raise ClientRefusedError("the client has left")
         received = incoming.feed(data)
         if received is not None:
             return dict(received.body)

@@ -21,7 +21,7 @@ from cutlayer.runtime.ground.text import one_line, printable
 from cutlayer.runtime.ground.units import format_bytes
 from cutlayer.runtime.network.server.status import Seen, Status, read_status_of
 from cutlayer.runtime.records.console import format_seconds
-from cutlayer.runtime.run_folder import is_locked, read_status
+from cutlayer.runtime.run_folder import is_owned, read_status
 
 _STYLES = {"absent": "red", "working": "green", "testing": "cyan", "unknown": "dim", "over": "dim"}
 _ORDER = ("working", "testing", "idle", "absent", "unknown", "over")
@@ -42,7 +42,7 @@ class View:
     """What is shown of a run.
 
     Attributes:
-        alive: the server that told this still runs. starting: another one owns the run's folder, and has told nothing.
+        alive: the server that wrote this still runs. starting: another one owns the folder, but wrote nothing yet.
         error: of a run that has failed, one line.
         now: seconds since 1970.
     """
@@ -64,13 +64,13 @@ class View:
         return "over" if self.is_over else client.state if self.alive else "unknown"
 
 
-def look(folder: Path) -> View:
+def current_view(folder: Path) -> View:
     """The run in a folder as it is now.
 
     Raises:
         ConfigError: as ``read_status_of``.
     """
-    owned = is_locked(folder)  # before the file is read: a server that ends meanwhile has written its last word
+    owned = is_owned(folder)  # before the file is read: a server that ends meanwhile has written its last word
     status = read_status_of(folder)
     alive = owned and not (status.host == socket.gethostname() and _is_dead(status.pid))
     error = one_line(read_status(folder).get("error") or "")
@@ -159,8 +159,8 @@ def _server(view: View) -> Text:
     if view.starting:
         return Text(f"the server is starting; what follows is of the one before it ({where})", style="yellow")
     why = f": {view.error}" if view.error else ""
-    told = f"its last word {_age(view.now - status.time)} ago"
-    return Text(f"the server is not running{why} ({where}, {told}); the same command goes on", style="bold red")
+    reported = f"its last word {_age(view.now - status.time)} ago"
+    return Text(f"the server is not running{why} ({where}, {reported}); the same command resumes", style="bold red")
 
 
 def _doing(view: View) -> Text:
@@ -229,7 +229,7 @@ def _fitting(view: View, room: int, wide: bool) -> list[int]:
     if sum(lines) <= room:
         return [*numbers]
     found: list[int] = []
-    room -= 1  # for the line that tells of the others
+    room -= 1  # for the line that counts the others
     for number in sorted(numbers, key=lambda number: (_rank(view, number), number)):
         room -= lines[number]
         if room < 0:

@@ -1,4 +1,4 @@
-"""What a client's messages look like, found out before any client comes: two rounds in little, in this process.
+"""What a client's messages look like, found out before any client comes: two rounds in miniature, in this process.
 
 Each is played twice, with batches of two and of three samples: what then differs is a size of the batch and may be
 anything, what is equal is what every client's message has to have.
@@ -26,10 +26,10 @@ from cutlayer.runtime.transport import LocalTransport
 
 log = logging.getLogger(__name__)
 
-Layout = Mapping[str, tuple[Kind, tuple[int, ...]]]
+FieldShapes = Mapping[str, tuple[Kind, tuple[int, ...]]]
 _BATCHES = (2, 3)
 _CLIENTS = 2
-_METRICS = 100  # fields of what a client tells of its round
+_METRICS = 100  # fields that a client reports of its round
 
 
 class Expected:
@@ -66,7 +66,7 @@ class Expected:
 
 def rehearse(config: RunConfig, dataset: Dataset) -> Expected:
     """Play a few rounds of the configured run on a handful of the data, and note what clients send."""
-    seen: list[dict[str, list[Layout]]] = []
+    seen: list[dict[str, list[FieldShapes]]] = []
     divided = replace(config.dataset.evenly(), drop_last="auto")
     local = replace(config, transport=LocalTransport(), role=None, comm_threshold_mb=None, dataset=divided)
     try:
@@ -84,7 +84,7 @@ class _Recorder(Channel):
 
     def __init__(self) -> None:
         super().__init__(Ledger())
-        self.seen: dict[str, list[Layout]] = {}
+        self.seen: dict[str, list[FieldShapes]] = {}
 
     def up(self, client: int, kind: str, payload: Payload) -> Reply:
         self.seen.setdefault(kind, []).append({name: _layout(value) for name, value in payload.items()})
@@ -100,7 +100,7 @@ def _layout(value: object) -> tuple[Kind, tuple[int, ...]]:
     return (bool if isinstance(value, bool) else int if isinstance(value, int) else float), ()
 
 
-def _play(config: RunConfig, dataset: Dataset) -> dict[str, list[Layout]]:
+def _play(config: RunConfig, dataset: Dataset) -> dict[str, list[FieldShapes]]:
     """What a few clients send, by kind, in the rounds in which a method may do something else."""
     trial, recorder = Trial(config, dataset, _a_few_each), _Recorder()
     lengths = {int(getattr(config.algorithm, flow.rounds)) for flow in trial.setup.algorithm.traffic if flow.rounds}
@@ -122,7 +122,7 @@ def _players(setup: Setup) -> int:
     return min(setup.population, max(_CLIENTS, len(setup.blueprint.variants)))
 
 
-def _shapes(some: list[Layout], others: list[Layout]) -> tuple[Shapes, ...]:
+def _shapes(some: list[FieldShapes], others: list[FieldShapes]) -> tuple[Shapes, ...]:
     """From the messages of one kind with batches of either size: one set of shapes for each set of fields."""
     found: list[Shapes] = []
     for names in {frozenset(layout): None for layout in some}:

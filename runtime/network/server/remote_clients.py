@@ -16,13 +16,21 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Payload, flatten
 from cutlayer.runtime.messages.bounds import Limits, WireError, shown
 from cutlayer.runtime.messages.ledger import Ledger
-from cutlayer.runtime.network.agreement import PROTOCOL, compare_data, data_facts, fingerprint, shared, told, version
+from cutlayer.runtime.network.agreement import (
+    PROTOCOL,
+    compare_data,
+    data_facts,
+    fingerprint,
+    peer_text,
+    shared,
+    version,
+)
 from cutlayer.runtime.network.check import check_values
 from cutlayer.runtime.network.links import LinkLostError
 from cutlayer.runtime.network.server.audit import Audit
 from cutlayer.runtime.network.server.connection import Connection
 from cutlayer.runtime.network.server.guarded import GuardedServer
-from cutlayer.runtime.network.server.hub import Greeting, Hub, RefusedError, missing
+from cutlayer.runtime.network.server.hub import ClientRefusedError, Greeting, Hub, missing
 from cutlayer.runtime.network.server.rehearsal import rehearse
 from cutlayer.runtime.network.server.remote_session import A_STEP, MOST_MESSAGES, RemoteChannel, RemoteSession
 from cutlayer.runtime.network.wire import Head, What, outgoing
@@ -53,7 +61,7 @@ class RemoteClients:
         record: the last round that is over. accuracy: of the last test.
         attempt: of the round that comes, from 1; 0 before it begins. repeats: rounds that were begun again.
         waiting: whom the server waits for, "" for nobody, and since when (seconds since 1970).
-        watch: is told when any of this changes, from any thread; cheap.
+        watch: called when any of this changes, from any thread; cheap.
     """
 
     may_repeat = True
@@ -94,23 +102,23 @@ class RemoteClients:
 
     def _welcome(self, client: int, hello: dict[str, Any]) -> dict[str, Any]:
         if hello.get("protocol") != PROTOCOL or hello.get("version") != version():
-            theirs = told(hello.get("version"))
-            raise RefusedError(f"the client runs version {theirs} of the platform, the server {version()}")
+            theirs = peer_text(hello.get("version"))
+            raise ClientRefusedError(f"the client runs version {theirs} of the platform, the server {version()}")
         return {"config": self._shared, "run": self._run, "round": self._round, "rounds": self._setup.config.rounds}
 
     def _admit(self, client: int, facts: dict[str, Any]) -> Limits:
         setup = self._setup
         if facts.get("config") != fingerprint(self._shared):
-            raise RefusedError("the client has another configuration than the server")
+            raise ClientRefusedError("the client has another configuration than the server")
         data = facts.get("data")
         differs = compare_data(self._data, cast(dict[str, Any], data) if isinstance(data, dict) else {})
         samples = facts.get("samples")
         if differs is not None:
-            raise RefusedError(differs)
+            raise ClientRefusedError(differs)
         if type(samples) is not int or not 0 <= samples < 2**48 or type(facts.get("trains")) is not bool:
-            raise RefusedError("the client does not tell how many samples it has")
+            raise ClientRefusedError("the client does not say how many samples it has")
         if self._divided and samples != int(setup.partition.sizes[client]):
-            raise RefusedError(f"the client has {samples} samples; its share is {setup.partition.sizes[client]}")
+            raise ClientRefusedError(f"the client has {samples} samples; its share is {setup.partition.sizes[client]}")
         self._facts[client] = facts
         return replace(self._expected.limits, message_bytes=self._config.message_bytes)
 
@@ -130,7 +138,7 @@ class RemoteClients:
             self._wait(cohort, len(cohort), "beyond the quorum", seconds=self._config.gather)
         known = setup.population if self._divided else len(self._facts)
         if known == setup.population and not any(map(self.can_train, range(known))):
-            reason = "fewer, or dataset.drop_last=auto: every client has told that it has no batch to train on"
+            reason = "fewer, or dataset.drop_last=auto: every client has reported that it has no batch to train on"
             raise ConfigError("batch_size", setup.config.batch_size, reason)
 
     def _needed(self, cohort: list[int]) -> int:
@@ -138,24 +146,24 @@ class RemoteClients:
 
     def _wait(self, cohort: list[int], needed: int, what: str, seconds: float | None = None) -> None:
         until = math.inf if seconds is None else time.monotonic() + seconds
-        told: list[int] = []
+        reported: list[int] = []
         began = time.time()
         with self.hub.changed:
             while len(absent := missing(cohort, self.hub.connections)) > len(cohort) - needed:
                 left = until - time.monotonic()
                 if left <= 0:
                     break
-                if absent != told:
+                if absent != reported:
                     self.waiting = (f"{what}: {_absent(absent, len(cohort))}", began)
                     log.info("waiting %s", self.waiting[0])
                     self.watch()
-                    told = absent
+                    reported = absent
                 self.hub.changed.wait(None if left == math.inf else left)
         self.waiting = ("", 0.0)
         self.watch()
 
-    def see_off(self, *, everyone: bool = False) -> None:
-        """Wait a little for clients that are away: they come again, and have to be told that the run is over.
+    def disconnect_all(self, *, everyone: bool = False) -> None:
+        """Wait a little for clients that are away: they come again, and have to learn that the run is over.
 
         One that was lost some seconds ago comes again within fewer, by the way in which its pauses grow, and any other
         within the longest of them, if it can.
@@ -182,7 +190,7 @@ class RemoteClients:
         there = [client for client in cohort if client in self.hub.connections]
         until = math.inf if self._config.deadline is None else time.monotonic() + self._config.deadline
 
-        def gone(client: int) -> None:
+        def lose(client: int) -> None:
             drop(client)
             lost.append(client)
             if len(cohort) - len(lost) < self._needed(cohort):
@@ -190,12 +198,12 @@ class RemoteClients:
 
         absent = missing(cohort, there)
         for client in absent:
-            gone(client)
+            lose(client)
             server.forget(client)
         ahead = len(cohort) if algorithm.schedule == "lockstep" else 0 if algorithm.in_turn else self._config.ahead
         self._reports.clear()
         channel, guarded = RemoteChannel(ledger, ahead, self._setup.device), GuardedServer(server, self._blame)
-        report = SCHEDULES[algorithm.schedule](there, lambda client: self._open(client, until), gone, guarded, channel)
+        report = SCHEDULES[algorithm.schedule](there, lambda client: self._open(client, until), lose, guarded, channel)
         report.dropped += absent
         report.seconds = sum(_seconds(self._reports.get(client, {})) for client in report.survivors)
         return report
@@ -221,14 +229,14 @@ class RemoteClients:
         )
 
     def _steps(self, client: int) -> int:
-        """Of a client in a round; where only the client knows its data, by what it has told of them."""
+        """Of a client in a round; where only the client knows its data, by what it has reported about them."""
         if self._divided:
             return len(self._setup.steps(client))
         config = self._setup.config
         return config.local_epochs * math.ceil(self._facts[client]["samples"] / config.batch_size)
 
     def _order(self, client: int) -> dict[str, Any]:
-        """What a client has to know before a round: which state of its own to take up."""
+        """What a client has to know before a round: which state of its own to restore."""
         return {
             "round": self._round,
             "last": self._last.get(client),
@@ -249,11 +257,11 @@ class RemoteClients:
         if connection is not None:
             connection.dismiss({"error": reason, "later": False})
 
-    def recorded(self, record: RoundRecord) -> None:
+    def on_recorded(self, record: RoundRecord) -> None:
         self.record, self.accuracy = record, self.accuracy if record.test_acc is None else record.test_acc
         self.watch()
 
-    def counted(self, report: RoundReport) -> None:
+    def on_counted(self, report: RoundReport) -> None:
         self.attempt = 0
         for client in report.survivors:
             if self._reports.get(client, {}).get("keeps") is True:
@@ -317,7 +325,7 @@ class RemoteClients:
         return self._scores_of(cast(dict[str, Any], received.body))
 
     def _scores_of(self, body: dict[str, Any]) -> ClientScores:
-        """What a client tells of its test."""
+        """What a client reports of its test."""
         known = {VALIDATION, "client_acc", "local_acc"}
         known |= {f"{name}_{of}acc" for name in self._setup.algorithm.paths for of in ("", "local_")}
         scores = ClientScores()
@@ -327,8 +335,8 @@ class RemoteClients:
             scores[name] = self._score_of(each)
         return scores
 
-    def _score_of(self, told: object) -> Measured:
-        each = cast(list[Any], told) if isinstance(told, list) else []
+    def _score_of(self, reported: object) -> Measured:
+        each = cast(list[Any], reported) if isinstance(reported, list) else []
         asked = self._setup.config.evaluations
         if [type(value) for value in each] not in ([int, float, float], [int, float, float, dict][: 4 if asked else 3]):
             raise WireError("scores that are no numbers")
@@ -351,13 +359,13 @@ class RemoteClients:
         self._last = {int(client): int(round) for client, round in state.get("last", {}).items()}
         self._durable = dict(self._last)
 
-    def checkpointed(self) -> None:
+    def on_checkpoint(self) -> None:
         self._durable = dict(self._last)
 
 
-def _seconds(told: Mapping[str, Any]) -> float:
+def _seconds(reported: Mapping[str, Any]) -> float:
     """What a client tells of the time that it computed, if that can be."""
-    seconds = told.get("seconds")
+    seconds = reported.get("seconds")
     return seconds if isinstance(seconds, int | float) and 0 <= seconds < 1e9 else 0.0
 
 

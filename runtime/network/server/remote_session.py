@@ -46,9 +46,9 @@ class RemoteSession:
     """A client's round on its machine.
 
     Args:
-        opening: what the client is told of the round before its first message.
+        opening: what the client learns about the round before its first message.
         check: raises WireError at a message that cannot be right: its kind and its fields.
-        names: of the metrics that the client has told of so far, to be added to.
+        names: of the metrics that the client has reported so far, to be added to.
         most: messages that the client may send before its upload.
         until: when the round has to be over, on the monotonic clock.
     """
@@ -96,7 +96,7 @@ class RemoteSession:
                 log.warning("client %d is lost: %s", self._connection.client, error)
                 self._connection.reject(error)
             else:
-                self._connection.cut(str(error))  # the hub tells why it is gone
+                self._connection.cut(str(error))  # the hub logs why it is gone
             raise ClientDroppedError from None
 
     def _expect(self) -> None:

@@ -1,4 +1,4 @@
-"""What the server tells of itself while it runs, in `network.json` in the run's folder, and who reads it.
+"""What the server reports of itself while it runs, in `network.json` in the run's folder, and who reads it.
 
 Nothing here needs gRPC or torch: `status.py` reads the file on any machine that sees the folder.
 """
@@ -22,8 +22,8 @@ NETWORK = "network.json"
 _LATEST, _MOST = 1e11, 2**62
 
 Doing = Literal["absent", "idle", "working", "testing"]
-State = Literal["starting", "running", "finished", "stopped"]
-_STATES = (*get_args(Doing), *get_args(State))
+ServerState = Literal["starting", "running", "finished", "stopped"]
+_STATES = (*get_args(Doing), *get_args(ServerState))
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Status:
         host, pid: of the server's process. refused: streams that were refused, and the last one's reason.
     """
 
-    state: State = "running"
+    state: ServerState = "running"
     title: str = ""
     algorithm: str = ""
     model: str = ""
@@ -103,10 +103,10 @@ class Status:
 
 
 def read_status_of(folder: Path) -> Status:
-    """What the server of the run in a folder last told.
+    """What the server of the run in a folder last wrote.
 
     Raises:
-        ConfigError: it has told nothing that can be read.
+        ConfigError: it has written nothing that can be read.
     """
     try:
         status = _build(Status, asdict(Status()), read_json(folder, NETWORK))
@@ -140,8 +140,8 @@ def _build(kind: type[T], empty: Mapping[str, Any], known: Any) -> T:
     return kind(**values)
 
 
-def is_told(folder: Path) -> bool:
-    """Whether the server before this one has told its clients that the run is over."""
+def was_finished(folder: Path) -> bool:
+    """Whether the server before this one has informed its clients that the run is over."""
     try:
         return read_status_of(folder).state == "finished"
     except ConfigError:

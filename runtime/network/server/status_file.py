@@ -28,7 +28,7 @@ _PAUSE_S, _SHARE = 0.5, 0.02
 
 
 def announce(folder: Path, config: RunConfig) -> None:
-    """Tell that a server has begun to load what it needs, unless the server before it has told of the run."""
+    """Report that a server has begun to load what it needs, unless the server before it has reported the run."""
     if (folder / NETWORK).exists():
         return
     now = time.time()
@@ -55,7 +55,7 @@ class StatusFile:
     A context manager; it never breaks the run: a file that cannot be written is a line of the log.
 
     Args:
-        accuracy: of the last test, where the run goes on from a checkpoint.
+        accuracy: of the last test, where the run resumes from a checkpoint.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class StatusFile:
         self._thread = threading.Thread(target=self._keep, name="status", daemon=True)
 
     def __enter__(self) -> StatusFile:
-        self._clients.watch = self.changed
+        self._clients.watch = self.mark_changed
         self._changed.set()
         self._thread.start()
         return self
@@ -93,8 +93,8 @@ class StatusFile:
         self._changed.set()
         self._thread.join()
 
-    def changed(self) -> None:
-        """Something has changed; from any thread, and cheap enough for each message."""
+    def mark_changed(self) -> None:
+        """Note that something has changed; from any thread, and cheap enough for each message."""
         self._changed.set()
 
     # ------------------------------------------------------------------ in the thread
@@ -116,7 +116,7 @@ class StatusFile:
             self._failed = False
         except Exception as error:
             if not self._failed:
-                log.warning("%s cannot be written, the run goes on: %s", self._path.name, error)
+                log.warning("%s cannot be written, the run continues: %s", self._path.name, error)
             self._failed = True
 
     def _now(self) -> Status:

@@ -1,4 +1,4 @@
-"""Trackers that follow a run beside its own files, such as TensorBoard.
+"""Trackers that follow a run in addition to its own files, such as TensorBoard.
 
 Chosen by `logger=`. Every module of this package is imported, so that a new file registers itself; a logger's
 configuration is the frozen dataclass `Config` inside its class. Packages of trackers are imported only when one is

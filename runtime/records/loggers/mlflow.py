@@ -55,7 +55,7 @@ class MlflowLogger(Logger):
         run: Any = self._client.create_run(self._experiment(home), run_name=self.folder.name)
         self._run_id = run.info.run_id
         note.write_text(self._run_id)
-        for key, value in flatten(config).items():
+        for key, value in flat_config(config).items():
             self._client.log_param(self._run_id, key, value)
 
     def _experiment(self, home: Path) -> str:
@@ -85,13 +85,13 @@ class MlflowLogger(Logger):
             self._client = None
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """A nested mapping as dotted keys to text, lists written as JSON."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         name = join(prefix, str(key))
         if isinstance(value, Mapping) and value:
-            flat.update(flatten(cast(Mapping[str, Any], value), name))
+            flat.update(flat_config(cast(Mapping[str, Any], value), name))
         else:
             flat[name] = value if isinstance(value, str) else json.dumps(value, default=str)
     return flat

@@ -21,11 +21,6 @@ every_algorithm = pytest.mark.parametrize("name", NAMES)
 CONVOLUTIONS = ("model=cnn4", "model.options.width=4", "batch_size=200")
 
 
-def test_the_ten_are_registered() -> None:
-    expected = "centralized local_only fed_avg fed_prox scaffold sl sl_multi_server sl_single_server cse_fsl fsl_sage"
-    assert set(expected.split()) <= set(NAMES)
-
-
 # ------------------------------------------------------------------ bytes
 
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.launching.clusters.base import ClusterLauncher
-from cutlayer.runtime.launching.clusters.ray import RayLauncher, secure
+from cutlayer.runtime.launching.clusters.ray import secure
 from cutlayer.runtime.launching.clusters.slurm import SlurmLauncher, last_words, task_states
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
 from cutlayer.runtime.launching.sweeps.sweep import JobFolder
@@ -22,19 +22,25 @@ from tests.launchers.namespace import sweep_command
 from tests.places import ROOT, program
 
 CONFIGS = CONFIG_DIR / "hydra" / "launcher"
-LAUNCHERS: dict[str, type[ClusterLauncher]] = {"ray": RayLauncher, "submitit_slurm": SlurmLauncher}
+FOUND = {f"{each.__module__}.{each.__name__}": each for each in Plugins.instance().discover(Launcher)}
+TARGETS = {path.stem: str(OmegaConf.load(path).get("_target_", "")) for path in sorted(CONFIGS.glob("*.yaml"))}
+TARGETS = {name: target for name, target in TARGETS.items() if target.startswith("hydra_plugins.")}
+LAUNCHERS: dict[str, type[ClusterLauncher]] = {name: FOUND[target] for name, target in TARGETS.items()}  # type: ignore[misc]
+EXTRAS = [name for name, each in LAUNCHERS.items() if each.package]
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_hydra_finds_the_class_that_the_configuration_names(name: str) -> None:
-    target = OmegaConf.load(CONFIGS / f"{name}.yaml")._target_
-    found = {f"{each.__module__}.{each.__name__}": each for each in Plugins.instance().discover(Launcher)}
-    assert issubclass(found[target], Launcher)
-    assert found[target].__mro__[1].__name__ == LAUNCHERS[name].__name__
+    assert issubclass(LAUNCHERS[name], ClusterLauncher)
     assert LAUNCHERS[name].name == name
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_has_a_configuration() -> None:
+    own = {target for target, each in FOUND.items() if target.startswith("hydra_plugins.") and hasattr(each, "name")}
+    assert own == set(TARGETS.values())
+
+
+@pytest.mark.parametrize("name", EXTRAS)
 def test_without_its_extra_a_launcher_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     launcher = LAUNCHERS[name]()
@@ -45,7 +51,7 @@ def test_without_its_extra_a_launcher_is_one_line(name: str, monkeypatch: pytest
     assert str(caught.value) == f"hydra/launcher={name}: {advice}"
 
 
-@pytest.mark.parametrize("name", [name for name in LAUNCHERS if not importlib.util.find_spec(LAUNCHERS[name].package)])
+@pytest.mark.parametrize("name", [name for name in EXTRAS if not importlib.util.find_spec(LAUNCHERS[name].package)])
 def test_a_sweep_without_the_extra_says_so_and_leaves_nothing(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "HYDRA_FULL_ERROR": "0"}
     command = sweep_command(tmp_path / "saves", name, "seed=0,1")

@@ -54,12 +54,12 @@ class ClusterLauncher(Launcher):
     """A launcher whose jobs run on a cluster; `run` of a subclass brings all of them to their end.
 
     Attributes:
-        name: as in `hydra/launcher=<name>`. extra: of pyproject.toml. package: that the extra brings.
+        name: as in `hydra/launcher=<name>`. extra: of pyproject.toml, if it needs one. package: that the extra brings.
     """
 
     name: str
-    extra: str
-    package: str
+    extra: str = ""
+    package: str = ""
 
     def __init__(self, **params: Any) -> None:
         self._params: dict[str, Any] = {
@@ -74,7 +74,7 @@ class ClusterLauncher(Launcher):
         Raises:
             ConfigError: the package is not installed.
         """
-        if importlib.util.find_spec(self.package) is None:
+        if self.package and importlib.util.find_spec(self.package) is None:
             advice = f"needs the extra: {install(self.extra)}"
             raise ConfigError(f"hydra/launcher={self.name}", NO_VALUE, advice)
         self._work = Work(hydra_context, config, task_function, {})

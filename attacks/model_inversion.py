@@ -24,12 +24,12 @@ from cutlayer.datasets import Source
 from cutlayer.models import build_attacker
 from cutlayer.models.cutting import Crossing, tensors
 from cutlayer.models.similarity import mse, psnr, ssim
-from cutlayer.runtime.evaluation.scores import evaluating
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import written_whole
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.session import Workplace
+from cutlayer.runtime.scoring.scores import evaluating
 
 PICTURE = "reconstructions.png"
 _COLUMNS, _GAP, _LEAST_SIDE = 10, 2, 64

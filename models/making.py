@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cutlayer.models.part_registry import WHOLE, Making, divider, divisions, entry
+from cutlayer.models.part_registry import WHOLE, Making, divider, divisions, registered_part
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
 
@@ -44,7 +44,7 @@ def in_order(parts: Collection[str]) -> tuple[str, ...]:
             raise ConfigError("parts", circle, "parts that do not need each other")
         if name in order:
             return
-        found = entry(name)
+        found = registered_part(name)
         if found is None and name not in whole:
             needed = f", which {above[-1]} needs" if above else ""
             raise ConfigError("parts", sorted(parts), f"a model that is divided into {name} and others{needed}")
@@ -82,7 +82,7 @@ def make_parts(
         return Making(config, info, {each: modules[0] for each, modules in made.items()}, options(name), compare)
 
     for name in order:
-        found = entry(name)
+        found = registered_part(name)
         if name in made:
             continue
         if found is None:
@@ -93,6 +93,6 @@ def make_parts(
         made[name] = [built] if isinstance(built, nn.Module) else [*built]
         if name == WHOLE:
             for each in order:
-                if (part := entry(each)) is not None and part.prepare is not None:
+                if (part := registered_part(each)) is not None and part.prepare is not None:
                     part.prepare(made[WHOLE][0], info)
     return {name: made[name] for name in order if name in parts}

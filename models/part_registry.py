@@ -28,7 +28,7 @@ MOMENTUM = "_momentum"
 """How the name of a copy ends that learns nothing by itself, such as a moving average of the part named before it."""
 SLOTS = ("optimizer", "scheduler")
 # Keys under `model` that are no parts.
-TAKEN = ("name", "cut", "init", "client_norm", "bottleneck", "options", "parts")
+MODEL_KEYS = ("name", "cut", "init", "client_norm", "bottleneck", "options", "parts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Making:
 
 
 # A fresh part, its weights from torch's global generator; several of them are variants, given to the clients in turn.
-Builder = Callable[[Making], nn.Module | Sequence[nn.Module]]
+PartBuilder = Callable[[Making], nn.Module | Sequence[nn.Module]]
 # The parts of the whole model, in the order in which data goes through them, made of its own tensors.
 Divider = Callable[[Making], Sequence[nn.Module]]
 # What a part asks of the whole model is done to it in place, before anything is made of it.
@@ -89,35 +89,35 @@ Prepare = Callable[[nn.Module, "DatasetInfo"], object]
 
 
 @dataclass(frozen=True)
-class Part:
+class RegisteredPart:
     """What the registry knows of a part that has a builder of its own."""
 
     name: str
-    build: Builder
+    build: PartBuilder
     needs: tuple[str, ...]
     prepare: Prepare | None = None
 
 
-_PARTS: Registry[Part] = Registry("part")
+_PARTS: Registry[RegisteredPart] = Registry("part")
 _DIVISIONS: dict[tuple[str, ...], Divider] = {}
 _CONFIGS: dict[str, type[PartConfig]] = {}
 
 
 def part(
     name: str, *, needs: Sequence[str] = (), config: type[PartConfig] = PartConfig, prepare: Prepare | None = None
-) -> Callable[[Builder], Builder]:
+) -> Callable[[PartBuilder], PartBuilder]:
     """Register what builds the part `name`.
 
     `needs` are the parts that are made before it; the whole model always is. `config` is the frozen dataclass of its
     section under `model`. `prepare(model, info)` is called with the whole model before anything is made of it.
     """
 
-    def add(build: Builder) -> Builder:
+    def add(build: PartBuilder) -> PartBuilder:
         if name.endswith(MOMENTUM):
             raise ValueError(f"part {name!r} has the name of a copy, which ends in {MOMENTUM}")
         if name in _CONFIGS:
             raise ValueError(f"part {name!r} is registered twice")
-        _PARTS.add(name, Part(name, build, tuple(needs), prepare))
+        _PARTS.add(name, RegisteredPart(name, build, tuple(needs), prepare))
         if name != WHOLE:
             _add_config(name, config)
         return build
@@ -141,7 +141,7 @@ def division(*names: str, **configs: type[PartConfig]) -> Callable[[Divider], Di
 
 
 def _add_config(name: str, config: type[PartConfig]) -> None:
-    if name in TAKEN:
+    if name in MODEL_KEYS:
         raise ValueError(f"part {name!r} has the name of a key of every model")
     _CONFIGS[name] = config
 
@@ -171,7 +171,7 @@ def divider(names: tuple[str, ...]) -> Divider:
     return _DIVISIONS[names]
 
 
-def entry(name: str) -> Part | None:
+def registered_part(name: str) -> RegisteredPart | None:
     """The registered part `name`, or a copy of one; None for one that the model is divided into.
 
     Raises:
@@ -184,8 +184,8 @@ def entry(name: str) -> Part | None:
     return _PARTS.get(name)
 
 
-def _copy_of(original: str, name: str) -> Part:
+def _copy_of(original: str, name: str) -> RegisteredPart:
     def build(making: Making) -> nn.Module:
         return copy.deepcopy(making.parts[original]).requires_grad_(False)
 
-    return Part(name, build, (original,))
+    return RegisteredPart(name, build, (original,))

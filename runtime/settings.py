@@ -14,8 +14,6 @@ from cutlayer.algorithms.mixins import ConfiguresParts
 from cutlayer.datasets import DatasetConfig
 from cutlayer.evaluations import EVALUATIONS
 from cutlayer.models import ModelConfig, refinable
-from cutlayer.runtime.evaluation.classifiers import MonitorConfig, ProbeConfig
-from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, plain, scoped
 from cutlayer.runtime.ground.reading import read_yaml
 from cutlayer.runtime.keys import identity_of, keys_of, scope_of, setting_of
@@ -29,6 +27,8 @@ from cutlayer.runtime.parties.optim import (
 )
 from cutlayer.runtime.records.data_record import Changed
 from cutlayer.runtime.records.loggers import LoggerConfig, logger_config
+from cutlayer.runtime.scoring.classifiers import MonitorConfig, ProbeConfig
+from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.transport import GrpcTransport, TransportConfig, transport_config
 
 

@@ -23,7 +23,7 @@ FLOORS = (
     ("algorithms",),
     ("runtime.keys",),
     ("runtime.records",),
-    ("runtime.evaluation", "runtime.transport"),
+    ("runtime.scoring", "runtime.transport"),
     ("runtime.settings",),
     ("runtime.run_folder", "runtime.trust"),
     ("runtime.rounds",),

@@ -23,8 +23,6 @@ from torch import nn
 from cutlayer.datasets import Partition
 from cutlayer.evaluations import Score
 from cutlayer.models import body_and_head
-from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig, fine_tune
-from cutlayer.runtime.evaluation.scores import spread
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import (
@@ -44,6 +42,8 @@ from cutlayer.runtime.records.console import Section
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.session import Workplace
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig, fine_tune
+from cutlayer.runtime.scoring.scores import spread
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from cutlayer.datasets import Source
 from cutlayer.models import build_model, classifier, leave_out
 from cutlayer.models.cutting import is_ghost
-from cutlayer.runtime.evaluation.classifiers import ProbeConfig, balanced, drawn, knn_accuracy, linear_accuracy
-from cutlayer.runtime.evaluation.features import features
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 from cutlayer.runtime.ground.files import PROBED, SUMMARY, make_folder, replace_file
@@ -26,6 +24,8 @@ from cutlayer.runtime.ground.units import format_percent
 from cutlayer.runtime.records.console import Section
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.scoring.classifiers import ProbeConfig, balanced, drawn, knn_accuracy, linear_accuracy
+from cutlayer.runtime.scoring.features import features
 
 OUTPUT = "output"
 """Where the features of a method are that learns nothing else."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
-from cutlayer.runtime.evaluation.scores import ClientScores
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.history import RoundRecord
@@ -13,6 +12,7 @@ from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.schedule import RoundReport
 from cutlayer.runtime.rounds.session import Serving
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.scoring.scores import ClientScores
 
 
 class Clients(Protocol):

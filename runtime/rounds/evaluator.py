@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from cutlayer.datasets import Partition, Source, apply_partition, own_partition, partition_by_group
 from cutlayer.evaluations import Score, measure
-from cutlayer.runtime.evaluation.features import KnnMonitor
-from cutlayer.runtime.evaluation.scores import (
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.parties.blueprint import Blueprint
+from cutlayer.runtime.records.history import ClientRow
+from cutlayer.runtime.rounds.learnt import Learnt
+from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.scoring.features import KnnMonitor
+from cutlayer.runtime.scoring.scores import (
     ClientScores,
     Evaluation,
     Measured,
@@ -19,11 +24,6 @@ from cutlayer.runtime.evaluation.scores import (
     mean_values,
     spread_over_clients,
 )
-from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.parties.blueprint import Blueprint
-from cutlayer.runtime.records.history import ClientRow
-from cutlayer.runtime.rounds.learnt import Learnt
-from cutlayer.runtime.rounds.setup import Setup
 
 Path = tuple[str, ...]
 """Parts of a model, in the order in which data goes through them."""

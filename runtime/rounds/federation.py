@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cutlayer.algorithms.base import Server
 from cutlayer.datasets import Dataset
-from cutlayer.runtime.evaluation.scores import Evaluation
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.files import DamagedError
 from cutlayer.runtime.messages.ledger import Ledger, Traffic
@@ -29,6 +28,7 @@ from cutlayer.runtime.rounds.local_clients import LocalClients
 from cutlayer.runtime.rounds.schedule import RoundLostError, RoundReport
 from cutlayer.runtime.rounds.session import ServerParty, Workplace
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.scoring.scores import Evaluation
 from cutlayer.runtime.settings import RunConfig
 
 log = logging.getLogger(__name__)

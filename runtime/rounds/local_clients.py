@@ -13,7 +13,6 @@ from torch import nn
 
 from cutlayer.algorithms.mixins import ComputesTogether
 from cutlayer.models.cutting import is_ghost
-from cutlayer.runtime.evaluation.scores import ClientScores
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.ledger import Ledger
@@ -26,6 +25,7 @@ from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundReport, compute_together
 from cutlayer.runtime.rounds.session import Channel, LocalSession, Serving, Session, Workplace
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.scoring.scores import ClientScores
 
 DROPOUT = nn.modules.dropout._DropoutNd  # pyright: ignore[reportPrivateUsage]  the base of all of them
 

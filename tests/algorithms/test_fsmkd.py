@@ -13,12 +13,12 @@ from cutlayer.algorithms.base import Flow
 from cutlayer.algorithms.fsmkd import FSMKD, FSMKDConfig, divergence, mutual_losses
 from cutlayer.runtime.after.personalize import personalize
 from cutlayer.runtime.costs.traffic import expected_bytes
-from cutlayer.runtime.evaluation.scores import mean
 from cutlayer.runtime.messages.boundary import Message
 from cutlayer.runtime.messages.ledger import CONTROL_KINDS
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.session import Channel
+from cutlayer.runtime.scoring.scores import mean
 from cutlayer.runtime.settings import RunConfig
 from tests.algorithms.drawing import Drawn
 from tests.conftest import play, same, weights

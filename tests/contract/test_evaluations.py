@@ -11,11 +11,11 @@ from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from cutlayer.datasets import DatasetInfo
 from cutlayer.evaluations import EVALUATIONS, Score, measure
-from cutlayer.runtime.evaluation.scores import Measured, mean_values
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.network.server.remote_clients import RemoteClients
 from cutlayer.runtime.network.wire import WireError
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.scoring.scores import Measured, mean_values
 
 INFO = DatasetInfo("made", 1, 8, 8, 10, tuple("abcdefghij"))
 EVERY = EVALUATIONS.names()

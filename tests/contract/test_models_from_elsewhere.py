@@ -19,7 +19,6 @@ from cutlayer import algorithms
 from cutlayer.models import body_and_head
 from cutlayer.runtime.after.saved import personalize_run
 from cutlayer.runtime.costs.traffic import expected_bytes
-from cutlayer.runtime.evaluation.fine_tuning import fine_tune
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import MODEL_FILE
@@ -28,6 +27,7 @@ from cutlayer.runtime.messages.ledger import CONTROL_KINDS
 from cutlayer.runtime.parties.optim import PartOptimizer
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.run_folder import RunFolder
+from cutlayer.runtime.scoring.fine_tuning import fine_tune
 from cutlayer.runtime.settings import RunConfig
 from tests.conftest import play, same, weights
 from tests.contract.elsewhere import Net

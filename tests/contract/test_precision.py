@@ -11,10 +11,10 @@ from cutlayer import algorithms
 from cutlayer.attacks.model_inversion import InversionConfig
 from cutlayer.attacks.running import attack
 from cutlayer.runtime.after.personalize import personalize
-from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.parties.blueprint import Blueprint
 from cutlayer.runtime.parties.optim import PartOptimizer
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from tests.conftest import play, weights
 from tests.contract.test_contract import quick
 

@@ -1,5 +1,6 @@
 """Auxiliary heads: where they are attached, what they see, whom they teach."""
 
+import copy
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -306,7 +307,7 @@ class _Odd(nn.Module):
 
 
 def test_a_users_model_without_blocks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cutlayer.models.registry._ENTRIES", dict(_ENTRIES))
+    monkeypatch.setattr("cutlayer.models.registry._ENTRIES", copy.copy(_ENTRIES))
 
     @register("own", cut="c1")
     def own(shape: object, _: object) -> nn.Sequential:

@@ -151,7 +151,7 @@ def test_a_name_is_an_ordinary_choice_of_the_group(name: str) -> None:
     )
     assert chosen.name == name
     assert chosen.part("client").optimizer == {"lr": 0.5}
-    assert (chosen.cut, chosen.init, chosen.server, chosen.options) == (None, None, plain.server, {})
+    assert (chosen.cut, chosen.init, chosen.part("server"), chosen.options) == (None, None, plain.part("server"), {})
 
 
 def test_an_experiment_may_choose_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

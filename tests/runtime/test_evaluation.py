@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cutlayer.runtime.evaluation.scores import _order, evaluate, evaluating, spread
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.scoring.scores import _order, evaluate, evaluating, spread
 from tests.algorithms.drawing import seed_of
 
 NORMED = ("model=import/tests.contract.elsewhere.Net", "model.cut=norm", "num_clients=2")

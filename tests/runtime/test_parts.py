@@ -19,7 +19,7 @@ from cutlayer import algorithms
 from cutlayer.algorithms.base import Algorithm, cross_entropy
 from cutlayer.models import AuxiliaryHeads, Making, in_order, make_parts, part, part_registry, refinable
 from cutlayer.models.config import ModelConfig
-from cutlayer.models.part_registry import TAKEN
+from cutlayer.models.part_registry import MODEL_KEYS
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.launching import hydra_errors, hydra_support
 from cutlayer.runtime.launching.hydra_support import load_config, preprocess
@@ -31,8 +31,9 @@ from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.trust import part_rules
 from tests.conftest import SMALL, play, same, weights
+from tests.places import checkout
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = checkout()
 ONE_STEP = ("num_clients=1", "batch_size=2000", "optimizer=sgd", "lr=0.02", "rounds=2", "eval_interval=100")
 
 
@@ -73,13 +74,13 @@ STATED: dict[tuple[str, ...], dict[str, float]] = {
 
 @pytest.mark.parametrize("overrides", STATED)
 def test_initial_weights_are_those_that_runs_began_with_before(configure, overrides: tuple[str, ...]) -> None:
-    initial = Federation(configure(*overrides)).blueprint.initial
+    initial = Federation(configure(*overrides)).setup.blueprint.initial
     found = {name: sum(float(each.double().abs().sum()) for each in state.values()) for name, state in initial.items()}
     assert found == pytest.approx(STATED[overrides], rel=1e-6)
 
 
 def made(names: tuple[str, ...], config: RunConfig) -> dict[str, dict[str, torch.Tensor]]:
-    info = Federation(config).dataset.info
+    info = Federation(config).setup.dataset.info
     parts = make_parts(config.model, info, names, seed=config.seed)
     return {name: module.state_dict() for name, (module, *_) in parts.items()}
 
@@ -137,7 +138,7 @@ def test_a_name_is_registered_once_and_is_no_other_key() -> None:
     for name in ("attacker", "client", "cut", "own_momentum"):
         with pytest.raises(ValueError, match=f"{name}"):
             part(name)(nothing)
-    assert {*TAKEN} == {*ModelConfig.__dataclass_fields__}
+    assert {*MODEL_KEYS} == {*ModelConfig.__dataclass_fields__}
 
 
 # ---------------------------------------------------------------------- how a part learns
@@ -195,7 +196,7 @@ def learnt(overrides: tuple[str, ...]) -> list[dict[str, dict[str, torch.Tensor]
     federation = Federation(load_config([*SMALL, *ONE_STEP, *overrides]))
     rounds: list[dict[str, dict[str, torch.Tensor]]] = []
     for _ in range(2):
-        found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in federation.algorithm.layout.parts}
+        found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in federation.setup.algorithm.layout.parts}
         for key, value in weights(play(federation, 1)).items():
             owner = next((name for name in key.split("/")[:3] if name in found), None)
             if owner is not None:
@@ -252,7 +253,9 @@ def test_what_is_as_by_default_is_not_part_of_a_run_s_identity(configure) -> Non
     assert model["client"] == {"freeze": False, "optimizer": {}, "scheduler": {}}
     refined = configure("algorithm=fed_avg", "model.attacker.optimizer.lr=0.5")
     assert refined.to_mapping()["model"]["attacker"] == {"optimizer": {"lr": 0.5}}
-    assert refined.identity() != config.identity()
+    assert refined.identity() == config.identity(), "the method has no such part"
+    pre = [configure("algorithm=ressfl", *more).identity() for more in ((), ("model.attacker.optimizer.lr=0.5",))]
+    assert pre[0] != pre[1]
     assert RunConfig.from_mapping(refined.to_mapping()) == refined
 
 
@@ -315,13 +318,13 @@ def own(registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def test_a_part_of_ones_own_learns_as_the_command_line_says(own) -> None:
     plain, hidden = Federation(own()), Federation(own("model.rotation.hidden=5"))
-    assert plain.blueprint.initial["rotation"]["1.weight"].shape[0] == 32
-    assert hidden.blueprint.initial["rotation"]["1.weight"].shape[0] == 5
+    assert plain.setup.blueprint.initial["rotation"]["1.weight"].shape[0] == 32
+    assert hidden.setup.blueprint.initial["rotation"]["1.weight"].shape[0] == 5
     config = own("model.rotation.optimizer=sgd", "model.rotation.optimizer.lr=0.5", "lr=0.01")
     assert (config.optimizer_for("rotation").name, config.optimizer_for("rotation").options["lr"]) == ("sgd", 0.5)
     assert config.optimizer_for("body").name == "adam"
     one = [dict(play(Federation(each), 1).stores["clients"].get(0, "rotation") or {}) for each in (own(), config)]
-    start = plain.blueprint.initial["rotation"]
+    start = plain.setup.blueprint.initial["rotation"]
     assert all(not torch.equal(each["3.weight"], start["3.weight"]) for each in one)
     assert not torch.equal(one[0]["3.weight"], one[1]["3.weight"])
     with pytest.raises(ConfigError, match=r"^model\.rotation\.hiden: .* did you mean model\.rotation\.hidden"):

@@ -12,12 +12,12 @@ import torch
 from cutlayer import algorithms
 from cutlayer import personalize as command
 from cutlayer.runtime.after.personalize import earlier_personalization, personalize, personalized_folder
-from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.locks import FileLock
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.run_folder import RunFolder
+from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from tests.conftest import play, same, weights
 
 SETTING = ("dataset.distribution=shards", "dataset.classes_per_client=3", "rounds=2", "optimizer=sgd", "lr=0.1")

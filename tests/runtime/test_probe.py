@@ -14,14 +14,14 @@ from cutlayer.algorithms.fed_avg import FedAvg
 from cutlayer.models import leave_out
 from cutlayer.runtime.after.personalize import personalize
 from cutlayer.runtime.after.probe import earlier_probe, feature_parts, probe, probed_folder
-from cutlayer.runtime.evaluation.classifiers import ProbeConfig, knn_accuracy
-from cutlayer.runtime.evaluation.features import features
-from cutlayer.runtime.evaluation.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.locks import FileLock
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.run_folder import RunFolder
+from cutlayer.runtime.scoring.classifiers import ProbeConfig, knn_accuracy
+from cutlayer.runtime.scoring.features import features
+from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from tests.conftest import play, same, weights
 
 NET = "model=import/tests.contract.elsewhere.Net"

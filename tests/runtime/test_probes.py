@@ -12,8 +12,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn import functional as F
 
-from cutlayer.runtime.evaluation import classifiers as probes
-from cutlayer.runtime.evaluation.classifiers import (
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.scoring import classifiers as probes
+from cutlayer.runtime.scoring.classifiers import (
     MonitorConfig,
     ProbeConfig,
     balanced,
@@ -22,7 +23,6 @@ from cutlayer.runtime.evaluation.classifiers import (
     knn_accuracy,
     knn_scores,
 )
-from cutlayer.runtime.ground.config import ConfigError
 
 TRAIN = 1200
 

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 
 from cutlayer.runtime.costs.cuts import prepared
-from cutlayer.runtime.evaluation.scores import ClientScores
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import DamagedError
 from cutlayer.runtime.messages.boundary import Payload, unflatten
@@ -18,6 +17,7 @@ from cutlayer.runtime.rounds.learnt import Learnt
 from cutlayer.runtime.rounds.local_clients import Seats
 from cutlayer.runtime.rounds.session import Session
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.scoring.scores import ClientScores
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import GrpcTransport
 from cutlayer.runtime.trust import Limit

@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-from cutlayer.runtime.evaluation.scores import ClientScores, Measured
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Payload, flatten
 from cutlayer.runtime.messages.bounds import Limits, WireError, shown
@@ -40,6 +39,7 @@ from cutlayer.runtime.rounds.evaluator import VALIDATION, Evaluator
 from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundLostError, RoundReport
 from cutlayer.runtime.rounds.session import Serving
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.scoring.scores import ClientScores, Measured
 from cutlayer.runtime.transport import GrpcTransport
 
 log = logging.getLogger(__name__)

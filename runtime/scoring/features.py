@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from cutlayer.datasets import Source
 from cutlayer.evaluations import Score
-from cutlayer.runtime.evaluation.classifiers import MonitorConfig, drawn, entropies, knn_scores
-from cutlayer.runtime.evaluation.scores import How, gather
 from cutlayer.runtime.ground.rng import torch_generator
 from cutlayer.runtime.parties.blueprint import Blueprint
+from cutlayer.runtime.scoring.classifiers import MonitorConfig, drawn, entropies, knn_scores
+from cutlayer.runtime.scoring.scores import How, gather
 
 
 def features(

@@ -135,7 +135,7 @@ def _show(folder: Path, done: Done, order: Order) -> None:
         print_lines(f"  {f'client {client}':<13} ca.pem client-{client}.pem client-{client}.key")
     if len(order.clients) > 3:
         print_lines("  ...")
-    print_lines("ca.key stays here: whoever has it can make certificates for anyone.")
+    print_lines("ca.key stays here: with it, anyone can make certificates for any client.")
     if "server" not in done.made | done.kept:
         print_lines("There is none for the server yet: server=NAME,ADDRESS under which clients reach it.")
 

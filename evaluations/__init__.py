@@ -5,6 +5,11 @@ Every module of this package is imported, so that a new file registers itself.
 
 from __future__ import annotations
 
+if __name__ != "cutlayer.evaluations":
+    from cutlayer.names import refuse
+
+    refuse(__name__)
+
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

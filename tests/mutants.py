@@ -61,7 +61,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "evaluation": (
-        ("runtime/scoring/scores.py", "runtime/scoring/evaluator.py"),
+        ("runtime/scoring/scores.py", "runtime/rounds/evaluator.py"),
         (
             *("tests/runtime/test_evaluation.py", "tests/runtime/test_evaluator.py", "tests/runtime/test_cohorts.py"),
             *("tests/contract/test_reported.py", "tests/algorithms/test_fsmkd.py::test_both_paths_are_tested"),

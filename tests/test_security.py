@@ -17,7 +17,7 @@ def described(rule: trust.Rule) -> str:
 
 
 def test_the_table_has_each_key_that_a_server_may_set_once_and_its_bound() -> None:
-    rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", TEXT.partition("beside true, false and null")[2], re.MULTILINE)
+    rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", TEXT.partition("other than true, false and null")[2], re.MULTILINE)
     parts = re.compile(r"^model\.\w+\.(optimizer|scheduler)\.\*$")
     rules = {**trust.RULES, **trust.part_rules()}
     wanted = {parts.sub(r"model.<part>.\1.*", key): described(rule) for key, rule in rules.items()}

@@ -28,13 +28,13 @@ ODD = {
 SMALL = """
 import logging, os, sys
 from cutlayer.runtime.ground.streams import run_program
-from cutlayer.runtime.ground.text import complain, tell
+from cutlayer.runtime.ground.text import print_errors, print_lines
 def main():
     logging.basicConfig(stream=sys.stdout, level=logging.INFO)
     for number in range(2000):
-        tell(f"ünïcode {number}")
+        print_lines(f"ünïcode {number}")
         logging.info("ünïcode")
-        complain("ünïcode")
+        print_errors("ünïcode")
     print("x" * 100_000, flush=True)
     sys.stdin.read()
     with open(sys.argv[1], "w") as file:
@@ -70,7 +70,7 @@ def test_a_program_comes_to_its_end_whatever_its_terminal_is(odd: str, tmp_path:
 
 def test_no_traceback_and_nothing_lost_where_the_encoding_lacks_a_letter() -> None:
     code = "from cutlayer.runtime.ground import streams, text; "
-    code += "streams.run_program(lambda: text.tell('ü\\x1b') or 0)"
+    code += "streams.run_program(lambda: text.print_lines('ü\\x1b') or 0)"
     variables = environment(PYTHONIOENCODING="ascii")
     reported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, check=True)
     assert (reported.stdout, reported.stderr) == (b"\\xfc\\x1b\n", b"")

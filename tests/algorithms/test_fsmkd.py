@@ -279,7 +279,9 @@ def test_the_test_of_labels_sees_them(configure, monkeypatch) -> None:
             except StopIteration as end:
                 return end.value
 
-        monkeypatch.setattr(federation, "algorithm", type("Careless", (FSMKD,), {"client": staticmethod(careless)}))
+        monkeypatch.setattr(
+            federation.setup, "algorithm", type("Careless", (FSMKD,), {"client": staticmethod(careless)})
+        )
         assert leaks(federation, monkeypatch) == {"smashed/y"}
 
 

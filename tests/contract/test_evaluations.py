@@ -88,8 +88,8 @@ def test_one_that_is_not_registered_is_refused(configure: Any) -> None:
 
 def test_a_client_tells_what_was_asked_for_and_nothing_else() -> None:
     def reported(each: Any, *asked: str) -> Measured:
-        federation = SimpleNamespace(config=SimpleNamespace(evaluations=asked))
-        return RemoteClients._score_of(SimpleNamespace(_federation=federation), each)  # type: ignore[arg-type]
+        setup = SimpleNamespace(config=SimpleNamespace(evaluations=asked))
+        return RemoteClients._score_of(SimpleNamespace(_setup=setup), each)  # type: ignore[arg-type]
 
     found = Measured(3, 0.5, 1.0, {"class_acc/1": 0.25})
     assert reported(found.to_json(), "class_acc") == found

@@ -21,6 +21,7 @@ from cutlayer.runtime.network.server.guarded import GuardedServer
 from cutlayer.runtime.network.wire import What
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.session import ServerParty, Workplace
+from cutlayer.runtime.scoring.scores import Measured
 from tests.conftest import same, weights
 from tests.network.serving import served
 
@@ -459,7 +460,7 @@ def test_scores_that_are_none(arena: Federation, name: str) -> None:
     body, reason = SCORES[name]
     with pytest.raises(WireError, match=reason):
         arena.clients._scores_of(body)
-    assert arena.clients._scores_of({"client_acc": [3, 1.0, 0.0]}) == {"client_acc": (3, 1.0, 0.0)}
+    assert arena.clients._scores_of({"client_acc": [3, 1.0, 0.0]}) == {"client_acc": Measured(3, 1.0, 0.0)}
 
 
 def test_the_log_has_a_line(arena: Federation, caplog: pytest.LogCaptureFixture) -> None:

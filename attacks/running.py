@@ -64,7 +64,7 @@ def attack(
 
 
 def setting(config: Any) -> str:
-    """The keys of an attack in one path component; null is told as "all"."""
+    """The keys of an attack in one path component; null is written as "all"."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     return safe_component(",".join(f"{key}={'all' if value is None else value}" for key, value in values.items()))
 

@@ -192,7 +192,7 @@ class RunConfig:
         return mapping
 
     def identity(self) -> str:
-        """What tells this run from others, see `keys.identity_of`; equal in every process."""
+        """What distinguishes this run from others, see `keys.identity_of`; equal in every process."""
         return identity_of(RunConfig, self.to_mapping())
 
     def setting(self) -> dict[str, Any]:

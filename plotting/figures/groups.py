@@ -98,7 +98,7 @@ def swept_key(curves: Sequence[Curve]) -> str | None:
 
 
 def followers(key: str) -> set[str]:
-    """A swept key and the one that takes up its value, or whose value it takes up."""
+    """A swept key and the one that has its value by default, or whose value it has."""
     return set(_RATES) if key in _RATES else {key}
 
 

@@ -118,7 +118,7 @@ class Results:
         return {"files": marks, "history": self._history.current()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Return to a `state()`: cut the files that grow back to it and take up its history.
+        """Return to a `state()`: cut the files that grow back to it and restore its history.
 
         Raises:
             DamagedError: one of them is missing, shorter than it was, or was changed; all are left as they are.

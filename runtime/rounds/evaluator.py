@@ -102,7 +102,7 @@ class Evaluator:
             found = {client: scores[metric] for client, scores in clients.items() if metric in scores}
             if metric not in (VALIDATION, own) or (metric == own and (self._own_only or len(found) > 1)):
                 rows += [(metric, client, each.samples, each.accuracy) for client, each in found.items()]
-            # Of each client's own model they are the run's; the others are told with the name of what they are of.
+            # Of each client's own model they are the run's; the others have the name of what they are of before theirs.
             prefix = "" if metric == own else f"{metric}/"
             values |= {prefix + name: value for name, value in mean_values(list(found.values())).items()}
         if own is not None:
@@ -146,7 +146,7 @@ class Evaluator:
         return found
 
     def _measured(self, score: Score) -> Measured:
-        """What is told of a score, with what the evaluations that are asked for find of it."""
+        """What is reported of a score, with what the evaluations that are asked for find of it."""
         values = measure(self._setup.config.evaluations, score, self._dataset.info)
         return Measured(len(score.labels), *score.both, values)
 

@@ -64,7 +64,9 @@ class Setup:
     def __init__(
         self, config: RunConfig, dataset: Dataset | None = None, divide: Callable[[Setup], Partition] | None = None
     ) -> None:
-        assert config.model.budget is None, "the cut is not chosen yet"
+        if config.model.budget is not None:
+            reason = "the name of a module; `costs.cuts.prepared` chooses one within a budget"
+            raise ConfigError("model.cut", config.model.cut, reason)
         self.config = config
         self.algorithm = _method(config)
         self.device = config.torch_device()

@@ -1,4 +1,4 @@
-"""Certificates while a server runs: renewed ones are taken up, and one that ends or is revoked ends its session."""
+"""Certificates while a server runs: renewed ones are read again, and one that ends or is revoked ends its session."""
 
 from __future__ import annotations
 

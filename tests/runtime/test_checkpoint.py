@@ -1,4 +1,4 @@
-"""A checkpoint is taken up as it was written, or is refused in one line; nothing outside its folder is touched."""
+"""A checkpoint is restored as it was written, or is refused in one line; nothing outside its folder is touched."""
 
 from __future__ import annotations
 

@@ -117,3 +117,11 @@ def test_a_budget_that_cannot_be_read_gives_one_line(configure: Configure, text:
     with pytest.raises(ConfigError, match=r"model\.cut=.*expected a budget.*auto:client_params<=20000") as error:
         configure("algorithm=sl", f"model.cut='{text}'")
     assert "\n" not in str(error.value)
+
+
+def test_a_federation_takes_no_budget_but_the_cut_that_it_leads_to(configure: Configure) -> None:
+    config = configure("algorithm=fsl_sage", "model=cnn2", "model.cut=auto:client_params<=20000")
+    with pytest.raises(ConfigError, match=r"^model\.cut=auto:client_params<=20000: expected the name of a module; "):
+        Federation(config)
+    chosen, dataset = prepared(config)
+    assert Federation(chosen, dataset=dataset).setup.config.model.cut == chosen.model.cut

@@ -364,7 +364,7 @@ class RemoteClients:
 
 
 def _seconds(reported: Mapping[str, Any]) -> float:
-    """What a client tells of the time that it computed, if that can be."""
+    """What a client reports of the time that it computed, if that can be."""
     seconds = reported.get("seconds")
     return seconds if isinstance(seconds, int | float) and 0 <= seconds < 1e9 else 0.0
 

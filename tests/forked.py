@@ -1,15 +1,19 @@
-"""Runs main.py again and again, each time in a process forked from this one, which has loaded everything.
+"""Runs main.py again and again, each time in a process forked from one that has loaded everything.
 
-Started as a process of its own by test_main.py: it forks before torch has computed anything.
+`server` starts this module as a process of its own, which forks before torch has computed anything.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import runpy
+import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import cutlayer.runtime.experiment
 import cutlayer.runtime.job  # noqa: F401
@@ -45,6 +49,35 @@ def serve() -> None:
         if child == 0:
             run(**json.loads(line))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@contextlib.contextmanager
+def server(checkout: Path, outputs: Path, environment: Mapping[str, str]) -> Generator[Call]:
+    """Gives what runs `main.py` of a checkout: `call(arguments, **more variables)`; not for sweeps.
+
+    Args:
+        outputs: a folder for what the runs print.
+    """
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "tests.forked"]
+    with subprocess.Popen(command, cwd=checkout, env={**environment}, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        numbers = itertools.count()
+
+        def call(arguments: Sequence[str], **more: str) -> subprocess.CompletedProcess[str]:
+            out, err = (outputs / f"{next(numbers)}" for _ in range(2))
+            task = {"arguments": [*arguments], "environment": more, "out": str(out), "err": str(err)}
+            process.stdin.write(json.dumps(task) + "\n")
+            process.stdin.flush()
+            status = int(process.stdout.readline())
+            return subprocess.CompletedProcess([*arguments], status, out.read_text(), err.read_text())
+
+        yield call
+        process.stdin.close()
 
 
 if __name__ == "__main__":

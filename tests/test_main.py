@@ -1,12 +1,10 @@
 """The program itself, as a user runs it: what a mistake prints, what is left of it, who gets which folder."""
 
 import copy
-import itertools
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from cutlayer.runtime.job import choose_folder
 from cutlayer.runtime.launching.hydra_errors import check_flags, explain
 from cutlayer.runtime.launching.hydra_support import load_config, preprocess
 from cutlayer.runtime.run_folder import RunFolder, is_owned, read_status
+from tests.forked import server
 from tests.places import ROOT, program
 
 SMALL = ["dataset=digits", "model=mlp", "progress=none"]
@@ -50,24 +49,12 @@ Forked = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
     """What `call` does, but for sweeps, without the seconds that each new process loads the libraries."""
-    folder = tmp_path_factory.mktemp("forked")
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-m", "tests.forked"], cwd=ROOT, env=environment(), **pipes) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        numbers = itertools.count()
+    with server(ROOT, tmp_path_factory.mktemp("forked"), environment()) as in_fork:
 
         def run(save_dir: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-            full = command(save_dir, *arguments)
-            out, err = (folder / f"{next(numbers)}" for _ in range(2))
-            task = {"arguments": full[len(program("main")) :], "environment": more, "out": str(out), "err": str(err)}
-            server.stdin.write(json.dumps(task) + "\n")
-            server.stdin.flush()
-            status = int(server.stdout.readline())
-            return subprocess.CompletedProcess(full, status, out.read_text(), err.read_text())
+            return in_fork(command(save_dir, *arguments)[len(program("main")) :], **more)
 
         yield run
-        server.stdin.close()
 
 
 def left_in(save_dir: Path) -> list[Path]:

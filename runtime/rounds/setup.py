@@ -111,7 +111,8 @@ class Setup:
         """
         able = np.arange(self.population) if self._apart else self._able.nonzero()[0]
         size = min(len(able), max(1, math.ceil(self.config.frac * self.population - 1e-9)))
-        generator = rng.numpy_generator(self.config.seed, round=round, stream="cohort")
+        drawn = round - round % self.config.cohort_interval
+        generator = rng.numpy_generator(self.config.seed, round=drawn, stream="cohort")
         return [int(client) for client in able[generator.choice(len(able), size, replace=False)]]
 
     def has_batches(self, client: int) -> bool:

@@ -10,7 +10,7 @@ from cutlayer.runtime.rounds.federation import Federation
 from tests.algorithms.drawing import Drawn
 from tests.algorithms.test_moco import FALL, LR, MOMENTUM, SERVER_FALL, SMALL, TEMPERATURE, views
 
-KEYS, VELOCITY, ROUNDS = 150, 0.9, 4
+KEYS, VELOCITY, ROUNDS = 450, 0.9, 4
 SETTING = (
     "algorithm=fl_moco", "optimizer=sgd", f"lr={LR}", "precision=fp64", f"rounds={ROUNDS}", "num_clients=3",
     f"algorithm.temperature={TEMPERATURE}", f"algorithm.momentum={MOMENTUM}", "batch_size=200", *SMALL,
@@ -67,7 +67,7 @@ class Client:
 @pytest.mark.parametrize("copies", ["own", "fresh"])
 @pytest.mark.parametrize("symmetric", ["true", "false"])
 def test_fl_moco_is_its_equations(configure, symmetric: str, copies: str, kept: bool) -> None:
-    """Two of three clients a round, at rates that fall; the queue is shorter than a batch's keys, and turns unevenly."""
+    """Two of three clients a round, at rates that fall; the queue turns unevenly."""
     keep = f"optimizer.keep={'run' if kept else 'round'}"
     federation = Federation(
         configure(*SETTING, f"algorithm.symmetric={symmetric}", f"algorithm.client_copy={copies}", keep)

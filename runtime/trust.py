@@ -115,6 +115,8 @@ RULES: Mapping[str, Rule] = {
     "dataset.min_samples": _MANY,
     "dataset.drop_unassigned": _FLAG,
     "dataset.augment": _CHOICE,
+    "dataset.moco_area": Rule(1),
+    "dataset.moco_blur": Rule(1),
     "dataset.resize": Rule(1024),
     "dataset.normalize": _CHOICE,
     "dataset.shuffle": _FLAG,

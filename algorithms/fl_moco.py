@@ -27,15 +27,15 @@ class FLMocoConfig:
         temperature: of InfoNCE, > 0.
         momentum: of the moving average, in [0, 1).
         queue: keys that each client keeps, >= 1.
-        client_copy: own leaves each client its momentum copies from round to round; with fresh they begin each round as
-            the online ones.
+        client_copy: own leaves each client its momentum copies from round to round; with shared they begin each round as
+            the averaged model that all share.
         symmetric: each image is learnt from in both directions.
     """
 
     temperature: float = 0.1
     momentum: float = 0.99
     queue: int = 6000
-    client_copy: Literal["own", "fresh"] = "own"
+    client_copy: Literal["own", "shared"] = "own"
     symmetric: bool = True
 
     def __post_init__(self) -> None:

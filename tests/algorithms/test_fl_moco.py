@@ -64,7 +64,7 @@ class Client:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("copies", ["own", "fresh"])
+@pytest.mark.parametrize("copies", ["own", "shared"])
 @pytest.mark.parametrize("symmetric", ["true", "false"])
 def test_fl_moco_is_its_equations(configure, symmetric: str, copies: str, kept: bool) -> None:
     """Two of three clients a round, at rates that fall; the queue turns unevenly."""
@@ -84,7 +84,7 @@ def test_fl_moco_is_its_equations(configure, symmetric: str, copies: str, kept: 
                 random = torch.randn(KEYS, 8, generator=drawn.generator(number, client, "queue"))
                 clients[client] = Client(first, (random / random.norm(dim=1, keepdim=True)).double())
             own = clients[client]
-            if copies == "fresh":
+            if copies == "shared":
                 own.average = [copy.deepcopy(part) for part in online]
             if not kept:
                 own.velocity = {}

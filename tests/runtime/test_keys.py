@@ -28,6 +28,9 @@ RECORD = {"save_dir", "resume", "data_changed", "checkpoint_interval", "communic
 AFTER = ("personalize.", "probe.")
 # Where the next value of a key's type is none that it may have.
 OTHERS: dict[str, Any] = {
+    "algorithm.client_copy": "shared",
+    "algorithm.client_gradient": "own",
+    "algorithm.client_schedule": "step",
     "algorithm.distill": "none",
     "algorithm.reduction": "sum",
     "algorithm.shared_gradient": "both",
@@ -59,9 +62,11 @@ OTHERS: dict[str, Any] = {
     "model.client_norm": "group",
     "model.cut": "relu2",
     "model.init": "weights.safetensors",
+    "model.initialisation": "xavier",
     "model.name": "simple_conv",
     "model.options": {"hidden": [32]},
     "model.personal.variants": [{}],
+    "model.server_norm": "group",
     "optimizer.name": "adamw",
     "personalize.part": "head",
     "precision": "fp64",

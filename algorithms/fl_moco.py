@@ -59,6 +59,7 @@ class FLMoco(Algorithm):
         client=("model", "model_momentum", "projector", "projector_momentum"), server=("model", "projector")
     )
     shared = _NAMES
+    keeps_optimizer = _NAMES
     unread = ("dataset.shuffle",)
     evaluates_features = True
     traffic = (Flow("down", "model", _NAMES), Flow("up", "model", _NAMES))

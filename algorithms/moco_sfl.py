@@ -186,6 +186,7 @@ class MocoSFL(OwnSteps, MocoTogether, Algorithm):
         server=("client", "client_momentum", "server", "server_momentum", "projector", "projector_momentum"),
     )
     shared = ("client",)
+    keeps_optimizer = ("client",)
     schedule = "lockstep"
     evaluates_features = True
     unread = ("dataset.shuffle", "local_epochs")

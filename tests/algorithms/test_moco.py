@@ -26,6 +26,7 @@ SMALL = ("model.projector.hidden=12", "model.projector.width=8", f"algorithm.que
 SETTING = (
     "algorithm=moco_sfl", "optimizer=sgd", f"lr={LR}", "precision=fp64", "rounds=3", "batch_size=5", "num_clients=4",
     "aggregate.weights=uniform", "algorithm.client_copy=shared", "algorithm.client_gradient=own",
+    "model.client.optimizer.keep=round",
     f"algorithm.temperature={TEMPERATURE}", f"algorithm.momentum={MOMENTUM}",
     f"algorithm.client_momentum={CLIENT_MOMENTUM}", *SMALL,
 )  # fmt: skip

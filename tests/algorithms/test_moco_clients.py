@@ -87,8 +87,10 @@ class AuthorsLoop(Bare):
 @pytest.mark.parametrize("by_step", [True, False])
 @pytest.mark.parametrize("kept", [True, False])
 def test_clients_are_those_of_the_authors(configure, kept: bool, by_step: bool) -> None:
-    keys = (f"algorithm.client_schedule={'step' if by_step else 'round'}", f"optimizer.keep={'run' if kept else 'round'}")
-    federation = Federation(configure(*AUTHORS, *keys, "model.server.optimizer.keep=run", "model.projector.optimizer.keep=run"))
+    keep = f"model.client.optimizer.keep={'run' if kept else 'round'}"
+    federation = Federation(
+        configure(*AUTHORS, keep, f"algorithm.client_schedule={'step' if by_step else 'round'}")
+    )
     bare = AuthorsLoop(federation, kept=kept, by_step=by_step)
     for number in range(6):
         bare.round(number)

@@ -67,6 +67,7 @@ OTHERS: dict[str, Any] = {
     "model.options": {"hidden": [32]},
     "model.personal.variants": [{}],
     "model.server_norm": "group",
+    "monitor.features": "projector",
     "optimizer.name": "adamw",
     "personalize.part": "head",
     "precision": "fp64",

@@ -37,11 +37,15 @@ class AligningServer(OneWayServer):
     """Keeps each client's newest smashed data and an auxiliary model per client, aligned on request."""
 
     def on_smashed(self, client: int, message: Payload) -> None:
+        if not self._warming():
+            self._collect(client, message)
+        super().on_smashed(client, message)
+
+    def _collect(self, client: int, message: Payload) -> None:
         own, size = self.ctx.state(client), self.ctx.config.buffer_size
         kept = own.get("buffer") or {}
         new = {name: tensor(message, name) for name in ("z", "y")}
         own.put("buffer", {name: torch.cat([kept[name], t])[-size:] if kept else t[-size:] for name, t in new.items()})
-        super().on_smashed(client, message)
 
     def on_align(self, client: int, message: Payload) -> Reply:
         """Fit the client's auxiliary model to the server's gradients over the buffer, and send it down.

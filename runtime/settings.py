@@ -45,6 +45,7 @@ class RunConfig:
         evaluations: what the rounds' tests measure beside accuracy and loss: names of `cutlayer.evaluations`.
         logger: trackers in addition to the run's own files.
         num_clients: clients in the population. frac: share of them in each round's cohort, 0 < frac <= 1.
+        cohort_order: in which a round serves its clients: as drawn for this round, or by their numbers.
         rounds, local_epochs, batch_size: as in the papers. lr: learning rate, the default of the optimizer's.
         seed: the source of all randomness.
         device: auto, cpu, cuda or cuda:k. precision: of the arithmetic; parameters are kept in float32 under bf16.
@@ -99,6 +100,9 @@ class RunConfig:
     client_id: int | None = field(default=None, metadata=scoped("machine"))
     data_changed: Changed = field(default="refuse", metadata=scoped("record", later=True))
     evaluations: tuple[str, ...] = ()
+    cohort_order: Literal["drawn", "fixed"] = field(
+        default="drawn", metadata=scoped(read_if=lambda _, method: not method.pooled)
+    )
 
     def __post_init__(self) -> None:
         counts = "num_clients rounds local_epochs batch_size eval_interval eval_batch_size checkpoint_interval"

@@ -138,6 +138,7 @@ RULES: Mapping[str, Rule] = {
     "monitor.train_samples": _ANY,
     "num_clients": Rule(100_000),
     "frac": Rule(1),
+    "cohort_order": _CHOICE,
     "rounds": _MANY,
     "local_epochs": _SMALL,
     "batch_size": Rule(65_536),

@@ -87,6 +87,7 @@ SAGE_PAPER = {
     "optimizer.name": "adam",
     "optimizer.lr": 0.001,
     "optimizer.weight_decay": 0.0001,
+    "optimizer.keep": "run",
     "scheduler": None,
     "model.auxiliary.size": "default",
     "dataset.augment": "crop_flip",
@@ -314,6 +315,7 @@ def test_the_auxiliary_model_of_fsl_sage_has_an_adam_without_weight_decay(algori
         optimizer = config.optimizer_for(part)
         assert optimizer.name == "adam"
         assert (optimizer.options["lr"], optimizer.options["weight_decay"]) == (0.001, decay), part
+        assert config.keeps_optimizer(part)
 
 
 def test_synchronisations_of_mocosfl_follow_the_paper_s_rule() -> None:

@@ -48,7 +48,7 @@ def auxiliary(weights: Mapping[str, Tensor]) -> nn.Linear:
 
 
 def served(file: Path, orders: Sequence[Sequence[int]]) -> RawDataset:
-    """A thousand images to train on, client after client and each client's in the order of its numbers; as many to test."""
+    """The images to train on, client after client, each client's in the order of its numbers; and those to test on."""
     train, test = (_thousand(file, split) for split in ("train", "test"))
     return RawDataset(train.subset(np.concatenate(orders).astype(np.int64)), test, CLASSES)
 

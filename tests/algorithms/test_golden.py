@@ -1,7 +1,7 @@
 """Four methods against traces that FSL-SAGE's authors' code computed in double precision, by configuration alone.
 
-What the traces are is in the README beside them. Weights agree to 1e-10, accuracies and bytes exactly. The authors count
-no labels, and their test loss is the mean over batches of 32, of which the last has 8 samples.
+What the traces are is in the README beside them. Weights agree to 1e-10, accuracies and bytes exactly. The authors
+count no labels, and their test loss is the mean over batches of 32, of which the last has 8 samples.
 """
 
 from __future__ import annotations

@@ -120,6 +120,7 @@ RULES: Mapping[str, Rule] = {
     "dataset.shuffle": _FLAG,
     "dataset.drop_last": _CHOICE,
     "dataset.validation": _MANY,
+    "dataset.fraction": _MANY,
     "dataset.local_test": _CHOICE,
     "dataset.options.train": Rule(text=FOLDER_PATTERN),
     "dataset.options.test": Rule(text=FOLDER_PATTERN),

@@ -50,6 +50,7 @@ OTHERS: dict[str, Any] = {
     "dataset.root": "elsewhere",
     "dataset.storage": "stream",
     "dataset.validation": 0.25,
+    "dataset.fraction": 0.5,
     "device": "cuda:3",
     "evaluations": ["class_acc"],
     "frac": 0.5,

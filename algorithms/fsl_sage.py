@@ -96,10 +96,9 @@ class FSLSAGE(CSEFSL):
     """FSL-SAGE (Nair et al., ICML 2025): the auxiliary model estimates the server's gradient and is aligned to it.
 
     The auxiliary model is not trained on the client. It comes down, fitted to the client's own smashed data, in every
-    ``align_interval``-th round after the client's first upload; the client keeps it until then. Departures from the
-    paper: each alignment starts with a fresh optimizer, where the paper's code keeps one per client for the whole run;
-    and a client that joins between two alignments (``frac`` < 1, which the paper does not have) is aligned in its
-    first round, as it would else follow the gradient of a random model.
+    ``align_interval``-th round after the client's first upload; the client keeps it until then. An addition: a client
+    that joins between two alignments (``frac`` < 1, which the paper does not have) is aligned in its first round, as it
+    would else follow the gradient of a random model.
     """
 
     @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class FSLSAGE(CSEFSL):
         upload_interval: local steps between uploads (q). align_interval: rounds between alignments (l).
         buffer_size: smashed samples kept per client (M). align_epochs: passes over the buffer per alignment (K).
         align_batch_size: samples per alignment step (A). warm_start: the first round is one of CSE-FSL, which trains
-        the auxiliary model; alignment then counts from the second.
+        the auxiliary model; buffers and alignment begin in the second.
         """
 
         upload_interval: int = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, cross_entropy
@@ -24,13 +24,15 @@ class ResSFLConfig:
     """Keys of ResSFL.
 
     alpha: weight of the likeness, >= 0. target_ssim: likeness that is not punished, -1 to 1. attacker_lr: learning rate
-    of the simulated attacker's Adam. attacker_width: its channels.
+    of the simulated attacker's Adam. attacker_width: its channels. ssim_border: SSIM over the windows within the image,
+    or with zeros beyond its edges.
     """
 
     alpha: float = 2.0
     target_ssim: float = 0.6
     attacker_lr: float = 0.001
     attacker_width: int = 64
+    ssim_border: Literal["within", "zeros"] = "within"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < math.inf:
@@ -75,16 +77,16 @@ class ResSFL(ConfiguresParts, Algorithm):
         """Training continues from where the round before left all three and their optimizers; nothing is sent."""
         config: ResSFLConfig = ctx.config
         client, server, attacker = (ctx.part(name) for name in ("client", "server", "attacker"))
-        optimizer = ctx.optimizer("client", "server")
+        optimizer, padded = ctx.optimizer("client", "server"), config.ssim_border == "zeros"
         attacking = ctx.optimizer("attacker")
         for name in ("client", "server", "attacker"):
             ctx.restore(name)
         for x, y in ctx.batches():
             images = ctx.pixels(x)
             z = client(x)
-            attacking.update(1 - ssim(attacker(detached(z)), images).mean())
+            attacking.update(1 - ssim(attacker(detached(z)), images, padded=padded).mean())
             attacker.requires_grad_(False)
-            likeness = ssim(attacker(z), images).mean()
+            likeness = ssim(attacker(z), images, padded=padded).mean()
             loss = cross_entropy(server(z), y)
             optimizer.update(loss + config.alpha * (likeness - config.target_ssim).clamp(min=0))
             attacker.requires_grad_(True)

@@ -21,16 +21,19 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     return -10 * mse(x, y).clamp(min=10 ** (-MOST_PSNR / 10)).log10()
 
 
-def ssim(x: Tensor, y: Tensor) -> Tensor:
+def ssim(x: Tensor, y: Tensor, *, padded: bool = False) -> Tensor:
     """Structural similarity of each image (Wang et al. 2004, equation 13): [b], from -1 to 1.
 
     As published: a Gaussian window of 11x11 pixels with a deviation of 1.5, C1 = 0.01^2, C2 = 0.03^2, the mean over all
     windows that lie within the image; of several channels the mean. In smaller images the window has the largest odd
-    side that fits.
+    side that fits. With `padded` there is a window around every pixel, and both images are black beyond their edges,
+    where they are alike: the value is higher.
     """
     x, y = _wide(x), _wide(y)
     with torch.autocast(x.device.type, enabled=False):  # the variances are small differences of larger numbers
         window = _window(min(x.shape[-2:]), x)
+        if padded:
+            x, y = (F.pad(each, [len(window) // 2] * 4) for each in (x, y))
         mean_x, mean_y, square_x, square_y, product = _blurred(torch.stack([x, y, x * x, y * y, x * y]), window)
         variance_x, variance_y = square_x - mean_x**2, square_y - mean_y**2
         covariance = product - mean_x * mean_y

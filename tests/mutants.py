@@ -49,6 +49,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         tuple(f"algorithms/{name}.py" for name in LEARNING.split()),
         (
             *("tests/algorithms/test_fsmkd.py", "tests/algorithms/test_moco.py", "tests/attacks/test_ressfl.py"),
+            *("tests/algorithms/test_moco_clients.py", "tests/algorithms/test_fl_moco.py"),
             "tests/algorithms/test_learning_limits.py",
         ),
     ),

@@ -69,7 +69,7 @@ DEFAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("mhmd", MHMD_TERMS, MHMD),
     ("fsmkd", FSMKD_TERMS, FSMKD),
     ("moco_sfl", {**MOCO_TERMS, "symmetric": True}, MOCO),
-    ("fl_moco", {"temperature": 0.1, "momentum": 0.99, "symmetric": True}, MOCO),
+    ("fl_moco", {"temperature": 0.1, "momentum": 0.99, "queue": 6000, "symmetric": True}, MOCO),
     ("ressfl", {"alpha": 2.0, "target_ssim": 0.6, "attacker_width": 64}, RESSFL),
 ]
 
@@ -121,6 +121,13 @@ MOCO_PAPER = {
     "dataset.distribution": "shards",
     "dataset.classes_per_client": 2,
     "dataset.augment": "moco",
+    "dataset.moco_area": 0.08,
+    "dataset.moco_blur": 0.5,
+    "model.initialisation": "xavier",
+    "model.client_norm": "group",
+    "model.server_norm": "group",
+    "model.group_channels": 4,
+    "aggregate.weights": "uniform",
     "lr": 0.06,
     "optimizer.name": "sgd",
     "optimizer.lr": 0.06,
@@ -130,12 +137,18 @@ MOCO_PAPER = {
     "monitor.k": 200,
     "monitor.temperature": 0.1,
     "monitor.train_samples": None,
+    "monitor.features": "projector",
+    "probe.hidden": 512,
     "probe.after": True,
     "probe.labels": [1.0, 0.1, 0.01],
 }
 CUT_MOCO = {
     "batch_size": 1,
-    "model.client_norm": "group",
+    "rounds": 2000,
+    "algorithm.local_steps": 50,
+    "algorithm.client_gradient": "cohort",
+    "algorithm.client_copy": "own",
+    "algorithm.client_schedule": "step",
     "model.cut": "relu",  # cut layer 1
     "algorithm.name": "moco_sfl",
     **{f"algorithm.{key}": value for key, value in MOCO_TERMS.items()},
@@ -181,12 +194,13 @@ EXPERIMENTS: list[tuple[str, dict[str, Any], str]] = [
     ("fedbabu/cifar10", {**BABU_PAPER, "model.name": "cnn4", "dataset.name": "cifar10"}, BABU),
     *(
         (f"mocosfl/clients_{clients}",
-         {**MOCO_PAPER, **CUT_MOCO, "num_clients": clients, "frac": frac, "algorithm.local_steps": steps,
-          "rounds": 200 * 500 // steps, "eval_interval": 500 // steps}, MOCO)
-        for clients, frac, steps in ((100, 1.0, 10), (200, 0.5, 5), (1000, 0.1, 1))
+         {**MOCO_PAPER, **CUT_MOCO, "num_clients": clients, "frac": frac, "cohort_interval": same,
+          "model.client.scheduler": {"T_max": epochs}}, MOCO)
+        # Steps of an epoch, and epochs, by the authors' code: 500 and 200, 250 and 400, 50 and 2000.
+        for clients, frac, same, epochs in ((100, 1.0, 1, 200), (200, 0.5, 5, 400), (1000, 0.1, 1, 2000))
     ),
-    ("mocosfl/fl_moco", {**MOCO_PAPER, "num_clients": 100, "frac": 1.0, "rounds": 200, "local_epochs": 1,
-                         "algorithm.name": "fl_moco"}, MOCO),
+    ("mocosfl/fl_moco", {**MOCO_PAPER, "num_clients": 100, "frac": 1.0, "rounds": 200, "local_epochs": 5,
+                         "batch_size": 128, "algorithm.name": "fl_moco", "algorithm.queue": 6000}, MOCO),
     *((f"fsmkd/{data}", {**FSMKD_PAPER, "dataset.name": data}, FSMKD)
       for data in ("mnist", "fashion_mnist", "cifar10")),
 ]  # fmt: skip
@@ -318,12 +332,15 @@ def test_the_auxiliary_model_of_fsl_sage_has_an_adam_without_weight_decay(algori
         assert config.keeps_optimizer(part)
 
 
-def test_synchronisations_of_mocosfl_follow_the_paper_s_rule() -> None:
-    """1000 / (batch * clients) an epoch, at least one; a hundred images a step."""
+def test_synchronisations_of_mocosfl_follow_the_authors_rule() -> None:
+    """1000 / (batch * clients) of them in an epoch, a pass of a client over its data; a hundred images a step."""
     for clients in (100, 200, 1000):
         config = composed(f"experiment=mocosfl/clients_{clients}")
-        assert config.algorithm.local_steps == max(1, 1000 // (config.batch_size * clients))
-        assert config.frac * clients * config.batch_size == 100
+        epoch = 50_000 // (clients * config.batch_size)
+        assert config.algorithm.local_steps == epoch // (1000 // (config.batch_size * clients)), MOCO
+        assert config.cohort_interval * config.algorithm.local_steps == epoch or config.frac == 1, MOCO
+        assert config.rounds * config.algorithm.local_steps == 100_000, MOCO
+        assert round(config.frac * clients) * config.batch_size == 100, MOCO
 
 
 # ---------------------------------------------------------------------- models, views, attacks

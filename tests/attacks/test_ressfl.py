@@ -49,13 +49,47 @@ def test_where_likeness_is_not_punished_it_is_centralized_training(configure, ke
         assert torch.allclose(state(federation)[name], tensor, rtol=1e-9, atol=1e-12), name
 
 
-def test_all_three_parts_are_their_equations(configure) -> None:
-    """Both optimizers go on from round to round, the decoder's first step is before the likeness that is punished."""
-    momentum, alpha, target, rate = 0.9, 3.0, 0.49, 0.01
+def padded_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Wang et al. 2004 with one window around every pixel, of maps that are zero beyond their edges; of a batch."""
+    side = min(11, x.shape[-1] - 1 + x.shape[-1] % 2)
+    places = torch.arange(side, dtype=x.dtype) - side // 2
+    profile = torch.exp(-(places**2) / 4.5)
+    window = torch.outer(profile, profile)
+    window = (window / window.sum()).expand(x.shape[1], 1, side, side)
+
+    def mean(z: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(z, window, padding=side // 2, groups=x.shape[1])
+
+    mx, my = mean(x), mean(y)
+    vx, vy, vxy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    return ((2 * mx * my + 1e-4) * (2 * vxy + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))).mean()
+
+
+@pytest.mark.parametrize(
+    ("border", "target", "kept"), [("within", 0.49, True), ("zeros", 0.52, True), ("within", 0.49, False)]
+)
+def test_all_three_parts_are_their_equations(configure, border: str, target: float, kept: bool) -> None:
+    """The decoder's step is before the likeness that is punished; optimizers go on over the rounds, or begin anew."""
+    momentum, alpha, rate = 0.9, 3.0, 0.01
     setting = ("lr=0.05", f"optimizer.momentum={momentum}", "optimizer=sgd", "precision=fp64", "rounds=3")
-    own = (f"alpha={alpha}", f"target_ssim={target}", f"attacker_lr={rate}", "attacker_width=4")
+    own = (
+        f"alpha={alpha}",
+        f"target_ssim={target}",
+        f"attacker_lr={rate}",
+        "attacker_width=4",
+        f"ssim_border={border}",
+    )
     more = (f"algorithm.{key}" for key in own)
-    federation = Federation(configure("algorithm=ressfl", *setting, *more, "batch_size=150", "num_clients=2"))
+    federation = Federation(
+        configure(
+            "algorithm=ressfl",
+            *setting,
+            *more,
+            "batch_size=150",
+            "num_clients=2",
+            f"optimizer.keep={'run' if kept else 'round'}",
+        )
+    )
     names = ("client", "server", "attacker")
     parts = federation.setup.blueprint.parts(list(names))
     client, server, attacker = (parts[name] for name in names)
@@ -64,15 +98,22 @@ def test_all_three_parts_are_their_equations(configure) -> None:
     attack = torch.optim.Adam(attacker.parameters(), lr=rate)
     source, drawn, punished = federation.setup.dataset.train, Drawn(federation), set[bool]()
     mean, deviation = (torch.tensor(each, dtype=torch.float64).view(-1, 1, 1) for each in (source.mean, source.std))
+
+    def alike(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ssim(x, y).mean() if border == "within" else padded_ssim(x, y)
+
     for number in range(3):
+        if not kept:
+            descent.state.clear()
+            attack.state.clear()
         losses: list[float] = []
         likenesses: list[float] = []
         for x, y in drawn.batches(number, 0):
             images, z = (x * deviation + mean).clamp(0, 1), client(x)
             attack.zero_grad()
-            (1 - ssim(attacker(z.detach()), images).mean()).backward()
+            (1 - alike(attacker(z.detach()), images)).backward()
             attack.step()
-            likeness, loss = ssim(attacker(z), images).mean(), nn.functional.cross_entropy(server(z), y)
+            likeness, loss = alike(attacker(z), images), nn.functional.cross_entropy(server(z), y)
             likenesses.append(likeness.item())
             losses.append(loss.item())
             punished.add(likeness.item() > target)

@@ -34,6 +34,7 @@ OTHERS: dict[str, Any] = {
     "algorithm.distill": "none",
     "algorithm.reduction": "sum",
     "algorithm.shared_gradient": "both",
+    "algorithm.ssim_border": "zeros",
     "algorithm.temperature": 0.25,
     "algorithm.together": "never",
     "aggregate.buffers": "reset",

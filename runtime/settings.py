@@ -23,6 +23,7 @@ from cutlayer.runtime.parties.optim import (
     SchedulerConfig,
     check_schedule,
     optimizer_config,
+    optimizer_options,
     scheduler_config,
 )
 from cutlayer.runtime.records.data_record import Changed
@@ -225,13 +226,18 @@ class RunConfig:
     def optimizer_for(self, part: str) -> OptimizerConfig:
         """A part's optimizer: its refinement over the top-level one, or over one that the method gives the part.
 
-        From one of another kind only lr and keep are inherited.
+        From one of another kind only lr and keep are inherited; see `PartConfig.not_inherited` too.
         """
-        base, refinement = self._own_optimizer(part) or self.optimizer, self._refinement(part, "optimizer")
+        own, refinement = self._own_optimizer(part), self._refinement(part, "optimizer")
+        base = own or self.optimizer
         inherited = {"name": base.name, **base.options}
-        if str(refinement.get("name", base.name)).lower() != base.name:
+        name = str(refinement.get("name", base.name)).lower()
+        if name != base.name:
             inherited = {"lr": base.options.get("lr", self.lr)}
         inherited["keep"] = base.keep or self.optimizer.keep
+        if own is None and part in refinable():
+            instead = self.model.part(part).not_inherited
+            inherited |= {key: value for key, value in instead.items() if key in optimizer_options(name)}
         return optimizer_config({**inherited, **refinement}, f"model.{part}.optimizer" if refinement else "optimizer")
 
     def keeps_optimizer(self, part: str) -> bool | None:

@@ -98,7 +98,7 @@ RULES: Mapping[str, Rule] = {
     "model.client_norm": _CHOICE,
     "model.bottleneck": _CHOICE,
     "model.client.freeze": _FLAG,
-    "model.auxiliary.size": _CHOICE,
+    "model.auxiliary.size": Rule(text=MODULE),
     "model.auxiliary_heads.blocks": Rule(text=MODULE, length=64),
     "model.personal.variants.*.depth": Rule(128),
     "model.personal.variants.*.*": Rule(4096, MODULE, 64),

@@ -29,6 +29,7 @@ AFTER = ("personalize.", "probe.")
 # Where the next value of a key's type is none that it may have.
 OTHERS: dict[str, Any] = {
     "algorithm.distill": "none",
+    "algorithm.local_path": "epoch",
     "algorithm.reduction": "sum",
     "algorithm.shared_gradient": "both",
     "algorithm.temperature": 0.25,

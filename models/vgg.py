@@ -77,7 +77,6 @@ def _pooled(options: VggOptions) -> tuple[str, ...]:
     "vgg",
     cut="block2",
     options=VggOptions,
-    thinning={"half": 0.28, "default": 0.44},
     blocks=_pooled,
     cuts=lambda options: (f"block{options.stem}", options.layers[-1].name),
     variants=({"body": (2, 4, 8)}, {"body": (2, 4, 4, 8, 8)}),

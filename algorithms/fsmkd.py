@@ -115,6 +115,7 @@ class SharedBodyServer(Server):
     def __init__(self, ctx: ServerContext) -> None:
         super().__init__(ctx)
         self._passes: dict[int, tuple[Crossing, Crossing]] = {}
+        self._turn: int | None = None
 
     def open_round(self, cohort: Sequence[int]) -> None:
         super().open_round(cohort)
@@ -139,9 +140,16 @@ class SharedBodyServer(Server):
         return {"output": output}
 
     def on_gradient(self, client: int, message: Payload) -> Fields:
-        """One optimizer step along the gradient of the body's output; replies with the gradient of z."""
+        """One optimizer step along the gradient of the body's output; replies with the gradient of z.
+
+        Where the optimizer is said to live for a round, it is for a client's.
+        """
         z, output = self._passes.pop(client)
-        self.ctx.optimizer("server").update(output, crossed(message, "grad"))
+        optimizer = self.ctx.optimizer("server")
+        if client != self._turn and self.ctx.blueprint.keeps_optimizer["server"] is False:
+            optimizer.renew(0)
+        self._turn = client
+        optimizer.update(output, crossed(message, "grad"))
         return {"grad": gradients(z)}
 
     def forget(self, client: int) -> None:

@@ -87,7 +87,7 @@ class Bare:
         self.clients = range(federation.setup.population)
         self.head, self.server, self.tail = self._parts(0, "client", "server", "tail")
         self.bodies = [self._parts(client, "personal")[0] for client in self.clients]
-        self.optimizer = self._optimizer(self.server)
+        self.optimizer, self.momenta = self._optimizer(self.server), dict[int, dict]()
         self.own: dict[int, tuple[nn.Module, nn.Module]] = {}
         self.averagings, self.averaged = 0, dict[int, int]()
         self.losses: dict[int, dict[int, list[tuple[float, float]]]] = {}
@@ -112,8 +112,6 @@ class Bare:
     def play(self) -> None:
         config: FSMKDConfig = self.config.algorithm
         for round in range(self.config.rounds):
-            if self.falls:
-                self.optimizer.param_groups[0]["lr"] = self.config.lr * SERVER_FALL**round
             cohort = self.drawn.cohort(round)
             for client in cohort:
                 if self.averaged.get(client) != self.averagings:  # in the first round after each averaging
@@ -126,9 +124,15 @@ class Bare:
 
     def _train(self, client: int, round: int, head: nn.Module, tail: nn.Module, config: FSMKDConfig) -> None:
         body, server = self.bodies[client], self.server
+        keep = [self.config.optimizer_for(part).keep for part in ("client", "server")]
         optimizer = self._optimizer(head, body, tail)
+        if keep[0] == "run" and client in self.momenta:
+            optimizer.load_state_dict(self.momenta[client])
+        if keep[1] == "round":
+            self.optimizer = self._optimizer(self.server)
         if self.falls:
             optimizer.param_groups[0]["lr"] = self.config.lr * FALL**round
+            self.optimizer.param_groups[0]["lr"] = self.config.lr * SERVER_FALL**round
         losses = self.losses.setdefault(round, {}).setdefault(client, [])
         batches = self.drawn.batches(round, client)
         for k, (x, y) in enumerate(batches):
@@ -154,6 +158,7 @@ class Bare:
             (local_loss + global_loss).backward()
             optimizer.step()
             self.optimizer.step()
+        self.momenta[client] = copy.deepcopy(optimizer.state_dict())
 
     def _average(self, cohort: list[int]) -> None:
         """Of those that take part in the round; others keep what they hold until they do again."""
@@ -192,8 +197,17 @@ PATHS = {
         ("optimizer=sgd", "lr=0.05", "rounds=1", "model=vgg", "model.options.width=2"),
         ("optimizer=sgd", "lr=0.05", "rounds=4", "algorithm.aggregate_interval=2", TWO_BODIES, *SOME, *FALLING),
         (*SOME, *FALLING, "optimizer=adam", "rounds=3", TWO_BODIES),
+        (*SOME, *FALLING, "optimizer=adam", "rounds=4", "optimizer.keep=run", "algorithm.aggregate_interval=2"),
+        (*SOME, *FALLING, "optimizer=adam", "rounds=3", "model.server.optimizer.keep=round"),
     ],
-    ids=["adam, two bodies", "normalisation", "some clients, averaged every other round", "some clients, adam"],
+    ids=[
+        "adam, two bodies",
+        "normalisation",
+        "some clients, averaged every other round",
+        "some clients, adam",
+        "kept optimizers",
+        "the server's begins anew with each client",
+    ],
 )
 def test_all_parts_against_one_graph(configure, setting: tuple[str, ...], weight: int, gradient: str) -> None:
     federation = Federation(configure("algorithm=fsmkd", "num_clients=2", "precision=fp64", "batch_size=150",

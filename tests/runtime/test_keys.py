@@ -51,6 +51,7 @@ OTHERS: dict[str, Any] = {
     "dataset.root": "elsewhere",
     "dataset.storage": "stream",
     "dataset.validation": 0.25,
+    "dataset.client_samples": 20,
     "dataset.fraction": 0.5,
     "device": "cuda:3",
     "evaluations": ["class_acc"],

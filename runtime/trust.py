@@ -113,6 +113,7 @@ RULES: Mapping[str, Rule] = {
     "dataset.classes_per_client": _MANY,
     "dataset.major_share": _MANY,
     "dataset.min_samples": _MANY,
+    "dataset.client_samples": _MANY,
     "dataset.drop_unassigned": _FLAG,
     "dataset.augment": _CHOICE,
     "dataset.resize": Rule(1024),

@@ -29,6 +29,7 @@ AFTER = ("personalize.", "probe.")
 # Where the next value of a key's type is none that it may have.
 OTHERS: dict[str, Any] = {
     "algorithm.distill": "none",
+    "algorithm.local_path": "epoch",
     "algorithm.reduction": "sum",
     "algorithm.shared_gradient": "both",
     "algorithm.temperature": 0.25,
@@ -50,6 +51,7 @@ OTHERS: dict[str, Any] = {
     "dataset.root": "elsewhere",
     "dataset.storage": "stream",
     "dataset.validation": 0.25,
+    "dataset.client_samples": 20,
     "dataset.fraction": 0.5,
     "device": "cuda:3",
     "evaluations": ["class_acc"],

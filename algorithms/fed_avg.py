@@ -29,12 +29,10 @@ def train(ctx: ClientContext) -> None:
         ctx.log("loss", loss)
 
 
-def train_near(
-    ctx: ClientContext, anchor: Sequence[Tensor], pull: float, *, stream: str = "batches", log: str = "loss"
-) -> None:
+def train_near(ctx: ClientContext, anchor: Sequence[Tensor], pull: float, *, log: str = "loss") -> None:
     """Local epochs on the model with pull/2 ||w - anchor||^2 added to the loss; reported is the loss without it."""
     model, optimizer = ctx.part("model"), ctx.optimizer("model")
-    for x, y in ctx.batches(stream):
+    for x, y in ctx.batches():
         loss = cross_entropy(model(x), y)
         distance = sum((w - a).square().sum() for w, a in zip(model.parameters(), anchor, strict=True))
         optimizer.update(loss + pull / 2 * distance)

@@ -204,6 +204,13 @@ class Algorithm:
     Where there are any, a round's test is of each client's own model.
     """
 
+    keeps_optimizer: ClassVar[tuple[str, ...]] = ()
+    """Parts whose optimizer's state outlives the round, at each client and at each client's copy at the server.
+
+    ``optimizer.keep`` says otherwise for any part. A server's own optimizer, of a part that it trains for all clients,
+    lives for the whole run anyway.
+    """
+
     traffic: ClassVar[tuple[Flow, ...]] = ()
     """The arrows of the method, from which its bytes follow in closed form."""
 

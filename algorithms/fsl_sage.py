@@ -50,7 +50,7 @@ class AligningServer(OneWayServer):
         """
         own, config = self.ctx.state(client), self.ctx.config
         buffer = own.get("buffer")
-        auxiliary, optimizer = self.ctx.replica("auxiliary")
+        auxiliary, optimizer = self.ctx.replica("auxiliary", client)
         auxiliary.load_state_dict(own.get("auxiliary") or auxiliary.state_dict())
         assert buffer is not None, "a client asks for alignment after an upload"
         size, server = config.align_batch_size, frozen(self.ctx.part("server"))

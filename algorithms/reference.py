@@ -15,18 +15,19 @@ class LocalOnly(Algorithm):
 
     layout = Layout(client=("model",), server=())
     personal = ("model",)
+    keeps_optimizer = ("model",)
     unread = ("aggregate.weights", "comm_threshold_mb")
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:
         """Training continues from the client's own model and optimizer; nothing is sent."""
+        ctx.restore("model")
         model, optimizer = ctx.part("model"), ctx.optimizer("model")
-        ctx.restore("model", optimizer)
         for x, y in ctx.batches():
             loss = cross_entropy(model(x), y)
             optimizer.update(loss)
             ctx.log("loss", loss)
-        ctx.keep("model", optimizer)
+        ctx.keep("model")
         return {}
 
 

@@ -56,6 +56,7 @@ class ResSFL(ConfiguresParts, Algorithm):
     Config = ResSFLConfig
     layout = Layout(client=("client", "server", "attacker"), server=())
     personal = ("client", "server")
+    keeps_optimizer = ("client", "server", "attacker")
     pooled = True
     unread = ("aggregate.weights", "comm_threshold_mb", "dataset.min_samples", "dataset.drop_unassigned")
 
@@ -76,9 +77,8 @@ class ResSFL(ConfiguresParts, Algorithm):
         client, server, attacker = (ctx.part(name) for name in ("client", "server", "attacker"))
         optimizer = ctx.optimizer("client", "server")
         attacking = ctx.optimizer("attacker")
-        ctx.restore("client", optimizer)
-        ctx.restore("server")
-        ctx.restore("attacker", attacking)
+        for name in ("client", "server", "attacker"):
+            ctx.restore(name)
         for x, y in ctx.batches():
             images = ctx.pixels(x)
             z = client(x)
@@ -90,7 +90,6 @@ class ResSFL(ConfiguresParts, Algorithm):
             attacker.requires_grad_(True)
             ctx.log("loss", loss)
             ctx.log("ssim", likeness)
-        ctx.keep("client", optimizer)
-        ctx.keep("server")
-        ctx.keep("attacker", attacking)
+        for name in ("client", "server", "attacker"):
+            ctx.keep(name)
         return {}

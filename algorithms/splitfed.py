@@ -57,7 +57,7 @@ class ReplicaServer(SplitServer):
 
     def on_smashed(self, client: int, message: Payload) -> Fields:
         if client not in self._replicas:
-            self._replicas[client] = self.ctx.replica("server")
+            self._replicas[client] = self.ctx.replica("server", client)
         return self.train(*self._replicas[client], message)
 
     def absorb(self, client: int, upload: Upload) -> None:

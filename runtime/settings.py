@@ -187,7 +187,9 @@ class RunConfig:
         mapping["algorithm"] = {"name": mapping.pop("algorithm_name"), **mapping["algorithm"]}
         for key in ("optimizer", "scheduler"):
             if mapping[key] is not None:
-                mapping[key] = {"name": mapping[key]["name"], **mapping[key]["options"]}
+                keep = mapping[key].get("keep")
+                own = {"name": mapping[key]["name"], **mapping[key]["options"]}
+                mapping[key] = own if keep is None else own | {"keep": keep}
         mapping["logger"] = {logger.pop("name"): logger for logger in mapping["logger"]}
         return mapping
 
@@ -219,13 +221,24 @@ class RunConfig:
     def optimizer_for(self, part: str) -> OptimizerConfig:
         """A part's optimizer: its refinement over the top-level one, or over one that the method gives the part.
 
-        From one of another kind only lr is inherited.
+        From one of another kind only lr and keep are inherited.
         """
         base, refinement = self._own_optimizer(part) or self.optimizer, self._refinement(part, "optimizer")
         inherited = {"name": base.name, **base.options}
         if str(refinement.get("name", base.name)).lower() != base.name:
             inherited = {"lr": base.options.get("lr", self.lr)}
+        inherited["keep"] = base.keep or self.optimizer.keep
         return optimizer_config({**inherited, **refinement}, f"model.{part}.optimizer" if refinement else "optimizer")
+
+    def keeps_optimizer(self, part: str) -> bool | None:
+        """Whether the state of a part's optimizer outlives the round; None: neither configured nor the method's wish.
+
+        Where it is None, it does at a server that trains the part for all clients, and nowhere else.
+        """
+        keep = self.optimizer_for(part).keep
+        if keep is None:
+            return True if part in algorithms.get(self.algorithm_name).keeps_optimizer else None
+        return keep == "run"
 
     def scheduler_for(self, part: str) -> SchedulerConfig | None:
         """A part's learning-rate schedule, None for a constant rate; one of another kind inherits nothing."""

@@ -53,6 +53,8 @@ class Costs:
         forward_flops, backward_flops: floating-point operations of matrix products and convolutions (a multiplication
             and an addition are two), in backward passes and outside of them.
         step: payload bytes that cross with a batch, by direction; round: those that cross once a round.
+        kept: bytes that stay for the client's next round after this step, at the `clients` and at the `server`: its own
+            parts, smashed data, the state of optimizers that outlives a round. population: clients of the run.
     """
 
     client: int
@@ -66,6 +68,8 @@ class Costs:
     backward_flops: int
     step: Bytes
     round: Bytes
+    kept: Mapping[str, int]
+    population: int
 
     @property
     def memory(self) -> int:
@@ -232,6 +236,8 @@ class _Metered:
             backward_flops=meter.operations.backward,
             step=step,
             round=once,
+            kept=self._trial.kept(client),
+            population=self._setup.population,
         )
 
     def _play(self, cohort: Sequence[int]) -> tuple[Parts, Meter]:
@@ -302,4 +308,18 @@ def _sections(costs: Costs) -> list[dict[str, str]]:
         },
         {f"{way} with a batch": format_bytes(size) for way, size in costs.step.items()},
         {f"{way} once a round": format_bytes(size) for way, size in costs.round.items()},
+        _kept(costs),
     ]
+
+
+def _kept(costs: Costs) -> dict[str, str]:
+    """What stays between rounds; nothing where nothing does."""
+    total = sum(costs.kept.values())
+    if not total:
+        return {}
+    shares = {"the client": "clients", "the server": "server"}
+    return {
+        "kept for its next round": format_bytes(total),
+        **{f"  by {party}": format_bytes(costs.kept[store]) for party, store in shares.items()},
+        f"  of {costs.population:,} clients": format_bytes(costs.population * total),
+    }

@@ -38,6 +38,7 @@ class LearningConfig(Protocol):
     @property
     def seed(self) -> int: ...
     def optimizer_for(self, part: str) -> OptimizerConfig: ...
+    def keeps_optimizer(self, part: str) -> bool | None: ...
     def scheduler_for(self, part: str) -> SchedulerConfig | None: ...
     def options_for(self, part: str) -> Mapping[str, Any]: ...
 
@@ -103,6 +104,8 @@ class Blueprint:
         self._general = config.optimizer_for("model")
         self._optimizers = {name: config.optimizer_for(name) for name in made}
         self._schedulers = {name: config.scheduler_for(name) for name in made}
+        self.keeps_optimizer = {name: config.keeps_optimizer(name) for name in made}
+        """By part, whether its optimizer's state outlives the round; None where nothing says so."""
         self._parts: Parts = {name: modules[0] for name, modules in made.items()}
         self.initial = {name: copied_state(part) for name, part in self._parts.items()}
         self.buffer_names = {name: _buffer_names(part) for name, part in self._parts.items()}

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cutlayer.models.part_registry import WHOLE
 from cutlayer.runtime.ground import rng
+from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload, Value, flatten, unflatten
 from cutlayer.runtime.parties.aggregate import AggregateConfig
 from cutlayer.runtime.parties.blueprint import Blueprint, Parts, copied_state
 from cutlayer.runtime.parties.client_data import ClientData, Drawn, views
-from cutlayer.runtime.parties.optim import PartOptimizer
+from cutlayer.runtime.parties.optim import PartOptimizer, load_optimizer, optimizer_tensors
 from cutlayer.runtime.parties.store import Row, Store
 
 
@@ -54,6 +56,46 @@ class ClientState:
     def drop(self, name: str) -> None:
         """Keep the row no longer; it takes effect if the client ends its round."""
         self._store.drop(self._client, name)
+
+
+class KeptOptimizers:
+    """The optimizers of one client's parts, or of its copies at the server, as far as their state outlives the round.
+
+    Args:
+        state: the client's rows, in which a part's is ``<part>.optimizer``.
+    """
+
+    def __init__(self, blueprint: Blueprint, state: ClientState) -> None:
+        self._blueprint, self._state = blueprint, state
+        self._latest: dict[str, torch.optim.Optimizer] = {}
+
+    def carry_on(self, names: Sequence[str], optimizer: PartOptimizer) -> PartOptimizer:
+        """Let a fresh optimizer over the parts go on where the last one over each of them, of any round, has ended.
+
+        Raises:
+            ConfigError: what was kept is the state of another optimizer, or of another part.
+        """
+        for number, name in enumerate(names):
+            if not self._blueprint.keeps_optimizer[name]:
+                continue
+            before, own = self._latest.get(name), optimizer.of(number)
+            kept = self._state.get(f"{name}.optimizer") if before is None else optimizer_tensors(before)
+            try:
+                load_optimizer(own, kept or {})
+            except ValueError as error:
+                expected = f"the one whose state was kept ({error})"
+                raise ConfigError(_key(name), type(own).__name__.lower(), expected) from error
+            self._latest[name] = own
+        return optimizer
+
+    def put(self) -> None:
+        """Keep what the optimizers have now; it takes effect if the client ends its round."""
+        for name, optimizer in self._latest.items():
+            self._state.put(f"{name}.optimizer", optimizer_tensors(optimizer))
+
+
+def _key(part: str) -> str:
+    return "optimizer" if part == WHOLE else f"model.{part}.optimizer"
 
 
 @dataclass
@@ -108,6 +150,7 @@ class ClientContext:
         self._blueprint = seat.blueprint
         self._seat = seat
         self._seed = seed
+        self._optimizers = KeptOptimizers(seat.blueprint, state)
         self._ready: set[str] = set()
 
     def part(self, name: str) -> nn.Module:
@@ -129,26 +172,25 @@ class ClientContext:
             result |= flatten(name, self._blueprint.travelling(name, self.part(name)))
         return result
 
-    def restore(self, name: str, optimizer: PartOptimizer | None = None) -> bool:
-        """Load a part, and its optimizer's momenta, as this client kept them; False where it keeps none yet."""
+    def restore(self, name: str) -> bool:
+        """Load a part as this client kept it; False where it keeps none yet."""
         row = self.state.get(name)
         if row is None:
             return False
         self._fill(name, row)
-        momenta = self.state.get(f"{name}.optimizer")
-        if optimizer is not None and momenta is not None:
-            optimizer.load_tensors(momenta)
         return True
 
-    def keep(self, name: str, optimizer: PartOptimizer | None = None) -> None:
-        """Keep a part, and its optimizer's momenta, for this client's next round."""
+    def keep(self, name: str) -> None:
+        """Keep a part for this client's next round."""
         self.state.put(name, self.part(name).state_dict())
-        if optimizer is not None:
-            self.state.put(f"{name}.optimizer", optimizer.tensors())
 
     def optimizer(self, *names: str) -> PartOptimizer:
-        """A fresh optimizer over the parts, as configured for each, at this round's learning rate."""
-        return self._blueprint.optimizer([(name, self.part(name)) for name in names], self.round)
+        """An optimizer over the parts, as configured for each, at this round's learning rate.
+
+        Its state is fresh, or, of parts whose optimizer is kept, what this client's last one over the part has left.
+        """
+        optimizer = self._blueprint.optimizer([(name, self.part(name)) for name in names], self.round)
+        return self._optimizers.carry_on(names, optimizer)
 
     def batches(self, stream: str = "batches", epochs: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The round's batches, ``local_epochs`` passes unless given: x [b, C, H, W] on the device, y int64 [b].
@@ -179,7 +221,8 @@ class ClientContext:
         self.means.log(name, value)
 
     def leave(self) -> None:
-        """End of the client's round: keep what the buffer policy leaves with it, and give the seat back."""
+        """End of the client's round: keep what the buffer policy leaves with it, and its optimizers."""
+        self._optimizers.put()
         if self._blueprint.buffers == "keep_local":
             for name in self._ready & self._blueprint.buffer_names.keys():
                 buffers = self._blueprint.buffer_names[name]
@@ -222,12 +265,17 @@ class ServerContext:
     round: int = 0
     means: Means = field(default_factory=Means)
     _optimizers: dict[tuple[str, ...], PartOptimizer] = field(default_factory=dict[tuple[str, ...], PartOptimizer])
+    _kept: dict[int, KeptOptimizers] = field(default_factory=dict[int, KeptOptimizers])
 
     def open_round(self, round: int) -> None:
-        """Move to a round: set its learning rates, forget the last one's metrics."""
+        """Move to a round: set its learning rates, forget the last one's metrics and optimizers that are not kept."""
         self.round = round
         self.means = Means()
+        self._kept = {}
         for names, optimizer in self._optimizers.items():
+            for number, name in enumerate(names):
+                if self.blueprint.keeps_optimizer[name] is False:
+                    optimizer.renew(number)
             self.blueprint.schedule(optimizer, names, round)
 
     def part(self, name: str) -> nn.Module:
@@ -246,16 +294,32 @@ class ServerContext:
         self.parts[name].load_state_dict({**self.parts[name].state_dict(), **state})
 
     def optimizer(self, *names: str) -> PartOptimizer:
-        """The optimizer of the parts: one for the whole run, at the current round's learning rate."""
+        """The optimizer of the parts, at the current round's learning rate.
+
+        It is one for the whole run, but for the state of parts whose optimizer is said to live for a round.
+        """
         if names not in self._optimizers:
             modules = [(name, self.parts[name]) for name in names]
             self._optimizers[names] = self.blueprint.optimizer(modules, self.round)
         return self._optimizers[names]
 
-    def replica(self, name: str) -> tuple[nn.Module, PartOptimizer]:
-        """A copy of a part for one client alone, with an optimizer of its own."""
+    def replica(self, name: str, client: int) -> tuple[nn.Module, PartOptimizer]:
+        """A copy of a part for one client alone, with an optimizer of its own.
+
+        Its state is fresh, or, where the part's optimizer is kept, what that of the client's last copy has left.
+        """
         module = self.blueprint.replica(self.parts[name])
-        return module, self.blueprint.optimizer([(name, module)], self.round)
+        kept = self._kept.setdefault(client, KeptOptimizers(self.blueprint, self.state(client)))
+        return module, kept.carry_on([name], self.blueprint.optimizer([(name, module)], self.round))
+
+    def leave(self, client: int) -> None:
+        """End of a client's round: keep the optimizers of its copies that outlive it."""
+        if client in self._kept:
+            self._kept.pop(client).put()
+
+    def forget(self, client: int) -> None:
+        """A client dropped out: what its copies' optimizers did in this round never happened."""
+        self._kept.pop(client, None)
 
     def state(self, client: int) -> ClientState:
         """The rows that the server keeps for a client."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,21 @@ for _name in ("lrscheduler", "reducelronplateau", "chainedscheduler", "sequentia
     _SCHEDULERS.pop(_name, None)
 
 
+Keep = Literal["round", "run"]
+_KEEP = ("round", "run")
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer of ``torch.optim`` by name (any case) and the arguments of its constructor, ``lr`` among them."""
+    """An optimizer of ``torch.optim`` by name (any case) and the arguments of its constructor, ``lr`` among them.
+
+    ``keep`` is how long its state (momenta, moments, steps) lives: a ``round``, the whole ``run``, or, None, as long as
+    the method chooses.
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict[str, Any])
+    keep: Keep | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,16 @@ def optimizer_config(values: Mapping[str, Any], where: str = "optimizer") -> Opt
     Raises:
         ConfigError: unknown name or option, or a value that the optimizer refuses.
     """
-    name, options = _named(values, where, _OPTIMIZERS, skip="params")
+    values = dict(values)
+    keep = values.pop("keep", None)
+    if keep is not None and keep not in _KEEP:
+        raise ConfigError(f"{where}.keep", keep, "how long the optimizer's state lives, or null", _KEEP)
+    name, options = _named(values, where, _OPTIMIZERS, "params", "keep")
     try:
         _OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(where, dict(values), str(error)) from error
-    return OptimizerConfig(name, options)
+    return OptimizerConfig(name, options, keep)
 
 
 def scheduler_config(values: Mapping[str, Any] | None, where: str = "scheduler") -> SchedulerConfig | None:
@@ -72,7 +85,7 @@ def scheduler_config(values: Mapping[str, Any] | None, where: str = "scheduler")
     """
     if not values or values.get("name") is None:
         return None
-    name, options = _named(values, where, _SCHEDULERS, skip="optimizer")
+    name, options = _named(values, where, _SCHEDULERS, "optimizer")
     try:
         _SCHEDULERS[name](torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), **options)
     except (TypeError, ValueError) as error:
@@ -80,7 +93,10 @@ def scheduler_config(values: Mapping[str, Any] | None, where: str = "scheduler")
     return SchedulerConfig(name, options)
 
 
-def _named(values: Mapping[str, Any], where: str, classes: Mapping[str, Any], skip: str) -> tuple[str, dict[str, Any]]:
+def _named(
+    values: Mapping[str, Any], where: str, classes: Mapping[str, Any], skip: str, *others: str
+) -> tuple[str, dict[str, Any]]:
+    """The name and the options of one of the classes; ``others`` are keys that the caller has read."""
     name = str(values.get("name", "")).lower()
     if name not in classes:
         raise ConfigError(f"{where}.name", values.get("name"), "a class of torch", sorted(classes))
@@ -88,7 +104,7 @@ def _named(values: Mapping[str, Any], where: str, classes: Mapping[str, Any], sk
     options = {key: value for key, value in values.items() if key != "name" and value is not None}
     for key in options:
         if key not in known:
-            raise ConfigError.unknown_key(f"{where}.{key}", known)
+            raise ConfigError.unknown_key(f"{where}.{key}", (*known, *others))
     return name, {
         key: tuple(cast(list[Any], value)) if isinstance(value, list) else value for key, value in options.items()
     }
@@ -97,7 +113,7 @@ def _named(values: Mapping[str, Any], where: str, classes: Mapping[str, Any], sk
 class _Table:
     """The options of a parameter group in each round, from one simulated run of the schedule.
 
-    Optimizers on a client live for one round only, so a schedule cannot be stepped along with them.
+    An optimizer on a client may live for one round only, so a schedule cannot be stepped along with it.
     """
 
     def __init__(self, optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> None:
@@ -213,25 +229,70 @@ class PartOptimizer:
         """The learning rate of the first part."""
         return float(self._optimizers[0].param_groups[0]["lr"])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The state (momenta, step counts) as a flat mapping, for a client that keeps its optimizer between rounds."""
-        return {
-            f"{number}/{index}/{key}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-            for number, optimizer in enumerate(self._optimizers)
-            for index, entry in optimizer.state_dict()["state"].items()
-            for key, value in entry.items()
-            if value is not None
-        }
+    def of(self, part: int) -> torch.optim.Optimizer:
+        """The optimizer of the part of that number."""
+        return self._optimizers[part]
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what ``tensors`` gave; the options stay as they are."""
-        for number, optimizer in enumerate(self._optimizers):
-            state: dict[int, dict[str, Any]] = {}
-            for name, value in tensors.items():
-                owner, index, key = name.split("/")
-                if int(owner) == number:
-                    state.setdefault(int(index), {})[key] = value.clone()  # the optimizer writes into it
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    def renew(self, part: int) -> None:
+        """Forget the state of a part's optimizer; the options stay as they are."""
+        self._optimizers[part].state.clear()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state (momenta, moments, steps) as a flat mapping, ``<number of the parameter>/<name>``."""
+    return {
+        f"{index}/{key}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+        if value is not None
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restore what ``optimizer_tensors`` gave; the options stay as they are.
+
+    Raises:
+        ValueError: the state is one of another kind of optimizer, or of other parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        index, key = name.split("/")[-2:]  # earlier versions put the number of the part before
+        state.setdefault(int(index), {})[key] = value.clone()  # the optimizer writes into it
+    for index, entry in state.items():
+        if index >= len(parameters):
+            raise ValueError(f"it is of more than the {len(parameters)} parameters that there are")
+        _check_entry(optimizer, parameters[index], entry)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _check_entry(optimizer: torch.optim.Optimizer, parameter: Tensor, entry: Mapping[str, Any]) -> None:
+    """Raises ValueError if a parameter's state is not one that the optimizer makes."""
+    options = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    key = (type(optimizer).__name__, parameter.shape, repr({**options, "lr": None}))
+    if key not in _ENTRIES:
+        _ENTRIES[key] = _entry_shapes(type(optimizer), parameter, options)
+    made, found = _ENTRIES[key], {name: value.shape for name, value in entry.items()}
+    if made != found:
+        raise ValueError(f"{key[0]} keeps {_shapes(made)} of a parameter here, not {_shapes(found)}")
+
+
+# What an optimizer keeps of a parameter of some shape, by its kind and options.
+_ENTRIES: dict[tuple[str, torch.Size, str], dict[str, torch.Size]] = {}
+
+
+def _entry_shapes(kind: Any, parameter: Tensor, options: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """The state that one step along a gradient of zero makes, by name."""
+    twin = torch.zeros_like(parameter).requires_grad_()
+    optimizer = kind([twin], lr=options["lr"])
+    optimizer.param_groups[0].update(options)
+    twin.grad = torch.zeros_like(twin)
+    optimizer.step()
+    return {name: torch.as_tensor(value).shape for name, value in optimizer.state[twin].items() if value is not None}
+
+
+def _shapes(state: Mapping[str, torch.Size]) -> str:
+    return ", ".join(f"{key} {list(shape)}" for key, shape in sorted(state.items())) or "nothing"
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -267,6 +267,10 @@ class Store:
         """Number of checkpoints taken."""
         return self._version
 
+    def bytes_of(self, client: int) -> int:
+        """Bytes of a client's committed rows that are held in memory."""
+        return sum(_size(row) for (owner, _), row in self._memory.items() if owner == client)
+
     @property
     def memory_bytes(self) -> int:
         """Bytes of committed rows held in memory."""

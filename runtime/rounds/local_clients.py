@@ -142,7 +142,8 @@ class LocalClients(Seats):
         """Whether one copy of the client's parts stands for those of a whole cohort: see ``Cohort``.
 
         The method has to say that clients hold equal weights; their step has to be linear in the gradient, as that of
-        SGD is, and no sample may depend on another's, as through BatchNorm, or on a random number, as with dropout.
+        SGD is, with an optimizer that ends with the round, and no sample may depend on another's, as through BatchNorm,
+        or on a random number, as with dropout.
         """
         setup, algorithm = self.setup, self.setup.algorithm
         if not issubclass(algorithm, ComputesTogether):
@@ -152,6 +153,7 @@ class LocalClients(Seats):
         return (
             algorithm.computes_together(setup.config.algorithm)
             and setup.config.optimizer_for(names[0]).name == "sgd"
+            and not any(setup.blueprint.keeps_optimizer[name] for name in names)
             and not any(_depends(module) for module in modules if not is_ghost(module))
         )
 

@@ -177,9 +177,11 @@ class ServerParty:
     def absorb(self, client: int, upload: Upload) -> None:
         with self._workplace.working():
             self._server.absorb(client, upload)
+            self._server.ctx.leave(client)
 
     def forget(self, client: int) -> None:
         self._server.forget(client)
+        self._server.ctx.forget(client)
 
     def open_round(self, round: int, cohort: list[int]) -> None:
         """Begin a round (from 0): its learning rates, and what the algorithm does before any client comes."""

@@ -50,6 +50,10 @@ class Trial:
         for store in self._stores.values():
             store.commit()
 
+    def kept(self, client: int) -> dict[str, int]:
+        """Bytes of what each party keeps of a client for its next round, by store: `clients` and `server`."""
+        return {name: store.bytes_of(client) for name, store in self._stores.items()}
+
     def _discard(self, client: int) -> None:
         for store in self._stores.values():
             store.discard(client)

@@ -134,7 +134,7 @@ def test_global_random_state_is_neither_used_nor_moved(configure, name: str) -> 
 def test_resume_is_bitwise(configure, tmp_path, name: str, buffers: str) -> None:
     setting = [f"algorithm={name}", *quick(name), "rounds=4", "frac=0.75", f"aggregate.buffers={buffers}"]
     if buffers == "average":
-        setting.append("scheduler=cosine")
+        setting += ["scheduler=cosine", "optimizer.keep=run"]
     else:
         setting += CONVOLUTIONS
     config = configure(*setting)

@@ -13,7 +13,7 @@ from tests.network.serving import kept_rows, served
 
 pytest.importorskip("grpc", reason="the extra grpc is not installed")
 
-SETTING = ("rounds=2", "eval_interval=1", "num_clients=3", "batch_size=160")
+SETTING = ("rounds=2", "eval_interval=1", "num_clients=3", "batch_size=160", "optimizer.keep=run")
 DATALESS = ("dataset.distribution=quantity_skew", "dataset.alpha=0.001", "dataset.min_samples=0", "frac=0.4")
 BY_GROUP = (
     "dataset=synthetic", "dataset.distribution=natural", "dataset.local_test=true", "batch_size=20",

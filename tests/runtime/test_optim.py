@@ -9,8 +9,10 @@ from cutlayer.runtime.parties.optim import (
     PartOptimizer,
     check_schedule,
     learning_options,
+    load_optimizer,
     make_optimizer,
     optimizer_config,
+    optimizer_tensors,
     scheduler_config,
 )
 
@@ -78,9 +80,9 @@ def test_kept_momenta_continue_exactly(name: str) -> None:
         optimizer = PartOptimizer([make_optimizer(config, model.parameters())])
         for step, restart in enumerate(steps):
             if restart:
-                kept = optimizer.tensors()
+                kept = optimizer_tensors(optimizer.of(0))
                 optimizer = PartOptimizer([make_optimizer(config, model.parameters())])
-                optimizer.load_tensors(kept)
+                load_optimizer(optimizer.of(0), kept)
             optimizer.update(model(torch.full((4, 3), float(step))).square().mean())
         return [p.detach() for p in model.parameters()]
 

@@ -289,13 +289,13 @@ class Turned(Algorithm):
         """Both losses at once."""
         ctx.load(down)
         optimizer = ctx.optimizer("body", "head", "rotation")
-        ctx.restore("rotation", optimizer)
+        ctx.restore("rotation")
         body, head, rotation = (ctx.part(name) for name in ("body", "head", "rotation"))
         for x, y in ctx.batches():
             turns = torch.randint(4, (1,)).item()
             turned = F.cross_entropy(rotation(body(x.rot90(int(turns), (2, 3)))), torch.full_like(y, int(turns)))
             optimizer.update(cross_entropy(head(body(x)), y) + ctx.config.weight * turned)
-        ctx.keep("rotation", optimizer)
+        ctx.keep("rotation")
         return ctx.dump("body", "head")
 
 

@@ -38,7 +38,7 @@ class Ditto(FedAvg):
         ctx.load(down)
         anchor = copies(ctx.part("model"))
         ctx.restore("model")
-        train_near(ctx, anchor, ctx.config.pull, log="personal_loss")
+        train_near(ctx, anchor, ctx.config.pull, label="personal", log="personal_loss")
         ctx.keep("model")
         ctx.load(down)
         train(ctx)

@@ -37,11 +37,15 @@ class AligningServer(OneWayServer):
     """Keeps each client's newest smashed data and an auxiliary model per client, aligned on request."""
 
     def on_smashed(self, client: int, message: Payload) -> None:
+        if not self._warming():
+            self._collect(client, message)
+        super().on_smashed(client, message)
+
+    def _collect(self, client: int, message: Payload) -> None:
         own, size = self.ctx.state(client), self.ctx.config.buffer_size
         kept = own.get("buffer") or {}
         new = {name: tensor(message, name) for name in ("z", "y")}
         own.put("buffer", {name: torch.cat([kept[name], t])[-size:] if kept else t[-size:] for name, t in new.items()})
-        super().on_smashed(client, message)
 
     def on_align(self, client: int, message: Payload) -> Reply:
         """Fit the client's auxiliary model to the server's gradients over the buffer, and send it down.
@@ -92,10 +96,9 @@ class FSLSAGE(CSEFSL):
     """FSL-SAGE (Nair et al., ICML 2025): the auxiliary model estimates the server's gradient and is aligned to it.
 
     The auxiliary model is not trained on the client. It comes down, fitted to the client's own smashed data, in every
-    ``align_interval``-th round after the client's first upload; the client keeps it until then. Departures from the
-    paper: each alignment starts with a fresh optimizer, where the paper's code keeps one per client for the whole run;
-    and a client that joins between two alignments (``frac`` < 1, which the paper does not have) is aligned in its
-    first round, as it would else follow the gradient of a random model.
+    ``align_interval``-th round after the client's first upload; the client keeps it until then. An addition: a client
+    that joins between two alignments (``frac`` < 1, which the paper does not have) is aligned in its first round, as it
+    would else follow the gradient of a random model.
     """
 
     @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class FSLSAGE(CSEFSL):
         upload_interval: local steps between uploads (q). align_interval: rounds between alignments (l).
         buffer_size: smashed samples kept per client (M). align_epochs: passes over the buffer per alignment (K).
         align_batch_size: samples per alignment step (A). warm_start: the first round is one of CSE-FSL, which trains
-        the auxiliary model; alignment then counts from the second.
+        the auxiliary model; buffers and alignment begin in the second.
         """
 
         upload_interval: int = 5

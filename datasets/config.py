@@ -44,6 +44,7 @@ class DatasetConfig:
         shuffle: draw a new order in each epoch.
         drop_last: what happens to a last batch that is not full; see `cutlayer.datasets.batching.batch_sizes`.
         validation: share of the training set, equal in every class, that is held out; groups stay whole.
+        fraction: share of the rest, likewise, that is trained on; what is left out is not used at all.
         local_test: give each client a share of the test set with its own class proportions, or of its own groups where
             clients are groups (natural). With `only`, what is tested
             is each client's model (of most methods the global one) on its own share alone, and the accuracy is the
@@ -69,6 +70,7 @@ class DatasetConfig:
     shuffle: bool = True
     drop_last: Literal["auto", "always", "never"] = "auto"
     validation: float = 0.0
+    fraction: float = 1.0
     local_test: bool | Literal["only"] = False
     storage: Literal["auto", "device", "stream"] = field(default="auto", metadata=scoped("machine", later=True))
     workers: int = field(default=4, metadata=scoped("machine", later=True))
@@ -87,6 +89,8 @@ class DatasetConfig:
             raise ConfigError("resize", self.resize, "null or an integer >= 1")
         if not 0 <= self.validation < 1:
             raise ConfigError("validation", self.validation, "a number >= 0 and < 1")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError("fraction", self.fraction, "a number > 0 and <= 1")
         if self.workers < 0:
             raise ConfigError("workers", self.workers, "an integer >= 0")
         own = distributions.check_options(self.distribution, self.distribution_options)

@@ -1,6 +1,7 @@
 """Loading: read the raw data, hold out a validation set, decide where images are kept."""
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,18 +29,21 @@ def load(
     """Load a dataset as the configuration says.
 
     Args:
-        seed: decides the validation split, and the images of `synthetic`; fixed test splits do not depend on it.
+        seed: decides the validation split, the fraction and the images of `synthetic`; fixed test splits do not depend
+            on it.
         device: where batches (and, if they are kept there, images) are.
         dtype: of the images in a batch.
         download: fetch published files that are not there; else they are missing.
 
     Raises:
-        ConfigError: files are missing, unreadable or not of one size; the validation share leaves nothing to train on.
+        ConfigError: files are missing, unreadable or not of one size; the validation share or the fraction leaves
+            nothing.
     """
     raw = read(config.name, config.root, config.options, seed, download=download)
     channels, height, width = _checked_shape(config, raw)
     known = facts(config, raw)
     train, held = _hold_out(raw.train, config.validation, seed)
+    train, _ = _hold_out(train, 1 - config.fraction, seed, "fraction", config.fraction)
     sides = (height, width) if config.resize is None else (config.resize, config.resize)
     info = DatasetInfo(config.name, channels, *sides, len(raw.class_names), raw.class_names)
     resident = _resident(raw, config, device)
@@ -117,14 +121,24 @@ def _decoded(images: Tensor | EncodedImages, workers: int) -> Tensor:
     return images if isinstance(images, Tensor) else images.decode_all(workers)
 
 
-def _hold_out(split: RawSplit, share: float, seed: int) -> tuple[RawSplit, RawSplit | None]:
-    """Divide a split into the part to train on and the part held out: equal shares of each class, groups whole."""
+def _hold_out(
+    split: RawSplit,
+    share: float,
+    seed: int,
+    key: Literal["validation", "fraction"] = "validation",
+    given: float | None = None,
+) -> tuple[RawSplit, RawSplit | None]:
+    """Divide a split into the part to train on and the part left out: equal shares of each class, groups whole.
+
+    Args:
+        key: says that the share is to be left out, with the value ``given`` where that is not the share; it names the
+            stream of randomness too.
+    """
     if share == 0:
         return split, None
-    held = hold_out(split.labels.numpy(), share, derived(seed, "validation"), split.groups)
+    held = hold_out(split.labels.numpy(), share, derived(seed, key), split.groups)
     if held.all() or not held.any():
         groups = "" if split.groups is None else f" in {len(np.unique(split.groups))} groups that stay whole"
-        raise ConfigError(
-            "dataset.validation", share, f"a share that leaves both parts of {len(held)} samples{groups} non-empty"
-        )
+        expected = f"a share that leaves both parts of {len(held)} samples{groups} non-empty"
+        raise ConfigError(f"dataset.{key}", share if given is None else given, expected)
     return split.subset(np.flatnonzero(~held)), split.subset(np.flatnonzero(held))

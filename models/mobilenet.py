@@ -37,7 +37,6 @@ class SeparableBlock(nn.Sequential):
                 relu2=nn.ReLU(),
             )
         )
-        self.channels, self.out, self.stride = channels, out, stride
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ class MobileNetOptions:
     "mobilenet_cifar",
     cut="block5",
     options=MobileNetOptions,
-    thinning={"half": 0.33, "default": 0.53},
     blocks=("block4", "block7", "block10"),
 )
 def mobilenet_cifar(info: DatasetInfo, options: MobileNetOptions) -> nn.Sequential:

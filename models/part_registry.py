@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -39,6 +39,9 @@ class PartConfig:
 
     A part with keys of its own is registered with a subclass that has them, each with a default.
     """
+
+    not_inherited: ClassVar[Mapping[str, Any]] = {}
+    """Options of an optimizer that the part does not inherit, and what it has instead unless its section says so."""
 
     optimizer: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)

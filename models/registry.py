@@ -1,4 +1,4 @@
-"""The registry of models: by name the builder, its own cut, its options and how its auxiliary models are thinned."""
+"""The registry of models: by name the builder, its own cut, its options and its blocks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,6 @@ Blocks = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 # The two children that end the client part and the server part of a model cut in three, or what gives them likewise.
 Cuts = tuple[str, str] | Callable[[Any], tuple[str, str]]
 
-# Width of the thinned auxiliary models as a share of the server part's width, by size. Chosen so that a model whose
-# bytes lie in dense layers gets about a fifth (default) and a twelfth (half) of its server part, the shares that the
-# FSL-SAGE paper's sizes (8.0 and 3.5 of 42 MB) are of ResNet-18's. Models of few units set larger shares of their own.
-DENSE_THINNING: Mapping[str, float] = {"half": 0.09, "default": 0.2}
-# The same for residual networks, where only one block of each stage stays and bytes fall with the width's square.
-RESIDUAL_THINNING: Mapping[str, float] = {"half": 0.4, "default": 0.65}
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -47,7 +40,6 @@ class Entry:
     build: Builder
     cut: str | None
     options: type | None
-    thinning: Mapping[str, float]
     blocks: Blocks | None = None
     cuts: Cuts | None = None
     variants: tuple[Mapping[str, Any], ...] = ({},)
@@ -75,21 +67,20 @@ def register(
     *,
     cut: str,
     options: type = NoOptions,
-    thinning: Mapping[str, float] = DENSE_THINNING,
     blocks: Blocks | None = None,
     cuts: Cuts | None = None,
     variants: tuple[Mapping[str, Any], ...] = ({},),
 ) -> Callable[[Builder], Builder]:
     """Register `build(info, options) -> nn.Sequential` as model `name`, cut after its child `cut` by default.
 
-    `options` is the frozen dataclass that `model.options` is checked against, `thinning` the share of the server part's
-    width that the auxiliary models `half` and `default` keep, `blocks` the modules that have an auxiliary head by
-    default (see `models/parts/auxiliary_heads.py`), or a function that gives them for the model's options. `cuts` and
-    `variants` are of methods that cut the model in three (see `models/three.py` and `models/parts/personal.py`).
+    `options` is the frozen dataclass that `model.options` is checked against, `blocks` the modules that have an
+    auxiliary head by default (see `models/parts/auxiliary_heads.py`), or a function that gives them for the model's
+    options. `cuts` and `variants` are of methods that cut the model in three (see `models/three.py` and
+    `models/parts/personal.py`).
     """
 
     def add(build: Builder) -> Builder:
-        _ENTRIES.add(name, Entry(name, build, cut, options, thinning, blocks, cuts, variants))
+        _ENTRIES.add(name, Entry(name, build, cut, options, blocks, cuts, variants))
         return build
 
     return add
@@ -135,7 +126,7 @@ def entry(name: str) -> Entry:
         raise ConfigError("model.name", name, "a registered model", choices())
     if name in _ENTRIES:
         return _ENTRIES[name]
-    return Entry(name, partial(_build, name), None, None, DENSE_THINNING)
+    return Entry(name, partial(_build, name), None, None)
 
 
 def find(name: str, options: Mapping[str, Any]) -> Callable[[DatasetInfo], nn.Module] | None:

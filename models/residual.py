@@ -1,4 +1,4 @@
-"""What the residual networks and their auxiliary models are made of: stages of torchvision's own blocks."""
+"""What the residual networks are made of: stages of torchvision's own blocks."""
 
 from __future__ import annotations
 

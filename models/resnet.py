@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from cutlayer.models.layers import GlobalAvgPool, PadShortcut
-from cutlayer.models.registry import RESIDUAL_THINNING, register
+from cutlayer.models.registry import register
 from cutlayer.models.residual import Block, initialise, stage
 from cutlayer.runtime.ground.config import ConfigError
 
@@ -116,7 +116,6 @@ def _register_all() -> None:
             f"resnet{depth}",
             cut="layer2",
             options=ResNetOptions,
-            thinning=RESIDUAL_THINNING,
             blocks=("layer1", "layer2", "layer3"),
         )(partial(resnet, block, blocks))
     for depth in (20, 32, 56, 110, 1202):
@@ -124,7 +123,6 @@ def _register_all() -> None:
             f"resnet{depth}",
             cut="layer1",
             options=CifarResNetOptions,
-            thinning=RESIDUAL_THINNING,
             blocks=("layer1", "layer2"),
         )(partial(cifar_resnet, depth))
 

@@ -65,7 +65,7 @@ def simple_conv(info: DatasetInfo, _: NoOptions) -> nn.Sequential:
     return nn.Sequential(OrderedDict(children))
 
 
-@register("cnn2", cut="pool2", thinning={"half": 0.125, "default": 0.3})
+@register("cnn2", cut="pool2")
 def cnn2(info: DatasetInfo, _: NoOptions) -> nn.Sequential:
     """Two 3x3 convolutions of 32 and 64 filters with 2x2 max-pooling, then dense 128.
 
@@ -107,7 +107,6 @@ class Cnn4Options:
     "cnn4",
     cut="block2",
     options=Cnn4Options,
-    thinning={"half": 0.125, "default": 0.25},
     blocks=("block1", "block2", "block3"),
 )
 def cnn4(info: DatasetInfo, options: Cnn4Options) -> nn.Sequential:
@@ -143,7 +142,7 @@ class MlpOptions:
             raise ConfigError("hidden", self.hidden, "a list of one or more integers >= 1")
 
 
-@register("mlp", cut="relu1", options=MlpOptions, thinning={"half": 0.25, "default": 0.5})
+@register("mlp", cut="relu1", options=MlpOptions)
 def mlp(info: DatasetInfo, options: MlpOptions) -> nn.Sequential:
     """A perceptron, by default pixels-128 | 128-64-classes: images [b, channels, h, w] -> logits [b, classes]."""
     children: list[tuple[str, nn.Module]] = [("flatten", nn.Flatten())]

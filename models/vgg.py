@@ -52,7 +52,6 @@ def _pooled(options: VggOptions) -> tuple[str, ...]:
     "vgg",
     cut=f"block{_STEM}",
     options=VggOptions,
-    thinning={"half": 0.28, "default": 0.44},
     blocks=_pooled,
     cuts=lambda options: (f"block{_STEM}", f"block{len(options.widths)}"),
     variants=({"body": (2, 4, 8)}, {"body": (2, 4, 4, 8, 8)}),

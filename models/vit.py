@@ -54,7 +54,6 @@ class TransformerBlock(torchvision_vit.EncoderBlock):
 
     def __init__(self, heads: int, hidden: int, mlp: int, dropout: float) -> None:
         super().__init__(heads, hidden, mlp, dropout, attention_dropout=dropout)
-        self.widths = (heads, hidden, mlp, dropout)
 
     def forward(self, input: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
@@ -95,12 +94,10 @@ def _quarters(options: VitOptions) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"block{max(1, options.depth * quarter // 4)}" for quarter in (1, 2, 3)))
 
 
-# Shares of the number of blocks here, not of width, which a residual block cannot change.
 @register(
     "vit",
     cut="block3",
     options=VitOptions,
-    thinning={"half": 0.07, "default": 0.2},
     blocks=_quarters,
     cuts=lambda options: ("patches", f"block{options.depth}"),
     variants=({"depth": 1},),

@@ -23,6 +23,7 @@ from cutlayer.runtime.parties.optim import (
     SchedulerConfig,
     check_schedule,
     optimizer_config,
+    optimizer_options,
     scheduler_config,
 )
 from cutlayer.runtime.records.data_record import Changed
@@ -45,6 +46,7 @@ class RunConfig:
         evaluations: what the rounds' tests measure beside accuracy and loss: names of `cutlayer.evaluations`.
         logger: trackers in addition to the run's own files.
         num_clients: clients in the population. frac: share of them in each round's cohort, 0 < frac <= 1.
+        cohort_order: in which a round serves its clients: as drawn for this round, or by their numbers.
         rounds, local_epochs, batch_size: as in the papers. lr: learning rate, the default of the optimizer's.
         seed: the source of all randomness.
         device: auto, cpu, cuda or cuda:k. precision: of the arithmetic; parameters are kept in float32 under bf16.
@@ -99,6 +101,9 @@ class RunConfig:
     client_id: int | None = field(default=None, metadata=scoped("machine"))
     data_changed: Changed = field(default="refuse", metadata=scoped("record", later=True))
     evaluations: tuple[str, ...] = ()
+    cohort_order: Literal["drawn", "fixed"] = field(
+        default="drawn", metadata=scoped(read_if=lambda _, method: not method.pooled)
+    )
 
     def __post_init__(self) -> None:
         counts = "num_clients rounds local_epochs batch_size eval_interval eval_batch_size checkpoint_interval"
@@ -221,13 +226,18 @@ class RunConfig:
     def optimizer_for(self, part: str) -> OptimizerConfig:
         """A part's optimizer: its refinement over the top-level one, or over one that the method gives the part.
 
-        From one of another kind only lr and keep are inherited.
+        From one of another kind only lr and keep are inherited; see `PartConfig.not_inherited` too.
         """
-        base, refinement = self._own_optimizer(part) or self.optimizer, self._refinement(part, "optimizer")
+        own, refinement = self._own_optimizer(part), self._refinement(part, "optimizer")
+        base = own or self.optimizer
         inherited = {"name": base.name, **base.options}
-        if str(refinement.get("name", base.name)).lower() != base.name:
+        name = str(refinement.get("name", base.name)).lower()
+        if name != base.name:
             inherited = {"lr": base.options.get("lr", self.lr)}
         inherited["keep"] = base.keep or self.optimizer.keep
+        if own is None and part in refinable():
+            instead = self.model.part(part).not_inherited
+            inherited |= {key: value for key, value in instead.items() if key in optimizer_options(name)}
         return optimizer_config({**inherited, **refinement}, f"model.{part}.optimizer" if refinement else "optimizer")
 
     def keeps_optimizer(self, part: str) -> bool | None:

@@ -78,13 +78,16 @@ SAGE_PAPER = {
     "model.cut": None,  # layer2 is ResNet-18's own
     "num_clients": 10,
     "frac": 1.0,
+    "cohort_order": "fixed",
     "rounds": 200,
+    "comm_threshold_mb": 200 * 2**30 / 1e6,
     "batch_size": 256,
     "local_epochs": 1,
     "lr": 0.001,
     "optimizer.name": "adam",
     "optimizer.lr": 0.001,
     "optimizer.weight_decay": 0.0001,
+    "optimizer.keep": "run",
     "scheduler": None,
     "model.auxiliary.size": "default",
     "dataset.augment": "crop_flip",
@@ -172,7 +175,7 @@ EXPERIMENTS: list[tuple[str, dict[str, Any], str]] = [
         (f"fsl_sage/{data}_{kind}", {**SAGE_PAPER, "dataset.name": data, **more}, SAGE)
         for data in ("cifar10", "cifar100")
         for kind, more in (("iid", {"dataset.distribution": "iid"}),
-                           ("noniid", {"dataset.distribution": "noniid_dirichlet", "dataset.alpha": 0.1}))
+                           ("noniid", {"dataset.distribution": "noniid_dirichlet", "dataset.alpha": 10.0}))
     ),
     *((f"fsl_sage/{name}", {**SAGE_PAPER, "dataset.name": "cifar10"}, SAGE)
       for name in ("algorithms", "align_interval", "auxiliary_size")),
@@ -344,6 +347,7 @@ def test_the_auxiliary_model_of_fsl_sage_has_an_adam_without_weight_decay(algori
         optimizer = config.optimizer_for(part)
         assert optimizer.name == "adam"
         assert (optimizer.options["lr"], optimizer.options["weight_decay"]) == (0.001, decay), part
+        assert config.keeps_optimizer(part)
 
 
 def test_synchronisations_of_mocosfl_follow_the_paper_s_rule() -> None:

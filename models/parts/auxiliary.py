@@ -7,10 +7,12 @@ differentiable in their input and their weights, which gradient alignment needs.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,29 +21,43 @@ from cutlayer.models.adapting import fresh
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.layers import FeatureMean
 from cutlayer.models.part_registry import WHOLE, Making, PartConfig, part
-from cutlayer.models.registry import entry
 from cutlayer.models.shapes import trace
-from cutlayer.models.splitting import split
-from cutlayer.models.thinning import thinned
+from cutlayer.models.splitting import candidates, children_of, classifier, split, split_in_three
 from cutlayer.models.vit import ClassToken
 from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
 
+    Named = tuple[str, nn.Module]
+
+log = logging.getLogger(__name__)
+
 AUXILIARY_SIZES = ("linear", "half", "default", "full")
+# Share of the server part's parameters before its classifier: what one block of ResNet-18's layer3, and both of them,
+# are of what is behind layer2, where FSL-SAGE cuts.
+_SHARES = {"half": 0.0876, "default": 0.2001}
 _REDUCERS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten, FeatureMean)
+_KEY = "model.auxiliary.size"
+_EXPECTED = "a size of auxiliary model, or the module of the server part that ends it"
 
 
 @dataclass(frozen=True)
 class AuxiliaryConfig(PartConfig):
-    """The auxiliary model: its size, one of `AUXILIARY_SIZES`."""
+    """The auxiliary model: its size, one of `AUXILIARY_SIZES` or the module of the server part that it goes up to."""
+
+    not_inherited: ClassVar[Mapping[str, Any]] = MappingProxyType({"weight_decay": 0})
 
     size: str = "default"
 
-    def __post_init__(self) -> None:
-        if self.size not in AUXILIARY_SIZES:
-            raise ConfigError("size", self.size, "a size of auxiliary model", AUXILIARY_SIZES)
+    @property
+    def names_modules(self) -> bool:
+        return self.size not in AUXILIARY_SIZES
+
+    def try_on(self, model: nn.Module, config: ModelConfig, info: DatasetInfo, parts: Collection[str]) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        if self.names_modules and (not self.size or self.size not in modules):
+            raise ConfigError(_KEY, self.size, _EXPECTED, (*AUXILIARY_SIZES, *(name for name in modules if name)))
 
 
 @part("auxiliary", config=AuxiliaryConfig)
@@ -52,56 +68,134 @@ def _auxiliary(making: Making) -> nn.Module:
 def build_auxiliary(config: ModelConfig, info: DatasetInfo, model: nn.Module) -> nn.Module:
     """A fresh auxiliary model of the configured size for `model` cut as `config` says: z -> logits [b, classes].
 
-    - `linear`: the server part's pools and its flattening, or the mean over tokens, then one linear layer.
-    - `half`, `default`: the server part thinned: narrower layers (how far is said where the model is registered), and
-      of equal blocks the first few only (see `models/thinning.py`).
+    It is the server part made shorter: its first blocks at their full width, then what the server has of pools and
+    flattening before its classifier, then one linear layer.
+
+    - `linear`: no block.
+    - `half`, `default`: as many blocks as come nearest to 8.76% and to 20.01% of the server part's parameters, its
+      classifier left out. A block is a layer, or a residual block, and what follows it without weight matrices.
+    - a module of the server part: all up to and with this one.
     - `full`: the server part's architecture, whole.
 
-    For ResNet-18 cut after layer2 on CIFAR-10 these have about the sizes of FSL-SAGE's ablation (Nair et al. 2025):
-    0.005, 3.5, 8.0 and 40 MB. Weights come from torch's global generator. `model` is neither changed nor kept.
+    For ResNet-18 cut after layer2 these are the four of FSL-SAGE (Nair et al. 2025): nothing, one block of layer3,
+    layer3, everything. A model that is no `nn.Sequential` names no blocks: `half` and `default` are `linear` there, and
+    the pool is the mean over pixels or tokens. Weights come from torch's global generator; `model` is neither changed
+    nor kept.
+
+    Raises:
+        ConfigError: several values cross the cut or the end, or the server part has no such module.
     """
-    client, server = split(model, config.cut_after, info.shape)
-    size, registered = config.part("auxiliary", AuxiliaryConfig).size, entry(config.name)
+    client, _ = split(model, config.cut_after, info.shape)
+    size = config.part("auxiliary", AuxiliaryConfig).size
     parameter = next(client.parameters())
     # Two images: BatchNorm in training mode refuses one value a channel.
     z = trace(client, torch.empty(2, *info.shape, dtype=parameter.dtype, device="meta"))
     if isinstance(z, tuple):
         expected = f"a cut that one value crosses, as {len(z)} do here: an auxiliary model takes one"
         raise ConfigError("model.cut", config.cut_after, expected)
+    whole = fresh(config, info)
     if size == "full":
-        return split(fresh(config, info), config.cut_after, info.shape)[1]
+        return split(whole, config.cut_after, info.shape)[1]
     z = z.to(torch.get_default_dtype())  # what the new layers are made in
-    if isinstance(server, nn.Sequential):
-        plain = server
-    elif size == "linear":
-        plain = nn.Sequential(OrderedDict(pool=FeatureMean())) if z.dim() > 2 else nn.Sequential()
-    else:
-        expected = "linear or full: only models of this project that are cut between two children can be thinned"
-        raise ConfigError("model.auxiliary.size", size, expected)
+    end = _end(size, whole, config.cut_after, info)
+    body = [] if end is None else _body(whole, config.cut_after, end, info)
+    for _, module in body:
+        z = trace(module, z)
+    if isinstance(z, tuple):
+        raise ConfigError(_KEY, size, f"a module after which one value crosses, as {len(z)} do here")
+    head, z = _head(whole, end or config.cut_after, z, bare=end is None)
+    last = list(children_of(whole))[-1] if isinstance(whole, nn.Sequential) else "classifier"
+    return nn.Sequential(OrderedDict([*body, *head, (last, nn.Linear(z.shape[1], info.classes))]))
+
+
+def _end(size: str, model: nn.Module, cut: str, info: DatasetInfo) -> str | None:
+    """The module of `model` that ends the blocks of an auxiliary model of this size; None where it has no block."""
+    if size not in AUXILIARY_SIZES:
+        order, last = candidates(model, info.shape), classifier(model, info.shape)
+        order = order[: order.index(last)] if last in order else order
+        valid = order[order.index(cut) + 1 :] if cut in order else order
+        if size not in valid:
+            outermost = sorted(valid, key=lambda name: name.count("."))
+            raise ConfigError(_KEY, size, _EXPECTED, (*AUXILIARY_SIZES, *outermost))
+        return size
     if size == "linear":
-        return _linear(plain, z, info.classes)
-    return thinned(plain, z, info.classes, registered.thinning[size])
+        return None
+    if not isinstance(model, nn.Sequential):
+        log.info("%s=%s is linear here, as no blocks are named: it may be the module to go up to", _KEY, size)
+        return None
+    ends: list[str | None] = [None]
+    weights = [0]
+    for name, module in _behind(model, cut)[:-1]:
+        if _has_matrix(module):
+            ends.append(name)
+            weights.append(weights[-1])
+        elif ends[-1] is not None:
+            ends[-1] = name
+        weights[-1] += sum(parameter.numel() for parameter in module.parameters())
+    wanted = _SHARES[size] * weights[-1]
+    return min(zip(ends, weights, strict=True), key=lambda each: abs(each[1] - wanted))[0]
 
 
-def _linear(server: nn.Sequential, z: Tensor, classes: int) -> nn.Module:
-    layers: list[tuple[str, nn.Module]] = []
-    for name, module in _flat(server):
-        if isinstance(module, _REDUCERS) and z.dim() > 2:
-            layers.append((name, copy.deepcopy(module)))
-            z = trace(module, z)
-        elif isinstance(module, ClassToken):
+def _body(model: nn.Module, cut: str, end: str, info: DatasetInfo) -> list[Named]:
+    """What is in `model` behind the module `cut`, up to and with the module `end`, by names that are no paths."""
+    server = split(model, cut, info.shape, compare=False)[1]
+    if isinstance(server, nn.Sequential) and (plain := _up_to(server, end)) is not None:
+        return list(plain.named_children())
+    try:
+        return [("body", split_in_three(model, cut, end, info.shape, compare=False)[1])]
+    except ConfigError as error:
+        raise ConfigError(_KEY, end, f"{_EXPECTED}; at this one: {error.expected}") from error
+
+
+def _up_to(sequence: nn.Sequential, end: str) -> nn.Sequential | None:
+    """A sequence up to and with the module `end` in it; None if this is in a child that is no plain sequence."""
+    first, _, inner = end.partition(".")
+    names = list(children_of(sequence))
+    kept = OrderedDict((name, sequence._modules[name]) for name in names[: names.index(first) + 1])
+    child = kept[first]
+    if inner:
+        if type(child) is not nn.Sequential or (part := _up_to(child, inner)) is None:
+            return None
+        kept[first] = part
+    return nn.Sequential(kept)
+
+
+def _head(model: nn.Module, end: str, z: Tensor, *, bare: bool) -> tuple[list[Named], Tensor]:
+    """What makes a vector of `z`, which the module `end` gives: what a sequence has for it, else a mean.
+
+    `bare` says that no block is before it. The vector comes with it, on the meta device.
+    """
+    layers: list[Named] = []
+    rest = _behind(model, end)[:-1] if isinstance(model, nn.Sequential) else [("pool", FeatureMean())]
+    skipped = max((i for i, (_, module) in enumerate(rest) if _has_matrix(module)), default=-1)
+    for i, (name, module) in enumerate(rest):
+        if isinstance(module, ClassToken) and bare:
             # The class token before its blocks knows nothing of the image; the mean does, and reaches every token.
-            layers.append((name, FeatureMean()))
-            z = trace(layers[-1][1], z)
+            module = FeatureMean()
+        norm = isinstance(module, nn.LayerNorm) and not bare and i > skipped  # blocks of a transformer end without one
+        if z.dim() > 2 and (norm or isinstance(module, (*_REDUCERS, ClassToken))):
+            layers.append((name.replace(".", "_"), copy.deepcopy(module)))
+            z = trace(module, z)
     if z.dim() > 2:
         layers.append(("flatten", nn.Flatten()))
-    return nn.Sequential(OrderedDict([*layers, ("classifier", nn.Linear(z.flatten(1).shape[1], classes))]))
+    return layers, z.flatten(1)
 
 
-def _flat(sequence: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a sequence and of the sequences in it, in order, with names that are no paths."""
-    for name, module in sequence.named_children():
-        if isinstance(module, nn.Sequential):
-            yield from _flat(module, f"{prefix}{name}_")
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _behind(model: nn.Sequential, end: str) -> list[Named]:
+    """The modules of a sequence, and of the plain sequences in it, behind the module `end`, with their paths."""
+    modules = list(_flat(model))
+    inside = (i for i, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{end}."))
+    around = (i for i, (name, _) in enumerate(modules) if f"{end}.".startswith(f"{name}."))
+    return modules[max((*inside, *around)) + 1 :]
+
+
+def _flat(sequence: nn.Sequential, prefix: str = "") -> Iterator[Named]:
+    for name, child in children_of(sequence).items():
+        if type(child) is nn.Sequential:
+            yield from _flat(child, f"{prefix}{name}.")
         else:
-            yield prefix + name, module
+            yield prefix + name, child

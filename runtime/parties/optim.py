@@ -77,6 +77,12 @@ def optimizer_config(values: Mapping[str, Any], where: str = "optimizer") -> Opt
     return OptimizerConfig(name, options, keep)
 
 
+def optimizer_options(name: str) -> frozenset[str]:
+    """The options of an optimizer of that name (any case), ``lr`` among them; none where there is no such optimizer."""
+    kind = _OPTIMIZERS.get(name.lower())
+    return frozenset() if kind is None else frozenset(inspect.signature(kind).parameters) - {"params"}
+
+
 def scheduler_config(values: Mapping[str, Any] | None, where: str = "scheduler") -> SchedulerConfig | None:
     """The schedule that ``{"name": "cosineannealinglr", "T_max": 200}`` names; None or no name is a constant rate.
 

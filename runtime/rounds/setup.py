@@ -106,13 +106,16 @@ class Setup:
     def cohort(self, round: int) -> list[int]:
         """The clients of a round, in the order in which they are served, drawn among those that have a batch.
 
+        With ``cohort_order=fixed`` those that were drawn are served by their numbers.
+
         A function of the configuration alone. Where each client has data of its own, all are drawn from, as who has no
         batch is known only once they are there.
         """
         able = np.arange(self.population) if self._apart else self._able.nonzero()[0]
         size = min(len(able), max(1, math.ceil(self.config.frac * self.population - 1e-9)))
         generator = rng.numpy_generator(self.config.seed, round=round, stream="cohort")
-        return [int(client) for client in able[generator.choice(len(able), size, replace=False)]]
+        drawn = [int(client) for client in able[generator.choice(len(able), size, replace=False)]]
+        return sorted(drawn) if self.config.cohort_order == "fixed" else drawn
 
     def has_batches(self, client: int) -> bool:
         """Whether a client has a batch that can be trained on."""

@@ -119,6 +119,7 @@ def test_warm_start_is_one_round_of_cse_fsl(configure) -> None:
     assert warm.ledger.state_dict() == cse.ledger.state_dict()
     record, _ = Federation(configure(*SAGE, "algorithm.warm_start=true", *setting)).step()
     assert "align/error_before" not in record.metrics
+    assert warm.stores["server"].get(0, "buffer") is None, "what is kept for alignments begins with the second round"
 
 
 def test_cse_fsl_client_does_not_depend_on_the_server(configure) -> None:

@@ -96,15 +96,13 @@ def test_the_saved_model_is_the_plain_module(
 
 @pytest.mark.parametrize("name", ["cse_fsl", "fsl_sage"])
 def test_auxiliary_models_at_cuts_of_one_value(configure: Configure, name: str) -> None:
-    for size in ("linear", "full"):
+    for size in ("linear", "full", "default"):
         federation = play(
             Federation(
                 configure(f"algorithm={name}", *NET, f"model.auxiliary.size={size}", "num_clients=2", "rounds=1")
             )
         )
         assert federation.round == 1
-    with pytest.raises(ConfigError, match=r"model\.auxiliary\.size=default: expected linear or full"):
-        Federation(configure(f"algorithm={name}", *NET))
     with pytest.raises(ConfigError, match=r"model\.cut=inner: expected a cut that one value crosses, as 2 do here"):
         Federation(configure(f"algorithm={name}", *SKIPPING))
 

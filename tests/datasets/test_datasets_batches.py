@@ -269,6 +269,26 @@ def test_validation_is_held_out_of_each_class(share: float) -> None:
     assert sorted(both.tolist()) == sorted(plain.tolist())
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.97])
+def test_a_fraction_of_each_class_is_trained_on_and_what_is_held_out_stays(share: float) -> None:
+    whole, data = (synthetic(validation=0.2, normalize="none", fraction=f) for f in (1.0, share))
+    assert whole.validation is not None
+    assert data.validation is not None
+    assert torch.equal(all_of(data.validation), all_of(whole.validation))
+    assert torch.equal(all_of(data.test), all_of(whole.test))
+    assert len(data.train) == len(whole.train) - round((1 - share) * len(whole.train))
+    counts, every = (torch.bincount(each.train.labels, minlength=4) for each in (data, whole))
+    assert (counts - share * every).abs().max() <= 1
+    chosen, others = all_of(data.train).flatten(1).tolist(), all_of(whole.train).flatten(1).tolist()
+    assert all(picture in others for picture in chosen)
+    assert len({*map(tuple, chosen)}) == len(chosen)
+
+
+def test_a_fraction_that_leaves_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.fraction=0\.001: expected a share that leaves both parts of 103"):
+        synthetic(fraction=0.001)
+
+
 def test_validation_that_leaves_nothing() -> None:
     with pytest.raises(ConfigError, match=r"dataset\.validation"):
         synthetic(validation=0.999)

@@ -150,6 +150,16 @@ def test_validation_holds_out_whole_groups(share: float) -> None:
     assert len(data.validation) / 300 == pytest.approx(share, abs=0.05)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_a_fraction_takes_whole_groups(share: float) -> None:
+    data, whole = loaded(fraction=share), loaded()
+    assert data.groups is not None
+    assert whole.groups is not None
+    for group in {*data.groups.tolist()}:
+        assert (data.groups == group).sum() == (whole.groups == group).sum()
+    assert len(data.train) / 300 == pytest.approx(share, abs=0.05)
+
+
 def test_a_share_that_no_whole_group_has() -> None:
     with pytest.raises(ConfigError, match=r"dataset\.validation=0\.01: .*300 samples in 12 groups that stay whole"):
         loaded(validation=0.01)

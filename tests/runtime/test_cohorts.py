@@ -58,6 +58,14 @@ def test_a_cohort_is_of_clients_with_data_and_as_large_as_these_allow(
         assert setup.cohort(4) == generator.choice(len(sizes), wanted, replace=False).tolist()
 
 
+def test_a_fixed_order_serves_those_that_are_drawn_by_their_numbers(configure) -> None:
+    config, sizes = replace(configure("algorithm=fed_avg"), frac=0.5), [4, 0, 9, 5, 8, 3, 7, 2]
+    drawn, fixed = (Drawing(replace(config, cohort_order=order), sizes) for order in ("drawn", "fixed"))
+    cohorts = [drawn.cohort(round) for round in range(8)]
+    assert any(cohort != sorted(cohort) for cohort in cohorts)
+    assert [fixed.cohort(round) for round in range(8)] == [sorted(cohort) for cohort in cohorts]
+
+
 def test_all_clients_with_data_are_drawn_evenly(configure) -> None:
     setup = Drawing(replace(configure("algorithm=fed_avg"), frac=0.2), [0, 7, 0, 9, 5, 0, 8, 0, 0, 0])
     drawn = np.bincount(np.concatenate([setup.cohort(round) for round in range(2000)]), minlength=10)

@@ -190,7 +190,8 @@ EXPERIMENTS: list[tuple[str, dict[str, Any], str]] = [
     *((f"{group}/fine_tuning", {**paper, "dataset.classes_per_client": 10, "frac": 0.1, "local_epochs": 10,
                                 "rounds": 32, "personalize.epochs": EPOCHS}, source)
       for group, paper, source in (("fedbabu", BABU_PAPER, BABU), ("mhmd", MHMD_PAPER, MHMD))),
-    ("fedbabu/cifar10", {**BABU_PAPER, "model.name": "cnn4", "dataset.name": "cifar10"}, BABU),
+    ("fedbabu/cifar10", {**BABU_PAPER, "model.name": "cnn4", "dataset.name": "cifar10",
+                         "dataset.normalize": "imagenet", "dataset.augment": "crop_flip"}, BABU),
     *(
         (f"mocosfl/clients_{clients}",
          {**MOCO_PAPER, **CUT_MOCO, "num_clients": clients, "frac": frac, "algorithm.local_steps": steps,

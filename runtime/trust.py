@@ -166,6 +166,8 @@ FOLDER_RULES: Mapping[str, Rule] = {
     "personalize.part": _CHOICE,
     "personalize.epochs": Rule(1e4, length=64),
     "personalize.lr": _MANY,
+    "personalize.start": _CHOICE,
+    "personalize.loss": _CHOICE,
     "probe.after": _FLAG,
     "probe.knn": _FLAG,
     "probe.k": _MANY,

@@ -388,7 +388,7 @@ def test_where_mhmd_attaches_its_heads() -> None:
 
 
 def test_views_of_moco() -> None:
-    assert augment._MOCO_AREA == (0.2, 1.0), VIEWS
+    assert augment._MOCO_AREA == 0.2, VIEWS
     assert boxes.RATIO == (3 / 4, 4 / 3), VIEWS
     assert augment._MOCO_STRENGTHS == (0.4, 0.4, 0.4, 0.1), VIEWS
     assert (augment._MOCO_JITTERED, augment._MOCO_GREY) == (0.8, 0.2), VIEWS

@@ -197,6 +197,10 @@ class ClientContext:
         optimizer = self._blueprint.optimizer([(name, self.part(name)) for name in names], self.round)
         return self._optimizers.carry_on(names, optimizer, label)
 
+    def schedule(self, optimizer: PartOptimizer, *names: str, at: int) -> None:
+        """Set an optimizer over the parts to what their schedules say at another place than this round's number."""
+        self._blueprint.schedule(optimizer, names, at)
+
     def batches(self, stream: str = "batches", epochs: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The round's batches, ``local_epochs`` passes unless given: x [b, C, H, W] on the device, y int64 [b].
 

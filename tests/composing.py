@@ -4,6 +4,7 @@ Only of the project's own `hydra_config`, which no test changes. `tests/test_com
 """
 
 import copy
+import pickle
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any
@@ -12,11 +13,10 @@ import omegaconf._utils
 import omegaconf.base
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides
-from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
 
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
 
@@ -25,12 +25,11 @@ OWN = str(CONFIG_DIR)
 
 def quick_composition() -> Callable[[], None]:
     """From now on Hydra remembers, until what this gives is called."""
-    Plugins.instance()  # which registers what reads files
     undo: list[tuple[Any, str, Any]] = []
     for owner, name, change in (
         (config_loader_impl, "create_defaults_list", _defaults),
         (ConfigLoaderImpl, "_compose_config_from_defaults_list", _composed),
-        (SourcesRegistry.instance().resolve("file"), "load_config", _loaded),
+        (ConfigRepository, "load_config", _loaded),
         (OverridesParser, "parse_rule", _parsed),
         (omegaconf.base, "parse", lru_cache(10_000)),  # gives trees that nobody changes
         (omegaconf._utils, "parse", lru_cache(10_000)),
@@ -66,28 +65,29 @@ def _defaults(create: Callable[..., DefaultsList]) -> Callable[..., DefaultsList
 
 
 def _composed(compose: Callable[..., Any]) -> Callable[..., Any]:
-    known: dict[str, Any] = {}
+    known: dict[str, bytes] = {}
 
     def made(self: Any, defaults: Sequence[object], repo: Any) -> Any:
         if not _is_own(repo):
             return compose(self, defaults, repo)
         key = repr(defaults)
         if key not in known:
-            known[key] = compose(self, defaults, repo)
-        return copy.deepcopy(known[key])
+            known[key] = pickle.dumps(compose(self, defaults, repo))
+        return pickle.loads(known[key])
 
     return made
 
 
 def _loaded(load: Callable[..., Any]) -> Callable[..., Any]:
-    known: dict[str, Any] = {}
+    known: dict[str, bytes] = {}
 
     def made(self: Any, config_path: str) -> Any:
-        if self.path != OWN:
-            return load(self, config_path)
-        if config_path not in known:
-            known[config_path] = load(self, config_path)
-        return copy.deepcopy(known[config_path])
+        found = pickle.loads(known[config_path]) if config_path in known and _is_own(self) else None
+        if found is None:
+            found = load(self, config_path)
+            if found is not None and _is_own(self):
+                known[config_path] = pickle.dumps(found)
+        return found
 
     return made
 

@@ -33,7 +33,7 @@ class DatasetConfig:
             ``own``: with transport=grpc only, every client trains on all the data on its machine.
         distribution_options: the distribution's own options, of those that have some.
         alpha: Dirichlet concentration of noniid_dirichlet, dirichlet and quantity_skew; small is far from iid.
-        classes_per_client: distinct classes that each client holds (shards).
+        classes_per_client: distinct classes that each client holds (shards), or shards that it draws (drawn_shards).
         major_share: share of a client's samples that is of its major class (class_major).
         min_samples: no client gets fewer; 0 allows clients without data.
         client_samples: samples of each client, where all have equally many; the rest is left out. None leaves none out.

@@ -100,7 +100,7 @@ SAGE_PAPER = {
 BABU_PAPER = {
     "model.name": "mobilenet_cifar",
     "dataset.name": "cifar100",
-    "dataset.distribution": "shards",
+    "dataset.distribution": "drawn_shards",
     "dataset.local_test": "only",
     "num_clients": 100,
     "batch_size": 50,

@@ -74,6 +74,8 @@ OTHERS: dict[str, Any] = {
     "monitor.features": "projector",
     "optimizer.name": "adamw",
     "personalize.part": "head",
+    "personalize.start": "best",
+    "personalize.loss": "method",
     "precision": "fp64",
     "probe.labels": [0.5],
     "probe.test_samples": 100,

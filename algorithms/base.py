@@ -57,8 +57,8 @@ class Flow:
     rounds: str | None = None
     """The key of the method's configuration with l, where it crosses in one of l rounds only."""
 
-    when: Literal["start", "join", "end"] = "start"
-    """Which of these l rounds: the first, the last, or the first one in which the client takes part (``join``)."""
+    when: Literal["start", "join"] = "start"
+    """Which of these l rounds: the first, or the first one after it in which the client takes part (``join``)."""
 
     first: bool = False
     """With ``start``: in the client's very first round too."""
@@ -72,10 +72,8 @@ class Flow:
         if not self.rounds:
             return True
         length = int(getattr(config, self.rounds))
-        if self.when == "end":
-            return (round + 1) % length == 0
         if self.when == "join":
-            return before is None or before // length != round // length
+            return before is None or -(-before // length) != -(-round // length)
         return round % length == 0 or (self.first and before is None)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,11 +15,13 @@ from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow, Server, cross_entropy
 from cutlayer.algorithms.mixins import KeepsByConfig
 from cutlayer.models.cutting import Crossing
-from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.config import ConfigError, scoped
 from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, ask
 from cutlayer.runtime.messages.crossing import crossed, detached, floating, gradients, require_gradients
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
+
+_DISTILLING = scoped(read_if=lambda own, _: own.distillation_weight > 0)
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,17 @@ class FSMKDConfig:
         distillation_weight: weight of each divergence (w), >= 0; 0 leaves two independent cross-entropies.
         shared_gradient: whose loss the client part and the tail follow: the ``global`` path's, or the sum of ``both``.
         aggregate_interval: rounds from one averaging of client parts and tails to the next (A), >= 1.
+        teacher_gradient: whether each divergence also trains the path that teaches.
+        local_path: whose client part and tail the local path goes through: those of this ``step``, which the global
+            path has too, or those that they were when the local ``epoch`` began.
     """
 
     temperature: float = 2.0
     distillation_weight: float = 1.0
     shared_gradient: Literal["global", "both"] = "global"
     aggregate_interval: int = 1
+    teacher_gradient: bool = field(default=False, metadata=_DISTILLING)
+    local_path: Literal["step", "epoch"] = "step"
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
@@ -44,11 +52,14 @@ class FSMKDConfig:
             raise ConfigError("distillation_weight", self.distillation_weight, "a finite number >= 0")
         if self.aggregate_interval < 1:
             raise ConfigError("aggregate_interval", self.aggregate_interval, "an integer >= 1")
+        if self.local_path == "epoch" and self.shared_gradient == "both":
+            expected = "global, as with local_path=epoch the local path has copies that do not learn"
+            raise ConfigError("shared_gradient", self.shared_gradient, expected)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of logits [b, C] at a temperature, mean over samples; the teacher is constant."""
-    p, q = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher.detach()))
+    """KL(teacher || student) of logits [b, C] at a temperature, mean over samples."""
+    p, q = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
     return F.kl_div(p, q, reduction="batchmean", log_target=True)
 
 
@@ -59,10 +70,40 @@ def mutual_losses(local: Tensor, shared: Tensor, y: Tensor, config: FSMKDConfig)
         local, shared: logits [b, C] through the personal body and through the server's. y: int64 [b].
     """
     weight, temperature = config.distillation_weight, config.temperature
-    return (
-        cross_entropy(local, y) + weight * divergence(local, shared, temperature),
-        cross_entropy(shared, y) + weight * divergence(shared, local, temperature),
-    )
+    teachers = (shared, local) if config.teacher_gradient else (shared.detach(), local.detach())
+    of_local, of_shared = (divergence(s, t, temperature) for s, t in zip((local, shared), teachers, strict=True))
+    return cross_entropy(local, y) + weight * of_local, cross_entropy(shared, y) + weight * of_shared
+
+
+class LocalPath:
+    """A client's way through its own body, with client part and tail as fresh as ``local_path`` says."""
+
+    def __init__(self, ctx: ClientContext) -> None:
+        self._first, self._body, self._tail = (ctx.part(name) for name in ("client", "personal", "tail"))
+        self._copies = self._first, self._tail
+        self._both = ctx.config.shared_gradient == "both"
+        self._epoch = max(1, len(ctx.steps) // ctx.data.epochs) if ctx.config.local_path == "epoch" else 0
+
+    def forward(self, step: int, x: Tensor, z: Crossing) -> tuple[Crossing, Tensor]:
+        """What enters the body, and the logits [b, C], in a step of the round, from 0.
+
+        Args:
+            x: images [b, c, h, w]. z: what the client part of this step makes of them.
+        """
+        first, tail = self._first, self._tail
+        if self._epoch:
+            if step % self._epoch == 0:
+                self._copies = copy.deepcopy((first, tail))
+            first, tail = self._copies
+            with torch.no_grad():
+                z = first(x)
+        own = detached(z)
+        return own, tail(self._body(require_gradients(own) if self._both else own))
+
+    def backward(self, own: Crossing, logits: Tensor, along: Tensor) -> None:
+        """Add the gradients of what the local path trains: the body, and with ``both`` what is before and after it."""
+        others = (*floating(own), *self._tail.parameters()) if self._both else ()
+        torch.autograd.backward(logits, along, inputs=[*self._body.parameters(), *others])
 
 
 class SharedBodyServer(Server):
@@ -74,6 +115,7 @@ class SharedBodyServer(Server):
     def __init__(self, ctx: ServerContext) -> None:
         super().__init__(ctx)
         self._passes: dict[int, tuple[Crossing, Crossing]] = {}
+        self._turn: int | None = None
 
     def open_round(self, cohort: Sequence[int]) -> None:
         super().open_round(cohort)
@@ -83,7 +125,7 @@ class SharedBodyServer(Server):
         """The averaged parts, unless the client has had them since the last averaging and continues with its own."""
         interval = self.ctx.config.aggregate_interval
         if interval > 1:
-            own, period = self.ctx.state(client), self.ctx.round // interval
+            own, period = self.ctx.state(client), -(-self.ctx.round // interval)  # averagings before this round
             had = own.get("period")
             if had is not None and int(had["period"]) == period:
                 return {}
@@ -98,9 +140,16 @@ class SharedBodyServer(Server):
         return {"output": output}
 
     def on_gradient(self, client: int, message: Payload) -> Fields:
-        """One optimizer step along the gradient of the body's output; replies with the gradient of z."""
+        """One optimizer step along the gradient of the body's output; replies with the gradient of z.
+
+        Where the optimizer is said to live for a round, it is for a client's.
+        """
         z, output = self._passes.pop(client)
-        self.ctx.optimizer("server").update(output, crossed(message, "grad"))
+        optimizer = self.ctx.optimizer("server")
+        if client != self._turn and self.ctx.blueprint.keeps_optimizer["server"] is False:
+            optimizer.renew(0)
+        self._turn = client
+        optimizer.update(output, crossed(message, "grad"))
         return {"grad": gradients(z)}
 
     def forget(self, client: int) -> None:
@@ -112,8 +161,8 @@ class FSMKD(KeepsByConfig, Algorithm):
     """FSMKD (Luo & Zhang): mutual distillation of a shared body and personal ones over a U-shaped cut.
 
     Client part and tail are at the client, so labels never leave it. The local path goes through the client's personal
-    body, which may differ in architecture from other clients', the global path through the server's. In the last of
-    every ``aggregate_interval`` rounds the cohort's client parts and tails are averaged; until then each client
+    body, which may differ in architecture from other clients', the global path through the server's. In the first of
+    every ``aggregate_interval`` rounds the cohort's client parts and tails are averaged; until the next each client
     keeps its own. The server's body is trained on the batches of all clients in turn.
     """
 
@@ -127,7 +176,7 @@ class FSMKD(KeepsByConfig, Algorithm):
         Flow("down", "smashed", ("body_output",), per="batch"),
         Flow("up", "gradient", ("body_output",), per="batch"),
         Flow("down", "gradient", ("smashed",), per="batch"),
-        Flow("up", "model", ("client", "tail"), rounds="aggregate_interval", when="end"),
+        Flow("up", "model", ("client", "tail"), rounds="aggregate_interval"),
     )
     Server = SharedBodyServer
 
@@ -144,29 +193,27 @@ class FSMKD(KeepsByConfig, Algorithm):
         for name in () if down else FSMKD.shared:
             ctx.restore(name)
         ctx.restore("personal")
-        first, body, tail = (ctx.part(name) for name in ("client", "personal", "tail"))
+        first, tail, path = ctx.part("client"), ctx.part("tail"), LocalPath(ctx)
         optimizer = ctx.optimizer("client", "personal", "tail")
-        both = config.shared_gradient == "both"
-        for x, y in ctx.batches():
+        for step, (x, y) in enumerate(ctx.batches()):
             z = first(x)
             output = require_gradients(crossed((yield ask("smashed", z=z)), "output"))
-            # What the local loss does not train sees no gradient of it.
-            own = detached(z)
-            local, shared = tail(body(require_gradients(own) if both else own)), tail(output)
+            own, local = path.forward(step, x, z)
+            shared = tail(output)
             local_loss, loss = mutual_losses(local, shared, y, config)
+            along, of_local = torch.autograd.grad(loss + local_loss, (shared, local))
             optimizer.zero_grad()
-            torch.autograd.backward(loss, inputs=[*floating(output), *tail.parameters()])
-            inputs = [*body.parameters(), *((*floating(own), *tail.parameters()) if both else ())]
-            torch.autograd.backward(local_loss, inputs=inputs)
+            torch.autograd.backward(shared, along, inputs=[*floating(output), *tail.parameters()])
+            path.backward(own, local, of_local)
             gradient = crossed((yield ask("gradient", grad=gradients(output))), "grad")
-            for each, along in zip(floating(own), floating(gradient), strict=True):
+            for each, grown in zip(floating(own), floating(gradient), strict=True):
                 if each.grad is not None:
-                    along += each.grad
+                    grown += each.grad
             optimizer.update(z, gradient, reset=False)
             ctx.log("loss", loss)
             ctx.log("local_loss", local_loss)
         ctx.keep("personal")
-        if (ctx.round + 1) % config.aggregate_interval:
+        if ctx.round % config.aggregate_interval:
             for name in FSMKD.shared:
                 ctx.keep(name)
             return {}

@@ -36,4 +36,4 @@ class Centralized(LocalOnly):
     """One party trains on all the data: the upper reference."""
 
     pooled = True
-    unread = (*LocalOnly.unread, "dataset.min_samples", "dataset.drop_unassigned")
+    unread = (*LocalOnly.unread, "dataset.min_samples", "dataset.client_samples", "dataset.drop_unassigned")

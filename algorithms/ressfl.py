@@ -60,7 +60,13 @@ class ResSFL(ConfiguresParts, Algorithm):
     personal = ("client", "server")
     keeps_optimizer = ("client", "server", "attacker")
     pooled = True
-    unread = ("aggregate.weights", "comm_threshold_mb", "dataset.min_samples", "dataset.drop_unassigned")
+    unread = (
+        "aggregate.weights",
+        "comm_threshold_mb",
+        "dataset.min_samples",
+        "dataset.client_samples",
+        "dataset.drop_unassigned",
+    )
 
     @classmethod
     def part_options(cls, config: ResSFLConfig) -> Mapping[str, Mapping[str, Any]]:

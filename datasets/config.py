@@ -33,11 +33,12 @@ class DatasetConfig:
             ``own``: with transport=grpc only, every client trains on all the data on its machine.
         distribution_options: the distribution's own options, of those that have some.
         alpha: Dirichlet concentration of noniid_dirichlet, dirichlet and quantity_skew; small is far from iid.
-        classes_per_client: distinct classes that each client holds (shards).
+        classes_per_client: distinct classes that each client holds (shards), or shards that it draws (drawn_shards).
         major_share: share of a client's samples that is of its major class (class_major).
         min_samples: no client gets fewer; 0 allows clients without data.
+        client_samples: samples of each client, where all have equally many; the rest is left out. None leaves none out.
         drop_unassigned: natural only: take as many natural groups as there are clients and leave the rest out, where
-            otherwise several groups go to one client. No other distribution leaves a sample out.
+            otherwise several groups go to one client.
         augment: what training batches go through: `crop` is a random crop of the image padded by 4 black pixels,
             `flip` a horizontal flip of every second image by chance, `resized_crop_flip` the ImageNet crop, `moco` the
             crop, flip, colour jitter and greyscale of MoCo v2, for images of 1 or 3 channels.
@@ -68,6 +69,7 @@ class DatasetConfig:
     classes_per_client: int = field(default=2, metadata=_dividing("classes_per_client"))
     major_share: float = field(default=0.8, metadata=_dividing("major_share"))
     min_samples: int = field(default=1, metadata=_dividing("min_samples"))
+    client_samples: int | None = field(default=None, metadata=_dividing("client_samples"))
     drop_unassigned: bool = field(default=False, metadata=_dividing("drop_unassigned"))
     augment: Augment = "none"
     moco_area: float = field(default=0.2, metadata=_OF_MOCO)
@@ -96,6 +98,8 @@ class DatasetConfig:
             raise ConfigError("moco_blur", self.moco_blur, "a number from 0 to 1")
         if self.min_samples < 0:
             raise ConfigError("min_samples", self.min_samples, "an integer >= 0")
+        if self.client_samples is not None and self.client_samples < 1:
+            raise ConfigError("client_samples", self.client_samples, "null or an integer >= 1")
         if self.resize is not None and self.resize < 1:
             raise ConfigError("resize", self.resize, "null or an integer >= 1")
         if not 0 <= self.validation < 1:
@@ -121,4 +125,4 @@ class DatasetConfig:
 
     def evenly(self) -> "DatasetConfig":
         """The same data in equal parts at random, in as many as there are clients with or without samples."""
-        return replace(self, distribution="iid", distribution_options={}, min_samples=0)
+        return replace(self, distribution="iid", distribution_options={}, min_samples=0, client_samples=None)

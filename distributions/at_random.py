@@ -3,14 +3,17 @@
 import numpy as np
 
 from cutlayer.distributions import Request, register
-from cutlayer.distributions.apportion import dirichlet, equal_sizes, raise_to, split_one
-from cutlayer.distributions.dealing import deal
+from cutlayer.distributions.apportion import dirichlet, raise_to, split_one
+from cutlayer.distributions.dealing import deal, same_sizes
 
 
-@register("iid", "IID", even=True)
+@register("iid", "IID", reads=("client_samples",), even=True)
 def iid(request: Request) -> np.ndarray:
     """Samples at random; sizes differ by at most one."""
-    return deal(equal_sizes(len(request.labels), request.clients), request.rng)
+    sizes = same_sizes(request)
+    owner = deal(np.append(sizes, len(request.labels) - sizes.sum()), request.rng)
+    owner[owner == request.clients] = -1
+    return owner
 
 
 @register("quantity_skew", "quantity skew", shape=("alpha",), reads=("min_samples",))

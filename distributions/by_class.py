@@ -8,7 +8,7 @@ from cutlayer.distributions.dealing import checked, mixed, samples_by_class
 from cutlayer.runtime.ground.config import ConfigError
 
 
-@register("class_major", "majority class", shape=("major_share",))
+@register("class_major", "majority class", shape=("major_share",), reads=("client_samples",))
 def class_major(request: Request) -> np.ndarray:
     """Each client takes `major_share` of its samples from one class, the rest from the others at random; equal sizes.
 

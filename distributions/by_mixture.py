@@ -21,7 +21,7 @@ def dirichlet_split(request: Request) -> np.ndarray:
     return _even_out(owner, request)
 
 
-@register("noniid_dirichlet", "Dirichlet", shape=("alpha",))
+@register("noniid_dirichlet", "Dirichlet", shape=("alpha",), reads=("client_samples",))
 def noniid_dirichlet(request: Request) -> np.ndarray:
     """Each client draws its own mixture of classes from Dir(alpha); sizes differ by at most one (Hsu et al. 2019).
 

@@ -17,6 +17,22 @@ def deal(sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
 
 
+def same_sizes(request: Request) -> np.ndarray:
+    """Equal sizes of the clients, int64 [clients]: `client_samples` each, else all samples, to one sample.
+
+    Raises:
+        ConfigError: there are not so many samples, or clients have to have more.
+    """
+    wanted, samples = request.config.client_samples, len(request.labels)
+    if wanted is None:
+        return equal_sizes(samples, request.clients)
+    if not request.config.min_samples <= wanted <= samples // request.clients:
+        least, most = request.config.min_samples, samples // request.clients
+        expected = f"a number from min_samples={least} to {most}: {samples} samples, {request.clients} clients"
+        raise ConfigError("dataset.client_samples", wanted, expected)
+    return np.full(request.clients, wanted, dtype=np.int64)
+
+
 def samples_by_class(request: Request) -> list[np.ndarray]:
     """The samples of each class that occurs, in ascending order of class, each shuffled."""
     order = request.rng.permutation(len(request.labels))
@@ -30,8 +46,8 @@ def mixed(request: Request, present: np.ndarray, log_mix: Callable[[np.ndarray],
     by_class = samples_by_class(request)
     used = np.zeros(len(present), dtype=np.int64)
     supply = np.array([len(samples) for samples in by_class], dtype=np.int64)
-    sizes = equal_sizes(len(request.labels), request.clients)
-    owner = np.empty(len(request.labels), dtype=np.int64)
+    sizes = same_sizes(request)
+    owner = np.full(len(request.labels), -1, dtype=np.int64)
     order = request.rng.permutation(request.clients)
     block = max(1, _PAIRS // len(present))
     for start in range(0, request.clients, block):

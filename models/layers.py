@@ -20,6 +20,32 @@ class GlobalAvgPool(nn.AdaptiveAvgPool2d):
         return torch.flatten(super().forward(input), 1)
 
 
+class GridOfMeans(nn.Module):
+    """Means over `side` x `side` windows, which overlap in maps that are smaller: [b, c, h, w] -> [b, c, side, side].
+
+    The values of `nn.AdaptiveAvgPool2d`, whose backward is not deterministic on CUDA, from two matrix products.
+    """
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (self._windows(length, x) for length in x.shape[2:])
+        return rows @ x @ columns.T
+
+    def _windows(self, length: int, like: Tensor) -> Tensor:
+        """Of each window the share that each of `length` pixels has: [side, length]."""
+        windows = torch.zeros(self.side, length, dtype=like.dtype, device=like.device)
+        for i in range(self.side):
+            start, end = i * length // self.side, -(-(i + 1) * length // self.side)
+            windows[i, start:end] = 1 / (end - start)
+        return windows
+
+    def extra_repr(self) -> str:
+        return str(self.side)
+
+
 class FeatureMean(nn.Module):
     """Mean over all but batch and features: [b, c, h, w] -> [b, c], [b, tokens, d] -> [b, d]; [b, d] stays."""
 

@@ -38,7 +38,8 @@ CSE = "Mu & Shen 2023"
 BABU = "Oh et al., ICLR 2022 (FedBABU): settings of its experiments"
 MHMD = "multi-head mutual distillation: its table on CIFAR-100, and its authors' code"
 MOCO = "Li et al., ICLR 2023 (MocoSFL): settings of its experiments, and its authors' code"
-FSMKD = "Luo & Zhang: settings of its experiments"
+FSMKD = "Luo & Zhang: settings of its experiments, and the public code of the method (kimsm0566/FSMKD)"
+SPLITFED = "Thapa et al., AAAI 2022: its authors' scripts"
 VIEWS = "Chen et al. 2020 (MoCo v2), as MocoSFL's code has it"
 RESSFL = "target-aware ResSFL in Li et al., ICLR 2023"
 
@@ -99,7 +100,7 @@ SAGE_PAPER = {
 BABU_PAPER = {
     "model.name": "mobilenet_cifar",
     "dataset.name": "cifar100",
-    "dataset.distribution": "shards",
+    "dataset.distribution": "drawn_shards",
     "dataset.local_test": "only",
     "num_clients": 100,
     "batch_size": 50,
@@ -108,9 +109,20 @@ BABU_PAPER = {
     "optimizer.lr": 0.1,
     "optimizer.momentum": 0.9,
     "optimizer.weight_decay": 0,
+    "aggregate.weights": "uniform",
     "aggregate.buffers": "reset",
+    "eval_interval": 1,
     "personalize.part": "full",
     "personalize.lr": 0.001,
+    "personalize.start": "best",
+    "personalize.loss": "cross_entropy",
+}
+# What MHMD's code has otherwise.
+MHMD_PAPER = BABU_PAPER | {
+    "model.options": {"head_bias": False},
+    "aggregate.buffers": "average",
+    "eval_interval": 8,
+    "personalize.loss": "method",
 }
 MOCO_PAPER = {
     "model.name": "resnet18",
@@ -154,8 +166,15 @@ CUT_MOCO = {
     **{f"algorithm.{key}": value for key, value in MOCO_TERMS.items()},
     "algorithm.symmetric": True,
 }
-FSMKD_PAPER = {
+FSMKD_VGG = {
     "model.name": "vgg",
+    "model.cut": None,  # after the first convolution, and before the dense layers
+    "model.options": {"stem": 1, "body": ["M", 2, 2, "M", 4, 4, "M", 8, 8, "M", 8, 8, "M"], "batch_norm": False,
+                      "classifier": [4096, 4096]},
+    "model.personal.variants": [{"body": ["M", 2, "M", 4, "M", 8, "M"]},
+                                {"body": ["M", 2, "M", 4, 4, "M", 8, "M", 8, "M"]}],
+}  # fmt: skip
+FSMKD_PAPER = {
     "num_clients": 5,
     "frac": 1.0,
     "rounds": 200,
@@ -164,10 +183,38 @@ FSMKD_PAPER = {
     "lr": 0.001,
     "optimizer.name": "adam",
     "optimizer.lr": 0.001,
+    "model.server.optimizer": {"keep": "round"},
+    "aggregate.weights": "uniform",
     "dataset.distribution": "class_major",
     "dataset.major_share": 0.8,
+    "dataset.client_samples": 1000,
+    "dataset.drop_last": "always",
+    "dataset.augment": "none",
     "algorithm.name": "fsmkd",
     **{f"algorithm.{key}": value for key, value in FSMKD_TERMS.items()},
+    "algorithm.teacher_gradient": True,
+    "algorithm.local_path": "epoch",
+    "algorithm.aggregate_interval": 50,
+}
+SPLITFED_SCRIPTS = {
+    "model.name": "resnet18",
+    "model.cut": "layer1.0",
+    "model.options": {},
+    "model.server.optimizer": {"betas": [0.0, 0.0]},
+    "num_clients": 5,
+    "frac": 1.0,
+    "rounds": 200,
+    "local_epochs": 1,
+    "batch_size": 256,
+    "lr": 0.0001,
+    "optimizer.name": "adam",
+    "optimizer.lr": 0.0001,
+    "aggregate.weights": "uniform",
+    "dataset.name": "ham10000",
+    "dataset.distribution": "iid",
+    "dataset.normalize": "imagenet",
+    "dataset.options": {"size": 64, "test_fraction": 0.2},
+    "algorithm.name": "sl_single_server",
 }
 EPOCHS = [0, 1, 2, 3, 4, 5, 10, 15, 20]
 
@@ -183,15 +230,17 @@ EXPERIMENTS: list[tuple[str, dict[str, Any], str]] = [
       for name in ("algorithms", "align_interval", "auxiliary_size")),
     # A cell of each value; that all are as their names say is another test.
     *((f"{group}/s{shards}_f{frac}_tau{tau}",
-       {**BABU_PAPER, "algorithm.name": algorithm, "dataset.classes_per_client": shards, "frac": share,
+       {**paper, "algorithm.name": algorithm, "dataset.classes_per_client": shards, "frac": share,
         "local_epochs": tau, "rounds": 320 // tau, "personalize.epochs": [5]}, source)
-      for group, algorithm, source in (("fedbabu", "fed_babu", BABU), ("mhmd", "mhmd", MHMD))
+      for group, algorithm, paper, source in (("fedbabu", "fed_babu", BABU_PAPER, BABU),
+                                              ("mhmd", "mhmd", MHMD_PAPER, MHMD))
       for shards, frac, share, tau in ((100, "1", 1.0, 1), (50, "01", 0.1, 4), (10, "01", 0.1, 10))),
-    ("mhmd/table", {**BABU_PAPER, "algorithm.name": "mhmd"}, MHMD),
-    *((f"{group}/fine_tuning", {**BABU_PAPER, "dataset.classes_per_client": 10, "frac": 0.1, "local_epochs": 10,
+    ("mhmd/table", {**MHMD_PAPER, "algorithm.name": "mhmd"}, MHMD),
+    *((f"{group}/fine_tuning", {**paper, "dataset.classes_per_client": 10, "frac": 0.1, "local_epochs": 10,
                                 "rounds": 32, "personalize.epochs": EPOCHS}, source)
-      for group, source in (("fedbabu", BABU), ("mhmd", MHMD))),
-    ("fedbabu/cifar10", {**BABU_PAPER, "model.name": "cnn4", "dataset.name": "cifar10"}, BABU),
+      for group, paper, source in (("fedbabu", BABU_PAPER, BABU), ("mhmd", MHMD_PAPER, MHMD))),
+    ("fedbabu/cifar10", {**BABU_PAPER, "model.name": "cnn4", "dataset.name": "cifar10",
+                         "dataset.normalize": "imagenet", "dataset.augment": "crop_flip"}, BABU),
     *(
         (f"mocosfl/clients_{clients}",
          {**MOCO_PAPER, **CUT_MOCO, "num_clients": clients, "frac": frac, "cohort_interval": same,
@@ -201,20 +250,28 @@ EXPERIMENTS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("mocosfl/fl_moco", {**MOCO_PAPER, "num_clients": 100, "frac": 1.0, "rounds": 200, "local_epochs": 5,
                          "batch_size": 128, "algorithm.name": "fl_moco", "algorithm.queue": 6000}, MOCO),
-    *((f"fsmkd/{data}", {**FSMKD_PAPER, "dataset.name": data}, FSMKD)
-      for data in ("mnist", "fashion_mnist", "cifar10")),
+    *((f"fsmkd/{data}", {**FSMKD_PAPER, **FSMKD_VGG, "dataset.name": data, "dataset.normalize": normalize}, FSMKD)
+      for data, normalize in (("mnist", "none"), ("fashion_mnist", "none"), ("cifar10", "dataset"))),
+    *((f"fsmkd/{data}_vit", {**FSMKD_PAPER, "model.name": "vit", "model.options": {}, "dataset.name": data,
+                             "dataset.normalize": "none"}, FSMKD)
+      for data in ("mnist", "fashion_mnist")),
+    ("splitfed/ham10000", SPLITFED_SCRIPTS, SPLITFED),
 ]  # fmt: skip
 
-EIGHT = "mhmd,fed_babu,fed_avg,fed_per,lg_fed_avg,fed_rep,per_fed_avg,ditto"
+SEVEN = "mhmd,fed_babu,fed_avg,fed_per,fed_rep_babu,per_fed_avg,ditto"
 # What a published experiment sweeps over: (name, the sweeper's parameters).
 SWEEPS: list[tuple[str, dict[str, str]]] = [
     ("fsl_sage/algorithms", {"algorithm": "fed_avg,sl_single_server,sl_multi_server,cse_fsl,fsl_sage"}),
     ("fsl_sage/align_interval", {"algorithm.align_interval": "2,3,5,10,20,30,40,50"}),
     ("fsl_sage/auxiliary_size", {"model.auxiliary.size": "linear,half,default,full"}),
-    ("mhmd/_paper", {"algorithm": EIGHT}),
+    ("mhmd/_paper", {"algorithm": SEVEN}),
     ("mhmd/table", {"dataset.classes_per_client": "100,50,10", "frac": "1.0,0.1", "local_epochs": "1,4,10"}),
     ("mocosfl/_paper", {"dataset.classes_per_client": "2,10", "model.cut": "relu,layer1.0"}),
-    ("fsmkd/_paper", {"algorithm.distillation_weight": "1,0", "seed": "0,1,2"}),
+    (
+        "fsmkd/_paper",
+        {"algorithm.distillation_weight": "1,0", "dataset.client_samples": "1000,2000,3000,4000,5000", "seed": "0,1,2"},
+    ),
+    ("splitfed/ham10000", {"algorithm": "centralized,fed_avg,sl,sl_multi_server,sl_single_server"}),
 ]
 
 # Mean and deviation of the training images by channel: red, green, blue.
@@ -302,6 +359,26 @@ def test_what_an_experiment_sweeps_over(name: str, values: dict[str, str]) -> No
     assert {key: str(value) for key, value in found["hydra"]["sweeper"]["params"].items()} == values
 
 
+@pytest.mark.parametrize("name", SEVEN.split(","))
+def test_methods_of_the_table_of_mhmd_differ_as_in_its_code(name: str) -> None:
+    config, own = composed("experiment=mhmd/s50_f01_tau4", f"algorithm={name}"), name == "mhmd"
+    assert config.aggregate.buffers == ("average" if own else "reset")
+    assert config.personalize.loss == ("method" if own else "cross_entropy")
+    assert config.model.typed_options() == dataclasses.replace(ModelConfig("mobilenet_cifar").typed_options(),
+                                                               head_bias=not own)  # fmt: skip
+    assert (config.personalize.start == "best") == (not algorithms.get(config.algorithm_name).personal)
+    assert (config.lr, config.rounds, getattr(config.algorithm, "one_optimizer", True)) == (0.1, 80, True)
+
+
+@pytest.mark.parametrize("tau", [1, 4, 10])
+def test_lg_fed_avg_of_the_table_takes_a_quarter_of_the_rounds_at_a_constant_rate(tau: int) -> None:
+    config = composed(f"experiment=mhmd/s10_f1_tau{tau}", "algorithm=lg_fed_avg")
+    assert config.rounds == 80 // tau
+    rates = {learning_options(config.optimizer_for("body"), config.scheduler_for("body"), round)["lr"]
+             for round in range(config.rounds)}  # fmt: skip
+    assert rates == {0.001}
+
+
 @pytest.mark.parametrize("tau", [1, 4, 10])
 def test_rates_of_fedbabu_are_divided_by_ten_at_one_half_and_three_quarters(tau: int) -> None:
     config = composed(f"experiment=mhmd/s10_f01_tau{tau}")
@@ -353,7 +430,7 @@ def options_of(name: str) -> dict[str, Any]:
 def test_models_of_the_papers() -> None:
     assert options_of("vit") == {"patch": 4, "hidden": 64, "heads": 4, "mlp": 256, "depth": 12, "dropout": 0.0}, FSMKD
     assert options_of("cnn4") == {"width": 64}, "Vinyals et al. 2016"
-    assert options_of("mobilenet_cifar") == {"width": 32}, "Howard et al. 2017, table 1"
+    assert options_of("mobilenet_cifar") == {"width": 32, "head_bias": True}, "Howard et al. 2017, table 1"
     assert options_of("resnet18") == {"width": 64, "stem": "imagenet"}, "He et al. 2016, table 1; FSL-SAGE"
     # Parameters of the published networks for 1,000 classes (torchvision's documentation).
     info = DatasetInfo("imagenet", channels=3, height=224, width=224, classes=1000, class_names=())

@@ -85,13 +85,15 @@ def build_personal(config: ModelConfig, info: DatasetInfo, thirds: Thirds) -> li
 
     A variant's body is the server part of the model with the variant's options: cut where the variant says, else
     between as many first and last children as client part and tail have or, of parts that are no sequences, where the
-    model itself is cut. Weights come from torch's global generator; the thirds are neither changed nor kept. A body
-    that does not fit between the two is a `ConfigError`.
+    model itself is cut. It may give another shape than the server part where the tail takes that, such as a larger map.
+    Weights come from torch's global generator; the thirds are neither changed nor kept. A body that does not fit
+    between the two is a `ConfigError`.
     """
     client, server, tail = thirds
     # Two images: BatchNorm in training mode refuses one value a channel.
     z = trace(client, torch.empty(2, *info.shape, dtype=next(client.parameters()).dtype, device="meta"))
-    wanted = _shapes(trace(server, z))
+    output = trace(server, z)
+    logits = _shapes(trace(tail, output))
     bodies: list[nn.Module] = []
     for i, (options, chosen) in enumerate(variant_options(config)):
         variant = entry(config.name).build(info, options)
@@ -100,13 +102,17 @@ def build_personal(config: ModelConfig, info: DatasetInfo, thirds: Thirds) -> li
             body: nn.Module = nn.Sequential(children)
         else:
             body = split_in_three(variant, *(chosen or two_cuts(config, variant)), info.shape)[1]
+        fits, found = False, "takes no such input"
         try:
-            given = _shapes(trace(body, z))
-            found = f"gives {given}"
+            between = trace(body, z)
+            found = f"gives {_shapes(between)}"
+            fits = _shapes(trace(tail, between)) == logits and any(True for _ in body.parameters())
         except (RuntimeError, TypeError, ValueError):
-            given, found = "", "takes no such input"
-        if given != wanted or not any(True for _ in body.parameters()):
-            expected = f"a body with weights from {_shapes(z)} to {wanted}, as the server part has; this {found}"
+            pass
+        if not fits:
+            expected = (
+                f"a body with weights from {_shapes(z)} to {_shapes(output)}, as the server part has; this {found}"
+            )
             raise ConfigError(f"model.personal.variants.{i}", dict(variants(config)[i]), expected)
         bodies.append(body)
     return bodies

@@ -32,6 +32,9 @@ class ClientData:
         indices: int64 [n], those that are the client's.
         seed: of the run. client: number of the client.
         batch_size, local_epochs, config: as configured.
+
+    Attributes:
+        epochs: passes over the data in a round, ``local_epochs``.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class ClientData:
         self.source = source
         self._indices = indices
         self._seed, self._client = seed, client
-        self._batch_size, self._epochs = batch_size, local_epochs
+        self._batch_size, self.epochs = batch_size, local_epochs
         self._config = config
 
     def __len__(self) -> int:
@@ -59,7 +62,7 @@ class ClientData:
         return self.source.batches(
             self._indices,
             batch_size=self._batch_size,
-            epochs=self._epochs if epochs is None else epochs,
+            epochs=self.epochs if epochs is None else epochs,
             shuffle=self._config.shuffle,
             augment=True,
             drop_last=self._config.drop_last,

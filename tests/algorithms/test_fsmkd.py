@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cutlayer.algorithms.base import Flow
-from cutlayer.algorithms.fsmkd import FSMKD, FSMKDConfig, divergence, mutual_losses
+from cutlayer.algorithms.fsmkd import FSMKD, FSMKDConfig, mutual_losses
 from cutlayer.runtime.after.personalize import personalize
 from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.messages.boundary import Message
@@ -50,17 +50,23 @@ def test_the_losses_by_hand(weight: float) -> None:
 
 
 def test_the_published_defaults() -> None:
-    assert FSMKDConfig(2.0, 1.0, "global", 1) == FSMKDConfig()
+    assert FSMKDConfig(2.0, 1.0, "global", 1, False, "step") == FSMKDConfig()
 
 
-def test_the_teacher_is_constant() -> None:
-    student, teacher = LOCAL.clone().requires_grad_(), SHARED.clone().requires_grad_()
-    by_student, by_teacher = torch.autograd.grad(divergence(student, teacher, 2.0), (student, teacher),
-                                                 allow_unused=True)  # fmt: skip
-    assert by_teacher is None
-    # d KL / d student logits is (softmax(student / T) - softmax(teacher / T)) / T, here a mean over two samples.
-    expected = (F.softmax(student / 2, 1) - F.softmax(teacher / 2, 1)) / 2 / 2
-    assert torch.allclose(by_student, expected, atol=1e-12)
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_teacher_is_constant_unless_it_learns_too(learns: bool) -> None:
+    """d KL(p || q) by q's logits is (q - p) / T, by p's it is p (log p/q - KL) / T; the losses are means of two."""
+    local, shared = LOCAL.clone().requires_grad_(), SHARED.clone().requires_grad_()
+    losses = mutual_losses(local, shared, LABELS, FSMKDConfig(2.0, 3.0, teacher_gradient=learns))
+    probabilities = [logits.detach().div(2).softmax(1) for logits in (local, shared)]
+    for loss, (q, own), (p, other) in zip(losses, (pairs := list(zip(probabilities, (local, shared), strict=True))),
+                                          reversed(pairs), strict=True):  # fmt: skip
+        mine, theirs = torch.autograd.grad(loss, (own, other), allow_unused=True, retain_graph=True)
+        ce = own.detach().softmax(1) - F.one_hot(LABELS, 2)
+        assert torch.allclose(mine, (ce + 3 * (q - p) / 2) / 2, atol=1e-12)
+        ratio = (p / q).log()
+        expected = 3 * p * (ratio - (p * ratio).sum(1, keepdim=True)) / 2 / 2
+        assert torch.allclose(theirs, expected, atol=1e-12) if learns else theirs is None
 
 
 # ------------------------------------------------------------------ a bare loop
@@ -81,9 +87,9 @@ class Bare:
         self.clients = range(federation.setup.population)
         self.head, self.server, self.tail = self._parts(0, "client", "server", "tail")
         self.bodies = [self._parts(client, "personal")[0] for client in self.clients]
-        self.optimizer = self._optimizer(self.server)
+        self.optimizer, self.momenta = self._optimizer(self.server), dict[int, dict]()
         self.own: dict[int, tuple[nn.Module, nn.Module]] = {}
-        self.periods: dict[int, int] = {}
+        self.averagings, self.averaged = 0, dict[int, int]()
         self.losses: dict[int, dict[int, list[tuple[float, float]]]] = {}
 
     def reported(self, round: int) -> tuple[float, float]:
@@ -106,43 +112,53 @@ class Bare:
     def play(self) -> None:
         config: FSMKDConfig = self.config.algorithm
         for round in range(self.config.rounds):
-            if self.falls:
-                self.optimizer.param_groups[0]["lr"] = self.config.lr * SERVER_FALL**round
             cohort = self.drawn.cohort(round)
             for client in cohort:
-                period = round // config.aggregate_interval
-                if self.periods.get(client) != period:  # the averaged parts, in the first round after each averaging
+                if self.averaged.get(client) != self.averagings:  # in the first round after each averaging
                     self.own[client] = copy.deepcopy(self.head), copy.deepcopy(self.tail)
-                    self.periods[client] = period
+                    self.averaged[client] = self.averagings
                 self._train(client, round, *self.own[client], config)
-            if (round + 1) % config.aggregate_interval == 0:
+            if round % config.aggregate_interval == 0:
                 self._average(cohort)
+                self.averagings += 1
 
     def _train(self, client: int, round: int, head: nn.Module, tail: nn.Module, config: FSMKDConfig) -> None:
         body, server = self.bodies[client], self.server
+        keep = [self.config.optimizer_for(part).keep for part in ("client", "server")]
         optimizer = self._optimizer(head, body, tail)
+        if keep[0] == "run" and client in self.momenta:
+            optimizer.load_state_dict(self.momenta[client])
+        if keep[1] == "round":
+            self.optimizer = self._optimizer(self.server)
         if self.falls:
             optimizer.param_groups[0]["lr"] = self.config.lr * FALL**round
+            self.optimizer.param_groups[0]["lr"] = self.config.lr * SERVER_FALL**round
         losses = self.losses.setdefault(round, {}).setdefault(client, [])
-        for x, y in self.drawn.batches(round, client):
+        batches = self.drawn.batches(round, client)
+        for k, (x, y) in enumerate(batches):
             h = head(x)
-            local, shared = tail(body(h)), tail(server(h))
+            if config.shared_gradient == "both":
+                local = tail(body(h))
+            else:  # through copies, which learn nothing
+                if config.local_path == "step" or k % (len(batches) // self.config.local_epochs) == 0:
+                    early, late = copy.deepcopy(head), copy.deepcopy(tail)
+                local = late(body(early(x)))
+            shared = tail(server(h))
             tau, w = config.temperature, config.distillation_weight
-            of_local = F.kl_div(F.log_softmax(local / tau, 1), F.softmax(shared.detach() / tau, 1),
-                                reduction="batchmean")  # fmt: skip
-            of_shared = F.kl_div(F.log_softmax(shared / tau, 1), F.softmax(local.detach() / tau, 1),
-                                 reduction="batchmean")  # fmt: skip
+            teachers = (shared, local) if config.teacher_gradient else (shared.detach(), local.detach())
+            of_local, of_shared = (
+                F.kl_div(F.log_softmax(student / tau, 1), F.softmax(teacher / tau, 1), reduction="batchmean")
+                for student, teacher in zip((local, shared), teachers, strict=True)
+            )
             local_loss = F.cross_entropy(local, y) + w * of_local
             global_loss = F.cross_entropy(shared, y) + w * of_shared
             losses.append((float(global_loss.detach()), float(local_loss.detach())))
-            followed = global_loss + local_loss if config.shared_gradient == "both" else global_loss
-            steps = [(body, local_loss), (server, global_loss), (nn.ModuleList([head, tail]), followed)]
-            for module, loss in steps:
-                parameters = list(module.parameters())
-                for p, g in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
-                    p.grad = g
+            optimizer.zero_grad()
+            self.optimizer.zero_grad()
+            (local_loss + global_loss).backward()
             optimizer.step()
             self.optimizer.step()
+        self.momenta[client] = copy.deepcopy(optimizer.state_dict())
 
     def _average(self, cohort: list[int]) -> None:
         """Of those that take part in the round; others keep what they hold until they do again."""
@@ -160,27 +176,44 @@ class Bare:
 def check(found: dict[str, torch.Tensor], module: nn.Module, initial: dict[str, torch.Tensor], what: str) -> None:
     for key, value in module.state_dict().items():
         if value.is_floating_point():
-            assert torch.allclose(found[key], value, rtol=1e-9, atol=1e-11), f"{what}/{key}"
+            assert torch.allclose(found[key], value, rtol=1e-10, atol=1e-12), f"{what}/{key}"
     assert any(not torch.allclose(initial[key], value) for key, value in module.named_parameters()), f"{what} is as new"
 
 
-@pytest.mark.parametrize("gradient", ["global", "both"])
+PATHS = {
+    "global": ("algorithm.shared_gradient=global",),
+    "both": ("algorithm.shared_gradient=both",),
+    "both, teachers learn": ("algorithm.shared_gradient=both", "algorithm.teacher_gradient=true"),
+    "as published": ("algorithm.local_path=epoch", "algorithm.teacher_gradient=true", "local_epochs=2"),
+}
+
+
+@pytest.mark.parametrize("gradient", PATHS)
 @pytest.mark.parametrize("weight", [0, 1])
 @pytest.mark.parametrize(
     "setting",
     [
         ("optimizer=adam", "rounds=2", TWO_BODIES),
         ("optimizer=sgd", "lr=0.05", "rounds=1", "model=vgg", "model.options.width=2"),
-        ("optimizer=sgd", "lr=0.05", "rounds=3", "algorithm.aggregate_interval=2", TWO_BODIES, *SOME, *FALLING),
+        ("optimizer=sgd", "lr=0.05", "rounds=4", "algorithm.aggregate_interval=2", TWO_BODIES, *SOME, *FALLING),
         (*SOME, *FALLING, "optimizer=adam", "rounds=3", TWO_BODIES),
+        (*SOME, *FALLING, "optimizer=adam", "rounds=4", "optimizer.keep=run", "algorithm.aggregate_interval=2"),
+        (*SOME, *FALLING, "optimizer=adam", "rounds=3", "model.server.optimizer.keep=round"),
     ],
-    ids=["adam, two bodies", "normalisation", "some clients, averaged every other round", "some clients, adam"],
+    ids=[
+        "adam, two bodies",
+        "normalisation",
+        "some clients, averaged every other round",
+        "some clients, adam",
+        "kept optimizers",
+        "the server's begins anew with each client",
+    ],
 )
 def test_all_parts_against_one_graph(configure, setting: tuple[str, ...], weight: int, gradient: str) -> None:
     federation = Federation(configure("algorithm=fsmkd", "num_clients=2", "precision=fp64", "batch_size=150",
                                       "dataset.distribution=dirichlet", "dataset.alpha=1.0",
                                       f"algorithm.distillation_weight={weight}",
-                                      f"algorithm.shared_gradient={gradient}", *setting))  # fmt: skip
+                                      *PATHS[gradient], *setting))  # fmt: skip
     bare = Bare(federation)
     bare.play()
     records = [federation.step()[0] for _ in range(federation.setup.config.rounds)]
@@ -197,7 +230,7 @@ def test_all_parts_against_one_graph(configure, setting: tuple[str, ...], weight
         check(states["personal"], bare.bodies[client], initial["personal"], f"{client}/personal")
         for name, module in zip(("client", "tail"), bare.own.get(client, ()), strict=False):
             check(states[name], module, initial[name], f"{client}/{name}")
-    assert bool(bare.own) == (federation.setup.config.algorithm.aggregate_interval == 2)
+    assert bool(bare.own) == (federation.setup.config.algorithm.aggregate_interval > 1)
 
 
 @pytest.mark.parametrize("model", [("model=mlp",), ("model=resnet20", "model.options.width=4", "batch_size=400")])
@@ -416,7 +449,7 @@ def test_a_run_is_made_again_from_its_configuration(configure) -> None:
 # ------------------------------------------------------------------ averaging
 
 
-def test_client_parts_and_tails_are_averaged_in_every_third_round(configure) -> None:
+def test_client_parts_and_tails_are_averaged_in_the_first_of_every_three_rounds(configure) -> None:
     federation = Federation(configure("algorithm=fsmkd", "algorithm.aggregate_interval=3", "rounds=7"))
     sent: dict[str, list[int]] = {"up": [], "down": []}
     moved: list[int] = []
@@ -430,9 +463,9 @@ def test_client_parts_and_tails_are_averaged_in_every_third_round(configure) -> 
             moved.append(federation.round)
         if federation.stores["clients"].get(0, "client") is not None:
             kept.append(federation.round)
-    assert sent == {"down": [1, 4, 7], "up": [3, 6]}
-    assert moved == [3, 6]
-    assert kept == [1, 2, 4, 5, 7]
+    assert sent == {"down": [1, 2, 5], "up": [1, 4, 7]}
+    assert moved == [1, 4, 7]
+    assert kept == [2, 3, 5, 6]
 
 
 @pytest.mark.parametrize("frac", [1.0, 0.5, 0.25])
@@ -447,7 +480,7 @@ def test_bytes_between_two_averagings_equal_the_closed_form(configure, frac: flo
     assert measured == expected_bytes(federation.setup, range(8))
     assert federation.ledger.round_trips == expected_round_trips(federation.setup, range(8))
     rounds = [set(federation.cohort(round)) for round in range(8)]
-    joins = sum(len(set.union(*rounds[start : start + 3])) for start in (0, 3, 6))
+    joins = sum(len(set.union(*rounds[start:end])) for start, end in ((0, 1), (1, 4), (4, 7), (7, 8)))
     part = sum(tensor.numel() * 4 for name in ("client", "tail") for tensor in
                federation.setup.blueprint.initial[name].values())  # fmt: skip
     assert measured["down", "model"] == joins * part
@@ -455,10 +488,10 @@ def test_bytes_between_two_averagings_equal_the_closed_form(configure, frac: flo
 
 def test_when_an_arrow_crosses() -> None:
     config = FSMKDConfig(aggregate_interval=3)
-    join, end = (Flow("down", "model", ("tail",), rounds="aggregate_interval", when=when) for when in ("join", "end"))
-    assert [end.crosses(config, round, before=None) for round in range(6)] == [False, False, True] * 2
-    for round, before, expected in ((0, None, True), (1, 0, False), (1, None, True), (3, 2, True), (5, 3, False),
-                                    (8, 2, True)):  # fmt: skip
+    join, start = (Flow("down", "model", ("tail",), rounds="aggregate_interval", when=w) for w in ("join", "start"))
+    assert [start.crosses(config, round, before=None) for round in range(6)] == [True, False, False] * 2
+    for round, before, expected in ((0, None, True), (1, 0, True), (1, None, True), (3, 2, False), (4, 3, True),
+                                    (6, 4, False), (8, 5, True)):  # fmt: skip
         assert join.crosses(config, round, before=before) is expected
 
 
@@ -478,6 +511,10 @@ def test_the_layout_is_in_three() -> None:
         ("algorithm.distillation_weight=-1", r"algorithm\.distillation_weight=-1\.0: expected a finite number >= 0"),
         ("algorithm.aggregate_interval=0", r"algorithm\.aggregate_interval=0: expected an integer >= 1"),
         ("algorithm.shared_gradient=local", r"algorithm\.shared_gradient=local: expected one of the choices"),
+        (
+            "algorithm.shared_gradient=both algorithm.local_path=epoch",
+            r"algorithm\.shared_gradient=both: expected global, as with local_path=epoch the local path has",
+        ),
         ("model.cut=relu1", r"model\.cut=relu1: expected \[first,second\].*two of fc1, relu1, fc2, relu2$"),
         ("model.cut=[relu1]", r"model\.cut=\[relu1\]: expected null, one child of the model, or two"),
         ("model.cut=[relu2,relu1]", r"model\.cut=\[relu2,relu1\]: expected two children of the model, in its order"),
@@ -491,7 +528,7 @@ def test_the_layout_is_in_three() -> None:
 )
 def test_mistakes_are_one_line(configure, override: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as error:
-        Federation(configure("algorithm=fsmkd", override))
+        Federation(configure("algorithm=fsmkd", *override.split()))
     assert "\n" not in str(error.value)
 
 

@@ -18,6 +18,7 @@ from cutlayer.runtime.ground.config import ConfigError, build
         ({"name": "digits", "alpha": 0.0}, r"dataset\.alpha=0\.0: expected a finite number > 0"),
         ({"name": "digits", "augment": "mixup"}, r"dataset\.augment=mixup.*crop_flip"),
         ({"name": "digits", "validation": 1.0}, r"dataset\.validation=1\.0"),
+        ({"name": "digits", "client_samples": 0}, r"dataset\.client_samples=0: expected null or an integer >= 1"),
         ({"name": "digits", "fraction": 0}, r"dataset\.fraction=0"),
         ({"name": "digits", "fraction": 1.5}, r"dataset\.fraction=1\.5"),
         ({"name": "image_folder", "options": {"resize": 9}}, r"dataset\.options\.resize=9"),

@@ -146,6 +146,38 @@ def test_class_major_share() -> None:
     assert np.bincount(table.argmax(axis=1), minlength=10).tolist() == [5] * 10
 
 
+@quick
+@given(labels=labelled(), clients=st.integers(1, 40), share=st.floats(0, 1), seed=SEEDS, data=st.data())
+@pytest.mark.parametrize("name", ["iid", "noniid_dirichlet", "class_major"])
+def test_clients_get_as_many_samples_as_is_said(
+    name: str, labels: np.ndarray, clients: int, share: float, seed: int, data: st.DataObject
+) -> None:
+    assume(clients <= len(labels))
+    each = data.draw(st.integers(1, len(labels) // clients))
+    parts = partition(labels, clients, config(name, major_share=share, client_samples=each), seed=seed)
+    assert parts.sizes.tolist() == [each] * clients
+    assert len({*parts.order.tolist()}) == clients * each
+
+
+def test_a_major_class_that_lasts_has_its_whole_share() -> None:
+    """Five clients of 1,000 and of 5,000 samples on data like CIFAR-10's, ten classes of 5,000 samples."""
+    labels = np.repeat(np.arange(10), 5_000)
+    for each in (1_000, 5_000):
+        parts = partition(labels, 5, config("class_major", major_share=0.8, client_samples=each), seed=3)
+        table = parts.table(labels, 10)
+        assert abs(table.max(axis=1) - 0.8 * each).max() <= 1
+        assert len({*table.argmax(axis=1).tolist()}) == 5
+    parts = partition(labels, 5, config("class_major", major_share=0.8), seed=3)
+    assert parts.table(labels, 10).max() <= 5_000, "of 10,000 samples each, 8,000 of which no class has"
+
+
+@pytest.mark.parametrize(("each", "least"), [(21, 1), (10, 11)])
+def test_more_samples_than_there_are(each: int, least: int) -> None:
+    wanted = config("iid", client_samples=each, min_samples=least)
+    with pytest.raises(ConfigError, match=rf"client_samples={each}: expected a number from min_samples={least} to 20"):
+        partition(np.zeros(100, dtype=np.int64), 5, wanted, seed=0)
+
+
 def test_quantity_skew_skews_sizes_and_not_classes() -> None:
     parts = partition(BALANCED, 10, config("quantity_skew", alpha=0.3, min_samples=20), seed=1)
     assert parts.sizes.max() > 10 * parts.sizes.min()

@@ -11,9 +11,10 @@ from model_cases import MODELS, SHAPES, built, config, images, info, settle
 from torch import nn
 
 from cutlayer.models import ModelConfig, PersonalConfig, build_model, build_personal, check_model, divide, names
+from cutlayer.models.layers import GridOfMeans
 from cutlayer.models.registry import entry
 from cutlayer.models.splitting import split_in_three
-from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.config import ConfigError, build
 
 QUICK = [name for name in MODELS if name not in ("resnet110", "resnet1202", "resnet152")]
 
@@ -187,8 +188,98 @@ def test_vgg_has_torchvisions_layers(training: bool) -> None:
     torch.testing.assert_close(logits, fc(maps.mean((2, 3))))
 
 
+# The network of FSMKD's public code, in torchvision's notation: its first convolution, the body at the server, and the
+# two that clients have.
+STEM, SERVER = [64], ["M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
+CLIENTS = (["M", 128, "M", 256, "M", 512, "M"], ["M", 128, "M", 256, 256, "M", 512, "M", 512, "M"])
+
+
+def plain(width: int, classifier: list[int]) -> ModelConfig:
+    """That network at some width of its first convolution."""
+    bodies = [[each if each == "M" else each // 64 for each in body] for body in (SERVER, *CLIENTS)]
+    options = {"width": width, "stem": 1, "body": bodies[0], "batch_norm": False, "classifier": classifier}
+    personal = build(PersonalConfig, {"variants": [{"body": body} for body in bodies[1:]]})
+    return ModelConfig("vgg", options=options, parts={"personal": personal})
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_vgg_without_normalisation_is_torchvisions(training: bool) -> None:
+    """The whole network and its three parts, the pool after the first block being the body's."""
+    torch.manual_seed(0)
+    asked = plain(4, [12, 8])
+    cifar, model = info("cifar10"), build_model(asked, info("cifar10"))
+    thirds = divide(asked, cifar, model)
+    features = torchvision.models.vgg.make_layers([each if each == "M" else each // 16 for each in STEM + SERVER])
+    dense = [nn.Linear(49 * 32, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 10)]
+    reference = nn.Sequential(*features, nn.AdaptiveAvgPool2d(7), nn.Flatten(), *dense).train(training)
+    state = model.state_dict()
+    assert [t.shape for t in state.values()] == [t.shape for t in reference.state_dict().values()]
+    reference.load_state_dict(dict(zip(reference.state_dict(), state.values(), strict=True)))
+    x = images("cifar10", 3)
+    torch.testing.assert_close(model.train(training)(x), reference(x))
+    z = thirds[0](x)
+    torch.testing.assert_close(z, reference[:2](x))
+    torch.testing.assert_close(thirds[1](z), reference[:-7](x))
+    bodies = build_personal(asked, cifar, thirds)
+    for body, layers, side in zip(bodies, CLIENTS, (2, 1), strict=True):
+        own = torchvision.models.vgg.make_layers([4, *(each if each == "M" else each // 16 for each in layers)])[2:]
+        own.load_state_dict(dict(zip(own.state_dict(), body.state_dict().values(), strict=True)))
+        torch.testing.assert_close(body(z), own(z))
+        assert body(z).shape == (3, 32, side, side)
+        assert thirds[2](body(z)).shape == (3, 10)
+
+
+def test_the_published_vgg_has_the_size_of_the_public_codes() -> None:
+    """A convolution at the client, eight at the server, and dense layers of 4096 at the client again."""
+    with torch.device("meta"):
+        asked, cifar = plain(64, [4096, 4096]), info("cifar10")
+        thirds = divide(asked, cifar, build_model(asked, cifar))
+        bodies = build_personal(asked, cifar, thirds)
+    pairs = [(64, 128), (128, 128), (128, 256), (256, 256), (256, 512), *[(512, 512)] * 3]
+    dense = [(512 * 49, 4096), (4096, 4096), (4096, 10)]
+    assert [sum(p.numel() for p in part.parameters()) for part in thirds] == [
+        9 * 3 * 64 + 64,
+        sum(9 * a * b + b for a, b in pairs),
+        sum(a * b + b for a, b in dense),
+    ]
+    assert [sum(p.numel() for p in body.parameters()) for body in bodies] == [
+        sum(9 * a * b + b for a, b in pairs)
+        for pairs in ([(64, 128), (128, 256), (256, 512)],
+                      [(64, 128), (128, 256), (256, 256), (256, 512), (512, 512)])
+    ]  # fmt: skip
+
+
+def test_weights_without_normalisation_are_drawn_as_torchvisions() -> None:
+    torch.manual_seed(0)
+    model = build_model(plain(32, [512]), info("cifar10"))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            spread = (2 / (9 * module.out_channels)) ** 0.5 if isinstance(module, nn.Conv2d) else 0.01
+            assert float(module.weight.detach().std()) == pytest.approx(spread, rel=0.1)
+            assert module.bias is not None
+            assert not module.bias.any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 5), (7, 7), (16, 9)])
+def test_the_grid_of_means_is_torchs_adaptive_pool(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *shape, dtype=torch.float64, requires_grad=True)
+    ours, theirs = GridOfMeans(7)(x), nn.AdaptiveAvgPool2d(7)(x)
+    torch.testing.assert_close(ours, theirs)
+    along = torch.randn_like(theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, along)[0] for y in (ours, theirs)))
+
+
 @pytest.mark.parametrize(
-    ("options", "key"), [({"width": 0}, "width"), ({"body": []}, "body"), ({"body": [2, 0]}, "body")]
+    ("options", "key"),
+    [
+        ({"width": 0}, "width"),
+        ({"stem": 0}, "stem"),
+        ({"body": []}, "body"),
+        ({"body": [2, 0]}, "body"),
+        ({"body": ["M"]}, "body"),
+        ({"classifier": [8, 0]}, "classifier"),
+    ],
 )
 def test_bad_options_of_vgg(options: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=rf"options\.{key}="):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cutlayer.datasets.blur import MOST, blur
+from cutlayer.datasets.blur import WIDEST_BLUR, blur
 from cutlayer.datasets.boxes import BOX_NUMBERS, RATIO, random_boxes
 from cutlayer.datasets.colour import greyscale, jitter_
 from cutlayer.datasets.config import Augment
@@ -149,7 +149,7 @@ def moco_parameters(uniform: Tensor, height: int, width: int, least: float = _MO
 def blur_parameters(uniform: Tensor, chance: float) -> tuple[Tensor, Tensor]:
     """By which deviation each image is blurred, float32 [n] of 0.1 to 2 pixels, and which are, from numbers [n, 32]."""
     u = uniform[:, -2:].double()
-    return (0.1 + (MOST - 0.1) * u[:, 1]).float(), u[:, 0] < chance
+    return (0.1 + (WIDEST_BLUR - 0.1) * u[:, 1]).float(), u[:, 0] < chance
 
 
 def _moco(area: float, blurred: float, whole: bool = False) -> "Augmentation":

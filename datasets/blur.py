@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-MOST = 2.0
+WIDEST_BLUR = 2.0
 """The largest deviation, in pixels."""
 _REACH = 8
 

@@ -125,7 +125,7 @@ def test_a_momentum_copy_of_a_clients_own_does_not_travel(configure) -> None:
 
 
 def test_a_run_goes_on_with_the_clients_own_copies_and_steps(configure, tmp_path) -> None:
-    config = configure(*AUTHORS, "algorithm.client_schedule=step")
+    config = configure(*AUTHORS, "algorithm.client_schedule=step", "model.client.optimizer.keep=run")
     straight = play(Federation(config))
     first = Federation(config, tmp_path)
     for _ in range(3):

@@ -27,8 +27,8 @@ class FLMocoConfig:
         temperature: of InfoNCE, > 0.
         momentum: of the moving average, in [0, 1).
         queue: keys that each client keeps, >= 1.
-        client_copy: own leaves each client its momentum copies from round to round; with shared they begin each round as
-            the averaged model that all share.
+        client_copy: own leaves each client its momentum copies from round to round; with shared they begin each round
+            as the averaged model that all share.
         symmetric: each image is learnt from in both directions.
     """
 

@@ -112,7 +112,7 @@ class MocoServer(Server):
             self._learn(query, key, lines)
 
     def down(self, client: int) -> Payload:
-        """The client part, with its momentum copy if that is shared; nothing while the server learns from what it has."""
+        """The client part, with its momentum copy if shared; nothing while the server learns from what it has."""
         if self._saving.silent:
             return {}
         copies = ("client", "client_momentum") if self.ctx.config.client_copy == "shared" else ("client",)

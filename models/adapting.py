@@ -39,7 +39,7 @@ def norm_groups(channels: int) -> int:
 
 
 def _groups(channels: int, size: int | None) -> int:
-    """Groups of a GroupNorm: of `size` channels each, or of the largest number that divides both; by default as above."""
+    """Groups of a GroupNorm: of `size` channels, or the largest number that divides both; by default as above."""
     return norm_groups(channels) if size is None else channels // math.gcd(channels, size)
 
 
@@ -104,13 +104,15 @@ def _adapt(model: nn.Module, config: ModelConfig, info: DatasetInfo) -> None:
 
 
 def _use_groups(model: nn.Module, part: str, paths: set[str], size: int | None) -> None:
-    """GroupNorm and standardised convolutions among the modules `paths` of a part, if there is a BatchNorm among them."""
+    """GroupNorm and standardised convolutions among a part's modules `paths`, if there is a BatchNorm among them."""
     everyone = dict(model.named_modules(remove_duplicate=False))
     inside = [everyone[path] for path in paths]
     norms = [module for module in inside if isinstance(module, nn.BatchNorm2d)]
     other = next((type(norm).__name__ for norm in norms if type(norm) is not nn.BatchNorm2d), None)
     if other is not None:
-        raise ConfigError(f"model.{part}_norm", "group", f"own, as the {part} part has a {other}: not plain BatchNorm2d")
+        raise ConfigError(
+            f"model.{part}_norm", "group", f"own, as the {part} part has a {other}: not plain BatchNorm2d"
+        )
     if not norms:
         return
     twins = {id(norm): _group_norm(norm, size) for norm in norms}

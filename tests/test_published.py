@@ -38,7 +38,8 @@ CSE = "Mu & Shen 2023"
 BABU = "Oh et al., ICLR 2022 (FedBABU): settings of its experiments"
 MHMD = "multi-head mutual distillation: its table on CIFAR-100, and its authors' code"
 MOCO = "Li et al., ICLR 2023 (MocoSFL): settings of its experiments, and its authors' code"
-FSMKD = "Luo & Zhang: settings of its experiments"
+FSMKD = "Luo & Zhang: settings of its experiments, and the public code of the method (kimsm0566/FSMKD)"
+SPLITFED = "Thapa et al., AAAI 2022: its authors' scripts"
 VIEWS = "Chen et al. 2020 (MoCo v2), as MocoSFL's code has it"
 RESSFL = "target-aware ResSFL in Li et al., ICLR 2023"
 
@@ -152,8 +153,15 @@ CUT_MOCO = {
     **{f"algorithm.{key}": value for key, value in MOCO_TERMS.items()},
     "algorithm.symmetric": True,
 }
-FSMKD_PAPER = {
+FSMKD_VGG = {
     "model.name": "vgg",
+    "model.cut": None,  # after the first convolution, and before the dense layers
+    "model.options": {"stem": 1, "body": ["M", 2, 2, "M", 4, 4, "M", 8, 8, "M", 8, 8, "M"], "batch_norm": False,
+                      "classifier": [4096, 4096]},
+    "model.personal.variants": [{"body": ["M", 2, "M", 4, "M", 8, "M"]},
+                                {"body": ["M", 2, "M", 4, 4, "M", 8, "M", 8, "M"]}],
+}  # fmt: skip
+FSMKD_PAPER = {
     "num_clients": 5,
     "frac": 1.0,
     "rounds": 200,
@@ -162,10 +170,38 @@ FSMKD_PAPER = {
     "lr": 0.001,
     "optimizer.name": "adam",
     "optimizer.lr": 0.001,
+    "model.server.optimizer": {"keep": "round"},
+    "aggregate.weights": "uniform",
     "dataset.distribution": "class_major",
     "dataset.major_share": 0.8,
+    "dataset.client_samples": 1000,
+    "dataset.drop_last": "always",
+    "dataset.augment": "none",
     "algorithm.name": "fsmkd",
     **{f"algorithm.{key}": value for key, value in FSMKD_TERMS.items()},
+    "algorithm.teacher_gradient": True,
+    "algorithm.local_path": "epoch",
+    "algorithm.aggregate_interval": 50,
+}
+SPLITFED_SCRIPTS = {
+    "model.name": "resnet18",
+    "model.cut": "layer1.0",
+    "model.options": {},
+    "model.server.optimizer": {"betas": [0.0, 0.0]},
+    "num_clients": 5,
+    "frac": 1.0,
+    "rounds": 200,
+    "local_epochs": 1,
+    "batch_size": 256,
+    "lr": 0.0001,
+    "optimizer.name": "adam",
+    "optimizer.lr": 0.0001,
+    "aggregate.weights": "uniform",
+    "dataset.name": "ham10000",
+    "dataset.distribution": "iid",
+    "dataset.normalize": "imagenet",
+    "dataset.options": {"size": 64, "test_fraction": 0.2},
+    "algorithm.name": "sl_single_server",
 }
 EPOCHS = [0, 1, 2, 3, 4, 5, 10, 15, 20]
 
@@ -200,8 +236,12 @@ EXPERIMENTS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("mocosfl/fl_moco", {**MOCO_PAPER, "num_clients": 100, "frac": 1.0, "rounds": 200, "local_epochs": 1,
                          "algorithm.name": "fl_moco"}, MOCO),
-    *((f"fsmkd/{data}", {**FSMKD_PAPER, "dataset.name": data}, FSMKD)
-      for data in ("mnist", "fashion_mnist", "cifar10")),
+    *((f"fsmkd/{data}", {**FSMKD_PAPER, **FSMKD_VGG, "dataset.name": data, "dataset.normalize": normalize}, FSMKD)
+      for data, normalize in (("mnist", "none"), ("fashion_mnist", "none"), ("cifar10", "dataset"))),
+    *((f"fsmkd/{data}_vit", {**FSMKD_PAPER, "model.name": "vit", "model.options": {}, "dataset.name": data,
+                             "dataset.normalize": "none"}, FSMKD)
+      for data in ("mnist", "fashion_mnist")),
+    ("splitfed/ham10000", SPLITFED_SCRIPTS, SPLITFED),
 ]  # fmt: skip
 
 SEVEN = "mhmd,fed_babu,fed_avg,fed_per,fed_rep_babu,per_fed_avg,ditto"
@@ -213,7 +253,11 @@ SWEEPS: list[tuple[str, dict[str, str]]] = [
     ("mhmd/_paper", {"algorithm": SEVEN}),
     ("mhmd/table", {"dataset.classes_per_client": "100,50,10", "frac": "1.0,0.1", "local_epochs": "1,4,10"}),
     ("mocosfl/_paper", {"dataset.classes_per_client": "2,10", "model.cut": "relu,layer1.0"}),
-    ("fsmkd/_paper", {"algorithm.distillation_weight": "1,0", "seed": "0,1,2"}),
+    (
+        "fsmkd/_paper",
+        {"algorithm.distillation_weight": "1,0", "dataset.client_samples": "1000,2000,3000,4000,5000", "seed": "0,1,2"},
+    ),
+    ("splitfed/ham10000", {"algorithm": "centralized,fed_avg,sl,sl_multi_server,sl_single_server"}),
 ]
 
 # Mean and deviation of the training images by channel: red, green, blue.

@@ -24,7 +24,14 @@ from cutlayer.runtime.ground.units import format_percent
 from cutlayer.runtime.records.console import Section
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.setup import Setup
-from cutlayer.runtime.scoring.classifiers import ProbeConfig, balanced, drawn, knn_accuracy, linear_accuracy, two_layer_accuracy
+from cutlayer.runtime.scoring.classifiers import (
+    ProbeConfig,
+    balanced,
+    drawn,
+    knn_accuracy,
+    linear_accuracy,
+    two_layer_accuracy,
+)
 from cutlayer.runtime.scoring.features import features
 
 OUTPUT = "output"
@@ -68,7 +75,9 @@ class Probed:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Probed:
         """What ``to_json`` gave."""
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name != "two_layer" or name in content})
+        return cls(
+            **{name: content[name] for name in cls.__dataclass_fields__ if name != "two_layer" or name in content}
+        )
 
     def section(self) -> Section:
         """Of the kNN and each linear classifier its accuracy, and how many labels it had."""
@@ -77,7 +86,11 @@ class Probed:
             for share, accuracy in self.linear.items()
         ]
         rows += [
-            (f"  two layers, {100 * float(share):.4g}% of labels", format_percent(found), f"{self.labels[share]} labels")
+            (
+                f"  two layers, {100 * float(share):.4g}% of labels",
+                format_percent(found),
+                f"{self.labels[share]} labels",
+            )
             for share, found in self.two_layer.items()
         ]
         if self.knn is not None:
@@ -170,7 +183,7 @@ def _classifiers(
     seed: int,
     shown: StageShown,
 ) -> tuple[dict[str, float], dict[str, int], dict[str, float]]:
-    """By the share of the labels that they learn from: accuracies of linear classifiers, labels, those of two layers."""
+    """By the share of the labels that is learnt from: accuracies of linear classifiers, labels, those of two layers."""
     (bank, known), linear, labels, deep = train, dict[str, float](), dict[str, int](), dict[str, float]()
     for share in config.labels:
         # A generator of its own for each share, so that a smaller one is part of a larger one.
@@ -182,7 +195,9 @@ def _classifiers(
         labels[key] = len(chosen)
         if config.hidden is not None and share < 1:
             shown(f"two layers, {100 * share:.4g}% of the labels")
-            deep[key] = two_layer_accuracy(*some, hidden=config.hidden, seed=rng.derive(seed, stream="probe two layers"))
+            deep[key] = two_layer_accuracy(
+                *some, hidden=config.hidden, seed=rng.derive(seed, stream="probe two layers")
+            )
     return linear, labels, deep
 
 

@@ -54,7 +54,7 @@ class Evaluator:
         self._seen: dict[Hashable, Score] = {}  # of this round's test
 
     def _tested(self) -> Path:
-        """The parts whose output is tested: those of the whole model, and the projector where its output is asked for."""
+        """The parts whose output is tested: those of the model, and the projector where its output is asked for."""
         setup = self._setup
         whole, features = setup.algorithm.layout.whole, setup.config.monitor.features
         if not setup.algorithm.evaluates_features or features == "backbone":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.rng import TorchStream
 
 # Values in the largest tensor of one step of the kNN (64 MiB in float32).
 _CHUNK_VALUES = 1 << 24
@@ -222,8 +223,7 @@ def two_layer_accuracy(
     Linear, BatchNorm, ReLU, linear, by Xavier's first weights and Adam at 0.001, divided by 10 after 60 and 80 of 100
     epochs, in new batches of 128 each (of which a last one of a single sample is left out). The same on each call.
     """
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
+    with TorchStream(seed, torch.device("cpu")), torch.enable_grad():
         outer, inner = nn.Linear(train.shape[1], hidden), nn.Linear(hidden, classes)
         for layer in (outer, inner):
             nn.init.xavier_uniform_(layer.weight)
@@ -232,9 +232,10 @@ def two_layer_accuracy(
         solver = torch.optim.Adam(network.parameters(), lr=0.001)
         rates = torch.optim.lr_scheduler.MultiStepLR(solver, [60, 80], 0.1)
         for _ in range(_EPOCHS):
-            for batch in torch.randperm(len(train)).split(_BATCH):
-                if len(batch) > 1:
-                    chosen = batch.to(train.device)
+            order = torch.randperm(len(train)).to(train.device)
+            for start in range(0, len(train), _BATCH):
+                chosen = order[start : start + _BATCH]
+                if len(chosen) > 1:
                     loss = F.cross_entropy(network(train[chosen]), train_labels[chosen])
                     solver.zero_grad()
                     loss.backward()  # pyright: ignore[reportUnknownMemberType]

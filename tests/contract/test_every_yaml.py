@@ -36,6 +36,7 @@ SMALL = (
     "local_epochs=1",
     "frac=1.0",
     "model.auxiliary=linear",
+    "dataset.client_samples=null",
 )
 
 
@@ -64,7 +65,7 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
         overrides.append("algorithm.align_epochs=1")
     elif choice == "transport=grpc":
         overrides.append("role=server")  # over a network it is tried in tests/network
-    elif not choice.startswith(("algorithm", "experiment=mocosfl", "experiment=small/contrastive")):
+    elif not choice.startswith(("algorithm", "experiment=mocosfl", "experiment=fsmkd", "experiment=small/contrastive")):
         overrides.append("algorithm=cse_fsl")
     config = load_config(overrides)
     group, _, name = choice.partition("=")

@@ -50,7 +50,9 @@ def test_the_whole_is_the_views_without_blur_and_then_blurred() -> None:
     expected = blur(plain.apply(x, {"uniform": uniform[:, :30]}), *blur_parameters(uniform, 0.5))
     found = blurring.apply(x, {"uniform": uniform})
     torch.testing.assert_close(found, expected)
-    assert 15 < sum(not torch.equal(a, b) for a, b in zip(found, plain.apply(x, {"uniform": uniform}), strict=True)) < 45
+    assert (
+        15 < sum(not torch.equal(a, b) for a, b in zip(found, plain.apply(x, {"uniform": uniform}), strict=True)) < 45
+    )
 
 
 def test_boxes_are_no_smaller_than_the_least_area() -> None:
@@ -64,7 +66,9 @@ def test_boxes_are_no_smaller_than_the_least_area() -> None:
     assert whole.area == (0.08, 1.0)
 
 
-@pytest.mark.parametrize(("key", "value"), [("moco_area", 0.0), ("moco_area", 1.5), ("moco_blur", -0.1), ("moco_blur", 2.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("moco_area", 0.0), ("moco_area", 1.5), ("moco_blur", -0.1), ("moco_blur", 2.0)]
+)
 def test_mistakes_are_one_line(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"^{key}={value}: expected a number"):
         DatasetConfig("digits", **{key: value})  # pyright: ignore[reportArgumentType]
@@ -73,7 +77,13 @@ def test_mistakes_are_one_line(key: str, value: float) -> None:
 def test_a_run_takes_the_keys(configure) -> None:
     from cutlayer.runtime.rounds.federation import Federation
 
-    small = ("algorithm=moco_sfl", "model.projector.hidden=8", "model.projector.width=8", "algorithm.queue=64", "rounds=1")
+    small = (
+        "algorithm=moco_sfl",
+        "model.projector.hidden=8",
+        "model.projector.width=8",
+        "algorithm.queue=64",
+        "rounds=1",
+    )
     weights = []
     for more in ((), ("dataset.moco_area=0.9",), ("dataset.moco_blur=1",)):
         federation = Federation(configure(*small, *more))

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,7 +158,16 @@ class _OwnNorm(nn.BatchNorm2d):
 @pytest.mark.parametrize("size", [None, 4, 3])
 def test_groups_of_a_size_in_either_part(size: int | None) -> None:
     """ResNet-18 of MocoSFL: 4 channels in each group of every norm, and standardised convolutions all through."""
-    model = _built(ModelConfig("resnet18", cut="relu", options={"stem": "small"}, client_norm="group", server_norm="group", group_channels=size))
+    model = _built(
+        ModelConfig(
+            "resnet18",
+            cut="relu",
+            options={"stem": "small"},
+            client_norm="group",
+            server_norm="group",
+            group_channels=size,
+        )
+    )
     norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
     assert [norm.num_channels for norm in norms] == [64] * 5 + [128] * 5 + [256] * 5 + [512] * 5
     groups = {None: {64: 32, 128: 32, 256: 32, 512: 32}, 4: {64: 16, 128: 32, 256: 64, 512: 128}}
@@ -168,13 +176,21 @@ def test_groups_of_a_size_in_either_part(size: int | None) -> None:
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert {type(module) for module in convolutions} == {StandardisedConv2d}
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    server = _kinds(split(_built(ModelConfig("resnet18", cut="relu", options={"stem": "small"}, server_norm="group")), "relu", (3, 32, 32))[0])
+    server = _kinds(
+        split(
+            _built(ModelConfig("resnet18", cut="relu", options={"stem": "small"}, server_norm="group")),
+            "relu",
+            (3, 32, 32),
+        )[0]
+    )
     assert {*server.values()} >= {nn.BatchNorm2d, nn.Conv2d}, "the client part alone stays"
 
 
 def test_first_weights_of_xavier() -> None:
     """Uniform up to sqrt(6 / (in + out)), biases zero; standardised convolutions have torch's own."""
-    chosen = ModelConfig("resnet18", cut="relu", options={"stem": "small"}, client_norm="group", initialisation="xavier")
+    chosen = ModelConfig(
+        "resnet18", cut="relu", options={"stem": "small"}, client_norm="group", initialisation="xavier"
+    )
     model = _built(chosen)
     first, second, last = model.conv1, model.layer1[0].conv1, model.fc
     bounds = {first: (1 / 27) ** 0.5, second: (6 / (2 * 9 * 64)) ** 0.5, last: (6 / (512 + 10)) ** 0.5}

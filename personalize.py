@@ -15,7 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
     return over_runs(
         arguments,
         "Fine-tune a finished run's model on every client, and test it on the client's own test data.",
-        "Keys: personalize.part=body|head|full, personalize.epochs=5 or =[0,1,5], personalize.lr=0.001; "
+        "Keys: personalize.part=body|head|full, personalize.epochs=5 or =[0,1,5], personalize.lr=0.001, "
+        "personalize.start=final|best, personalize.loss=cross_entropy|method; "
         "device, threads, dataset.root and others that only say where and how to compute.",
         "5, [0,1,5] or full",
         _measure,

@@ -48,7 +48,8 @@ def contrast(
         online, average: the projection [b, d] of a view, by the copy that learns and by its moving average.
         query, key: two views of the same images, or what crosses a cut for them.
         lines: int64 [b], the line of the queue of each image.
-        symmetric: the views change places too, and the losses of both directions are added.
+        symmetric: the views change places too, and the losses of both directions are added; the keys of what was the
+            query come first.
     """
 
     def one_way(query: Crossing, key: Crossing) -> tuple[Tensor, Tensor]:
@@ -61,7 +62,7 @@ def contrast(
     if not symmetric:
         return loss, keys, lines
     other, more = one_way(key, detached(query))
-    return loss + other, torch.cat([keys, more]), lines.repeat(2)
+    return loss + other, torch.cat([more, keys]), lines.repeat(2)
 
 
 @torch.no_grad()

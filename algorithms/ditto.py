@@ -16,7 +16,8 @@ class Ditto(FedAvg):
     """Ditto (Li et al., ICML 2021, algorithm 1): the personal model minimises F_i(v) + lambda/2 ||v - w||^2.
 
     The personal model starts as the global one of the client's first round and takes ``local_epochs`` passes in each of
-    its rounds, w being the global model at the round's beginning. Reported is the accuracy of the personal models.
+    its rounds, w being the global model at the round's beginning. Both models see the same batches. Reported is the
+    accuracy of the personal models.
     """
 
     @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Ditto(FedAvg):
         ctx.load(down)
         anchor = copies(ctx.part("model"))
         ctx.restore("model")
-        train_near(ctx, anchor, ctx.config.pull, stream="personal batches", log="personal_loss")
+        train_near(ctx, anchor, ctx.config.pull, label="personal", log="personal_loss")
         ctx.keep("model")
         ctx.load(down)
         train(ctx)

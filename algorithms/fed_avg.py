@@ -30,11 +30,15 @@ def train(ctx: ClientContext) -> None:
 
 
 def train_near(
-    ctx: ClientContext, anchor: Sequence[Tensor], pull: float, *, stream: str = "batches", log: str = "loss"
+    ctx: ClientContext, anchor: Sequence[Tensor], pull: float, *, label: str = "", log: str = "loss"
 ) -> None:
-    """Local epochs on the model with pull/2 ||w - anchor||^2 added to the loss; reported is the loss without it."""
-    model, optimizer = ctx.part("model"), ctx.optimizer("model")
-    for x, y in ctx.batches(stream):
+    """Local epochs on the model with pull/2 ||w - anchor||^2 added to the loss; reported is the loss without it.
+
+    Args:
+        label: of the optimizer, see ``ClientContext.optimizer``.
+    """
+    model, optimizer = ctx.part("model"), ctx.optimizer("model", label=label)
+    for x, y in ctx.batches():
         loss = cross_entropy(model(x), y)
         distance = sum((w - a).square().sum() for w, a in zip(model.parameters(), anchor, strict=True))
         optimizer.update(loss + pull / 2 * distance)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import nn
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow
@@ -25,12 +27,15 @@ class FLMocoConfig:
         temperature: of InfoNCE, > 0.
         momentum: of the moving average, in [0, 1).
         queue: keys that each client keeps, >= 1.
+        client_copy: own leaves each client its momentum copies from round to round; with shared they begin each round
+            as the averaged model that all share.
         symmetric: each image is learnt from in both directions.
     """
 
     temperature: float = 0.1
     momentum: float = 0.99
-    queue: int = 1024
+    queue: int = 6000
+    client_copy: Literal["own", "shared"] = "own"
     symmetric: bool = True
 
     def __post_init__(self) -> None:
@@ -44,8 +49,9 @@ class FLMocoConfig:
 class FLMoco(Algorithm):
     """MoCo v2 (Chen et al. 2020) trained with FedAvg, the baseline of MocoSFL.
 
-    The online model and its projector travel. A client's moving averages begin each round as these, its queue stays
-    with it. The model's classifier is left alone: what is tested are the features before it.
+    The online model and its projector travel. A client's momentum copies follow them before each step; these copies
+    stay with it, or begin each round as the online ones, and its queue stays with it. The model's classifier is left
+    alone: what is tested are the features before it.
     """
 
     Config = FLMocoConfig
@@ -53,6 +59,7 @@ class FLMoco(Algorithm):
         client=("model", "model_momentum", "projector", "projector_momentum"), server=("model", "projector")
     )
     shared = _NAMES
+    keeps_optimizer = _NAMES
     unread = ("dataset.shuffle",)
     evaluates_features = True
     traffic = (Flow("down", "model", _NAMES), Flow("up", "model", _NAMES))
@@ -63,19 +70,12 @@ class FLMoco(Algorithm):
         ctx.load(down)
         config: FLMocoConfig = ctx.config
         online = [ctx.part(name) for name in _NAMES]
-        average = [ctx.part(f"{name}_momentum") for name in _NAMES]
-        for mean, module in zip(average, online, strict=True):
-            mean.load_state_dict(module.state_dict())
-        optimizer = ctx.optimizer(*_NAMES)
-        width = next(reversed(list(online[1].parameters()))).shape[0]
-        queue = Queue(torch.randn(1, config.queue, width, generator=ctx.generator("queue")))
-        kept = ctx.state.get("queue")
-        queue.move(next(online[1].parameters()))
-        if kept is not None:
-            queue.load(kept)
+        average = [_momentum_copy(ctx, name) for name in _NAMES]
+        optimizer, queue = ctx.optimizer(*_NAMES), _own_queue(ctx)
         line = torch.zeros(1, dtype=torch.int64)
-
         for one, two in ctx.views(ctx.steps):
+            for mean, module in zip(average, online, strict=True):
+                follow(mean, module, config.momentum)
             loss, *keys = contrast(
                 lambda x: online[1](online[0](x)),
                 lambda x: average[1](average[0](x)),
@@ -87,9 +87,31 @@ class FLMoco(Algorithm):
                 symmetric=config.symmetric,
             )
             optimizer.update(loss)
-            for mean, module in zip(average, online, strict=True):
-                follow(mean, module, config.momentum)
             queue.push(*keys)
             ctx.log("loss", loss)
         ctx.state.put("queue", queue.state())
+        if config.client_copy == "own":
+            for name in _NAMES:
+                ctx.keep(f"{name}_momentum")
         return ctx.dump(*_NAMES)
+
+
+def _momentum_copy(ctx: ClientContext, name: str) -> nn.Module:
+    """The copy that follows a part: as the client kept it, in its first round as initialised, or as the part is now."""
+    if ctx.config.client_copy == "own":
+        ctx.restore(f"{name}_momentum")
+        return ctx.part(f"{name}_momentum")
+    copy = ctx.part(f"{name}_momentum")
+    copy.load_state_dict(ctx.part(name).state_dict())
+    return copy
+
+
+def _own_queue(ctx: ClientContext) -> Queue:
+    """The client's keys, in its first round random ones."""
+    last = list(ctx.part("projector").parameters())[-1]
+    queue = Queue(torch.randn(1, ctx.config.queue, len(last), generator=ctx.generator("queue")))
+    kept = ctx.state.get("queue")
+    queue.move(last)
+    if kept is not None:
+        queue.load(kept)
+    return queue

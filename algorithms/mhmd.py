@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import cross_entropy
+from cutlayer.algorithms.mixins import OwnLoss
 from cutlayer.algorithms.personal import FedBABU
 from cutlayer.models import AuxiliaryHeads
 from cutlayer.runtime.ground.config import ConfigError, scoped
@@ -93,8 +94,16 @@ def mhmd_loss(final: Tensor, auxiliary: Sequence[Tensor], y: Tensor, config: MHM
     return {"loss": loss, "auxiliary_loss": auxiliary_loss, "distillation": distillation, "total": total}
 
 
+def terms_of(
+    body: nn.Module, head: nn.Module, heads: AuxiliaryHeads, x: Tensor, y: Tensor, config: MHMDConfig
+) -> dict[str, Tensor]:
+    """The terms of the loss of a batch, as ``mhmd_loss`` gives them: x [b, C, H, W], y int64 [b]."""
+    z, auxiliary = heads.attached(body, x)
+    return mhmd_loss(head(z), auxiliary, y, config)
+
+
 @register("mhmd")
-class MHMD(FedBABU):
+class MHMD(OwnLoss, FedBABU):
     """Multi-Head Mutual Distillation on FedBABU.
 
     ``model.auxiliary_heads.blocks`` names the inner blocks whose outputs the auxiliary heads classify. Like the final
@@ -104,6 +113,14 @@ class MHMD(FedBABU):
     Config = MHMDConfig
     unread = FedBABU.unread
     layout = Layout(client=("body", "head", "auxiliary_heads"), server=("body", "head"))
+    beside = ("auxiliary_heads",)
+
+    @staticmethod
+    def loss_of(
+        body: nn.Module, head: nn.Module, beside: Sequence[nn.Module], x: Tensor, y: Tensor, config: Any
+    ) -> Tensor:
+        """The weighted sum of all terms."""
+        return terms_of(body, head, cast(AuxiliaryHeads, beside[0]), x, y, config)["total"]
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:
@@ -113,8 +130,7 @@ class MHMD(FedBABU):
         heads = cast(AuxiliaryHeads, ctx.part("auxiliary_heads").requires_grad_(False))
         optimizer = ctx.optimizer("body")
         for x, y in ctx.batches():
-            z, auxiliary = heads.attached(body, x)
-            terms = mhmd_loss(head(z), auxiliary, y, ctx.config)
+            terms = terms_of(body, head, heads, x, y, ctx.config)
             optimizer.update(terms.pop("total"))
             for name, value in terms.items():
                 ctx.log(name, value)

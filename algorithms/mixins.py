@@ -6,7 +6,9 @@ The engine asks whether a method is a subclass of one of these, and goes its usu
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
 
 from cutlayer.runtime.messages.boundary import Fields, Payload, Reply
 from cutlayer.runtime.parties.optim import OptimizerConfig
@@ -60,6 +62,24 @@ class ChecksOptimizer:
     @classmethod
     def check_optimizer(cls, optimizer: OptimizerConfig) -> None:
         """Raises ConfigError if they do not hold for this one, of a client's part."""
+        raise NotImplementedError
+
+
+class OwnLoss:
+    """A method by whose own loss clients may fine-tune the trained model as well (``personalize.loss=method``)."""
+
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Parts that the loss needs beside the model's. They begin in their initial state, and learn with the head."""
+
+    @staticmethod
+    def loss_of(
+        body: nn.Module, head: nn.Module, beside: Sequence[nn.Module], x: Tensor, y: Tensor, config: Any
+    ) -> Tensor:
+        """The loss of a batch: x [b, C, H, W], y int64 [b].
+
+        Args:
+            beside: the parts that ``beside`` names, in its order.
+        """
         raise NotImplementedError
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from cutlayer.runtime.messages.crossing import (
 )
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
+from cutlayer.runtime.parties.optim import PartOptimizer
 
 _SAVING = scoped(read_if=lambda own, _: own.loss_threshold is not None)
 
@@ -43,6 +44,11 @@ class MocoSFLConfig:
         feature_sharing: one queue for all clients; else each has its own share of it.
         symmetric: the server learns from each image in both directions; clients only as the query.
         local_steps: steps of a round, from one synchronisation to the next, >= 1.
+        client_gradient: of what a client gets the gradient: the mean loss of the whole cohort's queries, or that of its
+            own alone, which in a cohort of N equal batches is N times as long.
+        client_copy: own leaves each client a momentum copy for itself, which never travels and follows its online copy
+            before each key; with shared there is one, the server's, which goes down with the online copy.
+        client_schedule: what moves the client part's learning rate on: a round, or each step that the client takes.
         rich_share, rich_batch_size: share of the clients (the first ones) whose batches have another size.
         loss_threshold, loss_interval: when the mean loss of an interval of rounds has fallen by less than the
             threshold, the next interval saves bytes: first the gradients, then the uploads too; null never does.
@@ -57,6 +63,9 @@ class MocoSFLConfig:
     feature_sharing: bool = True
     symmetric: bool = True
     local_steps: int = 1
+    client_gradient: Literal["cohort", "own"] = "cohort"
+    client_copy: Literal["own", "shared"] = "own"
+    client_schedule: Literal["round", "step"] = "round"
     rich_share: float = 0.0
     rich_batch_size: int | None = field(default=None, metadata=scoped(read_if=lambda own, _: own.rich_share > 0))
     loss_threshold: float | None = None
@@ -103,13 +112,14 @@ class MocoServer(Server):
             self._learn(query, key, lines)
 
     def down(self, client: int) -> Payload:
-        """Both copies of the client part; nothing while the server learns from what it has."""
+        """The client part, with its momentum copy if shared; nothing while the server learns from what it has."""
         if self._saving.silent:
             return {}
-        return self.ctx.dump("client", "client_momentum") | ({FROZEN: True} if self._saving.frozen else {})
+        copies = ("client", "client_momentum") if self.ctx.config.client_copy == "shared" else ("client",)
+        return self.ctx.dump(*copies) | ({FROZEN: True} if self._saving.frozen else {})
 
     def on_smashed_cohort(self, inbox: Mapping[int, Payload]) -> dict[int, Fields | None]:
-        """One step on the cohort's batches as one; each client gets the gradient of its own queries' mean loss."""
+        """One step on the cohort's batches as one; each client gets the gradient of its own queries."""
         query, key = (joined([crossed(message, name) for message in inbox.values()]) for name in ("query", "key"))
         sizes = [len(next(iter(message.values()))) for message in inbox.values()]  # type: ignore[arg-type]
         shared = self.ctx.config.feature_sharing
@@ -118,10 +128,9 @@ class MocoServer(Server):
         if self._saving.frozen:
             return dict.fromkeys(inbox)
         own = divided(gradients(query), sizes)
-        return {
-            client: {"grad": scaled(grad, sum(sizes) / size)}
-            for client, size, grad in zip(inbox, sizes, own, strict=True)
-        }
+        if self.ctx.config.client_gradient == "own":
+            own = [scaled(grad, sum(sizes) / size) for grad, size in zip(own, sizes, strict=True)]
+        return {client: {"grad": grad} for client, grad in zip(inbox, own, strict=True)}
 
     def _learn(self, query: Crossing, key: Crossing, lines: Tensor) -> None:
         """One optimizer step of the online copies, one step of the averages, the new keys into the queue."""
@@ -145,10 +154,10 @@ class MocoServer(Server):
         self.ctx.log("loss", loss)
 
     def close_round(self) -> None:
-        """The averaged client part, and its moving average as after a round's steps towards that."""
+        """The averaged client part, and the shared momentum copy as after a round's steps towards that."""
         learnt = "client" in self._averages
         super().close_round()
-        if learnt:
+        if learnt and self.ctx.config.client_copy == "shared":
             momentum = self.ctx.config.client_momentum**self.ctx.config.local_steps
             follow(self.ctx.part("client_momentum"), self.ctx.part("client"), momentum)
 
@@ -177,6 +186,7 @@ class MocoSFL(OwnSteps, MocoTogether, Algorithm):
         server=("client", "client_momentum", "server", "server_momentum", "projector", "projector_momentum"),
     )
     shared = ("client",)
+    keeps_optimizer = ("client",)
     schedule = "lockstep"
     evaluates_features = True
     unread = ("dataset.shuffle", "local_epochs")
@@ -196,19 +206,56 @@ class MocoSFL(OwnSteps, MocoTogether, Algorithm):
         size = config.rich_batch_size if rich and config.rich_batch_size else max(sizes, default=0)
         return [min(size, samples)] * config.local_steps
 
+    @classmethod
+    def arrows(cls, config: MocoSFLConfig, round: int, *, before: int | None) -> tuple[Flow, ...]:
+        """The momentum copy goes down where it is shared."""
+        down, *others = super().arrows(config, round, before=before)
+        return (down if config.client_copy == "shared" else replace(down, fields=("client",)), *others)
+
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> ClientProgram:
-        """Each step: two views up, the gradient of the first down, one step; then the moving average follows."""
+        """Each step: two views up, the gradient of the first down, one step; the momentum copy follows."""
         if not down:
             return {}
         ctx.load(down)
+        own, schedule = ctx.config.client_copy == "own", _OwnSchedule(ctx)
+        if own:
+            ctx.restore("client_momentum")
         model, average, optimizer = ctx.part("client"), ctx.part("client_momentum"), ctx.optimizer("client")
         for one, two in ctx.views(ctx.steps):
             query = model(one)
+            if own:
+                follow(average, model, ctx.config.client_momentum)
             with torch.no_grad():
                 key = average(two)
             reply = yield ask("smashed", query=query, key=key)
-            if FROZEN not in down:
-                optimizer.update(query, crossed(reply, "grad"))
+            if FROZEN in down:
+                continue
+            schedule.step(optimizer)
+            optimizer.update(query, crossed(reply, "grad"))
+            if not own:
                 follow(average, model, ctx.config.client_momentum)
+        schedule.keep()
+        if own:
+            ctx.keep("client_momentum")
         return {} if FROZEN in down else ctx.dump("client")
+
+
+class _OwnSchedule:
+    """A client's learning rate where its own steps move it on: how many it has taken is kept with it."""
+
+    def __init__(self, ctx: ClientContext) -> None:
+        self._ctx, self._by_step = ctx, ctx.config.client_schedule == "step"
+        kept = ctx.state.get("steps") if self._by_step else None
+        self._taken = 0 if kept is None else int(kept["taken"])
+
+    def step(self, optimizer: PartOptimizer) -> None:
+        """Set the rate of the step that comes."""
+        if self._by_step:
+            self._ctx.schedule(optimizer, "client", at=self._taken)
+            self._taken += 1
+
+    def keep(self) -> None:
+        """Keep the number of steps for the client's next round."""
+        if self._by_step:
+            self._ctx.state.put("steps", {"taken": torch.tensor(self._taken)})

@@ -20,8 +20,9 @@ class MocoTogether(ComputesTogether):
 
     @classmethod
     def computes_together(cls, config: Any) -> bool:
-        """After every step clients have the same weights again."""
-        return config.together == "auto" and config.local_steps == 1
+        """After every step clients have the same weights again, and what follows these is the same for all."""
+        alike = config.client_copy == "shared" and config.client_schedule == "round"
+        return config.together == "auto" and config.local_steps == 1 and alike
 
     @staticmethod
     def together(cohort: Cohort, down: Payload) -> Generator[Asked, dict[int, Reply], Fields]:

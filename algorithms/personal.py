@@ -10,6 +10,7 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext
+from cutlayer.runtime.parties.optim import PartOptimizer
 
 BODY_AND_HEAD = Layout(client=("body", "head"), server=("body", "head"))
 
@@ -19,7 +20,12 @@ def train_parts(ctx: ClientContext, *trained: str, stream: str = "batches", epoc
     body, head = ctx.part("body"), ctx.part("head")
     for name, part in (("body", body), ("head", head)):
         part.requires_grad_(name in trained)
-    optimizer = ctx.optimizer(*trained)
+    take_steps(ctx, ctx.optimizer(*trained), stream, epochs)
+
+
+def take_steps(ctx: ClientContext, optimizer: PartOptimizer, stream: str, epochs: int | None) -> None:
+    """Local epochs by cross-entropy of the whole model, on what the optimizer holds."""
+    body, head = ctx.part("body"), ctx.part("head")
     for x, y in ctx.batches(stream, epochs):
         loss = cross_entropy(head(body(x)), y)
         optimizer.update(loss)
@@ -72,9 +78,16 @@ class FedRep(FedPer):
 
     @dataclass(frozen=True)
     class Config:
-        """body_epochs: passes over the client's data on the body, after the ``local_epochs`` on the head, >= 1."""
+        """The two phases of a client's round.
+
+        Attributes:
+            body_epochs: passes over the client's data on the body, after the ``local_epochs`` on the head, >= 1.
+            one_optimizer: the phases are steps of one optimizer, in which the part that is fixed has the rate 0 but
+                its momentum goes on; otherwise each phase begins with an optimizer of its own.
+        """
 
         body_epochs: int = 1
+        one_optimizer: bool = False
 
         def __post_init__(self) -> None:
             if self.body_epochs < 1:
@@ -85,8 +98,16 @@ class FedRep(FedPer):
         """The head, then the body; the upload is the body."""
         ctx.load(down)
         ctx.restore("head")
-        train_parts(ctx, "head")
-        train_parts(ctx, "body", stream="body batches", epochs=ctx.config.body_epochs)
+        phases = {"head": ("batches", None), "body": ("body batches", ctx.config.body_epochs)}
+        if ctx.config.one_optimizer:
+            optimizer = ctx.optimizer("body", "head")
+            rates = dict(zip(("body", "head"), optimizer.rates, strict=True))
+            for learning, (stream, epochs) in phases.items():
+                optimizer.set({"lr": rate if name == learning else 0.0} for name, rate in rates.items())
+                take_steps(ctx, optimizer, stream, epochs)
+        else:
+            for learning, (stream, epochs) in phases.items():
+                train_parts(ctx, learning, stream=stream, epochs=epochs)
         ctx.keep("head")
         return ctx.dump("body")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cutlayer.datasets.blur import MOST, blur
 from cutlayer.datasets.boxes import BOX_NUMBERS, RATIO, random_boxes
 from cutlayer.datasets.colour import greyscale, jitter_
 from cutlayer.datasets.config import Augment
@@ -21,8 +22,8 @@ from cutlayer.datasets.config import Augment
 PADDING = 4
 _AREA = (0.08, 1.0)
 
-# MoCo v2's: share of the area, and the chances and strengths of what is done to the colours.
-_MOCO_AREA = (0.2, 1.0)
+# MoCo v2's: least share of the area, and the chances and strengths of what is done to the colours.
+_MOCO_AREA = 0.2
 _MOCO_JITTERED = 0.8
 _MOCO_GREY = 0.2
 _MOCO_STRENGTHS = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
@@ -120,16 +121,14 @@ def _draw_resized(extent: BatchShape, generator: torch.Generator) -> dict[str, T
     return {"box": torch.stack([top, left, box_height, box_width], 1)} | _draw_flip(extent, generator)
 
 
-def _draw_moco(extent: BatchShape, generator: torch.Generator) -> dict[str, Tensor]:
-    """Bare uniform numbers: drawing for a single sample is cheap, and `apply` reads those of a whole batch at once."""
-    return {"uniform": torch.rand(extent[0], BOX_NUMBERS + 8, generator=generator)}
+def moco_parameters(uniform: Tensor, height: int, width: int, least: float = _MOCO_AREA) -> dict[str, Tensor]:
+    """What MoCo v2 does to each image, from uniform numbers [n, 30], or [n, 32] where some are blurred.
 
-
-def moco_parameters(uniform: Tensor, height: int, width: int) -> dict[str, Tensor]:
-    """What MoCo v2 does to each image, from uniform numbers [n, 30].
+    Args:
+        least: share of the area that a box has at least.
 
     Returns:
-        box: float32 [n, 4] as `resized_crop` takes it: `random_boxes` of 20% to 100% of the area.
+        box: float32 [n, 4] as `resized_crop` takes it: `random_boxes` of `least` to 100% of the area.
         order, factors: int64 and float32 [n, 4] for `colour.jitter_`.
         mirrored, jittered, grey: bool [n].
     """
@@ -138,23 +137,36 @@ def moco_parameters(uniform: Tensor, height: int, width: int) -> dict[str, Tenso
     strengths = torch.tensor(_MOCO_STRENGTHS, device=u.device, dtype=u.dtype)
     centres = torch.tensor([1.0, 1.0, 1.0, 0.0], device=u.device, dtype=u.dtype)
     return {
-        "box": random_boxes(uniform, height, width, _MOCO_AREA),
+        "box": random_boxes(uniform, height, width, (least, 1.0)),
         "mirrored": rest[:, 0] < 0.5,
         "jittered": rest[:, 1] < _MOCO_JITTERED,
         "grey": rest[:, 2] < _MOCO_GREY,
         "order": _ORDERS.to(u.device)[(rest[:, 3] * len(_ORDERS)).long()],
-        "factors": (centres + strengths * (2 * rest[:, 4:] - 1)).float(),
+        "factors": (centres + strengths * (2 * rest[:, 4:8] - 1)).float(),
     }
 
 
-def _moco(x: Tensor, params: Params) -> Tensor:
-    p = moco_parameters(params["uniform"], x.shape[2], x.shape[3])
-    return _coloured(resized_crop(x, p["box"], p["mirrored"]), p)
+def blur_parameters(uniform: Tensor, chance: float) -> tuple[Tensor, Tensor]:
+    """By which deviation each image is blurred, float32 [n] of 0.1 to 2 pixels, and which are, from numbers [n, 32]."""
+    u = uniform[:, -2:].double()
+    return (0.1 + (MOST - 0.1) * u[:, 1]).float(), u[:, 0] < chance
 
 
-def _moco_but_crop(x: Tensor, params: Params) -> Tensor:
-    p = moco_parameters(params["uniform"], x.shape[2], x.shape[3])
-    return _coloured(flip(x, p["mirrored"]).float(), p)
+def _moco(area: float, blurred: float, whole: bool = False) -> "Augmentation":
+    """MoCo v2's views; of pictures that were cut when they were read (`whole`) all but the crop."""
+    numbers = BOX_NUMBERS + 8 + (2 if blurred else 0)
+
+    def draw(extent: BatchShape, generator: torch.Generator) -> Params:
+        """Bare uniform numbers: drawing for one sample is cheap, and `apply` reads those of a whole batch at once."""
+        return {"uniform": torch.rand(extent[0], numbers, generator=generator)}
+
+    def apply(x: Tensor, params: Params) -> Tensor:
+        p = moco_parameters(params["uniform"], x.shape[2], x.shape[3], area)
+        cut = flip(x, p["mirrored"]).float() if whole else resized_crop(x, p["box"], p["mirrored"])
+        coloured = _coloured(cut, p)
+        return blur(coloured, *blur_parameters(params["uniform"], blurred)) if blurred else coloured
+
+    return Augmentation(draw, apply, (area, 1.0) if whole else None)
 
 
 def _coloured(x: Tensor, p: Params) -> Tensor:
@@ -186,22 +198,21 @@ _AUGMENTATIONS: dict[str, Augmentation | None] = {
     "crop": Augmentation(_draw_crop, lambda x, p: crop(x, p["top"], p["left"])),
     "crop_flip": Augmentation(_draw_crop_flip, lambda x, p: crop(x, p["top"], p["left"], p["mirrored"])),
     "resized_crop_flip": Augmentation(_draw_resized, lambda x, p: resized_crop(x, p["box"], p["mirrored"])),
-    "moco": Augmentation(_draw_moco, _moco),
+    "moco": _moco(_MOCO_AREA, 0.0),
 }
 assert set(_AUGMENTATIONS) == set(get_args(Augment)), "the configuration lists exactly these"
 
 
 _OF_WHOLE: dict[str, Augmentation] = {
     "resized_crop_flip": Augmentation(_draw_whole, lambda x, p: flip(x, p["mirrored"]), _AREA),
-    "moco": Augmentation(_draw_moco, _moco_but_crop, _MOCO_AREA),
 }
 
 
-def augmentation(name: Augment) -> Augmentation | None:
-    """The augmentation `name`; None for "none"."""
-    return _AUGMENTATIONS[name]
+def augmentation(name: Augment, moco_area: float = _MOCO_AREA, moco_blur: float = 0.0) -> Augmentation | None:
+    """The augmentation `name`; None for "none". Least area and chance of a blur are those of `moco`."""
+    return _moco(moco_area, moco_blur) if name == "moco" else _AUGMENTATIONS[name]
 
 
-def of_whole_pictures(name: Augment) -> Augmentation | None:
+def of_whole_pictures(name: Augment, moco_area: float = _MOCO_AREA, moco_blur: float = 0.0) -> Augmentation | None:
     """The augmentation `name` with its crops cut out of whole pictures as they are read; None if it cuts no boxes."""
-    return _OF_WHOLE.get(name)
+    return _moco(moco_area, moco_blur, whole=True) if name == "moco" else _OF_WHOLE.get(name)

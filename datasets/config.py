@@ -18,6 +18,9 @@ def _dividing(key: str) -> dict[str, Use]:
     return scoped(read_if=lambda own, _: key in distributions.get(own.distribution).keys)
 
 
+_OF_MOCO = scoped(read_if=lambda own, _: own.augment == "moco")
+
+
 @dataclass(frozen=True)
 class DatasetConfig:
     """What to load, how to give it to clients, and how batches are made of it.
@@ -30,7 +33,7 @@ class DatasetConfig:
             ``own``: with transport=grpc only, every client trains on all the data on its machine.
         distribution_options: the distribution's own options, of those that have some.
         alpha: Dirichlet concentration of noniid_dirichlet, dirichlet and quantity_skew; small is far from iid.
-        classes_per_client: distinct classes that each client holds (shards).
+        classes_per_client: distinct classes that each client holds (shards), or shards that it draws (drawn_shards).
         major_share: share of a client's samples that is of its major class (class_major).
         min_samples: no client gets fewer; 0 allows clients without data.
         client_samples: samples of each client, where all have equally many; the rest is left out. None leaves none out.
@@ -39,6 +42,8 @@ class DatasetConfig:
         augment: what training batches go through: `crop` is a random crop of the image padded by 4 black pixels,
             `flip` a horizontal flip of every second image by chance, `resized_crop_flip` the ImageNet crop, `moco` the
             crop, flip, colour jitter and greyscale of MoCo v2, for images of 1 or 3 channels.
+        moco_area: least share of an image's area that the crop of `moco` has, above 0 and at most 1.
+        moco_blur: chance that `moco` blurs an image, by a deviation of 0.1 to 2 pixels.
         resize: height and width that images are scaled to after the augmentation, bilinear with antialiasing; None
             leaves them as they are.
         normalize: mean and deviation to normalise by: the dataset's own, ImageNet's, or none (values in 0..1).
@@ -67,6 +72,8 @@ class DatasetConfig:
     client_samples: int | None = field(default=None, metadata=_dividing("client_samples"))
     drop_unassigned: bool = field(default=False, metadata=_dividing("drop_unassigned"))
     augment: Augment = "none"
+    moco_area: float = field(default=0.2, metadata=_OF_MOCO)
+    moco_blur: float = field(default=0.0, metadata=_OF_MOCO)
     resize: int | None = None
     normalize: Normalize = "dataset"
     shuffle: bool = True
@@ -85,6 +92,10 @@ class DatasetConfig:
             raise ConfigError("classes_per_client", self.classes_per_client, "an integer >= 1")
         if not 0 <= self.major_share <= 1:
             raise ConfigError("major_share", self.major_share, "a number from 0 to 1")
+        if not 0 < self.moco_area <= 1:
+            raise ConfigError("moco_area", self.moco_area, "a number > 0 and <= 1")
+        if not 0 <= self.moco_blur <= 1:
+            raise ConfigError("moco_blur", self.moco_blur, "a number from 0 to 1")
         if self.min_samples < 0:
             raise ConfigError("min_samples", self.min_samples, "an integer >= 0")
         if self.client_samples is not None and self.client_samples < 1:

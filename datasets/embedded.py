@@ -1,16 +1,24 @@
 """Datasets that need no files: scikit-learn's digits, and images made from the seed."""
 
+import base64
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from cutlayer.datasets.registry import RawDataset, RawSplit, ReadContext, register
 from cutlayer.datasets.seeding import derived
 from cutlayer.runtime.ground.config import ConfigError
+
+# A bit for each of the digits: whether it is one to test on. So scikit-learn's `train_test_split(np.arange(1797),
+# test_size=0.2, random_state=0, stratify=labels)` draws them; importing it takes a second, and it may change.
+_TEST_DIGITS = (
+    "AAAEiDUkEEAABkEAk0IFABoACAEAJAAoBiwSABAAlAoAkBkSBCD4oAKBEKAACAqIIEQVJElCQKAKAAAAQATYAACBgCAASAXEABBA"
+    "CKAQAAVASAAwEAACDsQJAAIkhACDqAE8IKaYCgAAAAsIQAgEoBhIAgJAQcEAgARARoQ3aoECFgBEgABAQqCkGApQAIQLhWHGCBCA"
+    "CABMgMAgBAaOAAEIggCBADgIA8AIGQAAEA4BAIQQoCEAMygpBMBEwIBoDgECgwCCAIgipkAsJAQhCKhggJCBoAwCggJCEgE4pBUA"
+)
 
 
 @register("digits")
@@ -19,12 +27,27 @@ def digits(_: ReadContext) -> RawDataset:
 
     The split is fixed whatever the run's seed: 80% to train on, 20% to test, equal in each class.
     """
-    data: Any = load_digits()
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)[:, None]
-    labels = data.target.astype(np.int64)
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-    whole = RawSplit(torch.from_numpy(images), torch.from_numpy(labels))
-    return RawDataset(whole.subset(np.sort(train)), whole.subset(np.sort(test)), tuple("0123456789"))
+    rows = _digits()
+    images = np.round(rows[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    whole = RawSplit(torch.from_numpy(images), torch.from_numpy(rows[:, -1].astype(np.int64)))
+    is_test = np.unpackbits(np.frombuffer(base64.b64decode(_TEST_DIGITS), np.uint8), count=len(rows)).astype(bool)
+    return RawDataset(
+        whole.subset(np.flatnonzero(~is_test)), whole.subset(np.flatnonzero(is_test)), tuple("0123456789")
+    )
+
+
+def _digits() -> np.ndarray:
+    """Grey levels 0..16 of 64 pixels and the label [1797, 65], from scikit-learn's file where it is as we know it."""
+    package = find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if file.is_file():
+        return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    data, labels = load_digits(return_X_y=True)
+    return np.column_stack([data, labels])
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def load(
     normalizer = Normalizer(mean, std, device, dtype)
 
     def source(split: RawSplit, augmented: bool) -> Source:
-        chosen = whole or augmentation(config.augment) if augmented else None
+        chosen = whole or augmentation(config.augment, config.moco_area, config.moco_blur) if augmented else None
         area = None if chosen is None else chosen.area
         if resident and area is None:
             store = ResidentStore(_decoded(split.images, config.workers), device)
@@ -100,7 +100,7 @@ def _whole(images: Tensor | EncodedImages, config: DatasetConfig) -> Augmentatio
     """What augments training images by crops of whole pictures, where what is stored would be only their centres."""
     if not isinstance(images, EncodedImages) or not images.is_cut:
         return None
-    found = of_whole_pictures(config.augment)
+    found = of_whole_pictures(config.augment, config.moco_area, config.moco_blur)
     if found is not None and config.storage == "device":
         expected = f"auto or stream with dataset.augment={config.augment}, which cuts boxes out of whole pictures"
         raise ConfigError("dataset.storage", "device", expected)

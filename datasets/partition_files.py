@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,7 +18,7 @@ from cutlayer.runtime.ground.text import csv_text, one_line
 PICTURE_COLUMNS = 400
 _NAMED_CLASSES = 40
 _WRITTEN_CELLS = 250
-_CELLS = 1 << 22  # of the table that are made at a time
+_CELLS = 1 << 20  # of the table that are made at a time
 
 
 def save_partition(
@@ -34,7 +33,7 @@ def save_partition(
             last = min(first + step, len(parts))
             sizes = parts.sizes[first:last, None]
             counts = np.hstack([np.arange(first, last)[:, None], sizes, parts.table(labels, classes, first, last)])
-            pd.DataFrame(counts).to_csv(file, header=False, index=False, lineterminator="\n")
+            file.writelines(",".join(map(str, row)) + "\n" for row in counts.tolist())
     with written_whole(folder / "partition.png") as path:
         draw(path, parts, labels, class_names)
 

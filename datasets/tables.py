@@ -1,11 +1,15 @@
 """Tables of text beside images: with commas, tabs or semicolons."""
 
-import io
+from __future__ import annotations
 
-import pandas as pd
+import io
+from typing import TYPE_CHECKING
 
 from cutlayer.datasets.trees import Tree
 from cutlayer.runtime.ground.config import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TABLE_SUFFIXES = (".csv", ".tab", ".tsv", ".txt")
 
@@ -16,6 +20,8 @@ def read_table(tree: Tree, file: str, key: str) -> pd.DataFrame:
     Raises:
         ConfigError: for `key`; it is no table.
     """
+    import pandas as pd  # late: few data sets have a table, and it takes a while to load
+
     content = tree.read(file)
     head = content.split(b"\n", 1)[0]
     separator = max("\t;,", key=lambda mark: head.count(mark.encode()))

@@ -1,7 +1,8 @@
-"""What a configuration changes in the model that a builder gives: the client's normalisation, a bottleneck."""
+"""What a configuration changes in the model that a builder gives: its normalisation, a bottleneck, first weights."""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -22,19 +23,24 @@ _GROUPS = (32, 16, 8, 4, 2)
 
 
 class StandardisedConv2d(nn.Conv2d):
-    """A convolution by its weights standardised for each output channel (Qiao et al. 2019), of mean 0 and variance 1.
+    """A convolution by its weights standardised for each output channel (Qiao et al. 2019), of mean 0 and deviation 1.
 
-    The variance is the biased one, with 1e-5 added. Parameters are those of the convolution.
+    The deviation is the unbiased one, with 1e-5 added, as in its authors' code. Parameters are the convolution's.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        return self._conv_forward(input, (self.weight - mean) * (variance + _EPS).rsqrt(), self.bias)
+        deviation, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+        return self._conv_forward(input, (self.weight - mean) / (deviation + _EPS), self.bias)
 
 
 def norm_groups(channels: int) -> int:
     """Groups of a GroupNorm: the largest of 32, 16, 8, 4, 2, 1 with equal groups of at least two channels each."""
     return next((count for count in _GROUPS if channels % count == 0 and channels >= 2 * count), 1)
+
+
+def _groups(channels: int, size: int | None) -> int:
+    """Groups of a GroupNorm: of `size` channels, or the largest number that divides both; by default as above."""
+    return norm_groups(channels) if size is None else channels // math.gcd(channels, size)
 
 
 def unadapted(config: ModelConfig, info: DatasetInfo) -> nn.Module:
@@ -43,17 +49,37 @@ def unadapted(config: ModelConfig, info: DatasetInfo) -> nn.Module:
 
 
 def fresh(config: ModelConfig, info: DatasetInfo) -> nn.Module:
-    """The model with what `config.client_norm` and `config.bottleneck` change in it, with fresh weights.
+    """The model with what `config` changes in it: its norms, a bottleneck, where its fresh weights come from.
 
-    Both are of the model, not of a method: they hold where it is cut, or would be. What is in the model otherwise has
-    the weights that it has without them.
+    These are of the model, not of a method: they hold where it is cut, or would be. What is in the model otherwise has
+    the weights that it has without norms by groups and without a bottleneck.
 
     Raises:
         ConfigError: they cannot be had at this cut.
     """
     model = unadapted(config, info)
-    if not config.is_adapted:
-        return model
+    if config.is_adapted:
+        _adapt(model, config, info)
+    return xavier(model) if config.initialisation == "xavier" else model
+
+
+def xavier(model: nn.Module) -> nn.Module:
+    """Give linear layers and convolutions Xavier's uniform weights (Glorot & Bengio 2010) and zero biases, in place.
+
+    Standardised convolutions get torch's own weights: their scale decides nothing but how fast they change.
+    """
+    for module in model.modules():
+        if isinstance(module, StandardisedConv2d):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
+
+
+def _adapt(model: nn.Module, config: ModelConfig, info: DatasetInfo) -> None:
+    """Put groups in the place of other norms, and a bottleneck behind the cut, where `config` asks for them."""
     cut, outputs = config.client_end, list[Any]()
     check_cuts(model, cut)
     handle = model.get_submodule(cut).register_forward_hook(lambda _module, _args, output: outputs.append(output))
@@ -65,25 +91,31 @@ def fresh(config: ModelConfig, info: DatasetInfo) -> nn.Module:
         handle.remove()
     if len(outputs) != 1:
         raise ConfigError("model.cut", cut, f"a module that runs once in a forward pass, not {len(outputs)} times")
-    if config.client_norm == "group":
-        end = calls.index(cut) + 1
-        _use_groups(model, {*calls[:end]} - {*calls[end:]})
+    end = calls.index(cut) + 1
+    client = {*calls[:end]} - {*calls[end:]}
+    for part, norm, paths in (
+        ("client", config.client_norm, client),
+        ("server", config.server_norm, {*calls} - client),
+    ):
+        if norm == "group":
+            _use_groups(model, part, paths, config.group_channels)
     if config.bottleneck is not None:
         _put_bottleneck(model, cut, config.bottleneck, info, outputs[0])
-    return model
 
 
-def _use_groups(model: nn.Module, client: set[str]) -> None:
-    """GroupNorm and standardised convolutions among the modules `client`, if there is a BatchNorm among them."""
+def _use_groups(model: nn.Module, part: str, paths: set[str], size: int | None) -> None:
+    """GroupNorm and standardised convolutions among a part's modules `paths`, if there is a BatchNorm among them."""
     everyone = dict(model.named_modules(remove_duplicate=False))
-    inside = [everyone[path] for path in client]
+    inside = [everyone[path] for path in paths]
     norms = [module for module in inside if isinstance(module, nn.BatchNorm2d)]
     other = next((type(norm).__name__ for norm in norms if type(norm) is not nn.BatchNorm2d), None)
     if other is not None:
-        raise ConfigError("model.client_norm", "group", f"own, as the client part has a {other}: not plain BatchNorm2d")
+        raise ConfigError(
+            f"model.{part}_norm", "group", f"own, as the {part} part has a {other}: not plain BatchNorm2d"
+        )
     if not norms:
         return
-    twins = {id(norm): _group_norm(norm) for norm in norms}
+    twins = {id(norm): _group_norm(norm, size) for norm in norms}
     for path, module in everyone.items():
         if id(module) in twins:
             parent, _, name = path.rpartition(".")
@@ -94,10 +126,10 @@ def _use_groups(model: nn.Module, client: set[str]) -> None:
             module.__class__ = StandardisedConv2d
 
 
-def _group_norm(norm: nn.BatchNorm2d) -> nn.GroupNorm:
+def _group_norm(norm: nn.BatchNorm2d, size: int | None) -> nn.GroupNorm:
     """A GroupNorm that starts with the scale and shift of a BatchNorm."""
     like = {} if norm.weight is None else {"device": norm.weight.device, "dtype": norm.weight.dtype}
-    twin = nn.GroupNorm(norm_groups(norm.num_features), norm.num_features, norm.eps, norm.affine, **like)
+    twin = nn.GroupNorm(_groups(norm.num_features, size), norm.num_features, norm.eps, norm.affine, **like)
     twin.load_state_dict(dict(norm.named_parameters()))
     return twin.train(norm.training)
 

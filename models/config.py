@@ -66,7 +66,12 @@ class Bottleneck(NamedTuple):
 
 def _is_cut(own: Any, method: Any) -> bool:
     """Whether a method cuts the model, or the model is another up to the cut."""
-    return method.layout.cut or own.client_norm != "own" or own.bottleneck is not None
+    adapted = own.client_norm != "own" or own.server_norm != "own" or own.bottleneck is not None
+    return method.layout.cut or adapted
+
+
+def _has_groups(own: Any, _: Any) -> bool:
+    return "group" in (own.client_norm, own.server_norm)
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,10 @@ class ModelConfig:
     """Which model, where it is cut and what it starts from.
 
     `cut` None is the model's own default cut, a pair cuts it in three: client part, server part and tail. `init` is a
-    safetensors file, or a run's folder with a model.safetensors in it, and None means fresh weights; `client_norm` is
-    how the client part normalises, and `bottleneck` narrows what crosses (see `models/adapting.py`); `parts` are the
+    safetensors file, or a run's folder with a model.safetensors in it, and None means fresh weights; `initialisation`
+    is where these come from; `client_norm` and `server_norm` are how the model normalises up to the cut and behind it,
+    `group_channels` the channels of a group where it does so by groups, None for a number of groups that the channels
+    decide, and `bottleneck` narrows what crosses (see `models/adapting.py`); `parts` are the
     sections of registered parts, by name, of which those as by default are left out; `options` are the model's own
     (see its builder), checked when this is made, or when a model from a source is built.
     """
@@ -83,7 +90,10 @@ class ModelConfig:
     name: str
     cut: str | tuple[str, ...] | None = field(default=None, metadata=scoped(read_if=_is_cut))
     init: Path | None = None
+    initialisation: Literal["own", "xavier"] = "own"
     client_norm: Literal["own", "group"] = "own"
+    server_norm: Literal["own", "group"] = "own"
+    group_channels: int | None = field(default=None, metadata=scoped(read_if=_has_groups))
     bottleneck: str | None = None
     parts: Mapping[str, PartConfig] = field(default_factory=dict[str, PartConfig], metadata={"sections": True})
     options: dict[str, Any] = field(default_factory=dict)
@@ -94,6 +104,8 @@ class ModelConfig:
         if isinstance(self.cut, tuple) and len(self.cut) != 2:
             raise ConfigError("cut", self.cut, "null, one child of the model, or two as [first,second]")
         _ = self.budget  # it is checked by being read
+        if self.group_channels is not None and self.group_channels < 1:
+            raise ConfigError("group_channels", self.group_channels, "null, or an integer >= 1")
         if self.bottleneck is not None:
             Bottleneck.read(self.bottleneck)
             if isinstance(self.cut, tuple):
@@ -134,7 +146,7 @@ class ModelConfig:
     @property
     def is_adapted(self) -> bool:
         """Whether the model is another than its builder gives."""
-        return self.client_norm != "own" or self.bottleneck is not None
+        return _has_groups(self, None) or self.bottleneck is not None
 
     @property
     def client_end(self) -> str:

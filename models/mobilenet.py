@@ -42,9 +42,10 @@ class SeparableBlock(nn.Sequential):
 @dataclass(frozen=True)
 class MobileNetOptions:
     """`width`: channels of the stem, to which all others are in proportion; 8, 16 and 24 are the paper's multipliers
-    0.25, 0.5 and 0.75."""
+    0.25, 0.5 and 0.75. `head_bias`: whether the classifier has a bias."""
 
     width: int = 32
+    head_bias: bool = True
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -72,5 +73,5 @@ def mobilenet_cifar(info: DatasetInfo, options: MobileNetOptions) -> nn.Sequenti
     for i, (multiple, stride) in enumerate(_BLOCKS, start=1):
         children.append((f"block{i}", SeparableBlock(channels, width * multiple, stride)))
         channels = width * multiple
-    children += [("avgpool", GlobalAvgPool()), ("fc", nn.Linear(channels, info.classes))]
+    children += [("avgpool", GlobalAvgPool()), ("fc", nn.Linear(channels, info.classes, bias=options.head_bias))]
     return nn.Sequential(OrderedDict(children))

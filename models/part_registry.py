@@ -28,7 +28,10 @@ MOMENTUM = "_momentum"
 """How the name of a copy ends that learns nothing by itself, such as a moving average of the part named before it."""
 SLOTS = ("optimizer", "scheduler")
 # Keys under `model` that are no parts.
-MODEL_KEYS = ("name", "cut", "init", "client_norm", "bottleneck", "options", "parts")
+MODEL_KEYS = (
+    *("name", "cut", "init", "initialisation", "client_norm", "server_norm", "group_channels", "bottleneck"),
+    *("options", "parts"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ _BYTES = 4 << 20
 # Of one evaluation: numbers of epochs, and bins of a histogram.
 _MOST, _LAST = 1000, 10**9
 _ACCURACIES = ("mean", "std", "worst_decile")
+# What else a way to fine-tune is told by, where it is not what it usually is; earlier versions had nothing else.
+_USUAL = {"start": "final", "objective": "cross_entropy"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class FineTuning:
     """One way to fine-tune, evaluated on the clients of one run.
 
     Attributes:
-        part: what of the model was fine-tuned, e.g. "full". lr: learning rate of fine-tuning.
+        part: what of the model was fine-tuned, e.g. "full", or "full, start=best". lr: learning rate of fine-tuning.
         round: after which round of training. clients: how many were evaluated.
         points: by number of epochs, rising.
     """
@@ -129,6 +131,10 @@ def _checked(summary: dict[str, Any]) -> FineTuning:
     columns = [_shares_of_one(summary, name, len(epochs)) for name in _ACCURACIES]
     edges, shares = _histogram(summary.get("histogram"), len(epochs))
     rows = zip(epochs, *columns, shares, strict=True)
+    others = [f"{key}={summary[key]}" for key, usual in _USUAL.items() if summary.get(key, usual) != usual]
+    if any(len(each) > 40 for each in others):
+        raise ValueError("start or objective is no word")
+    part = ", ".join([part, *others])
     points = {count: Point(count, mean, std, worst, edges, each) for count, mean, std, worst, each in sorted(rows)}
     return FineTuning(part, float(lr), round_, clients, points)
 

@@ -16,7 +16,7 @@ from cutlayer.runtime.after.personalize import Personalized, own_tests, personal
 from cutlayer.runtime.after.probe import Probed, feature_parts, probe
 from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.files import MODEL_FILE, make_folder
+from cutlayer.runtime.ground.files import BEST_MODEL_FILE, MODEL_FILE, make_folder
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.serial import save_tensors
 from cutlayer.runtime.messages.ledger import Traffic
@@ -103,6 +103,8 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     model = federation.full_model()
     if model is not None:
         save_tensors(folder.path / MODEL_FILE, model, {"format": "pt"})
+    if federation.best is not None:
+        save_tensors(folder.path / BEST_MODEL_FILE, federation.best.whole(), {"format": "pt"})
     summary = results.finish()
     picture = first_picture(folder.path, results.results(), config.title, config.algorithm_name)
     files = RunFiles(folder.path, picture)
@@ -115,7 +117,7 @@ def _check_after(federation: Federation) -> None:
     """Raise ConfigError for what cannot be measured of this model: a mistake before training, not after."""
     config = federation.setup.config
     if config.personalize.part is not None:
-        tunable(federation.setup, config.personalize.part)
+        tunable(federation.setup, config.personalize)
         own_tests(federation)
     if config.probe.after:
         feature_parts(federation)

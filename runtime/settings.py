@@ -46,6 +46,7 @@ class RunConfig:
         evaluations: what the rounds' tests measure beside accuracy and loss: names of `cutlayer.evaluations`.
         logger: trackers in addition to the run's own files.
         num_clients: clients in the population. frac: share of them in each round's cohort, 0 < frac <= 1.
+        cohort_interval: rounds from one drawing of the cohort to the next.
         cohort_order: in which a round serves its clients: as drawn for this round, or by their numbers.
         rounds, local_epochs, batch_size: as in the papers. lr: learning rate, the default of the optimizer's.
         seed: the source of all randomness.
@@ -101,13 +102,14 @@ class RunConfig:
     client_id: int | None = field(default=None, metadata=scoped("machine"))
     data_changed: Changed = field(default="refuse", metadata=scoped("record", later=True))
     evaluations: tuple[str, ...] = ()
+    cohort_interval: int = field(default=1, metadata=scoped(read_if=lambda _, method: not method.pooled))
     cohort_order: Literal["drawn", "fixed"] = field(
         default="drawn", metadata=scoped(read_if=lambda _, method: not method.pooled)
     )
 
     def __post_init__(self) -> None:
         counts = "num_clients rounds local_epochs batch_size eval_interval eval_batch_size checkpoint_interval"
-        for key in (*counts.split(), "jobs_per_gpu"):
+        for key in (*counts.split(), "cohort_interval", "jobs_per_gpu"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "an integer >= 1")
         if not 0 < self.frac <= 1:

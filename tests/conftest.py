@@ -1,21 +1,28 @@
 """What all tests share: configurations from the real Hydra files, and few threads."""
 
+import gc
 import os
 from collections.abc import Callable
 from functools import cache
 
 import pytest
-import torch
 from hypothesis import settings
 
-from cutlayer.runtime.launching.hydra_support import load_config
-from cutlayer.runtime.rounds.federation import Federation
-from cutlayer.runtime.settings import RunConfig
+from cutlayer.runtime.ground.importing import quick_imports
+
+with quick_imports():
+    import torch
+
+    from cutlayer.runtime.launching.hydra_support import load_config
+    from cutlayer.runtime.rounds.federation import Federation
+    from cutlayer.runtime.settings import RunConfig
+    from tests.composing import quick_composition
 
 # How long an example takes says nothing on a shared machine.
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+forget = quick_composition()
 
 SMALL = (
     "num_clients=4",
@@ -36,6 +43,7 @@ WAITING = ("test_sweep.py", "test_hosts.py", "test_kill.py", "test_main.py", "te
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in WAITING)
+    gc.freeze()  # thousands of tests and all that they import stay to the end
 
 
 @pytest.fixture(scope="session")

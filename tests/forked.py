@@ -8,23 +8,29 @@ import itertools
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import cutlayer.runtime.experiment
-import cutlayer.runtime.job  # noqa: F401
 from cutlayer import main
+from cutlayer.runtime.ground.importing import quick_imports
 from tests.places import program
+
+with quick_imports():
+    import cutlayer.runtime.experiment
+    import cutlayer.runtime.job  # noqa: F401
 
 
 def run(arguments: Sequence[str], environment: dict[str, str], out: str, err: str) -> NoReturn:
     """`python main.py <arguments>`, with its output in two files."""
     for stream, path in ((0, os.devnull), (1, out), (2, err)):
         os.dup2(os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent does with it
     os.environ.update(environment)
     start = program("main")
     sys.argv, sys.orig_argv = [main.__file__, *arguments], [*start, *arguments]
@@ -43,20 +49,56 @@ def run(arguments: Sequence[str], environment: dict[str, str], out: str, err: st
 
 
 def serve() -> None:
-    """Read what to run, a line of JSON each, and answer each with the exit status."""
+    """Read lines of JSON: what to run, answered with the process's number, or one to wait for, with its status."""
     for line in sys.stdin:
+        task = json.loads(line)
+        if isinstance(task, int):
+            print(os.waitstatus_to_exitcode(os.waitpid(task, 0)[1]), flush=True)
+            continue
         child = os.fork()
         if child == 0:
-            run(**json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            run(**task)
+        print(child, flush=True)
 
 
-Call = Callable[..., subprocess.CompletedProcess[str]]
+@dataclass(frozen=True)
+class Started:
+    """A run that has been started, and where it prints."""
+
+    arguments: tuple[str, ...]
+    pid: int
+    out: Path
+    err: Path
+    _ask: Callable[[Any], int]
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """To be called once."""
+        status = self._ask(self.pid)
+        return subprocess.CompletedProcess([*self.arguments], status, self.out.read_text(), self.err.read_text())
+
+    def send(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+
+class Forks:
+    """Starts `main.py`, or runs it to its end when called."""
+
+    def __init__(self, ask: Callable[[Any], int], outputs: Path) -> None:
+        self._ask, self._outputs, self._numbers = ask, outputs, itertools.count()
+
+    def start(self, arguments: Sequence[str], **more: str) -> Started:
+        out, err = (self._outputs / f"{next(self._numbers)}" for _ in range(2))
+        pid = self._ask({"arguments": [*arguments], "environment": more, "out": str(out), "err": str(err)})
+        return Started((*arguments,), pid, out, err, self._ask)
+
+    def __call__(self, arguments: Sequence[str], **more: str) -> subprocess.CompletedProcess[str]:
+        return self.start(arguments, **more).wait()
 
 
 @contextlib.contextmanager
-def server(checkout: Path, outputs: Path, environment: Mapping[str, str]) -> Generator[Call]:
-    """Gives what runs `main.py` of a checkout: `call(arguments, **more variables)`; not for sweeps.
+def server(checkout: Path, outputs: Path, environment: Mapping[str, str]) -> Generator[Forks]:
+    """Gives what runs `main.py` of a checkout: `forks(arguments, **more variables)`; not for sweeps.
 
     Args:
         outputs: a folder for what the runs print.
@@ -66,17 +108,13 @@ def server(checkout: Path, outputs: Path, environment: Mapping[str, str]) -> Gen
     with subprocess.Popen(command, cwd=checkout, env={**environment}, **pipes) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        numbers = itertools.count()
 
-        def call(arguments: Sequence[str], **more: str) -> subprocess.CompletedProcess[str]:
-            out, err = (outputs / f"{next(numbers)}" for _ in range(2))
-            task = {"arguments": [*arguments], "environment": more, "out": str(out), "err": str(err)}
+        def ask(task: Any) -> int:
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()
-            status = int(process.stdout.readline())
-            return subprocess.CompletedProcess([*arguments], status, out.read_text(), err.read_text())
+            return int(process.stdout.readline())
 
-        yield call
+        yield Forks(ask, outputs)
         process.stdin.close()
 
 

@@ -18,7 +18,7 @@ from cutlayer.runtime.job import choose_folder
 from cutlayer.runtime.launching.hydra_errors import check_flags, explain
 from cutlayer.runtime.launching.hydra_support import load_config, preprocess
 from cutlayer.runtime.run_folder import RunFolder, is_owned, read_status
-from tests.forked import server
+from tests.forked import Forks, server
 from tests.places import ROOT, program
 
 SMALL = ["dataset=digits", "model=mlp", "progress=none"]
@@ -47,14 +47,21 @@ Forked = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
-    """What `call` does, but for sweeps, without the seconds that each new process loads the libraries."""
-    with server(ROOT, tmp_path_factory.mktemp("forked"), environment()) as in_fork:
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts `main.py`, but no sweeps, without the seconds that each new process loads the libraries."""
+    with server(ROOT, tmp_path_factory.mktemp("forked"), environment()) as made:
+        yield made
 
-        def run(save_dir: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-            return in_fork(command(save_dir, *arguments)[len(program("main")) :], **more)
 
-        yield run
+def given(save_dir: Path, *arguments: str) -> list[str]:
+    """What `command` gives to `main.py`."""
+    return command(save_dir, *arguments)[len(program("main")) :]
+
+
+@pytest.fixture
+def forked(forks: Forks) -> Forked:
+    """What `call` does."""
+    return lambda save_dir, *arguments, **more: forks(given(save_dir, *arguments), **more)
 
 
 def left_in(save_dir: Path) -> list[Path]:
@@ -134,11 +141,9 @@ def test_a_mistake_in_a_sweep_that_cannot_start_is_one_line_and_leaves_nothing(t
 # ---------------------------------------------------------------------- folders, in real processes
 
 
-def test_two_processes_of_the_same_instant_get_folders_of_their_own_and_finish(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(command(tmp_path), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) for _ in range(2)
-    ]
-    assert [process.wait() for process in processes] == [0, 0]
+def test_two_processes_of_the_same_instant_get_folders_of_their_own_and_finish(forks: Forks, tmp_path: Path) -> None:
+    runs = [forks.start(given(tmp_path)) for _ in range(2)]
+    assert [run.wait().returncode for run in runs] == [0, 0]
     folders = run_folders(tmp_path)
     assert len(folders) == 2
     assert [read_status(folder)["state"] for folder in folders] == ["finished"] * 2
@@ -151,29 +156,31 @@ def wait_for(found: Any, seconds: float = 120.0) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_run_is_continued_and_an_interrupted_one_says_so(tmp_path: Path) -> None:
-    endless = command(tmp_path, "rounds=100000", "eval_interval=1000", "checkpoint_interval=1")
-    with subprocess.Popen(endless, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) as process:
-        try:
-            wait_for(lambda: any(tmp_path.rglob("checkpoint/manifest.json")))
-        finally:
-            process.kill()
+def test_a_killed_run_is_continued_and_an_interrupted_one_says_so(forks: Forks, tmp_path: Path) -> None:
+    endless = given(tmp_path, "rounds=100000", "eval_interval=1000", "checkpoint_interval=1")
+    first = forks.start(endless)
+    try:
+        wait_for(lambda: any(tmp_path.rglob("checkpoint/manifest.json")))
+    finally:
+        first.send(signal.SIGKILL)
+    assert first.wait().returncode == -signal.SIGKILL
     (folder,) = run_folders(tmp_path)
     assert read_status(folder)["state"] == "running"
-    pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    # A parent that ignores the signal (a job in a shell's background) would hand that on.
-    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(endless, cwd=ROOT, env=environment(), **pipes) as process:
-        try:
-            wait_for(lambda: "resumed after round" in (folder / "run.log").read_text())
-            assert is_owned(folder)
-            process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 130
-    assert stderr.startswith("interrupted; the same command resumes from the last checkpoint")
-    assert stderr.count("\n") == 1
+    second = forks.start(endless)
+    try:
+        wait_for(lambda: "resumed after round" in (folder / "run.log").read_text())
+        assert is_owned(folder)
+        second.send(signal.SIGINT)
+        wait_for(lambda: second.err.read_text(), 60)
+        wait_for(lambda: not is_owned(folder), 60)
+    except BaseException:
+        second.send(signal.SIGKILL)
+        raise
+    finally:
+        ended = second.wait()
+    assert ended.returncode == 130
+    assert ended.stderr.startswith("interrupted; the same command resumes from the last checkpoint")
+    assert ended.stderr.count("\n") == 1
     assert run_folders(tmp_path) == [folder]
     assert read_status(folder)["state"] == "running"
 

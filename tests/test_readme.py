@@ -29,7 +29,7 @@ from cutlayer.runtime.launching.hydra_support import load_config, plain_values, 
 from cutlayer.runtime.records.loggers import LOGGERS
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
-from tests.forked import Call, server
+from tests.forked import Forks, server
 from tests.places import checkout, program
 
 ROOT = checkout()
@@ -213,7 +213,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def in_fork(extended: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]:
+def in_fork(extended: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """`main.py` of the copy, without the seconds that each new process loads the libraries; not for sweeps."""
     with server(extended, tmp_path_factory.mktemp("outputs"), environment()) as call:
         yield call
@@ -247,14 +247,14 @@ def test_every_section_of_the_guide_has_an_example_that_registers_itself(extende
 
 
 @pytest.mark.parametrize("words", GUIDED, ids=named)
-def test_every_command_of_the_guide_runs(extended: Path, in_fork: Call, words: list[str]) -> None:
+def test_every_command_of_the_guide_runs(extended: Path, in_fork: Forks, words: list[str]) -> None:
     program, *arguments = smaller(words)
     done = in_copy(extended, program, *arguments) if "-m" in arguments else in_fork(arguments)
     assert done.returncode == 0, done.stderr
     assert re.search(r"round 2/2|finished", done.stdout), done.stdout
 
 
-def test_what_the_examples_leave(extended: Path, in_fork: Call) -> None:
+def test_what_the_examples_leave(extended: Path, in_fork: Forks) -> None:
     setting = ("algorithm=sl_single_server", "logger=[csv,lines]", "evaluations=[f_score]", *SMALLER)
     done = in_fork([*setting, "save_dir=left"])
     assert done.returncode == 0, done.stderr
@@ -274,7 +274,7 @@ def test_what_the_examples_leave(extended: Path, in_fork: Call) -> None:
     assert next((extended / "drawn").rglob("best_round.svg"))
 
 
-def test_a_mistake_in_a_key_of_an_example_is_one_line(in_fork: Call) -> None:
+def test_a_mistake_in_a_key_of_an_example_is_one_line(in_fork: Forks) -> None:
     for wrong in ("algorithm=sl_noise algorithm.scale=-1", "dataset=halves dataset.options.side=1",
                   "dataset.distribution=geometric dataset.distribution_options.ratio=2"):  # fmt: skip
         done = in_fork(wrong.split())

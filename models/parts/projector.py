@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from cutlayer.models.adapting import xavier
 from cutlayer.models.features import feature_width, give_features
 from cutlayer.models.part_registry import WHOLE, Making, PartConfig, part
 from cutlayer.runtime.ground.config import ConfigError
@@ -44,4 +45,5 @@ def _of_features(model: nn.Module, info: DatasetInfo) -> None:
 def build_projector(making: Making) -> nn.Module:
     """A fresh projector; with one the model gives what its classifier takes."""
     own = making.config.part("projector", ProjectorConfig)
-    return Projector(feature_width(making.parts[WHOLE], making.info.shape), own.hidden, own.width)
+    projector = Projector(feature_width(making.parts[WHOLE], making.info.shape), own.hidden, own.width)
+    return xavier(projector) if making.config.initialisation == "xavier" else projector

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+from cutlayer.runtime.ground.importing import quick_imports
 from cutlayer.runtime.ground.text import print_errors
 
 Measure = Callable[[Path, Mapping[str, Any]], object]
@@ -44,10 +45,9 @@ def over_runs(
         changes = dict(_change(text, values) for text in given if not _is_run(text))
         if not folders:
             raise ConfigError("run", NO_VALUE, "name the folder of a run, or one above several, such as saves")
-        function = measure()
-        from cutlayer.runtime.after.saved import (
-            folders_with_results,  # late: a mistake in the keys need not wait for torch
-        )
+        with quick_imports():  # late: a mistake in the keys need not wait for torch
+            function = measure()
+            from cutlayer.runtime.after.saved import folders_with_results
 
         failed = 0
         for run in dict.fromkeys(run for folder in folders for run in folders_with_results(folder)):

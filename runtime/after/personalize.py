@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
+import cutlayer.algorithms as algorithms
+from cutlayer.algorithms.mixins import OwnLoss
 from cutlayer.datasets import Partition
 from cutlayer.evaluations import Score
 from cutlayer.models import body_and_head
@@ -39,6 +41,7 @@ from cutlayer.runtime.ground.text import csv_text
 from cutlayer.runtime.ground.units import format_percent
 from cutlayer.runtime.parties.blueprint import Parts
 from cutlayer.runtime.records.console import Section
+from cutlayer.runtime.rounds.best import lacking
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.session import Workplace
 from cutlayer.runtime.rounds.setup import Setup
@@ -61,7 +64,8 @@ class Personalized:
 
     Lists are parallel to ``epochs``. Accuracies are fractions; ``std`` is that over clients, ``worst_decile`` the mean
     of the lowest tenth. ``counts`` says how many clients lie in each of 20 equal bins of accuracy. ``skipped`` clients
-    have no test data of their own.
+    have no test data of their own. ``start`` and ``objective`` say of which round's weights fine-tuning began, and by
+    which loss.
     """
 
     part: str
@@ -75,6 +79,8 @@ class Personalized:
     worst_decile: list[float]
     loss: list[float]
     counts: list[list[int]]
+    start: str = "final"
+    objective: str = "cross_entropy"
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``summary.json``."""
@@ -85,6 +91,8 @@ class Personalized:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Personalized:
         """What ``to_json`` gave."""
+        late = {"start": "final", "objective": "cross_entropy"}  # earlier versions had no others
+        content = late | content
         values = {name: content[name] for name in cls.__dataclass_fields__ if name != "counts"}
         return cls(**values, counts=content["histogram"]["counts"])
 
@@ -127,6 +135,9 @@ def personalize(
         ConfigError: a client's loss is not finite.
     """
     assert config.part is not None
+    best = federation.best
+    if config.start == "best" and (best is None or not best.round):
+        raise lacking()
     tuner, folder = _Tuner(federation, config), personalized_folder(run, config)
     make_folder(run, folder)
     path = temporary_name(folder / CLIENTS)
@@ -140,7 +151,7 @@ def personalize(
             for epoch, score in zip(config.tested_after, tuner.scores(client), strict=True):
                 over.add(client, epoch, score)
                 file.write(csv_text([(client, len(score.correct), epoch, score.accuracy, score.loss)]))
-    found = over.found(config.part, federation.round, federation.setup.population)
+    found = over.found(federation.round if tuner.best is None else tuner.best.round, federation.setup.population)
     sync_file(path)
     path.replace(folder / CLIENTS)
     replace_file(folder / SUMMARY, json.dumps(found.to_json(), allow_nan=False) + "\n")
@@ -151,7 +162,7 @@ class _Over:
     """Scores over clients, by the number of epochs."""
 
     def __init__(self, config: PersonalizeConfig) -> None:
-        self._lr = config.lr
+        self._config = config
         self._accuracies: dict[int, list[float]] = {epoch: [] for epoch in config.tested_after}
         self._losses: dict[int, list[float]] = {epoch: [] for epoch in config.tested_after}
 
@@ -159,18 +170,20 @@ class _Over:
         """Take in a client's score after so many epochs."""
         if not math.isfinite(score.loss):
             found = f"a rate that converges: client {client}'s loss is {score.loss} after {epoch} epochs"
-            raise ConfigError("personalize.lr", self._lr, found)
+            raise ConfigError("personalize.lr", self._config.lr, found)
         self._accuracies[epoch].append(score.accuracy)
         self._losses[epoch].append(score.loss)
 
-    def found(self, part: str, round: int, population: int) -> Personalized:
+    def found(self, round: int, population: int) -> Personalized:
         """What comes of them."""
         accuracies, losses = [*self._accuracies.values()], [*self._losses.values()]
         over = [spread(values) for values in accuracies]
-        clients = len(accuracies[0])
+        clients, config = len(accuracies[0]), self._config
         return Personalized(
-            part=part,
-            lr=self._lr,
+            part=str(config.part),
+            lr=config.lr,
+            start=config.start,
+            objective=config.loss,
             epochs=[*self._accuracies],
             round=round,
             clients=clients,
@@ -183,12 +196,17 @@ class _Over:
         )
 
 
-def tunable(setup: Setup, part: str | None) -> tuple[Parts, nn.Module, nn.Module]:
+def tunable(setup: Setup, config: PersonalizeConfig) -> tuple[Parts, nn.Module, nn.Module]:
     """Fresh parts of a run's model, and its body and head made of them, see ``_halves``.
 
     Raises:
-        ConfigError: there is no classifier, or it is not known which the head is and ``part`` needs it.
+        ConfigError: there is no classifier, or it is not known which the head is and ``part`` needs it; or the method
+            has no loss of its own, which is asked for.
     """
+    part = config.part
+    if config.loss == "method" and not issubclass(setup.algorithm, OwnLoss):
+        with_one = [name for name in algorithms.names() if issubclass(algorithms.get(name), OwnLoss)]
+        raise ConfigError("personalize.loss", "method", f"cross_entropy, or algorithm={'|'.join(with_one)}")
     if setup.algorithm.evaluates_features:
         expected = "null after a method that learns features and no classifier; probe.after=true measures these"
         raise ConfigError("personalize.part", part, expected)
@@ -248,13 +266,20 @@ class _Tuner:
     def __init__(self, federation: Federation, config: PersonalizeConfig) -> None:
         self._federation, self._config = federation, config
         self.shares = own_tests(federation)
-        self._parts, self._body, self._head = tunable(federation.setup, config.part)
+        self._parts, self._body, self._head = tunable(federation.setup, config)
+        self.best = federation.best if config.start == "best" else None
+        method = federation.setup.algorithm
+        beside = method.beside if config.loss == "method" and issubclass(method, OwnLoss) else ()
+        self._beside = federation.setup.blueprint.parts(beside)
 
     def scores(self, client: int) -> Iterator[Score]:
         """The client's scores on its own test data after each number of epochs in the list."""
         federation, wanted = self._federation, self._config.tested_after
-        for name, state in federation.learnt.client_states(client).items():
+        learnt = federation.learnt.client_states(client) if self.best is None else self.best.states
+        for name, state in learnt.items():
             self._parts[name].load_state_dict(state)
+        for name, part in self._beside.items():
+            part.load_state_dict(federation.setup.blueprint.initial[name])
         own = self.shares.indices(client)
         setup = federation.setup
         work = Workplace(setup.blueprint, rng.derive(setup.config.seed, client=client, stream="personalize"))
@@ -269,8 +294,9 @@ class _Tuner:
         setup, config = self._federation.setup, self._config
         part = config.part
         assert part is not None
-        trained = {"body": [self._body], "head": [self._head], "full": [self._body, self._head]}[part]
-        for module in (self._body, self._head):
+        heads = [self._head, *self._beside.values()]
+        trained = {"body": [self._body], "head": heads, "full": [self._body, *heads]}[part]
+        for module in (self._body, *heads):
             module.requires_grad_(module in trained)
         generator = rng.torch_generator(setup.config.seed, client=client, stream="personalize batches")
         return fine_tune(
@@ -280,4 +306,12 @@ class _Tuner:
             setup.blueprint.fine_tuner(trained, config.lr),
             lambda: setup.epoch(client, generator),
             keep_statistics=not any(self._federation.evaluator.batch_statistics),
+            loss=self._loss() if config.loss == "method" else None,
         )
+
+    def _loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The method's own loss of a batch."""
+        setup = self._federation.setup
+        method, beside = setup.algorithm, list(self._beside.values())
+        assert issubclass(method, OwnLoss), "checked by `tunable`"
+        return lambda x, y: method.loss_of(self._body, self._head, beside, x, y, setup.config.algorithm)

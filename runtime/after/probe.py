@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,14 @@ from cutlayer.runtime.ground.units import format_percent
 from cutlayer.runtime.records.console import Section
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.setup import Setup
-from cutlayer.runtime.scoring.classifiers import ProbeConfig, balanced, drawn, knn_accuracy, linear_accuracy
+from cutlayer.runtime.scoring.classifiers import (
+    ProbeConfig,
+    balanced,
+    drawn,
+    knn_accuracy,
+    linear_accuracy,
+    two_layer_accuracy,
+)
 from cutlayer.runtime.scoring.features import features
 
 OUTPUT = "output"
@@ -45,6 +52,7 @@ class Probed:
         knn: accuracy of the weighted kNN, None where it was left out.
         linear: accuracy of the linear classifier by the share of the labels that it was trained with.
         labels: how many labels that were, by share.
+        two_layer: accuracy of the network of two layers by such a share below 1; none where it was left out.
     """
 
     features: str
@@ -58,6 +66,7 @@ class Probed:
     knn: float | None
     linear: dict[str, float]
     labels: dict[str, int]
+    two_layer: dict[str, float] = field(default_factory=dict[str, float])
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``summary.json``."""
@@ -66,13 +75,23 @@ class Probed:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Probed:
         """What ``to_json`` gave."""
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        return cls(
+            **{name: content[name] for name in cls.__dataclass_fields__ if name != "two_layer" or name in content}
+        )
 
     def section(self) -> Section:
         """Of the kNN and each linear classifier its accuracy, and how many labels it had."""
         rows = [
             (f"  linear, {100 * float(share):.4g}% of labels", format_percent(accuracy), f"{self.labels[share]} labels")
             for share, accuracy in self.linear.items()
+        ]
+        rows += [
+            (
+                f"  two layers, {100 * float(share):.4g}% of labels",
+                format_percent(found),
+                f"{self.labels[share]} labels",
+            )
+            for share, found in self.two_layer.items()
         ]
         if self.knn is not None:
             given = f"k {self.k}, temperature {self.temperature:g}, {self.train_samples} labels"
@@ -110,7 +129,7 @@ def probe(federation: Federation, config: ProbeConfig, run: Path, shown: StageSh
     if config.knn:
         shown("kNN")
         knn = knn_accuracy(*train, *test, classes, config.k, config.temperature)
-    linear, labels = _linear(config, train, test, classes, federation.setup.config.seed, shown)
+    linear, labels, deep = _classifiers(config, train, test, classes, federation.setup.config.seed, shown)
     (bank, _), (queries, _) = train, test
     probed = Probed(
         features=where if where == OUTPUT else f"input of {where}",
@@ -124,6 +143,7 @@ def probe(federation: Federation, config: ProbeConfig, run: Path, shown: StageSh
         knn=knn,
         linear=linear,
         labels=labels,
+        two_layer=deep,
     )
     folder = probed_folder(run, config)
     make_folder(run, folder)
@@ -155,25 +175,30 @@ def _features(
     return found, labels
 
 
-def _linear(
+def _classifiers(
     config: ProbeConfig,
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     classes: int,
     seed: int,
     shown: StageShown,
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Accuracies of linear classifiers by the share of the labels that they learn from, and how many labels that is."""
-    (bank, known), linear, labels = train, dict[str, float](), dict[str, int]()
+) -> tuple[dict[str, float], dict[str, int], dict[str, float]]:
+    """By the share of the labels that is learnt from: accuracies of linear classifiers, labels, those of two layers."""
+    (bank, known), linear, labels, deep = train, dict[str, float](), dict[str, int](), dict[str, float]()
     for share in config.labels:
-        shown(f"linear classifier, {100 * share:.4g}% of the labels")
         # A generator of its own for each share, so that a smaller one is part of a larger one.
         generator = rng.torch_generator(seed, stream="probe labels")
         chosen = balanced(known.cpu(), share, classes, generator).to(bank.device)
-        key = str(float(share))
-        linear[key] = linear_accuracy(bank[chosen], known[chosen], *test, classes, config.l2)
+        some, key = (bank[chosen], known[chosen], *test, classes), str(float(share))
+        shown(f"linear classifier, {100 * share:.4g}% of the labels")
+        linear[key] = linear_accuracy(*some, config.l2)
         labels[key] = len(chosen)
-    return linear, labels
+        if config.hidden is not None and share < 1:
+            shown(f"two layers, {100 * share:.4g}% of the labels")
+            deep[key] = two_layer_accuracy(
+                *some, hidden=config.hidden, seed=rng.derive(seed, stream="probe two layers")
+            )
+    return linear, labels, deep
 
 
 def feature_parts(federation: Federation) -> tuple[list[nn.Module], str]:

@@ -81,7 +81,7 @@ def list_cuts(config: RunConfig, dataset: Dataset | None = None) -> Iterator[Cut
         dataset = load(config.dataset, seed=config.seed, device=torch.device("cpu"), dtype=torch.float32)
     info = dataset.repeated(input_channels(config.model, dataset.info)).info
     setup: Setup | None = None
-    plain = replace(config.model, client_norm="own", bottleneck=None, init=None)
+    plain = replace(config.model, client_norm="own", server_norm="own", bottleneck=None, init=None)
     for name in candidates(build_model(plain, info), info.shape):
         chosen = replace(config, device="cpu", model=replace(config.model, cut=name))
         try:

@@ -6,7 +6,7 @@ import it when they receive their first job, before they compose.
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +133,11 @@ def _rounds_of(epochs: int, local_epochs: int) -> int:
     return max(1, round(int(epochs) / max(1, int(local_epochs))))
 
 
+def _by_method(method: str, values: Mapping[str, Any], otherwise: Any) -> Any:
+    """The value that is given for a method, for experiments whose methods differ in a key: `{mhmd:average}`."""
+    return values.get(method, otherwise)
+
+
 def register_resolvers() -> None:
     """Make the resolvers of `hydra_config/config.yaml` known to OmegaConf."""
     # Cached: the workers of a launcher take the folder over with the configuration that they are sent.
@@ -140,6 +145,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("parallel_jobs", _parallel_jobs, replace=True)
     OmegaConf.register_new_resolver("share", _share, replace=True)
     OmegaConf.register_new_resolver("rounds_of", _rounds_of, replace=True)
+    OmegaConf.register_new_resolver("by_method", _by_method, replace=True)
 
 
 register_resolvers()

@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import cutlayer
+from cutlayer.runtime.ground.importing import quick_imports
 from cutlayer.runtime.ground.streams import stand_without_streams
 from cutlayer.runtime.ground.text import error_text, print_errors
 from cutlayer.runtime.launching.hydra_errors import check_flags, explain
@@ -76,14 +77,16 @@ def start(composed: DictConfig) -> float | None:
     where = ""
     # Nothing but SystemExit leaves: Hydra would add lines of its own to an error.
     try:
-        config = run_config(composed)
+        with quick_imports():
+            config = run_config(composed)
         if config.role is not None:
             stamp_lines()
         if config.role == "client":
             _work(config, overrides)
             return None
-        from cutlayer.runtime.experiment import run  # late, so that --help and mistakes do not wait for it
-        from cutlayer.runtime.job import check_machine, claim
+        with quick_imports():
+            from cutlayer.runtime.experiment import run  # late, so that --help and mistakes do not wait for it
+            from cutlayer.runtime.job import check_machine, claim
 
         check_machine(config)
         with claim(config, overrides) as folder:
@@ -104,18 +107,20 @@ def start(composed: DictConfig) -> float | None:
 
 def _work(config: Any, overrides: list[str]) -> None:
     """Be a client of a run over the network."""
-    from cutlayer.runtime.job import check_machine  # late, as above
-
+    with quick_imports():
+        from cutlayer.runtime.job import check_machine  # late, as above
     check_machine(config)
-    from cutlayer.runtime.network.client.program import work
+    with quick_imports():
+        from cutlayer.runtime.network.client.program import work
 
     work(config, overrides)
 
 
 def _show(what: str, overrides: list[str]) -> None:
-    config = load_config(overrides)
-    from cutlayer.runtime.costs.cuts import show_cuts
-    from cutlayer.runtime.costs.metering import show_costs  # late, so that --help and mistakes do not wait for it
+    with quick_imports():
+        config = load_config(overrides)
+        from cutlayer.runtime.costs.cuts import show_cuts
+        from cutlayer.runtime.costs.metering import show_costs  # late, so that --help and mistakes do not wait for it
 
     (show_cuts if what == _CUTS else show_costs)(config)
 

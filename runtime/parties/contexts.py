@@ -62,15 +62,18 @@ class KeptOptimizers:
     """The optimizers of one client's parts, or of its copies at the server, as far as their state outlives the round.
 
     Args:
-        state: the client's rows, in which a part's is ``<part>.optimizer``.
+        state: the client's rows, in which a part's is ``<part>.optimizer``, with a label ``<part>.optimizer.<label>``.
     """
 
     def __init__(self, blueprint: Blueprint, state: ClientState) -> None:
         self._blueprint, self._state = blueprint, state
         self._latest: dict[str, torch.optim.Optimizer] = {}
 
-    def carry_on(self, names: Sequence[str], optimizer: PartOptimizer) -> PartOptimizer:
+    def carry_on(self, names: Sequence[str], optimizer: PartOptimizer, label: str = "") -> PartOptimizer:
         """Let a fresh optimizer over the parts go on where the last one over each of them, of any round, has ended.
+
+        Args:
+            label: of those that it goes on from, where a part has several.
 
         Raises:
             ConfigError: what was kept is the state of another optimizer, or of another part.
@@ -78,20 +81,21 @@ class KeptOptimizers:
         for number, name in enumerate(names):
             if not self._blueprint.keeps_optimizer[name]:
                 continue
-            before, own = self._latest.get(name), optimizer.of(number)
-            kept = self._state.get(f"{name}.optimizer") if before is None else optimizer_tensors(before)
+            row = f"{name}.optimizer.{label}" if label else f"{name}.optimizer"
+            before, own = self._latest.get(row), optimizer.of(number)
+            kept = self._state.get(row) if before is None else optimizer_tensors(before)
             try:
                 load_optimizer(own, kept or {})
             except ValueError as error:
                 expected = f"the one whose state was kept ({error})"
                 raise ConfigError(_key(name), type(own).__name__.lower(), expected) from error
-            self._latest[name] = own
+            self._latest[row] = own
         return optimizer
 
     def put(self) -> None:
         """Keep what the optimizers have now; it takes effect if the client ends its round."""
-        for name, optimizer in self._latest.items():
-            self._state.put(f"{name}.optimizer", optimizer_tensors(optimizer))
+        for row, optimizer in self._latest.items():
+            self._state.put(row, optimizer_tensors(optimizer))
 
 
 def _key(part: str) -> str:
@@ -184,13 +188,18 @@ class ClientContext:
         """Keep a part for this client's next round."""
         self.state.put(name, self.part(name).state_dict())
 
-    def optimizer(self, *names: str) -> PartOptimizer:
+    def optimizer(self, *names: str, label: str = "") -> PartOptimizer:
         """An optimizer over the parts, as configured for each, at this round's learning rate.
 
         Its state is fresh, or, of parts whose optimizer is kept, what this client's last one over the part has left.
+        A method that trains two copies of a part gives the optimizers of one of them a ``label``.
         """
         optimizer = self._blueprint.optimizer([(name, self.part(name)) for name in names], self.round)
-        return self._optimizers.carry_on(names, optimizer)
+        return self._optimizers.carry_on(names, optimizer, label)
+
+    def schedule(self, optimizer: PartOptimizer, *names: str, at: int) -> None:
+        """Set an optimizer over the parts to what their schedules say at another place than this round's number."""
+        self._blueprint.schedule(optimizer, names, at)
 
     def batches(self, stream: str = "batches", epochs: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The round's batches, ``local_epochs`` passes unless given: x [b, C, H, W] on the device, y int64 [b].

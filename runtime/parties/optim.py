@@ -216,6 +216,11 @@ class PartOptimizer:
             for group in optimizer.param_groups:
                 group.update(values)
 
+    @property
+    def rates(self) -> list[float]:
+        """The learning rate of each part, in order."""
+        return [float(optimizer.param_groups[0]["lr"]) for optimizer in self._optimizers]
+
     def state_dict(self) -> list[dict[str, Any]]:
         """The states of all parts, in order."""
         return [optimizer.state_dict() for optimizer in self._optimizers]

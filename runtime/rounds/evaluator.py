@@ -47,11 +47,21 @@ class Evaluator:
         validation = self._dataset.validation if self._own_only else None
         asked = "dataset.validation with dataset.local_test=only"
         self._local_validation = None if validation is None else self.shares(validation, asked)
-        self._whole = setup.algorithm.layout.whole
-        self.batch_statistics = self._batch_statistics(self._whole)
+        self.batch_statistics = self._batch_statistics(setup.algorithm.layout.whole)
+        self._whole = self._tested()
         self._test = self._monitor().score if setup.algorithm.evaluates_features else evaluate
         self._parts: dict[tuple[Path, Blueprint], list[nn.Module]] = {}
         self._seen: dict[Hashable, Score] = {}  # of this round's test
+
+    def _tested(self) -> Path:
+        """The parts whose output is tested: those of the model, and the projector where its output is asked for."""
+        setup = self._setup
+        whole, features = setup.algorithm.layout.whole, setup.config.monitor.features
+        if not setup.algorithm.evaluates_features or features == "backbone":
+            return whole
+        if features not in setup.algorithm.layout.server:
+            raise ConfigError("monitor.features", features, "backbone, as the server of this method has no projector")
+        return (*whole, features)
 
     def _monitor(self) -> KnnMonitor:
         config = self._setup.config

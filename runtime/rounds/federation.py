@@ -20,6 +20,7 @@ from cutlayer.runtime.parties.contexts import ServerContext
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.data_record import check_data
 from cutlayer.runtime.records.history import RoundRecord
+from cutlayer.runtime.rounds.best import best_weights, lacking
 from cutlayer.runtime.rounds.checkpoint import Checkpoint, FoundCheckpoint, Manifest
 from cutlayer.runtime.rounds.clients import MakeClients
 from cutlayer.runtime.rounds.evaluator import Evaluator
@@ -34,6 +35,7 @@ from cutlayer.runtime.settings import RunConfig
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FOLDER = "checkpoint"
+_BEST = "best weights"  # beside the server's own state in a checkpoint
 
 
 class Federation:
@@ -48,6 +50,7 @@ class Federation:
     Attributes:
         round: the number of rounds that are over.
         seconds: that were spent so far, in all and by party.
+        best: the weights with the best test so far; None where they are not kept (``personalize.start``).
 
     Raises:
         ConfigError: what cannot be built as configured.
@@ -76,6 +79,7 @@ class Federation:
         self.clients = clients(setup, self.stores["clients"])
         self.learnt = Learnt(setup, lambda: self.server.ctx.parts, self.stores["clients"])
         self.evaluator = Evaluator(setup, self.learnt)
+        self.best = best_weights(setup, self.learnt)
 
     # ------------------------------------------------------------------ rounds
 
@@ -114,6 +118,8 @@ class Federation:
         self.seconds["wall"] += time.perf_counter() - start
         lines = self.ledger.close_round(self.round)
         record = self._recorded(report, metrics, found)
+        if self.best is not None:
+            self.best.see(record)
         self.clients.on_recorded(record)
         return record, lines
 
@@ -205,7 +211,8 @@ class Federation:
             seconds=self.seconds,
             clients=self.clients.state_dict(),
         )
-        self._checkpoint.write(manifest, self.server.state_dict())
+        best = {} if self.best is None else {_BEST: self.best.state_dict()}
+        self._checkpoint.write(manifest, self.server.state_dict() | best)
         self.clients.on_checkpoint()
 
     def resume(
@@ -255,7 +262,12 @@ class Federation:
         # As new: a damaged checkpoint may have been restored in part.
         self.server = make_server(self.setup, self.stores["server"])
         self.round = manifest.round
+        best = server_state.pop(_BEST, None)
         self._restore_server(server_state, manifest.ledger)
+        if self.best is not None:
+            if best is None:
+                raise lacking()
+            self.best.load_state_dict(best)
         self.clients.load_state_dict(manifest.clients)
         self.seconds = dict(manifest.seconds)
 

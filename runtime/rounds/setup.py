@@ -113,7 +113,8 @@ class Setup:
         """
         able = np.arange(self.population) if self._apart else self._able.nonzero()[0]
         size = min(len(able), max(1, math.ceil(self.config.frac * self.population - 1e-9)))
-        generator = rng.numpy_generator(self.config.seed, round=round, stream="cohort")
+        begun = round - round % self.config.cohort_interval
+        generator = rng.numpy_generator(self.config.seed, round=begun, stream="cohort")
         drawn = [int(client) for client in able[generator.choice(len(able), size, replace=False)]]
         return sorted(drawn) if self.config.cohort_order == "fixed" else drawn
 

@@ -25,11 +25,16 @@ class PersonalizeConfig:
         part: what is fine-tuned: the body, the head (the classifier), or both (full); None leaves it out.
         epochs: passes over a client's data after which it is tested, 0 for before any; a single number n is [0, n].
         lr: learning rate, constant; the rest of the optimizer is the run's.
+        start: the model that it begins with: that of the last round, or of the round with the best test accuracy, whose
+            choice by test data makes what is found of it too high.
+        loss: what clients minimise: the model's cross-entropy, or the loss by which the method trained it.
     """
 
     part: TunedPart | None = None
     epochs: int | tuple[int, ...] = 5
     lr: float = 0.001
+    start: Literal["final", "best"] = "final"
+    loss: Literal["cross_entropy", "method"] = "cross_entropy"
 
     def __post_init__(self) -> None:
         given = (self.epochs,) if isinstance(self.epochs, int) else self.epochs
@@ -46,7 +51,8 @@ class PersonalizeConfig:
     @property
     def setting(self) -> str:
         """A name that distinguishes this setting from others, fit for a folder."""
-        return f"part={self.part},lr={self.lr:g},epochs={'-'.join(map(str, self.tested_after))}"
+        other = f",start={self.start}" * (self.start != "final") + f",loss={self.loss}" * (self.loss != "cross_entropy")
+        return f"part={self.part},lr={self.lr:g},epochs={'-'.join(map(str, self.tested_after))}{other}"
 
 
 def fine_tune(
@@ -57,6 +63,7 @@ def fine_tune(
     epoch: Callable[[], Batches],
     *,
     keep_statistics: bool,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[int]:
     """Train a part of the model by mean cross-entropy; yields the number of epochs done: 0, 1, 2, and so on for ever.
 
@@ -69,15 +76,20 @@ def fine_tune(
         epoch: gives the batches of one more epoch: x [b, C, H, W], y int64 [b].
         keep_statistics: whether a body that is not trained normalises by its running statistics; otherwise
             by the batch's own.
+        loss: of the batch, in the place of the cross-entropy.
     """
     trains_body, trains_head = part != "head", part != "body"
+
+    def cross_entropy(x: Tensor, y: Tensor) -> Tensor:
+        with torch.set_grad_enabled(trains_body):
+            z = body(x)
+        return F.cross_entropy(head(z), y)
+
     done = 0
     while True:
         yield done
         body.train(trains_body or not keep_statistics)
         head.train(trains_head)
         for x, y in epoch():
-            with torch.set_grad_enabled(trains_body):
-                z = body(x)
-            optimizer.update(F.cross_entropy(head(z), y))
+            optimizer.update(loss(x, y) if loss is not None else cross_entropy(x, y))
         done += 1

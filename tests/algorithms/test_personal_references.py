@@ -108,7 +108,7 @@ def test_ditto(configure) -> None:
             (model,) = bare.copy("model")
             anchor = [w.detach().clone() for w in model.parameters()]
             v = own.setdefault(client, copy.deepcopy(model))
-            for x, y in bare.batches(round, client, "personal batches"):
+            for x, y in bare.batches(round, client):
                 loss = cross_entropy(v(x), y)
                 personal[round].setdefault(client, []).append(float(loss.detach()))
                 pulls = [pull * (w.detach() - a) for w, a in zip(v.parameters(), anchor, strict=True)]

@@ -223,20 +223,59 @@ def test_methods_on_a_device_are_compared_with_the_processor(
     assert "OTHER BITS" in gpu.method("fed_avg", "cpu")
 
 
-def test_the_papers_setting_runs_on_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def images(tmp_path: Path) -> str:
+    """A folder of pictures of two classes."""
     for part, label, number in itertools.product(("train", "test"), ("bird", "cat"), range(10)):
         folder = tmp_path / "images" / part / label
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (255 * (label == "cat"), 0, number)).save(folder / f"{number}.png")
-    small = ["--set", "model=mlp", "rounds=3", "batch_size=2", "scheduler=none", "threads=1"]
-    where = ["--data", str(tmp_path / "images"), "--saves", str(tmp_path / "saves"), "--seconds", "60", "--every", "2"]
-    assert gpu.main(["paper", *where, "--algorithm", "fed_avg", *small]) == 0
+    return str(tmp_path / "images")
+
+
+TINY = ("--every", "2", "--set", "model=mlp", "rounds=3", "batch_size=2", "threads=1")
+
+
+def test_the_papers_setting_runs_on_a_folder_of_images(
+    tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["paper", "--data", images, "--saves", str(tmp_path / "saves"), "--algorithm", "fed_avg"]
+    assert gpu.main([*where, *TINY]) == 0
     shown = capsys.readouterr().out
     assert "fed_avg: 3 rounds" in shown
-    assert re.findall(r"round +(\d+) ", shown) == ["2", "3"]
+    assert re.findall(r"  round +(\d+) ", shown) == ["2", "3"]
     with next((tmp_path / "saves").rglob("communication.csv")).open() as file:
         sent = sum(int(row["payload_bytes"]) for row in csv.DictReader(file) if row["kind"] == "model")
-    assert gpu.curve(next((tmp_path / "saves").rglob("metrics.csv")))[-1][2] == pytest.approx(sent / 1e9)
+    assert gpu.curve(next((tmp_path / "saves").rglob("metrics.csv")))[-1][2] == sent
+    assert re.search(r"fed_avg .* 70\.0 GiB, r\. 84$", shown.strip())
+    assert gpu.main([*where, *TINY, "algorithm.nothing=1"]) == 1
+    assert "it failed: see" in capsys.readouterr().out
+
+
+def test_the_papers_runs_stop_when_their_time_is_over(
+    tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["paper", "--data", images, "--saves", str(tmp_path / "saves"), "--algorithm", "fed_avg", "sl"]
+    assert gpu.main([*where, "--together", "1", "--seconds", "0.5", *TINY, "rounds=1000000"]) == 1
+    shown = capsys.readouterr().out
+    assert "sl: 0 rounds in 0.5 s" in shown
+    assert "it failed" not in shown
+    assert [path.name for path in (tmp_path / "saves").glob("*.log")] == ["fed_avg.log"], "the second had no time"
+
+
+def test_images_that_are_not_there_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["paper", "--data", str(tmp_path / "none"), "--saves", str(tmp_path / "saves")]) == 1
+    assert "--data=" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_what_the_papers_methods_needed() -> None:
+    lines: list[str] = []
+    points = [(1, 0.5, 2**30), (2, 0.76, 2 * 2**30), (3, 0.74, 3 * 2**30), (9, 0.81, 9 * 2**30)]
+    gpu.needed({"cse_fsl": points, "fsl_sage": points[:2]}, lines.append)
+    row = "cse_fsl 2.00 GiB, r. 2 2.00 GiB, r. 2 9.00 GiB, r. 9 9.00 GiB, r. 9 9.00 GiB, r. 9 26.0 GiB, r. 91"
+    cse_fsl, fsl_sage = (" ".join(line.split()) for line in lines[1:])
+    assert cse_fsl == row
+    assert fsl_sage == "fsl_sage 2.00 GiB, r. 2 2.00 GiB, r. 2 - - - 12.2 GiB, r. 89"
 
 
 def test_checkpoints_of_rows_in_one_file_and_in_many(capsys: pytest.CaptureFixture[str]) -> None:

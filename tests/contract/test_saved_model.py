@@ -43,11 +43,15 @@ def test_it_loads_into_the_whole_model_with_the_recorded_accuracy(configure, tmp
 
 
 def test_a_split_resnet_loads_into_torchvisions(configure, tmp_path: Path) -> None:
-    config = configure("algorithm=sl_single_server", "model=resnet18", "rounds=1", "num_clients=1", "batch_size=1437")
+    few = [
+        f"dataset.options.{key}={size}" for key, size in {"n_train": 20, "n_test": 10, "height": 8, "width": 8}.items()
+    ]
+    setting = ("model=resnet18", "rounds=1", "num_clients=1", "batch_size=20", "dataset=synthetic", *few)
+    config = configure("algorithm=sl_single_server", *setting)
     with RunFolder.claim(tmp_path / "run") as folder:
         run(config, folder)
     state = load_file(tmp_path / "run" / MODEL_FILE)
-    assert state["conv1.weight"].shape[1] == 1, "the digits are grey"
+    assert state["conv1.weight"].shape[1] == 1, "the images are grey"
     network = torchvision.models.resnet18(num_classes=10)
     network.conv1 = torch.nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
     network.load_state_dict(state)

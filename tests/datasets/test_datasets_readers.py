@@ -16,6 +16,7 @@ import torch
 import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torchvision.transforms.v2 import functional as reference
 
 from cutlayer.datasets import Dataset, DatasetConfig, load, names
@@ -171,11 +172,11 @@ def test_digits_are_scikit_learn_s() -> None:
     data = loaded("digits", Path("unused"))
     assert data.info.shape == (1, 8, 8)
     assert (len(data.train), len(data.test)) == (1437, 360)
-    whole = np.concatenate([images_of(data), images_of(data, "test")])[:, 0]
-    expected = load_digits().images
-    assert sorted((np.round(whole / 255 * 16)).reshape(len(whole), -1).tolist()) == sorted(
-        expected.reshape(len(whole), -1).tolist()
-    )
+    expected = load_digits()
+    parts = train_test_split(np.arange(1797), test_size=0.2, random_state=0, stratify=expected.target)
+    for name, part in zip(("train", "test"), map(np.sort, parts), strict=True):
+        assert np.array_equal(np.round(images_of(data, name)[:, 0] / 255 * 16), expected.images[part])
+        assert np.array_equal(getattr(data, name).labels, expected.target[part])
     share = torch.bincount(data.test.labels) / torch.bincount(torch.cat([data.train.labels, data.test.labels]))
     assert share == pytest.approx(np.full(10, 0.2), abs=0.01)
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,12 +68,12 @@ def test_groups(channels: int, expected: int) -> None:
 
 @pytest.mark.parametrize("shape", [(4, 3, 3, 3), (5, 1, 3, 3), (4, 6, 1, 1)])
 def test_a_standardised_convolution(shape: tuple[int, int, int, int]) -> None:
-    """Mean 0 and variance 1 of each channel's weights by NumPy, and the derivative by finite differences."""
+    """Mean 0 and deviation 1 of each channel's weights by NumPy, and the derivative by finite differences."""
     out, channels, kernel, _ = shape
     layer = StandardisedConv2d(channels, out, kernel, stride=2, padding=1).double()
     layer.weight.data = torch.randn(shape, dtype=torch.float64) * 0.3 + 0.1
     raw = layer.weight.detach().numpy().reshape(out, -1)
-    weight = (raw - raw.mean(1, keepdims=True)) / np.sqrt(raw.var(1, keepdims=True) + 1e-5)
+    weight = (raw - raw.mean(1, keepdims=True)) / (raw.std(1, ddof=1, keepdims=True) + 1e-5)
     x = torch.randn(2, channels, 5, 7, dtype=torch.float64)
     expected = F.conv2d(x, torch.from_numpy(weight.reshape(shape)), layer.bias, 2, 1)
     torch.testing.assert_close(layer(x), expected)
@@ -86,12 +85,14 @@ def test_a_standardised_convolution(shape: tuple[int, int, int, int]) -> None:
 
 
 def test_the_standardisation_of_timm() -> None:
+    """By its biased variance, to which it adds 1e-5 below the root: each channel is the same but for a factor."""
     layers = pytest.importorskip("timm.layers", reason="the extra timm is not installed")
     other = layers.StdConv2d(3, 8, 3, padding=1, eps=1e-5)
     layer = StandardisedConv2d(3, 8, 3, padding=1, bias=False)
     layer.load_state_dict(other.state_dict())
-    x = torch.randn(2, 3, 8, 8)
-    torch.testing.assert_close(layer(x), other(x), rtol=1e-4, atol=1e-5)
+    x, weight = torch.randn(2, 3, 8, 8), layer.weight.detach().flatten(1)
+    factor = (weight.var(1, correction=0) + 1e-5).sqrt() / (weight.std(1) + 1e-5)
+    torch.testing.assert_close(layer(x), other(x) * factor.view(-1, 1, 1), rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------- the client part
@@ -152,6 +153,53 @@ class _Kinds(nn.Sequential):
 class _OwnNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu()
+
+
+@pytest.mark.parametrize("size", [None, 4, 3])
+def test_groups_of_a_size_in_either_part(size: int | None) -> None:
+    """ResNet-18 of MocoSFL: 4 channels in each group of every norm, and standardised convolutions all through."""
+    model = _built(
+        ModelConfig(
+            "resnet18",
+            cut="relu",
+            options={"stem": "small"},
+            client_norm="group",
+            server_norm="group",
+            group_channels=size,
+        )
+    )
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    assert [norm.num_channels for norm in norms] == [64] * 5 + [128] * 5 + [256] * 5 + [512] * 5
+    groups = {None: {64: 32, 128: 32, 256: 32, 512: 32}, 4: {64: 16, 128: 32, 256: 64, 512: 128}}
+    wanted = groups.get(size, {64: 64, 128: 128, 256: 256, 512: 512})  # 3 divides none of them
+    assert all(norm.num_groups == wanted[norm.num_channels] for norm in norms)
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert {type(module) for module in convolutions} == {StandardisedConv2d}
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    server = _kinds(
+        split(
+            _built(ModelConfig("resnet18", cut="relu", options={"stem": "small"}, server_norm="group")),
+            "relu",
+            (3, 32, 32),
+        )[0]
+    )
+    assert {*server.values()} >= {nn.BatchNorm2d, nn.Conv2d}, "the client part alone stays"
+
+
+def test_first_weights_of_xavier() -> None:
+    """Uniform up to sqrt(6 / (in + out)), biases zero; standardised convolutions have torch's own."""
+    chosen = ModelConfig(
+        "resnet18", cut="relu", options={"stem": "small"}, client_norm="group", initialisation="xavier"
+    )
+    model = _built(chosen)
+    first, second, last = model.conv1, model.layer1[0].conv1, model.fc
+    bounds = {first: (1 / 27) ** 0.5, second: (6 / (2 * 9 * 64)) ** 0.5, last: (6 / (512 + 10)) ** 0.5}
+    for layer, bound in bounds.items():
+        assert 0.97 * bound < layer.weight.abs().max().item() <= bound, layer
+    assert last.bias.abs().max().item() == 0
+    own = _built(ModelConfig("resnet18", cut="relu", options={"stem": "small"}, client_norm="group"))
+    assert not torch.equal(own.layer1[0].conv1.weight, second.weight)
+    assert _kinds(own) == _kinds(model)
 
 
 def test_layers_that_stay_and_that_are_refused() -> None:

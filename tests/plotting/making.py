@@ -119,7 +119,7 @@ def line(axes: Axes, label: str) -> Line2D:
 
 
 def drawn_texts(figure: Figure, monkeypatch: Any) -> list[tuple[str, Bbox]]:
-    """What a reader can read, with its place in pixels: every text that the renderer was given."""
+    """What a reader can read, with its place in pixels: every text that would be rendered."""
     found: list[tuple[str, Bbox]] = []
     draw: Callable[..., None] = Text.draw
 
@@ -129,11 +129,10 @@ def drawn_texts(figure: Figure, monkeypatch: Any) -> list[tuple[str, Bbox]]:
         draw(self, renderer)
 
     with monkeypatch.context() as patch:
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()  # which settles the layout
         patch.setattr(Text, "draw", record)
-        # The second drawing: the first one settles the layout.
-        canvas.draw()
+        figure.draw_without_rendering()
     return found
 
 

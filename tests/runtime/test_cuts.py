@@ -91,7 +91,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     ],
 )
 def test_a_cut_within_a_budget(configure: Configure, budget: str, cut: str | None) -> None:
-    given = ("algorithm=fsl_sage", "model=cnn2", f"model.cut=auto:{budget}")
+    given = ("algorithm=fsl_sage", "model=cnn2", "algorithm.align_epochs=2", f"model.cut=auto:{budget}")
     if cut is None:
         with pytest.raises(ConfigError, match="expected a budget that some cut keeps; the least is .*, after "):
             prepared(configure(*given))
@@ -99,7 +99,7 @@ def test_a_cut_within_a_budget(configure: Configure, budget: str, cut: str | Non
     config, dataset = prepared(configure(*given))
     chosen = Federation(config, dataset=dataset)
     assert chosen.setup.config.model.cut == cut
-    explicit = play(Federation(configure(*given[:2], f"model.cut={cut}")), 1)
+    explicit = play(Federation(configure(*given[:3], f"model.cut={cut}")), 1)
     assert same(weights(play(chosen, 1)), weights(explicit))
 
 

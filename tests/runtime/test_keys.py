@@ -28,6 +28,9 @@ RECORD = {"save_dir", "resume", "data_changed", "checkpoint_interval", "communic
 AFTER = ("personalize.", "probe.")
 # Where the next value of a key's type is none that it may have.
 OTHERS: dict[str, Any] = {
+    "algorithm.client_copy": "shared",
+    "algorithm.client_gradient": "own",
+    "algorithm.client_schedule": "step",
     "algorithm.distill": "none",
     "algorithm.local_path": "epoch",
     "algorithm.reduction": "sum",
@@ -63,11 +66,16 @@ OTHERS: dict[str, Any] = {
     "model.client_norm": "group",
     "model.cut": "relu2",
     "model.init": "weights.safetensors",
+    "model.initialisation": "xavier",
     "model.name": "simple_conv",
     "model.options": {"hidden": [32]},
     "model.personal.variants": [{}],
+    "model.server_norm": "group",
+    "monitor.features": "projector",
     "optimizer.name": "adamw",
     "personalize.part": "head",
+    "personalize.start": "best",
+    "personalize.loss": "method",
     "precision": "fp64",
     "probe.labels": [0.5],
     "probe.test_samples": 100,

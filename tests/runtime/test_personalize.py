@@ -78,7 +78,11 @@ def test_against_a_bare_loop(configure, tmp_path: Path) -> None:
 
 
 def test_a_list_of_epochs_in_one_pass_gives_what_each_alone_does(configure, tmp_path: Path) -> None:
-    federation = play(Federation(configure("algorithm=fed_babu", "model=cnn4", "aggregate.buffers=reset", *SETTING)))
+    federation = play(
+        Federation(
+            configure("algorithm=fed_babu", "model=cnn4", "model.options.width=4", "aggregate.buffers=reset", *SETTING)
+        )
+    )
     together = personalize(federation, PersonalizeConfig("full", (0, 1, 4), 0.05), tmp_path)
     for at, epochs in enumerate((0, 1, 4)):
         alone = personalize(federation, PersonalizeConfig("full", (epochs,), 0.05), tmp_path)

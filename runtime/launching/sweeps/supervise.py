@@ -108,7 +108,7 @@ def _end_with_launcher() -> None:
 
 def start_job(job: JobFolder, target: Callable[[str], None]) -> ForkServerProcess:
     """Start a process that calls `target` with the job's folder."""
-    process = server("cutlayer.runtime.launching.sweeps.job_process").Process(
+    process = server("cutlayer.runtime.launching.sweeps.loaded").Process(
         target=target, args=(str(job.path),), name=f"job {job.path.name}"
     )
     process.start()

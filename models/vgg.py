@@ -60,10 +60,10 @@ class VggOptions:
         found: list[Layer] = []
         blocks, pools = count(1), count(1)
         for each, after in pairwise([*[1] * self.stem, *self.body, 0]):
-            if each == _POOL:
+            if isinstance(each, str):
                 found.append(Layer(f"pool{next(pools)}", 0, pool=True))
             else:
-                wider = _POOL not in self.body and after != _POOL and after > each
+                wider = _POOL not in self.body and not isinstance(after, str) and after > each
                 found.append(Layer(f"block{next(blocks)}", self.width * each, pool=wider))
         return found
 

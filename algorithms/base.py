@@ -178,6 +178,9 @@ class Algorithm:
     name: ClassVar[str] = ""
     """What the registry calls it: ``algorithm=<name>``."""
 
+    revision: ClassVar[int] = 0
+    """Goes up by one when the same configuration comes to mean another run: one begun before is not continued then."""
+
     Config: ClassVar[type[Any]] = NoConfig
     """A frozen dataclass, the schema of the method's own keys ``algorithm.<key>``."""
 

@@ -56,6 +56,7 @@ class CSEFSL(Algorithm):
         def __post_init__(self) -> None:
             check_counts(self, "upload_interval")
 
+    revision = 1  # before, auxiliary models were narrower, not shorter
     layout = Layout(client=("client", "auxiliary"), server=("client", "auxiliary", "server"))
     shared = ("client", "auxiliary")
     traffic = (

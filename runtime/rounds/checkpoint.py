@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 MANIFEST, PREVIOUS = "manifest.json", "previous.json"
 FORMAT = 2
 _NAMES = re.compile(r"(server-\d+\.safetensors|(clients|server)-\d+\.rows)")
-_ANEW = "resume=never begins a new run"
+ANEW = "resume=never begins a new run"
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Manifest:
     server: the file of the server's state.
     before: the files of the checkpoint before this one.
     obsolete: files that neither of them needs.
+    revision: the algorithm's, see `Algorithm.revision`.
     """
 
     identity: str
@@ -60,6 +61,7 @@ class Manifest:
     server: Mark = field(default_factory=lambda: Mark("", 0, ""))
     before: tuple[str, ...] = ()
     obsolete: tuple[str, ...] = ()
+    revision: int = 0
 
     @property
     def marks(self) -> list[Mark]:
@@ -160,7 +162,7 @@ class Checkpoint:
             if fall_back and self._is_last:
                 self._remove(found.manifest.obsolete)  # a killed process may not have come to it
             return
-        advice = _ANEW if fall_back else "a run is measured as its last checkpoint has it"
+        advice = ANEW if fall_back else "a run is measured as its last checkpoint has it"
         raise ConfigError("resume", NO_VALUE, f"{'; '.join(dict.fromkeys(damage))}; {advice}")
 
     def _read(self, name: str, identities: Collection[str]) -> FoundCheckpoint:
@@ -186,7 +188,7 @@ class Checkpoint:
             version, body = content["format"], content["body"]
             if type(version) is int and version > FORMAT:
                 reason = f"a newer version of the platform wrote it (format {version}; this one reads up to {FORMAT})"
-                raise ConfigError("resume", NO_VALUE, f"{path}: {reason}; continue with that version, or {_ANEW}")
+                raise ConfigError("resume", NO_VALUE, f"{path}: {reason}; continue with that version, or {ANEW}")
             if version != FORMAT or content["sha256"] != _sum_of(body):
                 raise DamagedError.of(path, "has other content than was written")
             found = FoundCheckpoint(build(Manifest, body))

@@ -14,6 +14,7 @@ from torch import Tensor
 from cutlayer.algorithms.base import Server
 from cutlayer.datasets import Dataset
 from cutlayer.runtime.ground import rng
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 from cutlayer.runtime.ground.files import DamagedError
 from cutlayer.runtime.messages.ledger import Ledger, Traffic
 from cutlayer.runtime.parties.contexts import ServerContext
@@ -21,7 +22,7 @@ from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.data_record import check_data
 from cutlayer.runtime.records.history import RoundRecord
 from cutlayer.runtime.rounds.best import best_weights, lacking
-from cutlayer.runtime.rounds.checkpoint import Checkpoint, FoundCheckpoint, Manifest
+from cutlayer.runtime.rounds.checkpoint import ANEW, Checkpoint, FoundCheckpoint, Manifest
 from cutlayer.runtime.rounds.clients import MakeClients
 from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.learnt import Learnt
@@ -210,6 +211,7 @@ class Federation:
             results=results,
             seconds=self.seconds,
             clients=self.clients.state_dict(),
+            revision=self.setup.algorithm.revision,
         )
         best = {} if self.best is None else {_BEST: self.best.state_dict()}
         self._checkpoint.write(manifest, self.server.state_dict() | best)
@@ -226,7 +228,8 @@ class Federation:
             recorded: identities that the run was recorded with, beside that of this federation's configuration.
 
         Raises:
-            ConfigError: the checkpoint belongs to another configuration or other data, or is damaged.
+            ConfigError: the checkpoint belongs to another configuration, to other data or to an earlier way of
+                computing, or is damaged.
         """
         results: dict[str, Any] | None = None
         found = self._checkpoint is not None and self._checkpoint.exists()
@@ -241,6 +244,9 @@ class Federation:
 
         def restore_found(found: FoundCheckpoint, server_state: Any) -> None:
             nonlocal results
+            if restore is not None and found.manifest.revision != self.setup.algorithm.revision:
+                reason = f"{self._folder} was begun when {self.setup.algorithm.name} was computed in another way"
+                raise ConfigError("resume", NO_VALUE, f"{reason}; continue with that version, or {ANEW}")
             try:
                 self._restore(found, server_state)
                 if restore is not None:

@@ -17,7 +17,7 @@ def counts(labels: np.ndarray, clients: int, wanted: int, seed: int) -> np.ndarr
 
 @pytest.mark.parametrize(("classes", "clients", "wanted"), [(10, 20, 2), (20, 20, 10), (5, 10, 5)])
 def test_shards_are_dealt_like_cards(classes: int, clients: int, wanted: int) -> None:
-    """The number of a client's shards of one class is hypergeometric: `wanted` cards in a hand, equally many of a class."""
+    """The number of a client's shards of one class is hypergeometric: `wanted` cards in a hand."""
     of_each = clients * wanted // classes
     labels = np.repeat(np.arange(classes), of_each * 3)  # three samples in a shard
     hands = np.concatenate([counts(labels, clients, wanted, seed) for seed in range(60)])

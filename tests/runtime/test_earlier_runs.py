@@ -23,10 +23,21 @@ from tests.places import ROOT
 
 KILLED = ROOT / "tests" / "runtime" / "killed_run"
 COMMAND = (
-    *("algorithm=fsl_sage", "model=mlp", "model.options.hidden=[8,8]", "model.cut=relu1", "num_clients=2", "rounds=6"),
+    *(
+        "algorithm=scaffold",
+        "optimizer=sgd",
+        "lr=0.05",
+        "model=mlp",
+        "model.options.hidden=[8,8]",
+        "num_clients=2",
+        "rounds=6",
+    ),
     *("checkpoint_interval=2", "batch_size=200", "eval_interval=2", "device=cpu", "progress=none", "dataset.workers=2"),
-    *("algorithm.align_epochs=1", "algorithm.buffer_size=200"),
 )
+BEFORE_REVISION = ROOT / "tests" / "runtime" / "killed_before_revision"
+REVISED = (
+    *COMMAND, "algorithm=fsl_sage", "optimizer=adam", "lr=0.001", "model.cut=relu1", "algorithm.align_epochs=1", "algorithm.buffer_size=200",
+)  # fmt: skip
 # Of another machine, of what is kept, of what comes after training, and what the run does not read.
 ALIKE = ("threads=1", "dataset.workers=0", "checkpoint_interval=3", "probe.k=9", "dataset.alpha=5", "monitor.k=9")
 
@@ -37,7 +48,7 @@ def configured(tmp_path: Path, *overrides: str) -> RunConfig:
 
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
-    path = tmp_path / "saves" / "fsl_sage" / "mlp" / "digits-iid" / "lr=0.001,seed=0,as=then" / "2026-11-27_07-19-00"
+    path = tmp_path / "saves" / "scaffold" / "mlp" / "digits-iid" / "lr=0.05,seed=0,as=then" / "2026-11-27_07-19-00"
     return shutil.copytree(KILLED, path)
 
 
@@ -70,7 +81,7 @@ def test_its_checkpoint_is_read_again_and_again(tmp_path: Path, killed: Path) ->
     folder.release()
 
 
-@pytest.mark.parametrize("other", ["lr=0.01", "rounds=7", "device=auto", "algorithm.align_epochs=2", "model.cut=relu2"])
+@pytest.mark.parametrize("other", ["lr=0.01", "rounds=7", "device=auto", "batch_size=100", "model.options.hidden=[8]"])
 def test_another_run_does_not_take_it(tmp_path: Path, killed: Path, other: str) -> None:
     config = configured(tmp_path, other)
     assert choose_folder(config, []) != killed
@@ -78,8 +89,23 @@ def test_another_run_does_not_take_it(tmp_path: Path, killed: Path, other: str) 
         RunFolder.continue_at(killed, config.identity())
 
 
-@pytest.mark.parametrize("text", [None, "", "[", "algorithm: 3", "model: {name: [x]}\nalgorithm: {name: fsl_sage}"])
+def test_one_whose_method_has_been_revised_is_refused_in_one_line(tmp_path: Path) -> None:
+    """The auxiliary models of FSL-SAGE are others today, under the same configuration."""
+    place = tmp_path / "saves" / "fsl_sage" / "mlp" / "digits-iid" / "as=then" / "2026-11-27_07-19-00"
+    path = shutil.copytree(BEFORE_REVISION, place)
+    config = load_config([*REVISED, f"save_dir={tmp_path / 'saves'}"])
+    with claim(config, []) as folder:
+        assert (folder.path, folder.resumed) == (path, True)
+        with pytest.raises(ConfigError, match=r"was begun when fsl_sage was computed in another way; .*resume=never"):
+            run(config, folder)
+    anew = load_config([*REVISED, f"save_dir={tmp_path / 'saves'}", "resume=never", "rounds=1"])
+    with claim(anew, []) as folder:
+        assert not folder.resumed
+        run(anew, folder)
+
+
+@pytest.mark.parametrize("text", [None, "", "[", "algorithm: 3", "model: {name: [x]}\nalgorithm: {name: scaffold}"])
 def test_one_whose_configuration_cannot_be_read_is_left_alone(tmp_path: Path, killed: Path, text: str | None) -> None:
     (killed / "config.yaml").unlink() if text is None else (killed / "config.yaml").write_text(text)
     config = configured(tmp_path)
-    assert find_unfinished(tmp_path / "saves" / "fsl_sage" / "mlp" / "digits-iid", config.identity()) is None
+    assert find_unfinished(tmp_path / "saves" / "scaffold" / "mlp" / "digits-iid", config.identity()) is None

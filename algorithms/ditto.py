@@ -30,6 +30,7 @@ class Ditto(FedAvg):
             if not 0 <= self.pull < float("inf"):
                 raise ConfigError("pull", self.pull, "a finite number >= 0")
 
+    revision = 1  # before, the personal model saw its batches in another order
     personal = ("model",)
 
     @staticmethod

@@ -63,7 +63,7 @@ class VggOptions:
             if isinstance(each, str):
                 found.append(Layer(f"pool{next(pools)}", 0, pool=True))
             else:
-                wider = _POOL not in self.body and not isinstance(after, str) and after > each
+                wider = _POOL not in self.body and isinstance(after, int) and after > each
                 found.append(Layer(f"block{next(blocks)}", self.width * each, pool=wider))
         return found
 

@@ -37,7 +37,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # Imported by others for what hydra_config/ names: Hydra's launcher, torchvision's reader.
-BY_NAME = {"hydra-joblib-launcher": "hydra/launcher", "scipy": "svhn"}
+BY_NAME = {"hydra-joblib-launcher": "joblib", "scipy": "svhn"}
 
 
 def names(requirements: list[str]) -> set[str]:

@@ -92,6 +92,7 @@ def write_personalized(
     summary = {"part": part, "lr": lr, "epochs": list(by_epochs), "round": 3, "clients": values.shape[1], "skipped": 0}
     summary |= {"mean": values.mean(1).tolist(), "std": values.std(1).tolist(), "loss": [1.0] * len(values)}
     summary |= {"worst_decile": worst.mean(1).tolist(), "finished": True}
+    summary |= {"start": "final", "objective": "cross_entropy"}
     counts = [np.histogram(row, edges)[0].tolist() for row in values]
     summary |= {"histogram": {"edges": edges.tolist(), "counts": counts}} | other
     kept = {key: value for key, value in summary.items() if value is not None}

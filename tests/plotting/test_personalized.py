@@ -135,12 +135,23 @@ def test_evaluations_of_one_setting_are_one(tmp_path: Path) -> None:
     assert list(first.points) == [0, 1, 5, 9]
 
 
+def test_another_start_and_another_objective_are_other_ways_to_fine_tune(tmp_path: Path) -> None:
+    write_personalized(tmp_path, "full", 0.1, {0: [0.1]}, start=None, objective=None)  # of an earlier version
+    write_personalized(tmp_path, "full", 0.1, {0: [0.2], 1: [0.3]})
+    write_personalized(tmp_path, "full", 0.1, {0: [0.4], 2: [0.4]}, start="best", round=1)
+    write_personalized(tmp_path, "full", 0.1, {0: [0.5], 3: [0.5]}, start="best", objective="method")
+    found = {each.part: list(each.points) for each in read_personalized(tmp_path).found}
+    assert found == {"full": [0, 1], "full, start=best": [0, 2], "full, start=best, objective=method": [0, 3]}
+    folder = write_personalized(tmp_path / "odd", "full", 0.1, {0: [0.5]}, start="x" * 50)
+    assert read_personalized(tmp_path / "odd").damaged == {folder: "summary.json: start or objective is no word"}
+
+
 def test_the_files_are_those_that_are_agreed_upon(tmp_path: Path) -> None:
     """The maker of made-up runs writes what runs have: names of folder and keys."""
     folder = write_personalized(tmp_path, "full", 0.001, {0: [0.5], 1: [0.5], 5: [0.5]})
     assert folder == tmp_path / "personalized" / "part=full,lr=0.001,epochs=0-1-5"
     assert set(json.loads((folder / "summary.json").read_text())) == {
         *("part", "lr", "epochs", "round", "clients", "skipped", "mean", "std", "worst_decile", "loss"),
-        *("histogram", "finished"),
+        *("histogram", "finished", "start", "objective"),
     }
     assert (folder / "clients.csv").read_text().splitlines()[0] == "client,samples,epochs,accuracy,loss"

@@ -36,7 +36,8 @@ COMMAND = (
 )
 BEFORE_REVISION = ROOT / "tests" / "runtime" / "killed_before_revision"
 REVISED = (
-    *COMMAND, "algorithm=fsl_sage", "optimizer=adam", "lr=0.001", "model.cut=relu1", "algorithm.align_epochs=1", "algorithm.buffer_size=200",
+    *COMMAND, "algorithm=fsl_sage", "optimizer=adam", "lr=0.001",
+    "model.cut=relu1", "algorithm.align_epochs=1", "algorithm.buffer_size=200",
 )  # fmt: skip
 # Of another machine, of what is kept, of what comes after training, and what the run does not read.
 ALIKE = ("threads=1", "dataset.workers=0", "checkpoint_interval=3", "probe.k=9", "dataset.alpha=5", "monitor.k=9")

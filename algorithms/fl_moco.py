@@ -59,6 +59,7 @@ class FLMoco(Algorithm):
         client=("model", "model_momentum", "projector", "projector_momentum"), server=("model", "projector")
     )
     shared = _NAMES
+    revision = 1  # before, momentum copies and optimizers began anew in each round
     keeps_optimizer = _NAMES
     unread = ("dataset.shuffle",)
     evaluates_features = True

@@ -167,6 +167,7 @@ class FSMKD(KeepsByConfig, Algorithm):
     """
 
     Config = FSMKDConfig
+    revision = 1  # before, client parts and tails were averaged in the last of every ``aggregate_interval`` rounds
     layout = Layout(client=("client", "personal", "tail"), server=("client", "server", "tail"))
     shared = ("client", "tail")
     paths: ClassVar = {"personal": ("client", "personal", "tail")}

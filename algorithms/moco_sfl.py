@@ -186,6 +186,7 @@ class MocoSFL(OwnSteps, MocoTogether, Algorithm):
         server=("client", "client_momentum", "server", "server_momentum", "projector", "projector_momentum"),
     )
     shared = ("client",)
+    revision = 1  # before, momentum copies travelled, and a client's gradient was of its own mean
     keeps_optimizer = ("client",)
     schedule = "lockstep"
     evaluates_features = True

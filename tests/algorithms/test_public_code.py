@@ -108,7 +108,7 @@ def test_pfllibs_ditto(configure) -> None:
         for client in cohort:
             (model,) = bare.copy("model")
             v = own.setdefault(client, copy.deepcopy(model))
-            for x, y in bare.batches(round, client, "personal batches"):
+            for x, y in bare.batches(round, client):
                 gradients = slopes(cross_entropy(v(x), y), v)
                 with torch.no_grad():
                     for p, w, g in zip(v.parameters(), model.parameters(), gradients, strict=True):

@@ -74,6 +74,8 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert name == found or name.startswith(f"{found}_"), "a method, or one with values of its own"
     assert RunConfig.from_mapping(json.loads(json.dumps(config.to_mapping()))) == config
     options = {option: 2 for prefix, option in NARROW.items() if config.model.name.startswith(prefix)}
+    if config.model.options.get("classifier"):
+        options["classifier"] = [8]
     config = replace(config, model=replace(config.model, options={**config.model.options, **options}))
     if config.dataset.distribution.endswith("shards"):  # the two clients hold the ten classes of the noise
         config = replace(config, dataset=replace(config.dataset, classes_per_client=5))

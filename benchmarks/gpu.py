@@ -163,7 +163,7 @@ def first(points: Sequence[Point], accuracy: float) -> Point | None:
     return next((point for point in points if point[1] >= accuracy), None)
 
 
-def needed(curves: Mapping[str, Sequence[Point]], show: Callable[[str], None]) -> None:
+def show_levels(curves: Mapping[str, Sequence[Point]], show: Callable[[str], None]) -> None:
     """What each method needed for some accuracies, and what is published for the last of them."""
     show(f"{'needed for':<18}" + "".join(f"{level:>21.0%}" for level in LEVELS) + f"{'published for 81%':>24}")
     for name, points in curves.items():
@@ -195,7 +195,7 @@ def paper(options: argparse.Namespace, show: Callable[[str], None]) -> int:
         if ended.get(name):
             show(f"  it failed: see {saves / name}.log")
         curves[name] = found
-    needed(curves, show)
+    show_levels(curves, show)
     return int(any(ended.values()) or not curves[names[0]])
 
 

@@ -57,6 +57,12 @@ def test_every_group_is_covered() -> None:
     assert len(CHOICES) > 45
 
 
+# Experiments that set keys of their method.
+OWN = tuple(
+    f"experiment={name}" for name in ("mocosfl", "fsmkd", "small/contrastive", "small/moco_sfl", "small/fl_moco")
+)
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cutlayer.runtime.rounds.setup.load", tiny)
@@ -65,7 +71,7 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
         overrides.append("algorithm.align_epochs=1")
     elif choice == "transport=grpc":
         overrides.append("role=server")  # over a network it is tried in tests/network
-    elif not choice.startswith(("algorithm", "experiment=mocosfl", "experiment=fsmkd", "experiment=small/contrastive")):
+    elif not choice.startswith(("algorithm", *OWN)):
         overrides.append("algorithm=cse_fsl")
     config = load_config(overrides)
     group, _, name = choice.partition("=")

@@ -83,8 +83,8 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     ("budget", "cut"),
-    [  # see the table of docs/models.md: within 20,000 parameters the round after pool1 has the fewest bytes
-        ("client_params<=20000", "pool1"),
+    [  # of four clients: within 20,000 parameters the round after pool2 has the fewest bytes
+        ("client_params<=20000", "pool2"),
         ("client_params<=319.5", None),
         ("client_mflop<=0.1", "pool1"),
         ("round_mb<=0.2", None),

@@ -24,8 +24,14 @@ KINDS = {
     "adam": ("optimizer=adam", "optimizer.amsgrad=true"),
     "adafactor": ("optimizer.name=adafactor",),
 }
-# Of local_only and ressfl alone the parts' momenta go on by themselves.
-OWN_CHOICE = {"local_only": {"model"}, "centralized": {"model"}, "ressfl": {"client", "server", "attacker"}}
+# What goes on by itself.
+OWN_CHOICE = {
+    "local_only": {"model"},
+    "centralized": {"model"},
+    "ressfl": {"client", "server", "attacker"},
+    "moco_sfl": {"client"},
+    "fl_moco": {"model", "projector"},
+}
 
 
 def rows(federation: Federation, store: str) -> set[tuple[int, str]]:

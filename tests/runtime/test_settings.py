@@ -94,7 +94,7 @@ def test_the_papers_setting() -> None:
         "align_batch_size": 1000,
         "warm_start": False,
     }
-    assert values["optimizer"] == {"name": "adam", "lr": 1e-3, "weight_decay": 1e-4}
+    assert values["optimizer"] == {"name": "adam", "lr": 1e-3, "weight_decay": 1e-4, "keep": "run"}
     assert (values["model"]["name"], values["model"]["cut"], values["model"]["auxiliary"]["size"]) == (
         "resnet18",
         None,
@@ -199,7 +199,7 @@ def test_parts_inherit_and_refine_the_top_level_optimizer() -> None:
         "model": {"lr": 0.1, "momentum": 0.9},
         "client": {"lr": 0.01, "momentum": 0.9},
         "server": {"lr": 0.1},
-        "auxiliary": {"lr": 0.1},  # another optimizer: nothing but the learning rate is inherited
+        "auxiliary": {"lr": 0.1, "weight_decay": 0},  # another optimizer: nothing but the learning rate is inherited
         "body": {"lr": 0.1, "momentum": 0.9},
         "head": {"lr": 0.1, "momentum": 0.9},
         "tail": {"lr": 0.1, "momentum": 0.9},
@@ -268,7 +268,6 @@ def test_parts_inherit_and_refine_the_top_level_scheduler() -> None:
             r"optimizer\.momentm: no such key; did you mean optimizer\.momentum",
         ),
         (["model.client.optimizer.lrr=0.9"], r"model\.client\.optimizer\.lrr: no such key; did you mean .*\.lr\?"),
-        (["model.auxiliary=tiny"], r"model\.auxiliary\.size=tiny: .*choices: linear"),
         (["model.options.nothing=1"], r"model\.options\.nothing: no such key"),
         (["dataset.options.nothing=1"], r"dataset\.options\.nothing: no such key"),
         (["dataset.alpha=-1"], r"dataset\.alpha=-1.*: expected"),

@@ -271,7 +271,7 @@ def test_images_that_are_not_there_are_one_line(tmp_path: Path, capsys: pytest.C
 def test_what_the_papers_methods_needed() -> None:
     lines: list[str] = []
     points = [(1, 0.5, 2**30), (2, 0.76, 2 * 2**30), (3, 0.74, 3 * 2**30), (9, 0.81, 9 * 2**30)]
-    gpu.needed({"cse_fsl": points, "fsl_sage": points[:2]}, lines.append)
+    gpu.show_levels({"cse_fsl": points, "fsl_sage": points[:2]}, lines.append)
     row = "cse_fsl 2.00 GiB, r. 2 2.00 GiB, r. 2 9.00 GiB, r. 9 9.00 GiB, r. 9 9.00 GiB, r. 9 26.0 GiB, r. 91"
     cse_fsl, fsl_sage = (" ".join(line.split()) for line in lines[1:])
     assert cse_fsl == row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,9 +15,6 @@ from cutlayer.runtime.parties.aggregate import Average
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
 from cutlayer.runtime.parties.optim import PartOptimizer
-
-if TYPE_CHECKING:
-    pass
 
 cross_entropy = F.cross_entropy
 """Mean cross-entropy over a batch: logits [b, classes], labels int64 [b]."""

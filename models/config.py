@@ -144,6 +144,11 @@ class ModelConfig:
         return Budget.read(self.cut) if isinstance(self.cut, str) and self.cut.startswith("auto") else None
 
     @property
+    def revision(self) -> int:
+        """Goes up by one when the same section comes to mean another model: see `Algorithm.revision`."""
+        return int(self.client_norm == "group")  # before, weights were standardised by the biased variance
+
+    @property
     def is_adapted(self) -> bool:
         """Whether the model is another than its builder gives."""
         return _has_groups(self, None) or self.bottleneck is not None

@@ -47,7 +47,7 @@ class Manifest:
     server: the file of the server's state.
     before: the files of the checkpoint before this one.
     obsolete: files that neither of them needs.
-    revision: the algorithm's, see `Algorithm.revision`.
+    revision: of the method and the model, see `Setup.revision`.
     """
 
     identity: str

@@ -211,7 +211,7 @@ class Federation:
             results=results,
             seconds=self.seconds,
             clients=self.clients.state_dict(),
-            revision=self.setup.algorithm.revision,
+            revision=self.setup.revision,
         )
         best = {} if self.best is None else {_BEST: self.best.state_dict()}
         self._checkpoint.write(manifest, self.server.state_dict() | best)
@@ -244,7 +244,7 @@ class Federation:
 
         def restore_found(found: FoundCheckpoint, server_state: Any) -> None:
             nonlocal results
-            if restore is not None and found.manifest.revision != self.setup.algorithm.revision:
+            if restore is not None and found.manifest.revision != self.setup.revision:
                 reason = f"{self._folder} was begun when {self.setup.algorithm.name} was computed in another way"
                 raise ConfigError("resume", NO_VALUE, f"{reason}; continue with that version, or {ANEW}")
             try:

@@ -103,6 +103,11 @@ class Setup:
         twin.config, twin.blueprint = config, self._blueprint(config, compare=False)
         return twin
 
+    @property
+    def revision(self) -> int:
+        """How often what this configuration means has changed, by its method and its model together."""
+        return self.algorithm.revision + self.config.model.revision
+
     def cohort(self, round: int) -> list[int]:
         """The clients of a round, in the order in which they are served, drawn among those that have a batch.
 

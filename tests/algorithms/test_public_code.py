@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from cutlayer.runtime.rounds.federation import Federation
 from tests.algorithms.test_personal_references import check_rows
-from tests.algorithms.test_references import SETTING, Bare, descend, learn, rate, slopes
+from tests.algorithms.test_references import SETTING, Bare, check_split, descend, learn, rate, slopes
 
 UNIFORM = "aggregate.weights=uniform"
 SLOW = 0.02  # of the rates of `test_references`, for Adam
@@ -33,29 +33,19 @@ def test_splitfeds_scripts(configure, name: str) -> None:
     """A client's Adam lives for its round, the server's for a batch; averages count each client once."""
     bare = uniform(configure, f"algorithm={name}", "optimizer=adam", f"lr={SLOW * rate('client', 0)}",
                    "model.server.optimizer.betas=[0.0,0.0]", "local_epochs=2")  # fmt: skip
-    for round, cohort in enumerate(bare.cohorts):
-        clients, servers = {}, {}
-        for number in cohort:
-            client, server = bare.parts["client"], bare.parts["server"]
-            if name != "sl":
-                (client,) = bare.copy("client")
-            if name == "sl_multi_server":
-                (server,) = bare.copy("server")
-            own = adam(client, "client", round)
-            for x, y in bare.batches(round, number):
-                first = adam(server, "server", round)
-                own.zero_grad()
-                first.zero_grad()
-                bare.note(round, number, loss := cross_entropy(server(client(x)), y))
-                loss.backward()
-                first.step()
-                own.step()
-            clients[number], servers[number] = client, server
-        if name != "sl":
-            bare.average("client", clients)
-        if name == "sl_multi_server":
-            bare.average("server", servers)
-    bare.check("client", "server", loss="batches")
+
+    def train(client: torch.nn.Module, server: torch.nn.Module, round: int, number: int) -> None:
+        own = adam(client, "client", round)
+        for x, y in bare.batches(round, number):
+            first = adam(server, "server", round)
+            own.zero_grad()
+            first.zero_grad()
+            bare.note(round, number, loss := cross_entropy(server(client(x)), y))
+            loss.backward()
+            first.step()
+            own.step()
+
+    check_split(bare, name, train)
 
 
 def test_pfllibs_scaffold(configure) -> None:

@@ -5,6 +5,7 @@ that fall from round to round, for each part by a factor of its own, and count t
 """
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -156,9 +157,8 @@ def test_scaffold(configure) -> None:
         assert torch.allclose(found, value, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["sl", "sl_single_server", "sl_multi_server"])
-def test_split_learning(configure, name: str) -> None:
-    bare = Bare(Federation(configure(*SETTING, f"algorithm={name}")))
+def check_split(bare: Bare, name: str, train: Callable[[nn.Module, nn.Module, int, int], None]) -> None:
+    """Split learning, SplitFed v1 or v2: ``train(client part, server part, round, number)`` is a client's turn."""
     for round, cohort in enumerate(bare.cohorts):
         clients, servers = {}, {}
         for number in cohort:
@@ -167,15 +167,25 @@ def test_split_learning(configure, name: str) -> None:
                 (client,) = bare.copy("client")
             if name == "sl_multi_server":
                 (server,) = bare.copy("server")
-            for x, y in bare.batches(round, number):
-                loss = bare.note(round, number, cross_entropy(server(client(x)), y))
-                learn(loss, (client, rate("client", round)), (server, rate("server", round)))
+            train(client, server, round, number)
             clients[number], servers[number] = client, server
         if name != "sl":
             bare.average("client", clients)
         if name == "sl_multi_server":
             bare.average("server", servers)
     bare.check("client", "server", loss="batches")
+
+
+@pytest.mark.parametrize("name", ["sl", "sl_single_server", "sl_multi_server"])
+def test_split_learning(configure, name: str) -> None:
+    bare = Bare(Federation(configure(*SETTING, f"algorithm={name}")))
+
+    def train(client: nn.Module, server: nn.Module, round: int, number: int) -> None:
+        for x, y in bare.batches(round, number):
+            loss = bare.note(round, number, cross_entropy(server(client(x)), y))
+            learn(loss, (client, rate("client", round)), (server, rate("server", round)))
+
+    check_split(bare, name, train)
 
 
 def test_the_optimizer_of_a_server_goes_on_from_round_to_round_and_a_clients_begins_anew(configure) -> None:

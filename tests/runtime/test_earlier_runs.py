@@ -17,6 +17,7 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import MODEL_FILE
 from cutlayer.runtime.job import choose_folder, claim
 from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.run_folder import RunFolder, find_unfinished
 from cutlayer.runtime.settings import RunConfig
 from tests.places import ROOT
@@ -103,6 +104,23 @@ def test_one_whose_method_has_been_revised_is_refused_in_one_line(tmp_path: Path
     with claim(anew, []) as folder:
         assert not folder.resumed
         run(anew, folder)
+
+
+@pytest.mark.parametrize("name", ["fed_avg", "cse_fsl"])
+def test_a_model_that_has_been_revised_is_another_too(configure, tmp_path: Path, name: str) -> None:
+    """Whichever of method and model changed, a checkpoint of before has another number."""
+    setting = (f"algorithm={name}", "model=cnn2", "model.client_norm=group", "rounds=2")
+    federation = Federation(configure(*setting), tmp_path)
+    federation.step()
+    federation.checkpoint({})
+    again = Federation(configure(*setting), tmp_path)
+    assert again.resume(lambda _: None) == {}
+    again.setup.algorithm, method = type(name, (again.setup.algorithm,), {}), again.setup.algorithm
+    again.setup.algorithm.revision = method.revision - 1
+    with pytest.raises(ConfigError, match="computed in another way"):
+        again.resume(lambda _: None)
+    plain = Federation(configure(f"algorithm={name}", "model=cnn2"))
+    assert federation.setup.revision == plain.setup.revision + 1
 
 
 @pytest.mark.parametrize("text", [None, "", "[", "algorithm: 3", "model: {name: [x]}\nalgorithm: {name: scaffold}"])

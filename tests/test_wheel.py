@@ -112,7 +112,9 @@ def test_a_wheel_has_every_file_once_and_nothing_but_the_package_at_its_top(whee
 
 def test_a_source_distribution_makes_the_same_wheel_and_holds_the_tests(wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(build("sdist", tmp_path)) as archive:
-        archive.extractall(tmp_path, filter="data")
+        if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(tmp_path)
     (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
     names = {path.name for path in unpacked.iterdir()}
     assert {"tests", "docs", "benchmarks", "LICENSE", "Makefile", "hatch_build.py"} <= names

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from cutlayer.runtime.ground.reading import YAML_BYTES, MissingError, read_json,
 from cutlayer.runtime.ground.text import one_line
 
 CONFIG = "config.yaml"
+_OPEN = {"optimizer", "scheduler", "options"}
 
 ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
 SHAPING_KEYS = frozenset(f"dataset.{key}" for each in DISTRIBUTIONS.values() for key in each.shaping)
@@ -39,12 +40,14 @@ class Run:
     """A finished run: its folder, its resolved configuration and its `results.json`.
 
     `code` names the program that wrote it where it is another one, "FSL-SAGE" for instance, and is "" otherwise.
+    `earlier` says that it is of a version that lacked keys of today, which have their defaults then.
     """
 
     folder: Path
     config: dict[str, Any]
     results: dict[str, Any]
     code: str = ""
+    earlier: bool = False
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a dotted key of the configuration, e.g. "dataset.alpha"."""
@@ -104,12 +107,18 @@ class Run:
         if self.code:
             without_effect = SHAPING_KEYS - {f"dataset.{key}" for key in self._shape}
             return {key: value for key, value in self.flat.items() if key not in without_effect}
-        reported = self.results.get("setting")
-        if isinstance(reported, list) and reported and all(isinstance(key, str) for key in reported):
-            return {key: self.get(key) for key in reported}
+        if self.reported and not self.earlier:
+            return {key: self.get(key) for key in self.reported}
         from cutlayer.runtime.settings import setting_in  # late: only runs of earlier versions need what takes torch
 
         return setting_in(_nested(self.flat))
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """The keys that decided the result by its own word; () where it has none, as runs of early versions."""
+        keys = self.results.get("setting")
+        is_list = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+        return tuple(keys) if is_list else ()
 
     def bytes(self, without_fields: tuple[str, ...] = ()) -> list[int]:
         """Cumulative payload bytes of training at each evaluated round.
@@ -174,7 +183,7 @@ class Found:
 def find_runs(*folders: Path) -> Found:
     """Read every run below the folders: each folder that holds a `config.yaml`, and those of FSL-SAGE's own code."""
     found = Found()
-    latest: dict[tuple[str, str, str], tuple[float, Run]] = {}
+    finished: list[tuple[float, Run]] = []
     for folder, files in _run_folders(folders, found.damaged):
         try:
             if RESULTS not in files:
@@ -188,6 +197,9 @@ def find_runs(*folders: Path) -> Found:
         if not run.results.get("finished", True):
             found.unfinished[folder] = _state(folder)
             continue
+        finished.append((written, run))
+    latest: dict[tuple[str, str, str], tuple[float, Run]] = {}
+    for written, run in _completed(finished):
         key = (run.code, json.dumps(run.setting, sort_keys=True), str(run.get("seed")))
         earlier = latest.get(key)
         if earlier is None or earlier[0] <= written:
@@ -195,6 +207,18 @@ def find_runs(*folders: Path) -> Found:
         found.older.extend([] if earlier is None else [earlier[1] if earlier[0] <= written else run])
     found.runs.extend(sorted((run for _, run in latest.values()), key=lambda run: run.folder))
     return found
+
+
+def _completed(runs: Sequence[tuple[float, Run]]) -> Iterator[tuple[float, Run]]:
+    """The same, with those marked as earlier that have no such key as decided another run of their method."""
+    deciding: dict[str, set[str]] = {}
+    for _, run in runs:
+        # What an optimizer, a scheduler or a model takes depends on which it is.
+        fixed = (key for key in run.reported if not _OPEN & set(key.split(".")[:-1]))
+        deciding.setdefault(run.method, set()).update(fixed)
+    for written, run in runs:
+        lacks = not run.code and not deciding[run.method] <= run.flat.keys()
+        yield written, replace(run, earlier=True) if lacks else run
 
 
 def read_run(folder: Path) -> Run:

@@ -22,6 +22,7 @@ from cutlayer.plotting.curves import (
 )
 from cutlayer.plotting.runs import ALPHA, Run, find_runs
 from cutlayer.plotting.timing import Link
+from cutlayer.runtime.launching.hydra_support import load_config
 from tests.plotting.conftest import WriteRun, config_of
 
 
@@ -93,6 +94,20 @@ def test_a_run_says_itself_which_keys_decided(tmp_path: Path, write_run: WriteRu
         {"algorithm.mine": str(mine), "algorithm.name": '"of_another_project"'} for mine in (1, 2)
     ]
     assert [curve.label for curve in make_curves(runs)] == ["mine=1", "mine=2"]
+
+
+def test_a_key_that_a_run_of_an_earlier_version_lacks_has_its_default(tmp_path: Path, write_run: WriteRun) -> None:
+    for seed, interval in ((0, None), (1, 1), (2, 2)):
+        config = load_config(["algorithm=fed_avg", f"seed={seed}", f"cohort_interval={interval or 1}", "rounds=3"])
+        old = {"cohort_interval"} if interval is None else set()
+        path = write_run("fed_avg", **{key: value for key, value in config.to_mapping().items() if key not in old})
+        results = json.loads((path / "results.json").read_text())
+        results["setting"] = sorted(config.setting().keys() - old)
+        (path / "results.json").write_text(json.dumps(results))
+    assert [(curve.label, len(curve.runs)) for curve in make_curves(find_runs(tmp_path / "saves").runs)] == [
+        ("cohort_interval=1", 2),
+        ("cohort_interval=2", 1),
+    ]
 
 
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.8])

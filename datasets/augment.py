@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import get_args
 
 import torch
@@ -155,18 +156,20 @@ def blur_parameters(uniform: Tensor, chance: float) -> tuple[Tensor, Tensor]:
 def _moco(area: float, blurred: float, whole: bool = False) -> "Augmentation":
     """MoCo v2's views; of pictures that were cut when they were read (`whole`) all but the crop."""
     numbers = BOX_NUMBERS + 8 + (2 if blurred else 0)
+    apply = partial(_apply_moco, area=area, blurred=blurred, whole=whole)
+    return Augmentation(partial(_draw_numbers, numbers=numbers), apply, (area, 1.0) if whole else None)
 
-    def draw(extent: BatchShape, generator: torch.Generator) -> Params:
-        """Bare uniform numbers: drawing for one sample is cheap, and `apply` reads those of a whole batch at once."""
-        return {"uniform": torch.rand(extent[0], numbers, generator=generator)}
 
-    def apply(x: Tensor, params: Params) -> Tensor:
-        p = moco_parameters(params["uniform"], x.shape[2], x.shape[3], area)
-        cut = flip(x, p["mirrored"]).float() if whole else resized_crop(x, p["box"], p["mirrored"])
-        coloured = _coloured(cut, p)
-        return blur(coloured, *blur_parameters(params["uniform"], blurred)) if blurred else coloured
+def _draw_numbers(extent: BatchShape, generator: torch.Generator, *, numbers: int) -> Params:
+    """Bare uniform numbers: drawing for one sample is cheap, and `apply` reads those of a whole batch at once."""
+    return {"uniform": torch.rand(extent[0], numbers, generator=generator)}
 
-    return Augmentation(draw, apply, (area, 1.0) if whole else None)
+
+def _apply_moco(x: Tensor, params: Params, *, area: float, blurred: float, whole: bool) -> Tensor:
+    p = moco_parameters(params["uniform"], x.shape[2], x.shape[3], area)
+    cut = flip(x, p["mirrored"]).float() if whole else resized_crop(x, p["box"], p["mirrored"])
+    coloured = _coloured(cut, p)
+    return blur(coloured, *blur_parameters(params["uniform"], blurred)) if blurred else coloured
 
 
 def _coloured(x: Tensor, p: Params) -> Tensor:
@@ -178,9 +181,23 @@ def _draw_whole(extent: BatchShape, generator: torch.Generator) -> dict[str, Ten
     return {"uniform": torch.rand(extent[0], BOX_NUMBERS, generator=generator)} | _draw_flip(extent, generator)
 
 
+def _apply_flip(x: Tensor, p: Params) -> Tensor:
+    return flip(x, p["mirrored"])
+
+
+def _apply_crop(x: Tensor, p: Params) -> Tensor:
+    return crop(x, p["top"], p["left"], p.get("mirrored"))
+
+
+def _apply_resized(x: Tensor, p: Params) -> Tensor:
+    return resized_crop(x, p["box"], p["mirrored"])
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """One named augmentation: `draw` its parameters (CPU, [n, ...] each) and `apply` them to a batch on the device.
+
+    Both are functions that pickle.
 
     Attributes:
         area: None, or of one that wants its images cut out of the whole pictures when they are read: what
@@ -194,17 +211,17 @@ class Augmentation:
 
 _AUGMENTATIONS: dict[str, Augmentation | None] = {
     "none": None,
-    "flip": Augmentation(_draw_flip, lambda x, p: flip(x, p["mirrored"])),
-    "crop": Augmentation(_draw_crop, lambda x, p: crop(x, p["top"], p["left"])),
-    "crop_flip": Augmentation(_draw_crop_flip, lambda x, p: crop(x, p["top"], p["left"], p["mirrored"])),
-    "resized_crop_flip": Augmentation(_draw_resized, lambda x, p: resized_crop(x, p["box"], p["mirrored"])),
+    "flip": Augmentation(_draw_flip, _apply_flip),
+    "crop": Augmentation(_draw_crop, _apply_crop),
+    "crop_flip": Augmentation(_draw_crop_flip, _apply_crop),
+    "resized_crop_flip": Augmentation(_draw_resized, _apply_resized),
     "moco": _moco(_MOCO_AREA, 0.0),
 }
 assert set(_AUGMENTATIONS) == set(get_args(Augment)), "the configuration lists exactly these"
 
 
 _OF_WHOLE: dict[str, Augmentation] = {
-    "resized_crop_flip": Augmentation(_draw_whole, lambda x, p: flip(x, p["mirrored"]), _AREA),
+    "resized_crop_flip": Augmentation(_draw_whole, _apply_flip, _AREA),
 }
 
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import repeat
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -75,6 +75,9 @@ class StreamStore:
         channels, height, width = images.shape[-3:]
         self.shape: tuple[int, int, int] = (channels, height, width)
         self._pool: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}  # threads are of one process
 
     def chunks(self, pieces: Sequence[Tensor], boxes: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
         """Read the pieces in order; what was asked for ahead is cancelled when the caller stops early."""

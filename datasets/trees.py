@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cutlayer.datasets.notes import Findings
 from cutlayer.runtime.ground.config import ConfigError
@@ -177,7 +177,7 @@ class ZipTree:
     """
 
     def __init__(self, file: Path, top: Collection[str] = ()) -> None:
-        self.root = file
+        self.root, self._top = file, top
         self.findings = Findings()
         self._zip = zipfile.ZipFile(file)
         members: dict[str, zipfile.ZipInfo] = {}
@@ -203,6 +203,10 @@ class ZipTree:
         self._members = {path.removeprefix(prefix): info for path, info in members.items() if path.startswith(prefix)}
         self._folders = sorted(path.removeprefix(prefix) for path in folders if path.startswith(prefix))
         self.findings.add("files beside the one folder", (path for path in members if not path.startswith(prefix)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Opened anew where it is unpickled: processes that share a file share its position."""
+        return ZipTree, (self.root, self._top)
 
     def paths(self) -> list[str]:
         """All files but hidden ones and those of the system, sorted."""

@@ -48,6 +48,11 @@ class ClientsPlace(Protocol):
         """Raise ConfigError for what cannot be measured with clients there."""
         ...
 
+    @property
+    def processes(self) -> int:
+        """How many of them compute side by side on this machine."""
+        ...
+
     def connected(self, federation: Federation, accuracy: float | None) -> AbstractContextManager[None]:
         """Clients take part within the block; ``accuracy`` is that of the last test, if there was one."""
         ...
@@ -62,13 +67,21 @@ class _Here:
     def check(self, setup: Setup) -> None:
         pass
 
+    @property
+    def processes(self) -> int:
+        return 1
+
     def connected(self, federation: Federation, accuracy: float | None) -> AbstractContextManager[None]:
         return nullcontext()
 
 
 def _place(config: RunConfig, folder: RunFolder) -> ClientsPlace:
     if isinstance(config.transport, LocalTransport):
-        return _Here()
+        if config.workers == 1:
+            return _Here()
+        from cutlayer.runtime.workers.clients import AtWorkers  # late: it loads what starts processes
+
+        return AtWorkers(config)
     from cutlayer.runtime.network.server.elsewhere import Elsewhere  # late: it needs an extra
 
     return Elsewhere(config, folder)
@@ -84,7 +97,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     prepare_process(config.torch_device())
     chosen, dataset = prepared(config)
     federation = Federation(chosen, folder.path, dataset=dataset, clients=place.clients)
-    set_threads(config.threads, federation.setup.device, federation.setup.parameters)
+    set_threads(config.threads, federation.setup.device, federation.setup.parameters, place.processes)
     _check_after(federation)
     place.check(federation.setup)
     results = _begin(config, folder, federation)

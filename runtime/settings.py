@@ -52,7 +52,9 @@ class RunConfig:
         seed: the source of all randomness.
         device: auto, cpu, cuda or cuda:k. precision: of the arithmetic; parameters are kept in float32 under bf16.
         jobs_per_gpu: jobs of sweeps that share a GPU.
-        threads: of one run on the processor; auto is one for a small model, else what torch takes.
+        threads: of one run on the processor; auto is one for a small model, else what torch takes. Each of several
+            workers computes with so many; auto divides among them what there is.
+        workers: processes that a round's clients are divided among; auto is one for each core, or for each GPU.
         eval_interval: rounds from one evaluation to the next. eval_batch_size: samples per evaluation batch.
         comm_threshold_mb: stop after the round in which the payload of training passes this many MB (10^6 bytes).
         checkpoint_interval: rounds from one checkpoint to the next.
@@ -100,6 +102,7 @@ class RunConfig:
     role: Literal["server", "client"] | None = field(default=None, metadata=scoped("machine"))
     server: str | None = field(default=None, metadata=scoped("machine"))
     client_id: int | None = field(default=None, metadata=scoped("machine"))
+    workers: int | Literal["auto"] = field(default=1, metadata=scoped("machine", later=True))
     data_changed: Changed = field(default="refuse", metadata=scoped("record", later=True))
     evaluations: tuple[str, ...] = ()
     cohort_interval: int = field(default=1, metadata=scoped(read_if=lambda _, method: not method.pooled))
@@ -127,6 +130,8 @@ class RunConfig:
             raise ConfigError("state_memory_mb", self.state_memory_mb, "a number > 0")
         if self.threads != "auto" and self.threads < 1:
             raise ConfigError("threads", self.threads, "auto, or an integer >= 1")
+        if self.workers != "auto" and self.workers < 1:
+            raise ConfigError("workers", self.workers, "auto, or an integer >= 1")
         for name in self.evaluations:
             EVALUATIONS.find(name, "evaluations")
         self.aggregate.check(self.num_clients)
@@ -139,6 +144,8 @@ class RunConfig:
         over_network = isinstance(self.transport, GrpcTransport)
         if over_network and self.role is None:
             raise ConfigError("role", None, "server or client with transport=grpc", ("server", "client"))
+        if over_network and self.workers != 1:
+            raise ConfigError("workers", self.workers, "1 with transport=grpc, whose clients compute elsewhere")
         if not over_network and self.role is not None:
             raise ConfigError("role", self.role, "null, or transport=grpc to go with it")
         if self.role != "client":

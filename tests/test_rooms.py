@@ -29,7 +29,7 @@ FLOORS = (
     ("runtime.rounds",),
     ("runtime.costs", "plotting"),
     ("runtime.after",),
-    ("runtime.network",),
+    ("runtime.network", "runtime.workers"),
     ("runtime.experiment", "runtime.job"),
     ("attacks", "runtime.launching"),
     ("hydra_plugins", "the programs of the root", "benchmarks"),

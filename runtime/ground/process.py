@@ -25,12 +25,17 @@ def prepare_process(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def set_threads(threads: int | Literal["auto"], device: torch.device, parameters: int) -> None:
-    """Compute with so many threads; ``auto``: one for a small model on a CPU, else all.
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(threads: int | Literal["auto"], device: torch.device, parameters: int, share: int = 1) -> None:
+    """Compute with so many threads; ``auto``: one for a small model on a CPU, else all, or this process's share.
 
     Args:
-        parameters: of the model.
+        parameters: of the model. share: processes that compute side by side with as many threads each.
     """
-    automatic = 1 if device.type == "cpu" and parameters < SMALL_MODEL else _ALL_THREADS
+    automatic = 1 if device.type == "cpu" and parameters < SMALL_MODEL else max(1, _ALL_THREADS // share)
     # Set in either case: an earlier job of this process may have left another number.
     torch.set_num_threads(automatic if threads == "auto" else threads)

@@ -88,6 +88,11 @@ def owned(payload: Payload) -> Reply:
     return received
 
 
+def on_device(payload: Payload, device: torch.device) -> Reply:
+    """What came from another process, where the party computes."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in payload.items()}
+
+
 def payload_bytes(value: Value) -> int:
     """Bytes of one value as the papers count them: element count times element size."""
     return value.numel() * value.element_size() if isinstance(value, Tensor) else SCALAR_BYTES

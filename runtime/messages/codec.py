@@ -25,7 +25,7 @@ def encode(payload: Payload) -> bytes:
     return b"".join(pieces(payload))
 
 
-def decode(frame: bytes) -> Reply:
+def decode(frame: bytes | memoryview) -> Reply:
     """The payload of a frame, on the CPU.
 
     Raises:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
-from torch import Tensor
-
-from cutlayer.runtime.messages.boundary import Payload, Reply
 from cutlayer.runtime.network.wire import PIECE_BYTES
 from cutlayer.runtime.transport import GrpcTransport
 
@@ -43,8 +39,3 @@ def channel_options(config: GrpcTransport) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.enable_http_proxy", 0),
     ]
-
-
-def on_device(payload: Payload, device: torch.device) -> Reply:
-    """What came over the network, where the party computes."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in payload.items()}

@@ -51,6 +51,7 @@ class Store:
         self._memory: OrderedDict[Key, Row] = OrderedDict()  # least recently used first
         self._bytes = 0
         self._dirty: set[Key] = set()  # rows in memory that no file holds
+        self._names: set[str] = set()  # of all rows so far
         self._places: dict[Key, Place] = {}
         self._live: dict[str, int] = {}  # bytes of these, by file
         self._gone: set[Key] = set()  # keys without a row, which an earlier segment may have
@@ -92,6 +93,10 @@ class Store:
         """Stage that the row is absent again."""
         self._staged.setdefault(client, {})[name] = None
 
+    def staged(self, client: int) -> dict[str, Row | None]:
+        """What a client staged since the last commit: rows by name, None of those that it drops."""
+        return dict(self._staged.get(client, {}))
+
     def discard(self, client: int) -> None:
         """Forget what ``client`` staged since the last commit."""
         self._staged.pop(client, None)
@@ -124,12 +129,14 @@ class Store:
         if before is not None:
             self._live[before.file] -= before.bytes
         if place is not None:
+            self._names.add(key[1])
             self._places[key] = place
             self._live[place.file] = self._live.get(place.file, 0) + place.bytes
 
     def _hold(self, key: Key, row: Row) -> None:
         if key in self._memory:
             self._bytes -= _size(self._memory.pop(key))
+        self._names.add(key[1])
         self._memory[key] = row
         self._bytes += _size(row)
         while self._folder is not None and self._bytes > self._limit and len(self._memory) > 1:
@@ -177,8 +184,7 @@ class Store:
 
     def rows(self, client: int) -> dict[str, Row]:
         """All rows of a client, by name."""
-        names = [name for owner, name in self.all() if owner == client]
-        return {name: row for name in names if (row := self.get(client, name)) is not None}
+        return {name: row for name in sorted(self._names) if (row := self.get(client, name)) is not None}
 
     def replace(self, client: int, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Make these all the rows of a client."""

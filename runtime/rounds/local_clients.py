@@ -34,7 +34,7 @@ class Seats:
     """Clients of one process, opened one after another; a seat, with a set of parts, is used by many.
 
     Args:
-        store: where the clients keep their rows.
+        store: where the clients keep their rows, but for those that are opened with rows of their own.
 
     Attributes:
         seconds: that the clients have computed.
@@ -45,10 +45,10 @@ class Seats:
         self.seats: list[Seat] = []
         self.seconds: float = 0.0
 
-    def open(self, client: int, round: int) -> Session:
+    def open(self, client: int, round: int, state: ClientState | None = None) -> Session:
         """Begin a client's round (from 0), on a seat that is free."""
         seat, setup = self.seat(), self.setup
-        context = self.context(client, round, seat)
+        context = self.context(client, round, seat, state)
         seed = rng.derive(setup.config.seed, round=round, client=client, stream="client")
 
         def leave(seconds: float) -> None:
@@ -66,7 +66,7 @@ class Seats:
             self.seats.append(seat)
         return seat
 
-    def context(self, client: int, round: int, seat: Seat) -> ClientContext:
+    def context(self, client: int, round: int, seat: Seat, state: ClientState | None = None) -> ClientContext:
         """A client in a round, on a seat that it takes."""
         setup = self.setup
         seat.take(setup.blueprint.for_client(client))
@@ -76,7 +76,7 @@ class Seats:
             round=round,
             seed=setup.config.seed,
             config=setup.config.algorithm,
-            state=ClientState(self._store, client),
+            state=state or ClientState(self._store, client),
             data=setup.data(client),
             steps=setup.steps(client),
         )

@@ -21,7 +21,17 @@ from cutlayer.runtime.settings import RunConfig
 from tests.conftest import SMALL, play, same, weights
 
 MACHINE = {
-    *("device", "threads", "jobs_per_gpu", "state_memory_mb", "role", "server", "client_id", "transport.name"),
+    *(
+        "device",
+        "threads",
+        "workers",
+        "jobs_per_gpu",
+        "state_memory_mb",
+        "role",
+        "server",
+        "client_id",
+        "transport.name",
+    ),
     *("dataset.root", "dataset.storage", "dataset.workers"),
 }
 RECORD = {"save_dir", "resume", "data_changed", "checkpoint_interval", "communication_by", "progress", "logger.csv"}
@@ -86,6 +96,7 @@ OTHERS: dict[str, Any] = {
     "save_dir": "elsewhere",
     "scheduler": {"name": "ExponentialLR", "gamma": 0.5},
     "threads": 2,
+    "workers": 2,
 }
 # They depend on each other.
 APART = {"role", "server", "client_id", "transport.name", "dataset.name", "dataset.options", "model.name"}

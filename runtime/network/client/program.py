@@ -14,12 +14,12 @@ from typing import Any, cast
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.locks import FileLock
 from cutlayer.runtime.ground.process import prepare_process, set_threads
-from cutlayer.runtime.messages.boundary import METRICS, MODEL, Message, Payload, Reply
+from cutlayer.runtime.messages.boundary import METRICS, MODEL, Message, Payload, Reply, on_device
 from cutlayer.runtime.messages.bounds import WireError
 from cutlayer.runtime.network.agreement import PROTOCOL, client_config, data_facts, fingerprint, shared, version
 from cutlayer.runtime.network.client.link import ServerLink
 from cutlayer.runtime.network.client.site import Site
-from cutlayer.runtime.network.links import LinkLostError, on_device
+from cutlayer.runtime.network.links import LinkLostError
 from cutlayer.runtime.network.wire import Received, What
 from cutlayer.runtime.run_folder import run_path
 from cutlayer.runtime.settings import RunConfig

@@ -41,6 +41,11 @@ class Elsewhere:
         if config.probe.after and setup.personal:
             raise ConfigError("probe.after", True, f"false {where}")
 
+    @property
+    def processes(self) -> int:
+        """The server alone."""
+        return 1
+
     @contextlib.contextmanager
     def connected(self, federation: Federation, accuracy: float | None) -> Generator[None]:
         """Clients can join within the block.

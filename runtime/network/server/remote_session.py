@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from cutlayer.runtime.ground.text import one_line
-from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Message, Payload, Reply, Upload
+from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Message, Payload, Reply, Upload, on_device
 from cutlayer.runtime.messages.bounds import WireError
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.network.check import check_values
-from cutlayer.runtime.network.links import LinkLostError, on_device
+from cutlayer.runtime.network.links import LinkLostError
 from cutlayer.runtime.network.server.connection import Connection
 from cutlayer.runtime.network.wire import Head, What
 from cutlayer.runtime.rounds.session import Channel

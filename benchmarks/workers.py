@@ -1,0 +1,82 @@
+"""Rounds with several workers against those of one process: the same run in both, alternating, to the same bits.
+
+The time is that of ``Federation.step`` without evaluation, as in ``round_time``. Each process has one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from benchmarks.measure import Spread, machine_options, set_up, timed
+from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.local_clients import LocalClients
+from cutlayer.runtime.workers.clients import WorkerClients
+
+CASES = {
+    "cnn2": ("model=cnn2", "num_clients=50", "batch_size=10", *("n_train=2500", "channels=1", "height=28", "width=28")),
+    "resnet18": ("model=resnet18", "num_clients=10", "batch_size=64", *("n_train=2560", "channels=3")),
+    "tiny": ("model=mlp", "num_clients=3", "batch_size=10", *("n_train=60", "channels=1", "height=8", "width=8")),
+}
+
+
+def settings(case: str, algorithm: str, options: argparse.Namespace) -> list[str]:
+    """The keys of a run that has no end."""
+    own = [key if key.split("=")[0] in _KEYS else f"dataset.options.{key}" for key in CASES[case]]
+    machine = [f"device={options.device}", f"precision={options.precision}", f"threads={options.threads}"]
+    return [f"algorithm={algorithm}", "dataset=synthetic", *own, *machine, "rounds=1000000", "eval_interval=1000000"]
+
+
+_KEYS = {"model", "num_clients", "batch_size"}
+
+
+def compare(case: str, algorithm: str, count: int, options: argparse.Namespace) -> tuple[str, bool]:
+    """The ratio of rounds in the same time, and whether both ended with the same weights."""
+    keys = settings(case, algorithm, options)
+    with ExitStack() as stack:
+        alone = Federation(load_config(keys), clients=LocalClients)
+        several = Federation(load_config([*keys, f"workers={count}"]), clients=WorkerClients)
+        assert isinstance(several.clients, WorkerClients)
+        stack.callback(several.clients.close)
+        device, ratios = alone.setup.device, list[float]()
+        several.step(), alone.step()  # processes start, caches settle
+        for repeat in range(options.repeats):
+            sides = (alone, several) if repeat % 2 else (several, alone)
+            seconds = {id(side): timed(device, side.step)[0].wall for side in sides}
+            ratios.append(seconds[id(alone)] / seconds[id(several)])
+        states = [side.server.ctx.dump(*side.server.ctx.shared) for side in (alone, several)]
+    same = all(torch.equal(torch.as_tensor(states[0][name]), torch.as_tensor(states[1][name])) for name in states[0])
+    bits = "same bits" if same else "OTHER BITS"
+    return (
+        f"{case} {algorithm}: {count} workers give {Spread.of(ratios).show()} times the rounds of one process, {bits}",
+        same,
+    )
+
+
+def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = print) -> int:
+    """Measure the cases that the options name; exit status 1 if the weights of any differ."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.workers", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["cnn2", "resnet18"], help="default: both")
+    parser.add_argument("--algorithm", nargs="+", default=["fed_avg"], help="default: fed_avg")
+    parser.add_argument("--workers", nargs="+", type=int, default=[2], help="default: 2")
+    parser.add_argument("--repeats", type=int, default=7, help="measured rounds of each side (default: 7)")
+    machine_options(parser)
+    options = parser.parse_args(arguments)
+    show(f"{set_up(options)}; {options.repeats} repeats, median (min .. max)")
+    agreed = True
+    for case in options.case:
+        for algorithm in options.algorithm:
+            for count in options.workers:
+                line, same = compare(case, algorithm, count, options)
+                show(line)
+                agreed &= same
+    return 0 if agreed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Clients of one run in several processes of this machine."""

@@ -1,0 +1,238 @@
+"""Clients at the workers of a run: where each one's round is computed, and how it comes to the schedule."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Generator
+from functools import cached_property
+from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from cutlayer.runtime.ground import forking
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.process import cores
+from cutlayer.runtime.messages.boundary import MODEL, Message, Payload, Reply, Upload, on_device
+from cutlayer.runtime.messages.ledger import Ledger
+from cutlayer.runtime.parties.store import Store
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.local_clients import LocalClients
+from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundLostError, RoundReport
+from cutlayer.runtime.rounds.session import Channel, Serving
+from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.settings import RunConfig
+from cutlayer.runtime.workers.pool import Inbox, Pool, Worker
+from cutlayer.runtime.workers.program import be_worker
+from cutlayer.runtime.workers.shared import Shared
+from cutlayer.runtime.workers.talk import Close, Ended, Failed, Open, Resume, Said, given
+
+log = logging.getLogger(__name__)
+
+_PROGRAM = "cutlayer.runtime.workers.program"
+
+
+class AtWorkers:
+    """Clients of a run in ``workers`` processes of this machine; see ``experiment.ClientsPlace``."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        forking.server(_PROGRAM)  # loads what workers need while the data are read
+
+    def clients(self, setup: Setup, store: Store) -> WorkerClients:
+        """The clients of the run's federation.
+
+        Raises:
+            ConfigError: more workers than clients in a round.
+        """
+        self._clients = WorkerClients(setup, store)
+        return self._clients
+
+    def check(self, setup: Setup) -> None:
+        """What is measured after training is measured in the run's own process."""
+
+    @property
+    def processes(self) -> int:
+        """The workers."""
+        return self._clients.count
+
+    @contextlib.contextmanager
+    def connected(self, federation: Federation, accuracy: float | None) -> Generator[None]:
+        """Workers are there within the block, from the first round on."""
+        try:
+            yield
+        finally:
+            self._clients.close()
+
+
+class WorkerClients(LocalClients):
+    """The clients of a federation at workers; what they keep, and what is tested, is in the run's own process.
+
+    A client may be at any worker: it is the same wherever it runs, its rows go with it, and its messages are served in
+    the order of the cohort. What is gained is what clients compute between two messages that they wait for.
+
+    Attributes:
+        count: the number of workers. pool: these.
+    """
+
+    def __init__(self, setup: Setup, store: Store) -> None:
+        super().__init__(setup, store)
+        self.count = workers(setup)
+        self.pool = Pool(self.count, self._process)
+
+    @property
+    def may_repeat(self) -> bool:
+        """Where the server answers within a round, a round with a worker that dies is repeated from its start."""
+        arrows = self.setup.algorithm.traffic
+        return not arrows or any(flow.direction == "down" and flow.kind != MODEL for flow in arrows)
+
+    @cached_property
+    def _shared(self) -> Shared:
+        try:
+            return Shared(self.setup)
+        except Exception as error:
+            reason = f"1: {self.setup.config.title} cannot be given to other processes ({error})"
+            raise ConfigError("workers", self.count, reason) from error
+
+    def _process(self, connection: Any, number: int) -> BaseProcess:
+        device = None
+        if self.setup.device.type == "cuda":
+            device = f"cuda:{number % torch.cuda.device_count()}"
+        arguments = (connection, self._shared, torch.get_num_threads(), device)
+        # Not multiprocessing's daemon, which may have no processes of its own; it ends with this process all the same.
+        return forking.server(_PROGRAM).Process(target=be_worker, args=arguments)
+
+    def train(
+        self, cohort: list[int], round: int, drop: Callable[[int], None], server: Serving, ledger: Ledger
+    ) -> RoundReport:
+        if cohort and self.compute_together:
+            return super().train(cohort, round, drop, server, ledger)
+        algorithm, before = self.setup.algorithm, self.seconds
+        lockstep = algorithm.schedule == "lockstep"
+        ahead = len(cohort) if lockstep else 0 if algorithm.in_turn else 2 * self.count
+        channel = _Channel(ledger, ahead, self.setup.device)
+        report = SCHEDULES[algorithm.schedule](cohort, lambda client: self._begin(client, round), drop, server, channel)
+        report.seconds = self.seconds - before
+        return report
+
+    def _begin(self, client: int, round: int) -> WorkerSession:
+        return WorkerSession(self.pool, self._store, client, round, self._on_ended)
+
+    def _on_ended(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.pool.on_ended()
+
+    def close(self) -> None:
+        """End the workers."""
+        self.pool.close()
+
+
+def workers(setup: Setup) -> int:
+    """How many workers a run has: as configured, or one for each core or GPU, as far as a round has clients.
+
+    Raises:
+        ConfigError: more than a round has clients.
+    """
+    count, clients = setup.config.workers, len(setup.cohort(0))
+    if count == "auto":
+        return min(clients, torch.cuda.device_count() if setup.device.type == "cuda" else cores())
+    if count > clients:
+        raise ConfigError("workers", count, f"at most {clients}, the clients of a round")
+    return count
+
+
+class _Channel(Channel):
+    """What comes from another process is the receiver's own without a copy."""
+
+    def __init__(self, ledger: Ledger, ahead: int, device: torch.device) -> None:
+        super().__init__(ledger, ahead)
+        self._device = device
+
+    def hand_over(self, payload: Payload) -> Reply:
+        return on_device(payload, self._device)
+
+
+class WorkerSession:
+    """A client's round at a worker.
+
+    Where the worker dies, the client begins again at another: what it has said until then is passed over, as it says
+    the same again. Once it was answered, the whole round begins again instead.
+
+    Args:
+        store: of the clients' rows. on_ended: called with the seconds that the client computed.
+    """
+
+    def __init__(self, pool: Pool, store: Store, client: int, round: int, on_ended: Callable[[float], None]) -> None:
+        self._pool, self._store, self._client, self._round = pool, store, client, round
+        self._on_ended = on_ended
+        self._opening: Payload | None = None
+        self._answered = False
+        self._heard = self._repeated = 0
+        self._number = 0
+        self._worker: Worker | None = None
+        self._inbox: Inbox = SimpleQueue()
+
+    def send(self, message: Reply) -> None:
+        if self._opening is None:
+            self._opening = message
+            self._start()
+        else:
+            assert self._worker is not None
+            self._answered = True
+            self._worker.say(Resume(self._number), [message])
+
+    def _start(self) -> None:
+        assert self._opening is not None
+        self._number, self._inbox = self._pool.number(), SimpleQueue()
+        self._worker = self._pool.idlest()
+        self._worker.take(self._number, self._inbox)
+        rows, kept = given(self._store.rows(self._client))
+        self._worker.say(Open(self._number, self._client, self._round, tuple(rows)), [self._opening, *kept])
+
+    def receive(self) -> Message | Upload:
+        while True:
+            came = self._inbox.get()
+            if came is None:
+                self._again()
+                continue
+            head, payloads = came
+            if isinstance(head, Failed):
+                self._leave()
+                raise head.error
+            if isinstance(head, Ended):
+                return self._ended(head, *payloads)
+            assert isinstance(head, Said)
+            if self._repeated:
+                self._repeated -= 1
+                continue
+            self._heard += 1
+            return Message(head.kind, payloads[0], head.expects_reply)
+
+    def _again(self) -> None:
+        self._leave()
+        if self._answered:
+            raise RoundLostError(f"a worker is gone, with client {self._client} in its round")
+        self._repeated = self._heard
+        self._start()
+
+    def _ended(self, head: Ended, fields: Reply, *kept: Reply) -> Upload:
+        self._leave()
+        rows = iter(kept)
+        for name, there in head.rows.items():
+            if there:
+                self._store.put(self._client, name, next(rows))  # pyright: ignore[reportArgumentType]
+            else:
+                self._store.drop(self._client, name)
+        self._on_ended(head.seconds)
+        return Upload(fields, head.samples, head.metrics)
+
+    def _leave(self) -> None:
+        if self._worker is not None:
+            self._worker.leave(self._number)
+
+    def close(self) -> None:
+        if self._worker is not None and self._worker.lives:
+            self._worker.say(Close(self._number))
+        self._leave()

@@ -1,0 +1,151 @@
+"""The workers of a run, as its own process has them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
+from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
+from typing import TypeAlias
+
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.boundary import Payload
+from cutlayer.runtime.workers.talk import Talk, Word, hear, say
+
+log = logging.getLogger(__name__)
+
+# Deaths one after another, without a client that has ended its round between them, after which a run gives up.
+_MOST_DEATHS = 3
+
+Inbox: TypeAlias = "SimpleQueue[Talk | None]"
+"""What comes for a session; None says that its worker is gone."""
+
+
+class Worker:
+    """A process, and a thread that takes what it says.
+
+    Attributes:
+        open: rounds of clients that are open there.
+    """
+
+    def __init__(self, begin: Callable[..., BaseProcess]) -> None:
+        self._connection, theirs = Pipe()
+        self.process = begin(theirs)
+        self.process.start()
+        theirs.close()
+        self.open = 0
+        self._lock = threading.Lock()
+        self._inboxes: dict[int, Inbox] = {}
+        self._gone = False
+        self._thread = threading.Thread(target=self._listen, name="worker", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                head, payloads = hear(self._connection)
+                with self._lock:
+                    inbox = self._inboxes.get(head.session)
+                if inbox is not None:  # else of a round that was given up
+                    inbox.put((head, payloads))
+        with self._lock:
+            self._gone = True
+            for inbox in self._inboxes.values():
+                inbox.put(None)
+
+    def take(self, session: int, inbox: Inbox) -> None:
+        """Put what comes for a session there."""
+        with self._lock:
+            self._inboxes[session] = inbox
+            self.open += 1
+            if self._gone:
+                inbox.put(None)
+
+    def leave(self, session: int) -> None:
+        """Nobody waits for the session any longer."""
+        with self._lock:
+            if self._inboxes.pop(session, None) is not None:
+                self.open -= 1
+
+    def say(self, head: Word, payloads: Sequence[Payload] = ()) -> None:
+        """Send; where the worker is gone, its sessions hear of it."""
+        with contextlib.suppress(OSError):
+            say(self._connection, head, payloads)
+
+    @property
+    def lives(self) -> bool:
+        """Whether the process is there, as far as is known."""
+        return not self._gone
+
+    def stop(self) -> None:
+        """End the process, whatever it does: it keeps nothing."""
+        self.process.kill()
+        self.process.join()
+        self._thread.join()  # which hears that it is gone
+        self._connection.close()
+
+
+class Pool:
+    """So many workers; one that dies has another in its place.
+
+    Args:
+        begin: makes the process of the worker with that number, given its end of the connection.
+    """
+
+    def __init__(self, count: int, begin: Callable[..., BaseProcess]) -> None:
+        self._begin, self._count = begin, count
+        self._workers: list[Worker] = []
+        self._numbers = itertools.count(1)
+        self._deaths = 0
+
+    def number(self) -> int:
+        """A number for a session that no other has."""
+        return next(self._numbers)
+
+    def idlest(self) -> Worker:
+        """The worker with the fewest open rounds; starts those that are not there.
+
+        Raises:
+            ConfigError: they die, one after another.
+        """
+        for number in range(self._count):
+            if number == len(self._workers):
+                self._workers.append(self._start(number))
+            elif not self._workers[number].lives:
+                self._replace(number)
+        return min(self._workers, key=lambda worker: worker.open)
+
+    def _start(self, number: int) -> Worker:
+        return Worker(lambda connection: self._begin(connection, number))
+
+    def _replace(self, number: int) -> None:
+        dead = self._workers[number]
+        dead.stop()
+        self._deaths += 1
+        code = dead.process.exitcode or 0
+        how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+        if self._deaths > _MOST_DEATHS:
+            reason = (
+                f"workers that live: {self._deaths} died one after another, the last {how}; is there memory enough?"
+            )
+            raise ConfigError("workers", self._count, reason)
+        log.warning("worker %d is gone (%s); another takes its place, its clients begin their round again", number, how)
+        self._workers[number] = self._start(number)
+
+    def living(self) -> list[int]:
+        """The process numbers of the workers that are there."""
+        return [worker.process.pid for worker in self._workers if worker.lives and worker.process.pid is not None]
+
+    def on_ended(self) -> None:
+        """A client has ended its round."""
+        self._deaths = 0
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self._workers:
+            worker.stop()
+        self._workers.clear()

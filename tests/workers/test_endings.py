@@ -1,0 +1,154 @@
+"""However a run with workers ends, none of its processes is left, and a mistake is one line."""
+
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cutlayer.algorithms import ALGORITHMS
+from cutlayer.algorithms.base import Fields
+from cutlayer.algorithms.fed_avg import FedAvg
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.messages.boundary import Payload
+from cutlayer.runtime.parties.contexts import ClientContext
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.settings import RunConfig
+from cutlayer.runtime.workers import clients
+from cutlayer.runtime.workers.clients import WorkerClients
+from tests.places import program
+from tests.test_main import environment
+from tests.workers.test_workers import federation
+
+Configure = Callable[..., RunConfig]
+LONG = ("algorithm=fed_avg", "dataset=digits", "model=cnn2", "num_clients=4", "rounds=100000", "workers=2")
+
+
+def of(mark: str) -> list[int]:
+    """The processes that were started with this word in their environment."""
+    found: list[int] = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            content = Path("/proc", process, "environ").read_bytes()
+        except OSError:
+            continue
+        found += [int(process)] if mark.encode() in content else []
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_is_left(number: signal.Signals, tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    run = subprocess.Popen(
+        [*program("main"), *LONG, f"save_dir={tmp_path}", "progress=lines"],
+        env={**environment(), "MARK": mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert run.stdout is not None
+    for line in run.stdout:
+        if "round 1/" in line:
+            break
+    assert len(of(mark)) >= 4, "the run, what starts processes, two workers"
+    run.send_signal(number)
+    run.communicate(timeout=60)
+    until = time.monotonic() + 30
+    while of(mark) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert of(mark) == []
+
+
+def test_what_a_run_begins_with_workers_another_number_ends(configure: Configure, tmp_path: Path) -> None:
+    keys = ("algorithm=fed_per", "model=cnn2", "rounds=3", "eval_interval=1")
+    whole = Federation(configure(*keys))
+    records = [whole.step()[0] for _ in range(3)]
+    with federation(configure(*keys, "workers=3"), tmp_path) as first:
+        first.step()
+        first.checkpoint({})
+    second = Federation(configure(*keys), tmp_path)
+    second.resume()
+    assert [second.step()[0].test_acc for _ in range(2)] == [record.test_acc for record in records[1:]]
+    assert second.setup.config.identity() == first.setup.config.identity()
+
+
+class _Raises(FedAvg):
+    """FedAvg with a client that makes a mistake."""
+
+    name = "raises"
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> Fields:
+        if ctx.id == 2:
+            raise ConfigError("lr", 7, "a rate that converges") if ctx.round == 0 else LookupError("nothing here")
+        return FedAvg.client(ctx, down)
+
+
+def test_what_a_client_raises_the_run_raises(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALGORITHMS, "raises", _Raises)
+    with federation(replace(configure("algorithm=fed_avg", "workers=2"), algorithm_name="raises")) as made:
+        with pytest.raises(ConfigError, match="lr=7: expected a rate that converges") as one:
+            made.step()
+        assert "in a worker" in one.value.__notes__[0]
+        made.round = 1
+        with pytest.raises(LookupError, match="nothing here"):
+            made.step()
+
+
+def _dies(*_: object) -> None:
+    os._exit(3)
+
+
+def test_workers_that_die_one_after_another_end_the_run(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(clients, "be_worker", _dies)
+    dead = pytest.raises(ConfigError, match=r"workers=2: expected workers that live: 4 died one after another")
+    with federation(configure("algorithm=fed_avg", "workers=2")) as made, dead:
+        made.step()
+    assert "another takes its place" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (("workers=5",), "workers=5: expected at most 4, the clients of a round"),
+        (("frac=0.5", "workers=3"), "workers=3: expected at most 2, the clients of a round"),
+        (("algorithm=centralized", "workers=2"), "workers=2: expected at most 1, the clients of a round"),
+    ],
+)
+def test_more_workers_than_clients_are_refused(keys: tuple[str, ...], line: str, configure: Configure) -> None:
+    with pytest.raises(ConfigError) as error:
+        Federation(configure("algorithm=fed_avg", *keys), clients=WorkerClients)
+    assert str(error.value) == line
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (("workers=0",), "workers=0: expected auto, or an integer >= 1"),
+        (
+            ("workers=2", "transport=grpc", "role=server"),
+            "workers=2: expected 1 with transport=grpc, whose clients compute elsewhere",
+        ),
+    ],
+)
+def test_workers_that_cannot_be_are_refused(keys: tuple[str, ...], line: str, configure: Configure) -> None:
+    with pytest.raises(ConfigError) as error:
+        configure("algorithm=fed_avg", *keys)
+    assert str(error.value) == line
+
+
+def test_auto_is_one_for_each_core_and_no_more_than_a_round_has_clients(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "cores", lambda: 3)
+    for frac, expected in ((1.0, 3), (0.5, 2)):
+        made = Federation(configure("algorithm=fed_avg", f"frac={frac}", "workers=auto"), clients=WorkerClients)
+        assert isinstance(made.clients, WorkerClients)
+        assert made.clients.count == expected

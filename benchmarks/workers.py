@@ -44,7 +44,8 @@ def compare(case: str, algorithm: str, count: int, options: argparse.Namespace) 
         assert isinstance(several.clients, WorkerClients)
         stack.callback(several.clients.close)
         device, ratios = alone.setup.device, list[float]()
-        several.step(), alone.step()  # processes start, caches settle
+        for side in (several, alone):
+            side.step()  # processes start, caches settle
         for repeat in range(options.repeats):
             sides = (alone, several) if repeat % 2 else (several, alone)
             seconds = {id(side): timed(device, side.step)[0].wall for side in sides}

@@ -117,8 +117,7 @@ class Run:
     def reported(self) -> tuple[str, ...]:
         """The keys that decided the result by its own word; () where it has none, as runs of early versions."""
         keys = self.results.get("setting")
-        is_list = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
-        return tuple(keys) if is_list else ()
+        return tuple(keys) if isinstance(keys, list) and all(isinstance(key, str) for key in keys) else ()
 
     def bytes(self, without_fields: tuple[str, ...] = ()) -> list[int]:
         """Cumulative payload bytes of training at each evaluated round.

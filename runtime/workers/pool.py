@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from typing import TypeAlias
@@ -32,7 +33,7 @@ class Worker:
         open: rounds of clients that are open there.
     """
 
-    def __init__(self, begin: Callable[..., BaseProcess]) -> None:
+    def __init__(self, begin: Callable[[Connection], BaseProcess]) -> None:
         self._connection, theirs = Pipe()
         self.process = begin(theirs)
         self.process.start()
@@ -96,7 +97,7 @@ class Pool:
         begin: makes the process of the worker with that number, given its end of the connection.
     """
 
-    def __init__(self, count: int, begin: Callable[..., BaseProcess]) -> None:
+    def __init__(self, count: int, begin: Callable[[Connection, int], BaseProcess]) -> None:
         self._begin, self._count = begin, count
         self._workers: list[Worker] = []
         self._numbers = itertools.count(1)
@@ -120,7 +121,10 @@ class Pool:
         return min(self._workers, key=lambda worker: worker.open)
 
     def _start(self, number: int) -> Worker:
-        return Worker(lambda connection: self._begin(connection, number))
+        def begin(connection: Connection) -> BaseProcess:
+            return self._begin(connection, number)
+
+        return Worker(begin)
 
     def _replace(self, number: int) -> None:
         dead = self._workers[number]

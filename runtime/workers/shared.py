@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import os
 import pickle
@@ -128,7 +129,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _at(memory: mmap.mmap, place: Any) -> Any:
     _, offset, dtype, shape, _ = place
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     if isinstance(dtype, torch.dtype):
         return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
     return np.frombuffer(memory, dtype=dtype, count=count, offset=offset).reshape(shape)

@@ -1,6 +1,7 @@
 """Kills workers at random instants of runs of every method, and compares what comes out.
 
-``python -m tests.workers.kills 100 fed_avg`` does it to 100 runs of each method that is named, or of all. Prints a line for each method; exit status 1 where a run gave other bits.
+``python -m tests.workers.kills 100 fed_avg`` does it to 100 runs of each method that is named, or of all. Prints a
+line for each method; exit status 1 where a run gave other bits.
 """
 
 import os

@@ -32,6 +32,11 @@ NARROW: dict[str, dict[str, Any]] = {
     "vit": {"hidden": 16, "heads": 2, "mlp": 32, "depth": 4},
 }
 MODELS = names()
+DEEP = ("resnet110", "resnet1202", "resnet152")
+"""They differ from the others of their kind in depth alone."""
+QUICK = [name for name in MODELS if name not in DEEP]
+SHALLOWER = [name for name in MODELS if name != "resnet1202"]
+"""For what would take the deepest ten seconds."""
 
 
 def info(name: str) -> DatasetInfo:

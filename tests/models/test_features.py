@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import MODELS, built, images, info
+from model_cases import MODELS, QUICK, built, images, info
 from torch import Tensor, nn
 from torchvision.models import vgg11
 
@@ -20,7 +20,6 @@ CUTS = [
     *[("vit", cut, "fc") for cut in ("block3", "block1.mlp")],
     *[(TORCHVISION, cut, "classifier.1") for cut in ("features.1", "features.3.conv.0")],
 ]
-QUICK = [name for name in MODELS if name not in ("resnet110", "resnet1202", "resnet152")]
 
 
 def _model(name: str, dataset: str) -> nn.Module:

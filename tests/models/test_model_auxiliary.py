@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from model_cases import MODELS, built, config, images, info, megabytes, settle
+from model_cases import MODELS, QUICK, built, config, images, info, megabytes, settle
 from torch import nn
 from torch.func import functional_call
 
@@ -103,7 +103,7 @@ def test_sizes_grow_and_full_is_the_server(name: str) -> None:
         assert not any(torch.equal(own[key], server.state_dict()[key]) for key in weights)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("resnet110", "resnet1202", "resnet152")])
+@pytest.mark.parametrize("name", QUICK)
 @pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10", "oblong", "pixel"])
 def test_runs_after_every_cut_and_size(name: str, dataset: str) -> None:
     model = built(name, dataset)
@@ -122,7 +122,7 @@ def test_runs_after_every_cut_and_size(name: str, dataset: str) -> None:
             assert auxiliary.eval()(z[:1]).shape == (1, info(dataset).classes)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("resnet110", "resnet1202", "resnet152")])
+@pytest.mark.parametrize("name", QUICK)
 def test_runs_on_large_images(name: str) -> None:
     model = built(name, "ham10000")
     with torch.no_grad():

@@ -6,18 +6,16 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from model_cases import MODELS, built, config, images, info, settle
+from model_cases import DEEP, MODELS, SHALLOWER, built, config, images, info, settle
 from torch import Tensor, nn
 
 from cutlayer.models import ModelConfig, build_model, check_model, cuts, default_cut, split
 from cutlayer.models.registry import entry
 from cutlayer.runtime.ground.config import ConfigError
 
-SLOW = {"resnet110", "resnet1202", "resnet152"}
-
 
 def _cuts_to_try(name: str) -> tuple[str, ...]:
-    if name in SLOW:
+    if name in DEEP:
         return (default_cut(name),)
     with torch.device("meta"):
         return cuts(entry(name).build(info("digits"), config(name).typed_options()))
@@ -75,7 +73,7 @@ def test_parts_share_names_out_and_no_storage(name: str, cut: str) -> None:
     assert all(t.data_ptr() == own[key].data_ptr() for key, t in server.state_dict().items())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SHALLOWER)
 def test_parts_copy_and_pickle(name: str) -> None:
     model = built(name, "digits")
     settle(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from model_cases import MODELS, SHAPES, built, config, images, info, settle
+from model_cases import QUICK, SHAPES, built, config, images, info, settle
 from torch import nn
 
 from cutlayer.models import ModelConfig, PersonalConfig, build_model, build_personal, check_model, divide, names
@@ -15,8 +15,6 @@ from cutlayer.models.layers import GridOfMeans
 from cutlayer.models.registry import entry
 from cutlayer.models.splitting import split_in_three
 from cutlayer.runtime.ground.config import ConfigError, build
-
-QUICK = [name for name in MODELS if name not in ("resnet110", "resnet1202", "resnet152")]
 
 
 @pytest.mark.parametrize("training", [True, False])

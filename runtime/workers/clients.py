@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
 from functools import cached_property
+from itertools import chain, cycle
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from typing import Any
@@ -17,17 +19,19 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.process import cores
 from cutlayer.runtime.messages.boundary import MODEL, Message, Payload, Reply, Upload, on_device
 from cutlayer.runtime.messages.ledger import Ledger
-from cutlayer.runtime.parties.store import Store
+from cutlayer.runtime.parties.store import Row, Store
+from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.local_clients import LocalClients
 from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundLostError, RoundReport
 from cutlayer.runtime.rounds.session import Channel, Serving
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.scoring.scores import ClientScores
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.workers.pool import Inbox, Pool, Worker
 from cutlayer.runtime.workers.program import be_worker
 from cutlayer.runtime.workers.shared import Shared
-from cutlayer.runtime.workers.talk import Close, Ended, Failed, Open, Resume, Said, given
+from cutlayer.runtime.workers.talk import Close, Ended, Failed, Hold, Open, Resume, Said, Test, given
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +128,51 @@ class WorkerClients(LocalClients):
         self.seconds += seconds
         self.pool.on_ended()
 
+    def scores(self, evaluator: Evaluator) -> dict[int, ClientScores]:
+        """At the workers where clients have models of their own; else a model is tested once, for all."""
+        algorithm = self.setup.algorithm
+        if not (self.setup.personal or algorithm.paths):
+            return super().scores(evaluator)
+        learnt, workers = evaluator.learnt, self.pool.all()
+        parts = {f"{part}/{name}": t for part, held in learnt.held.items() for name, t in held.state_dict().items()}
+        for worker in workers:
+            worker.say(Hold(self.pool.number()), [parts])
+        named = dict.fromkeys(chain(algorithm.layout.whole, *algorithm.paths.values()))
+        own = [name for name in named if learnt.is_own(name)]
+        found: dict[int, ClientScores] = {}
+        begun: deque[_BegunTest] = deque()
+        for client, worker in zip(range(self.setup.population), cycle(workers), strict=False):
+            rows = {name: row for name in own if (row := learnt.own(client, name)) is not None}
+            begun.append(_BegunTest(client, rows, worker, self.pool.number()))
+            if len(begun) > 2 * len(workers):
+                found |= begun.popleft().end(evaluator)
+        for test in begun:
+            found |= test.end(evaluator)
+        return found
+
     def close(self) -> None:
         """End the workers."""
         self.pool.close()
+
+
+class _BegunTest:
+    """A client's test at a worker; where that dies, here."""
+
+    def __init__(self, client: int, rows: Mapping[str, Row], worker: Worker, number: int) -> None:
+        self._client, self._worker, self._number = client, worker, number
+        self._inbox: Inbox = SimpleQueue()
+        worker.take(number, self._inbox)
+        worker.say(Test(number, client, tuple(rows)), [*rows.values()])
+
+    def end(self, evaluator: Evaluator) -> dict[int, ClientScores]:
+        """What it finds, by client."""
+        came = self._inbox.get()
+        self._worker.leave(self._number)
+        if came is None:
+            return {self._client: evaluator.of_client(self._client)}
+        if isinstance(came[0], Failed):
+            raise came[0].error
+        return {self._client: came[0].scores}
 
 
 def workers(setup: Setup) -> int:

@@ -108,7 +108,11 @@ class Pool:
         return next(self._numbers)
 
     def idlest(self) -> Worker:
-        """The worker with the fewest open rounds; starts those that are not there.
+        """The worker with the fewest open rounds, see ``all``."""
+        return min(self.all(), key=lambda worker: worker.open)
+
+    def all(self) -> list[Worker]:
+        """All workers; starts those that are not there.
 
         Raises:
             ConfigError: they die, one after another.
@@ -118,7 +122,7 @@ class Pool:
                 self._workers.append(self._start(number))
             elif not self._workers[number].lives:
                 self._replace(number)
-        return min(self._workers, key=lambda worker: worker.open)
+        return [*self._workers]
 
     def _start(self, number: int) -> Worker:
         def begin(connection: Connection) -> BaseProcess:

@@ -9,21 +9,40 @@ import pickle
 import signal
 import threading
 import traceback
+from collections.abc import Sequence
+from functools import cached_property
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from cutlayer.runtime.ground.process import prepare_process
-from cutlayer.runtime.messages.boundary import Message, Reply, on_device
+from cutlayer.runtime.messages.boundary import Message, Reply, on_device, unflatten
+from cutlayer.runtime.parties.blueprint import Parts
 from cutlayer.runtime.parties.contexts import ClientState
-from cutlayer.runtime.parties.store import Store
+from cutlayer.runtime.parties.store import Row, Store
+from cutlayer.runtime.rounds.evaluator import Evaluator
+from cutlayer.runtime.rounds.learnt import Learnt
 from cutlayer.runtime.rounds.local_clients import Seats
 from cutlayer.runtime.rounds.session import Session
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.workers.shared import Shared
-from cutlayer.runtime.workers.talk import Close, Ended, Failed, Open, Resume, Said, Talk, given, hear, say
+from cutlayer.runtime.workers.talk import (
+    Close,
+    Ended,
+    Failed,
+    Hold,
+    Open,
+    Resume,
+    Said,
+    Scored,
+    Talk,
+    Test,
+    given,
+    hear,
+    say,
+)
 
 # A terminal or a cluster sends these to all processes of a run, whose own one decides what follows.
 _SENT_TO_ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -64,9 +83,10 @@ class _Round(NamedTuple):
 
 class _Worker:
     def __init__(self, setup: Setup, connection: Connection) -> None:
-        self._device, self._connection = setup.device, connection
+        self._setup, self._device, self._connection = setup, setup.device, connection
         self._seats = Seats(setup, Store(None))
         self._rounds: dict[int, _Round] = {}
+        self._tested = Store(None, device=setup.device)
 
     def hear(self, head: Any, payloads: list[Reply]) -> None:
         """Do what is said, and say what came of it."""
@@ -75,6 +95,10 @@ class _Worker:
                 self._open(head, payloads)
             elif isinstance(head, Resume) and head.session in self._rounds:
                 self._move_on(head.session, payloads[0])
+            elif isinstance(head, Hold):
+                self._hold(payloads[0])
+            elif isinstance(head, Test):
+                self._test(head, payloads)
             elif isinstance(head, Close):
                 self._close(head.session)
         except Exception as error:
@@ -84,9 +108,7 @@ class _Worker:
     def _open(self, head: Open, payloads: list[Reply]) -> None:
         opening, *rows = payloads
         store = Store(None, device=self._device)
-        for name, row in zip(head.rows, rows, strict=True):
-            store.put(head.client, name, on_device(row, self._device))  # pyright: ignore[reportArgumentType]
-        store.commit()
+        store.replace(head.client, _rows(head.rows, rows))
         session = self._seats.open(head.client, head.round, ClientState(store, head.client))
         self._rounds[head.session] = _Round(head.client, store, session)
         self._move_on(head.session, opening)
@@ -105,9 +127,34 @@ class _Worker:
         ended = Ended(number, event.samples, dict(event.metrics), self._seats.seconds - before, rows)
         say(self._connection, ended, [event.fields, *kept])
 
+    @cached_property
+    def _parts(self) -> Parts:
+        """The server's parts, as they came for the last test."""
+        return self._setup.blueprint.parts(self._setup.algorithm.layout.server)
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self._setup, Learnt(self._setup, lambda: self._parts, self._tested))
+
+    def _hold(self, parts: Reply) -> None:
+        for name, state in unflatten(parts).items():
+            self._parts[name].load_state_dict(state)
+        self._evaluator.forget()
+
+    def _test(self, head: Test, payloads: list[Reply]) -> None:
+        self._tested.replace(head.client, _rows(head.rows, payloads))
+        scores = self._evaluator.of_client(head.client)
+        self._tested.replace(head.client, {})
+        say(self._connection, Scored(head.session, scores))
+
     def _close(self, number: int) -> None:
         if number in self._rounds:
             self._rounds.pop(number).session.close()
+
+
+def _rows(names: Sequence[str], rows: Sequence[Reply]) -> dict[str, Row]:
+    """The rows that came with a message, which are of tensors alone."""
+    return {name: cast(Row, row) for name, row in zip(names, rows, strict=True)}
 
 
 def _sendable(error: Exception) -> Exception:

@@ -12,6 +12,7 @@ from cutlayer.runtime.ground.segments import Row
 from cutlayer.runtime.messages.boundary import Payload, Reply
 from cutlayer.runtime.messages.codec import decode
 from cutlayer.runtime.messages.frames import pieces
+from cutlayer.runtime.scoring.scores import ClientScores
 
 
 class Open(NamedTuple):
@@ -33,6 +34,27 @@ class Close(NamedTuple):
     """The round is given up."""
 
     session: int
+
+
+class Hold(NamedTuple):
+    """What the server's parts are now, for the tests that follow; frames: their whole state."""
+
+    session: int
+
+
+class Test(NamedTuple):
+    """Test a client's own model, with the held parts for the others; frames: the rows of its parts."""
+
+    session: int
+    client: int
+    rows: tuple[str, ...]
+
+
+class Scored(NamedTuple):
+    """What a test found."""
+
+    session: int
+    scores: ClientScores
 
 
 class Said(NamedTuple):
@@ -60,7 +82,7 @@ class Failed(NamedTuple):
     error: Exception
 
 
-Word: TypeAlias = Open | Resume | Close | Said | Ended | Failed
+Word: TypeAlias = Open | Resume | Close | Hold | Test | Scored | Said | Ended | Failed
 Talk: TypeAlias = tuple[Any, list[Reply]]
 
 

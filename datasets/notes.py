@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from cutlayer.runtime.ground.text import printable
 
@@ -60,6 +61,13 @@ class Notes:
     def __init__(self) -> None:
         self.brightest: tuple[float, float] | None = None
         self._said: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
         self._lock = threading.Lock()
 
     def deep(self, largest: float, white: float) -> None:

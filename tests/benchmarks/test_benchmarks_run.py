@@ -27,6 +27,7 @@ from benchmarks import (
     round_time,
     together,
     traffic,
+    workers,
 )
 
 DECIMAL = r"\d+\.\d+"
@@ -58,6 +59,20 @@ def test_different_weights_are_reported_and_fail(
     monkeypatch.setattr(bare.WeightedSum, "add", lambda self, state, weight: self.state.update(state))
     assert round_time.main(["--case", "tiny", "--repeats", "1", "--algorithm", "fed_avg"]) == 1
     assert "weights DIFFER" in capsys.readouterr().out
+
+
+def test_workers_give_the_weights_of_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["--case", "tiny", "--repeats", "1", "--algorithm", "fed_avg", "sl_multi_server"]
+    assert workers.main(keys) == 0
+    shown = capsys.readouterr().out
+    for algorithm in ("fed_avg", "sl_multi_server"):
+        spread = rf"{DECIMAL} \({DECIMAL} \.\. {DECIMAL}\)"
+        assert re.search(f"tiny {algorithm}: 2 workers give {spread} times the rounds of one process, same bits", shown)
+    monkeypatch.setattr(torch, "equal", lambda *_: False)
+    assert workers.main(keys[:-1]) == 1
+    assert "OTHER BITS" in capsys.readouterr().out
 
 
 def test_a_recorded_round_writes_results_and_is_compared_too(capsys: pytest.CaptureFixture[str]) -> None:

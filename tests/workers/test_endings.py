@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from cutlayer.algorithms import ALGORITHMS
-from cutlayer.algorithms.base import Fields
 from cutlayer.algorithms.fed_avg import FedAvg
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.messages.boundary import Payload
+from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload
 from cutlayer.runtime.parties.contexts import ClientContext
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
@@ -83,7 +82,7 @@ class _Raises(FedAvg):
     name = "raises"
 
     @staticmethod
-    def client(ctx: ClientContext, down: Payload) -> Fields:
+    def client(ctx: ClientContext, down: Payload) -> ClientProgram | Fields:
         if ctx.id == 2:
             raise ConfigError("lr", 7, "a rate that converges") if ctx.round == 0 else LookupError("nothing here")
         return FedAvg.client(ctx, down)

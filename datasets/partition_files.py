@@ -47,7 +47,7 @@ def draw(file: Path, parts: Partition, labels: np.ndarray, class_names: Sequence
     shares, sizes = columns(parts, labels, len(class_names))
     classes, width = shares.shape
     figure = Figure(figsize=(9, 2.6 + min(max(classes, 6), 50) * 0.13), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2.6])
     _draw_sizes(upper, sizes, parts)
     image = lower.imshow(
@@ -76,7 +76,11 @@ def draw(file: Path, parts: Partition, labels: np.ndarray, class_names: Sequence
         if shares.size <= _WRITTEN_CELLS:
             _write_counts(lower, shares, sizes)
     figure.colorbar(image, ax=lower, label="share of the client's samples", pad=0.01)
-    figure.savefig(file, format="png")
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")  # else it would be laid out twice more
+    canvas.print_png(str(file), pil_kwargs={"compress_level": 1})
 
 
 def columns(parts: Partition, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,11 +25,6 @@ def prepare_process(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def set_threads(threads: int | Literal["auto"], device: torch.device, parameters: int, share: int = 1) -> None:
     """Compute with so many threads; ``auto``: one for a small model on a CPU, else all, or this process's share.
 

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+from cutlayer.runtime.ground.processors import cores
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR, CONFIG_NAME, check_choices, explain, parts
 from cutlayer.runtime.launching.sweeps.slots import visible_gpus
 from cutlayer.runtime.run_folder import unique_name
@@ -109,10 +110,14 @@ def load_config(overrides: Sequence[str] = ()) -> "RunConfig":
 # ---------------------------------------------------------------------- resolvers
 
 
-def _parallel_jobs(jobs_per_gpu: int = 1) -> int:
-    """Jobs of a sweep at a time: a GPU's slots each, or half as many as cores (two, if there are two) up to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return len(visible_gpus()) * int(jobs_per_gpu) or min(_MAX_JOBS, max(cores // 2, min(cores, 2)))
+def _parallel_jobs(jobs_per_gpu: int = 1, workers: int | str = 1) -> int:
+    """Jobs of a sweep at a time: a GPU's slots each, or half as many as cores (two, if there are two) up to 8.
+
+    Of jobs with several workers so many fewer; of those whose workers are all cores one.
+    """
+    slots, there = len(visible_gpus()) * int(jobs_per_gpu), cores()
+    alone = min(_MAX_JOBS, max(there // 2, min(there, 2)))
+    return slots or (max(1, alone // max(1, workers)) if isinstance(workers, int) else 1)
 
 
 _sweep: dict[str, str] = {}

@@ -285,7 +285,7 @@ class Store:
 
 
 def _encoded(row: Row) -> bytes:
-    """A row in the format of `ground.serial.encode_tensors`, in a fourth of the time where it could cross the boundary."""
+    """A row in the format of `encode_tensors`, in a third of the time where it could cross the boundary."""
     try:
         return encode(row)
     except ValueError:  # a dtype or a name that does not cross

@@ -16,7 +16,7 @@ import torch
 
 from cutlayer.runtime.ground import forking
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.process import cores
+from cutlayer.runtime.ground.processors import cores
 from cutlayer.runtime.messages.boundary import MODEL, Message, Payload, Reply, Upload, on_device
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.parties.store import Row, Store

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from cutlayer.runtime.launching import hydra_support
 from cutlayer.runtime.launching.sweeps.display import Display, outcome, shared_overrides, show_table, tally
 from cutlayer.runtime.launching.sweeps.supervise import start_job, threads_of
 from cutlayer.runtime.launching.sweeps.sweep import DONE, Job, JobFolder, JobProgress, Sweep, read_progress
@@ -232,3 +233,17 @@ def test_threads_are_a_jobs_share_of_eight_cores(
     if environment is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", environment)
     assert threads_of(OmegaConf.create(launcher)) == expected
+
+
+@pytest.mark.parametrize(
+    ("there", "gpus", "workers", "expected"),
+    [(1, 0, 1, 1), (2, 0, 1, 2), (2, 0, 2, 1), (16, 0, 1, 8), (16, 0, 4, 2), (16, 0, "auto", 1), (16, 3, 4, 6)],
+)
+def test_jobs_at_a_time_follow_from_cores_gpus_and_workers(
+    there: int, gpus: int, workers: int | str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(there)), raising=False)
+    monkeypatch.setattr(hydra_support, "visible_gpus", lambda: [None] * gpus)
+    hydra_support.register_resolvers()
+    keys = {"n": "${parallel_jobs:${jobs_per_gpu},${workers}}", "jobs_per_gpu": 2, "workers": workers}
+    assert OmegaConf.create(keys).n == expected

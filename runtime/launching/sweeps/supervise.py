@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from cutlayer.runtime.ground.forking import server
+from cutlayer.runtime.ground.processors import cores
 from cutlayer.runtime.launching.hydra_errors import explain
 from cutlayer.runtime.launching.sweeps.sweep import JOB_OUTPUT, PATIENT, JobFolder, read_progress
 
@@ -150,11 +151,11 @@ def threads_of(launcher: DictConfig) -> int:
 
     OMP_NUM_THREADS in the environment decides instead; joblib gives its workers such a share by it, too.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = cores()
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
     if "n_jobs" in launcher:
         jobs = int(launcher.n_jobs)  # joblib's: -1 is all cores, -2 all but one
-        return max(1, cores // max(1, jobs if jobs > 0 else cores + 1 + jobs))
+        return max(1, there // max(1, jobs if jobs > 0 else there + 1 + jobs))
     asked = launcher.get("cpus_per_task") or OmegaConf.select(launcher, "ray.remote.num_cpus")
-    return max(1, min(cores, int(asked))) if asked else cores
+    return max(1, min(there, int(asked))) if asked else there

@@ -17,7 +17,7 @@ import torch
 from cutlayer.runtime.ground import forking
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.processors import cores
-from cutlayer.runtime.messages.boundary import MODEL, Message, Payload, Reply, Upload, on_device
+from cutlayer.runtime.messages.boundary import MODEL, Message, Payload, Reply, Upload, on_device, owned
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.runtime.rounds.evaluator import Evaluator
@@ -222,7 +222,7 @@ class WorkerSession:
 
     def send(self, message: Reply) -> None:
         if self._opening is None:
-            self._opening = message
+            self._opening = owned(message)  # the server goes on, and it may have to be sent once more
             self._start()
         else:
             assert self._worker is not None

@@ -17,6 +17,7 @@ from cutlayer.algorithms.fed_avg import FedAvg
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Upload, owned
 from cutlayer.runtime.messages.codec import encode
+from cutlayer.runtime.messages.crossing import packed
 from cutlayer.runtime.parties.contexts import ClientContext
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
@@ -104,14 +105,13 @@ def test_what_a_client_raises_the_run_raises(configure: Configure, monkeypatch: 
 def test_a_client_that_begins_again_begins_with_what_it_was_sent_first(configure: Configure) -> None:
     config = configure("algorithm=fed_avg", "local_epochs=20", "workers=2")
     alone = Federation(config)
-    down = alone.server.down(0)
     session = alone.clients.open(0, 0)  # pyright: ignore[reportAttributeAccessIssue]
-    session.send(owned(down))
+    session.send(owned(packed(alone.server.down(0))))
     expected = session.receive()
     with federation(config) as made:
         assert isinstance(made.clients, WorkerClients)
         session = made.clients._begin(0, 0)  # pyright: ignore[reportPrivateUsage]
-        sent = made.server.down(0)
+        sent = owned(packed(made.server.down(0)))
         session.send(sent)
         (process, *_) = made.clients.pool.living()
         os.kill(process, signal.SIGKILL)

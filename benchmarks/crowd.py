@@ -25,10 +25,9 @@ from cutlayer.runtime.messages.boundary import METRICS, MODEL, Payload
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.network.client.link import ServerLink
 from cutlayer.runtime.network.links import LinkLostError
-from cutlayer.runtime.network.server.remote_session import RemoteChannel
 from cutlayer.runtime.network.wire import What
 from cutlayer.runtime.rounds.schedule import sequential
-from cutlayer.runtime.rounds.session import ServerParty
+from cutlayer.runtime.rounds.session import ArrivingChannel, ServerParty
 from cutlayer.runtime.transport import GrpcTransport
 
 PROCESSES = 2  # of clients
@@ -66,7 +65,7 @@ def be_server(pipe: Connection, crowd: Crowd) -> None:
         with hub.changed:
             if not hub.changed.wait_for(lambda: len(hub.connections) == crowd.clients, WAIT_S):
                 raise RuntimeError(f"{len(hub.connections)} of {crowd.clients} clients came")
-        channel = RemoteChannel(Ledger(), crowd.ahead, torch.device("cpu"))
+        channel = ArrivingChannel(Ledger(), crowd.ahead, torch.device("cpu"))
         party = cast(ServerParty, Answers())
         report = sequential(list(range(crowd.clients)), lambda client: open_session(hub, client), _lost, party, channel)
         pipe.send((before, peak_mb(), len(report.survivors)))

@@ -10,9 +10,12 @@ from collections.abc import Generator
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 
-# A terminal sends the first of these to all its processes, a cluster the others to every process of a task. The server
-# has to outlive its processes, whose ends it reports; multiprocessing lets it ignore Ctrl-C only once it has loaded.
-_SENT_TO_ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SENT_TO_ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""A terminal sends the first of these to all its processes, a cluster the others to every process of a task.
+
+The server has to outlive its processes, whose ends it reports; multiprocessing lets it ignore Ctrl-C only once it has
+loaded.
+"""
 # The name of a socket has 108 bytes at most, of which multiprocessing's own part takes about 40.
 _LONGEST_FOLDER, _SHORT_FOLDER = 60, "/tmp"
 
@@ -21,7 +24,7 @@ def server(*modules: str) -> ForkServerContext:
     """A context whose processes have these modules loaded; starts the server if this process has none yet."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(modules))
-    with _ignored(*_SENT_TO_ALL), _short_temporary_folder():
+    with _ignored(*SENT_TO_ALL), _short_temporary_folder():
         forkserver.ensure_running()
     return context
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from cutlayer.datasets import Partition, Source, apply_partition, own_partition, partition_by_group
 from cutlayer.evaluations import Score, measure
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.parties.blueprint import Blueprint
+from cutlayer.runtime.messages.boundary import Payload, unflatten
+from cutlayer.runtime.parties.blueprint import Blueprint, Parts
+from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.history import ClientRow
 from cutlayer.runtime.rounds.learnt import Learnt
 from cutlayer.runtime.rounds.setup import Setup
@@ -217,6 +220,37 @@ class Evaluator:
         if key not in self._seen:
             self._seen[key] = test()
         return self._seen[key]
+
+
+class ApartTests:
+    """Tests of clients' own models in a process that the server's parts have to be brought to.
+
+    Args:
+        rows: what clients keep.
+    """
+
+    def __init__(self, setup: Setup, rows: Store) -> None:
+        self._setup, self._rows = setup, rows
+
+    @cached_property
+    def _held(self) -> Parts:
+        """The server's parts, as they came last."""
+        return self._setup.blueprint.parts(self._setup.algorithm.layout.server)
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self._setup, Learnt(self._setup, lambda: self._held, self._rows))
+
+    def hold(self, parts: Payload) -> None:
+        """Take the server's parts, which come in their whole state."""
+        for name, state in unflatten(parts).items():
+            if name in self._held:
+                self._held[name].load_state_dict(state)
+        self._evaluator.forget()
+
+    def of_client(self, client: int) -> ClientScores:
+        """Test a client's own model, with the parts that were brought for the others."""
+        return self._evaluator.of_client(client)
 
 
 def _plainly(score: Score) -> Measured:

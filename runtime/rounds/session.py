@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from inspect import isgenerator
 from typing import Protocol, cast
 
+import torch
+
 from cutlayer.algorithms.base import Algorithm, Server
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.messages.boundary import (
@@ -19,6 +21,7 @@ from cutlayer.runtime.messages.boundary import (
     Payload,
     Reply,
     Upload,
+    on_device,
     owned,
 )
 from cutlayer.runtime.messages.crossing import packed
@@ -147,6 +150,21 @@ class Channel:
         """The end of a client's round; its metrics are charged apart from training traffic."""
         self._ledger.charge("up", METRICS, client, {"samples": upload.samples, **upload.metrics})
         return Upload(self.up(client, MODEL, upload.fields), upload.samples, dict(upload.metrics))
+
+
+class ArrivingChannel(Channel):
+    """What comes from another process is the receiver's own without a copy.
+
+    Args:
+        device: where the server computes.
+    """
+
+    def __init__(self, ledger: Ledger, ahead: int, device: torch.device) -> None:
+        super().__init__(ledger, ahead)
+        self._device = device
+
+    def hand_over(self, payload: Payload) -> Reply:
+        return on_device(payload, self._device)
 
 
 class Serving(Protocol):

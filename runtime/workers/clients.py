@@ -17,14 +17,14 @@ import torch
 from cutlayer.runtime.ground import forking
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.processors import cores
-from cutlayer.runtime.messages.boundary import MODEL, Message, Payload, Reply, Upload, on_device, owned
+from cutlayer.runtime.messages.boundary import MODEL, Message, Payload, Reply, Upload, owned
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.local_clients import LocalClients
 from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundLostError, RoundReport
-from cutlayer.runtime.rounds.session import Channel, Serving
+from cutlayer.runtime.rounds.session import ArrivingChannel, Serving
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.scoring.scores import ClientScores
 from cutlayer.runtime.settings import RunConfig
@@ -116,9 +116,10 @@ class WorkerClients(LocalClients):
         algorithm, before = self.setup.algorithm, self.seconds
         lockstep = algorithm.schedule == "lockstep"
         ahead = len(cohort) if lockstep else 0 if algorithm.in_turn else 2 * self.count
-        channel = _Channel(ledger, ahead, self.setup.device)
+        channel = ArrivingChannel(ledger, ahead, self.setup.device)
         report = SCHEDULES[algorithm.schedule](cohort, lambda client: self._begin(client, round), drop, server, channel)
         report.seconds = self.seconds - before
+        self.pool.on_round()
         return report
 
     def _begin(self, client: int, round: int) -> WorkerSession:
@@ -126,7 +127,6 @@ class WorkerClients(LocalClients):
 
     def _on_ended(self, seconds: float) -> None:
         self.seconds += seconds
-        self.pool.on_ended()
 
     def scores(self, evaluator: Evaluator) -> dict[int, ClientScores]:
         """At the workers where clients have models of their own; else a model is tested once, for all."""
@@ -187,17 +187,6 @@ def workers(setup: Setup) -> int:
     if count > clients:
         raise ConfigError("workers", count, f"at most {clients}, the clients of a round")
     return count
-
-
-class _Channel(Channel):
-    """What comes from another process is the receiver's own without a copy."""
-
-    def __init__(self, ledger: Ledger, ahead: int, device: torch.device) -> None:
-        super().__init__(ledger, ahead)
-        self._device = device
-
-    def hand_over(self, payload: Payload) -> Reply:
-        return on_device(payload, self._device)
 
 
 class WorkerSession:

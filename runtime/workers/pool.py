@@ -19,7 +19,7 @@ from cutlayer.runtime.workers.talk import Talk, Word, hear, say
 
 log = logging.getLogger(__name__)
 
-# Deaths one after another, without a client that has ended its round between them, after which a run gives up.
+# Deaths in one round, for each worker, after which a run gives up: the same client may be what each of them dies of.
 _MOST_DEATHS = 3
 
 Inbox: TypeAlias = "SimpleQueue[Talk | None]"
@@ -115,7 +115,7 @@ class Pool:
         """All workers; starts those that are not there.
 
         Raises:
-            ConfigError: they die, one after another.
+            ConfigError: they die, again and again.
         """
         for number in range(self._count):
             if number == len(self._workers):
@@ -136,10 +136,8 @@ class Pool:
         self._deaths += 1
         code = dead.process.exitcode or 0
         how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
-        if self._deaths > _MOST_DEATHS:
-            reason = (
-                f"workers that live: {self._deaths} died one after another, the last {how}; is there memory enough?"
-            )
+        if self._deaths > _MOST_DEATHS * self._count:
+            reason = f"workers that live: {self._deaths} died in one round, the last {how}; is there memory enough?"
             raise ConfigError("workers", self._count, reason)
         log.warning("worker %d is gone (%s); another takes its place, its clients begin their round again", number, how)
         self._workers[number] = self._start(number)
@@ -148,8 +146,8 @@ class Pool:
         """The process numbers of the workers that are there."""
         return [worker.process.pid for worker in self._workers if worker.lives and worker.process.pid is not None]
 
-    def on_ended(self) -> None:
-        """A client has ended its round."""
+    def on_round(self) -> None:
+        """A round is over, all of its clients have ended."""
         self._deaths = 0
 
     def close(self) -> None:

@@ -10,20 +10,18 @@ import signal
 import threading
 import traceback
 from collections.abc import Sequence
-from functools import cached_property
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, NamedTuple, cast
 
 import torch
 
+from cutlayer.runtime.ground.forking import SENT_TO_ALL
 from cutlayer.runtime.ground.process import prepare_process
-from cutlayer.runtime.messages.boundary import Message, Reply, on_device, unflatten
-from cutlayer.runtime.parties.blueprint import Parts
+from cutlayer.runtime.messages.boundary import Message, Reply, on_device
 from cutlayer.runtime.parties.contexts import ClientState
 from cutlayer.runtime.parties.store import Row, Store
-from cutlayer.runtime.rounds.evaluator import Evaluator
-from cutlayer.runtime.rounds.learnt import Learnt
+from cutlayer.runtime.rounds.evaluator import ApartTests
 from cutlayer.runtime.rounds.local_clients import Seats
 from cutlayer.runtime.rounds.session import Session
 from cutlayer.runtime.rounds.setup import Setup
@@ -44,9 +42,6 @@ from cutlayer.runtime.workers.talk import (
     say,
 )
 
-# A terminal or a cluster sends these to all processes of a run, whose own one decides what follows.
-_SENT_TO_ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
 
 def be_worker(connection: Connection, shared: Shared, threads: int, device: str | None) -> None:
     """Be a worker until the other end of the connection is closed.
@@ -54,11 +49,12 @@ def be_worker(connection: Connection, shared: Shared, threads: int, device: str 
     Args:
         shared: holds the run's ``Setup``. threads: to compute with. device: the worker's GPU.
     """
-    for number in _SENT_TO_ALL:
+    for number in SENT_TO_ALL:
         signal.signal(number, signal.SIG_IGN)
     logging.disable()  # the run's own process has said what there is to say
-    setup: Setup = shared.load(None if device is None else torch.device(device))
-    prepare_process(setup.device)
+    place = torch.device(device or "cpu")
+    prepare_process(place)  # before anything is on a GPU
+    setup: Setup = shared.load(place)
     torch.set_num_threads(threads)
     inbox: SimpleQueue[Talk] = SimpleQueue()
     threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
@@ -87,6 +83,7 @@ class _Worker:
         self._seats = Seats(setup, Store(None))
         self._rounds: dict[int, _Round] = {}
         self._tested = Store(None, device=setup.device)
+        self._tests = ApartTests(setup, self._tested)
 
     def hear(self, head: Any, payloads: list[Reply]) -> None:
         """Do what is said, and say what came of it."""
@@ -96,12 +93,14 @@ class _Worker:
             elif isinstance(head, Resume) and head.session in self._rounds:
                 self._move_on(head.session, payloads[0])
             elif isinstance(head, Hold):
-                self._hold(payloads[0])
+                self._tests.hold(payloads[0])
             elif isinstance(head, Test):
                 self._test(head, payloads)
             elif isinstance(head, Close):
                 self._close(head.session)
         except Exception as error:
+            if isinstance(head, Hold):
+                raise  # tests that follow would be of other parts: this worker ends
             self._close(head.session)
             say(self._connection, Failed(head.session, _sendable(error)))
 
@@ -127,23 +126,9 @@ class _Worker:
         ended = Ended(number, event.samples, dict(event.metrics), self._seats.seconds - before, rows)
         say(self._connection, ended, [event.fields, *kept])
 
-    @cached_property
-    def _parts(self) -> Parts:
-        """The server's parts, as they came for the last test."""
-        return self._setup.blueprint.parts(self._setup.algorithm.layout.server)
-
-    @cached_property
-    def _evaluator(self) -> Evaluator:
-        return Evaluator(self._setup, Learnt(self._setup, lambda: self._parts, self._tested))
-
-    def _hold(self, parts: Reply) -> None:
-        for name, state in unflatten(parts).items():
-            self._parts[name].load_state_dict(state)
-        self._evaluator.forget()
-
     def _test(self, head: Test, payloads: list[Reply]) -> None:
         self._tested.replace(head.client, _rows(head.rows, payloads))
-        scores = self._evaluator.of_client(head.client)
+        scores = self._tests.of_client(head.client)
         self._tested.replace(head.client, {})
         say(self._connection, Scored(head.session, scores))
 

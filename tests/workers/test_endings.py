@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cutlayer.algorithms import ALGORITHMS
+from cutlayer.algorithms import ALGORITHMS, Algorithm
 from cutlayer.algorithms.fed_avg import FedAvg
+from cutlayer.algorithms.splitfed import SplitFedV1
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Upload, owned
+from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Upload, ask, owned
 from cutlayer.runtime.messages.codec import encode
 from cutlayer.runtime.messages.crossing import packed
 from cutlayer.runtime.parties.contexts import ClientContext
@@ -129,11 +130,49 @@ def _dies(*_: object) -> None:
     os._exit(3)
 
 
+class _Poison(FedAvg):
+    """FedAvg with a client that no worker survives, while the others end their rounds."""
+
+    name = "poison"
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> ClientProgram | Fields:
+        if ctx.id == 2:
+            os._exit(9)
+        return FedAvg.client(ctx, down)
+
+
+class _PoisonLater(SplitFedV1):
+    """The same where the server answers within a round, so that the round is repeated."""
+
+    name = "poison_later"
+
+    @staticmethod
+    def client(ctx: ClientContext, down: Payload) -> ClientProgram:
+        for x, y in ctx.batches():
+            yield ask("smashed", z=ctx.part("client")(x), y=y)
+            if ctx.id == 2:
+                os._exit(9)
+        return ctx.dump("client")
+
+
+@pytest.mark.parametrize(("method", "base"), [(_Poison, "fed_avg"), (_PoisonLater, "sl_multi_server")])
+def test_a_client_that_every_worker_dies_of_ends_the_run(
+    method: type[Algorithm], base: str, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the others end their rounds in between."""
+    monkeypatch.setitem(ALGORITHMS, method.name, method)
+    config = configure(f"algorithm={base}", "workers=2")
+    dead = pytest.raises(ConfigError, match=r"7 died in one round, the last exit status 9")
+    with federation(replace(config, algorithm_name=method.name)) as made, dead:
+        made.step()
+
+
 def test_workers_that_die_one_after_another_end_the_run(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(clients, "be_worker", _dies)
-    dead = pytest.raises(ConfigError, match=r"workers=2: expected workers that live: 4 died one after another")
+    dead = pytest.raises(ConfigError, match=r"workers=2: expected workers that live: 7 died in one round, .*status 3;")
     with federation(configure("algorithm=fed_avg", "workers=2")) as made, dead:
         made.step()
     assert "another takes its place" in caplog.text

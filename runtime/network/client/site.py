@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 
 from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import DamagedError
-from cutlayer.runtime.messages.boundary import Payload, unflatten
+from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.network.client.kept import KeptState
-from cutlayer.runtime.parties.blueprint import Parts
 from cutlayer.runtime.parties.store import Row, Store
-from cutlayer.runtime.rounds.evaluator import Evaluator
-from cutlayer.runtime.rounds.learnt import Learnt
+from cutlayer.runtime.rounds.evaluator import ApartTests
 from cutlayer.runtime.rounds.local_clients import Seats
 from cutlayer.runtime.rounds.session import Session
 from cutlayer.runtime.rounds.setup import Setup
@@ -46,6 +43,7 @@ class Site:
         self.kept = KeptState(folder)
         self._store = Store(None, device=setup.device)
         self._seats = Seats(setup, self._store)
+        self._tests = ApartTests(setup, self._store)
         self._round = 0
         self._last: int | None = None
 
@@ -99,19 +97,7 @@ class Site:
 
     # ------------------------------------------------------------------ evaluation
 
-    @cached_property
-    def _held(self) -> Parts:
-        """The server's parts, as they came for the last test."""
-        return self.setup.blueprint.parts(self.setup.algorithm.layout.server)
-
-    @cached_property
-    def _evaluator(self) -> Evaluator:
-        return Evaluator(self.setup, Learnt(self.setup, lambda: self._held, self._store))
-
     def scores(self, parts: Payload) -> ClientScores:
-        """Test the client's own model, with the server's parts, which come in their whole state, for the others."""
-        for name, state in unflatten(parts).items():
-            if name in self._held:
-                self._held[name].load_state_dict(state)
-        self._evaluator.forget()
-        return self._evaluator.of_client(self.client)
+        """Test the client's own model, with the server's parts for the others."""
+        self._tests.hold(parts)
+        return self._tests.of_client(self.client)

@@ -31,13 +31,13 @@ from cutlayer.runtime.network.server.connection import Connection
 from cutlayer.runtime.network.server.guarded import GuardedServer
 from cutlayer.runtime.network.server.hub import ClientRefusedError, Greeting, Hub, missing
 from cutlayer.runtime.network.server.rehearsal import rehearse
-from cutlayer.runtime.network.server.remote_session import A_STEP, MOST_MESSAGES, RemoteChannel, RemoteSession
+from cutlayer.runtime.network.server.remote_session import A_STEP, MOST_MESSAGES, RemoteSession
 from cutlayer.runtime.network.wire import Head, What, outgoing
 from cutlayer.runtime.parties.blueprint import Parts
 from cutlayer.runtime.records.history import RoundRecord
 from cutlayer.runtime.rounds.evaluator import VALIDATION, Evaluator
 from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundLostError, RoundReport
-from cutlayer.runtime.rounds.session import Serving
+from cutlayer.runtime.rounds.session import ArrivingChannel, Serving
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.scoring.scores import ClientScores, Measured
 from cutlayer.runtime.transport import GrpcTransport
@@ -202,7 +202,7 @@ class RemoteClients:
             server.forget(client)
         ahead = len(cohort) if algorithm.schedule == "lockstep" else 0 if algorithm.in_turn else self._config.ahead
         self._reports.clear()
-        channel, guarded = RemoteChannel(ledger, ahead, self._setup.device), GuardedServer(server, self._blame)
+        channel, guarded = ArrivingChannel(ledger, ahead, self._setup.device), GuardedServer(server, self._blame)
         report = SCHEDULES[algorithm.schedule](there, lambda client: self._open(client, until), lose, guarded, channel)
         report.dropped += absent
         report.seconds = sum(_seconds(self._reports.get(client, {})) for client in report.survivors)

@@ -9,18 +9,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cutlayer.runtime.ground.text import one_line
-from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Message, Payload, Reply, Upload, on_device
+from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Message, Payload, Reply, Upload
 from cutlayer.runtime.messages.bounds import WireError
-from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.network.check import check_values
 from cutlayer.runtime.network.links import LinkLostError
 from cutlayer.runtime.network.server.connection import Connection
 from cutlayer.runtime.network.wire import Head, What
-from cutlayer.runtime.rounds.session import Channel
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +26,6 @@ _LAST, _GRACE_S = (What.METRICS, What.REPORT, What.UPLOAD), 5.0
 MOST_MESSAGES, A_STEP = 64, 32
 """Messages of a client in a round, at most: so many, and so many more for each of its steps."""
 _METRICS, _NAME = 64, re.compile(r"[\w./-]{1,64}", re.ASCII)
-
-
-class RemoteChannel(Channel):
-    """Charges what crosses; over a network what is received is the receiver's own without a copy."""
-
-    def __init__(self, ledger: Ledger, ahead: int, device: torch.device) -> None:
-        super().__init__(ledger, ahead)
-        self._device = device
-
-    def hand_over(self, payload: Payload) -> Reply:
-        return on_device(payload, self._device)
 
 
 class RemoteSession:

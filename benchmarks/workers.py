@@ -6,9 +6,12 @@ The time is that of ``Federation.step`` without evaluation, as in ``round_time``
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 
 import torch
 
@@ -59,6 +62,29 @@ def compare(case: str, algorithm: str, count: int, options: argparse.Namespace) 
     )
 
 
+def _bare(case: str, options: argparse.Namespace, ready: Barrier, seconds: Queue[float]) -> None:
+    """Rounds of a run of its own, begun when all others are ready; the seconds that they took."""
+    torch.set_num_threads(options.threads)
+    run = Federation(load_config(settings(case, "fed_avg", options)))
+    run.step()
+    ready.wait()
+    seconds.put(timed(run.setup.device, lambda: [run.step() for _ in range(options.repeats)])[0].wall)
+
+
+def ceiling(case: str, count: int, options: argparse.Namespace) -> float:
+    """How many times the rounds of one run ``count`` runs that have nothing in common give on this machine at once."""
+    context, took = multiprocessing.get_context("spawn"), dict[int, float]()
+    for runs in (1, count):
+        ready, seconds = context.Barrier(runs), context.Queue()
+        processes = [context.Process(target=_bare, args=(case, options, ready, seconds)) for _ in range(runs)]
+        for process in processes:
+            process.start()
+        took[runs] = max(seconds.get() for _ in processes)
+        for process in processes:
+            process.join()
+    return count * took[1] / took[count]
+
+
 def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = print) -> int:
     """Measure the cases that the options name; exit status 1 if the weights of any differ."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.workers", description=(__doc__ or "").split("\n")[0])
@@ -66,11 +92,14 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
     parser.add_argument("--algorithm", nargs="+", default=["fed_avg"], help="default: fed_avg")
     parser.add_argument("--workers", nargs="+", type=int, default=[2], help="default: 2")
     parser.add_argument("--repeats", type=int, default=7, help="measured rounds of each side (default: 7)")
+    parser.add_argument("--ceiling", action="store_true", help="also run as many runs of their own at once")
     machine_options(parser)
     options = parser.parse_args(arguments)
     show(f"{set_up(options)}; {options.repeats} repeats, median (min .. max)")
     agreed = True
     for case in options.case:
+        for count in options.workers if options.ceiling else ():
+            show(f"{case}: {count} runs at once give {ceiling(case, count, options):.2f} times the rounds of one")
         for algorithm in options.algorithm:
             for count in options.workers:
                 line, same = compare(case, algorithm, count, options)

@@ -65,8 +65,9 @@ def test_workers_give_the_weights_of_one_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = ["--case", "tiny", "--repeats", "1", "--algorithm", "fed_avg", "sl_multi_server"]
-    assert workers.main(keys) == 0
+    assert workers.main([*keys, "--ceiling"]) == 0
     shown = capsys.readouterr().out
+    assert re.search(f"tiny: 2 runs at once give {DECIMAL} times the rounds of one", shown)
     for algorithm in ("fed_avg", "sl_multi_server"):
         spread = rf"{DECIMAL} \({DECIMAL} \.\. {DECIMAL}\)"
         assert re.search(f"tiny {algorithm}: 2 workers give {spread} times the rounds of one process, same bits", shown)

@@ -35,11 +35,16 @@ _TOLERANCES = (1e-4, 0.1)
 
 
 class Ran(NamedTuple):
-    """What a side's run has told, seconds with its start, how far its weights are from Cutlayer's, see ``Given.apart``."""
+    """What a side has told, its seconds with the start, how far its weights are from Cutlayer's (``Given.apart``)."""
 
     told: Told
     whole: float
     apart: tuple[float, float]
+
+    @property
+    def rate(self) -> float:
+        """Timed rounds a second."""
+        return (self.told.rounds - 1) / self.told.seconds
 
 
 class Race:
@@ -123,9 +128,11 @@ def compare(race: Race, peers: Sequence[str], workers: int, repeats: int, show: 
                 if side == OURS:
                     return False
                 del ran[side]
+        rates = ", ".join(f"{side} {runs[-1].rate:.2f}" for side, runs in ran.items())
+        show(f"{workers} workers, repeat {repeat + 1}, rounds a second: {rates}")
     show(f"{workers} {'process' if workers == 1 else 'processes'}:")
     for side, runs in ran.items():
-        rounds = Spread.of([(run.told.rounds - 1) / run.told.seconds for run in runs])
+        rounds = Spread.of([run.rate for run in runs])
         ratios = [run.told.seconds / ours.told.seconds for run, ours in zip(runs, ran[OURS], strict=True)]
         ratio = "" if side == OURS else f", Cutlayer gives {Spread.of(ratios).show()} times its rounds"
         show(f"  {side:<8} {rounds.show()} rounds a second{ratio}")
@@ -188,7 +195,6 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
         work: in the place of the default.
     """
     begun, options = time.perf_counter(), parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is running ends too, and the folder goes
     work = replace(work or Work(), rounds=options.rounds)
     show(f"{set_up(options)}; {options.repeats} repeats of {work.rounds} rounds, median (min .. max)")
     show(work.describe())
@@ -209,4 +215,5 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is running ends too, and the folder goes
     sys.exit(main())

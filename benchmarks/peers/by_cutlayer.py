@@ -22,7 +22,12 @@ def keys(work: Work, workers: int) -> list[str]:
     sizes |= {"channels": channels, "height": height, "width": width}
     return [
         *("algorithm=fed_avg", "model=cnn2", "device=cpu", "threads=1", f"workers={workers}"),
-        *("dataset=synthetic", "dataset.shuffle=false", f"dataset.client_samples={work.images}"),
+        *(
+            "dataset=synthetic",
+            "dataset.shuffle=false",
+            "dataset.drop_last=never",
+            f"dataset.client_samples={work.images}",
+        ),
         *(f"dataset.options.{key}={value}" for key, value in sizes.items()),
         *(f"num_clients={work.clients}", f"frac={work.cohort / work.clients}", f"batch_size={work.batch}"),
         *("optimizer=sgd", f"lr={work.lr}", "rounds=1000000", "eval_interval=1000000"),

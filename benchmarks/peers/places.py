@@ -103,7 +103,7 @@ def variables(folder: Path, allocator: bool) -> dict[str, str]:
 
 @functools.cache
 def alone() -> tuple[str, ...]:
-    """What a command is begun with to run in a network of its own, with all that it starts ending with it.
+    """What a command is begun with to run in a network of its own, where all ends with it, and it with this process.
 
     Raises:
         PeerError: the system grants none.
@@ -111,8 +111,9 @@ def alone() -> tuple[str, ...]:
     user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
     kinds = ("--net", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child=KILL")
     # The shell stays, to bury the processes that others leave behind.
-    command = ("unshare", *user, *kinds, "bash", "-c", 'ip link set lo up && "$@"; exit "$?"', "bash")
-    absent = [tool for tool in ("unshare", "ip", "bash") if shutil.which(tool) is None]
+    script = 'ip link set lo up && "$@"; exit "$?"'
+    command = ("setpriv", "--pdeathsig=KILL", "unshare", *user, *kinds, "bash", "-c", script, "bash")
+    absent = [tool for tool in ("setpriv", "unshare", "ip", "bash") if shutil.which(tool) is None]
     if absent:
         raise PeerError(f"{', '.join(absent)} not installed (Debian: util-linux, iproute2)")
     if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:

@@ -17,6 +17,7 @@ from cutlayer.runtime.after.probe import Probed, feature_parts, probe
 from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import BEST_MODEL_FILE, MODEL_FILE, make_folder
+from cutlayer.runtime.ground.memory import memory_told
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.serial import save_tensors
 from cutlayer.runtime.messages.ledger import Traffic
@@ -87,6 +88,7 @@ def _place(config: RunConfig, folder: RunFolder) -> ClientsPlace:
     return Elsewhere(config, folder)
 
 
+@memory_told()
 def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     """Run an experiment to its end, in a folder that this process owns; resume from a checkpoint if there is one.
 

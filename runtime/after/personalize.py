@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from cutlayer.runtime.ground.files import (
     sync_file,
     temporary_name,
 )
+from cutlayer.runtime.ground.folders import nothing_left
 from cutlayer.runtime.ground.reading import read_json
 from cutlayer.runtime.ground.text import csv_text
 from cutlayer.runtime.ground.units import format_percent
@@ -139,12 +140,10 @@ def personalize(
     if config.start == "best" and (best is None or not best.round):
         raise lacking()
     tuner, folder = _Tuner(federation, config), personalized_folder(run, config)
-    make_folder(run, folder)
     path = temporary_name(folder / CLIENTS)
-    path.unlink(missing_ok=True)
     over = _Over(config)
     clients = tuner.shares.sizes.nonzero()[0].tolist()
-    with named(path), _nothing_left_by_failure(path), path.open("w", encoding="utf-8", newline="") as file:
+    with nothing_left(folder), named(path), _made_whole(run, path) as file:
         file.write(csv_text([_COLUMNS]))
         for done, client in enumerate(clients):
             shown(done, len(clients))
@@ -238,15 +237,15 @@ def _halves(parts: Parts, part: str | None, shape: Sequence[int]) -> tuple[nn.Mo
 
 
 @contextlib.contextmanager
-def _nothing_left_by_failure(path: Path) -> Generator[None]:
-    """Remove a file that was not completed, and the two folders above it if they hold nothing else."""
+def _made_whole(run: Path, path: Path) -> Generator[TextIO]:
+    """A file to write to, in a folder below the run's; it goes again if it is not completed."""
+    make_folder(run, path.parent)
+    path.unlink(missing_ok=True)
     try:
-        yield
+        with path.open("w", encoding="utf-8", newline="") as file:
+            yield file
     except BaseException:
         path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            for folder in (path.parent, path.parent.parent):
-                folder.rmdir()
         raise
 
 

@@ -55,7 +55,8 @@ class Seats:
             seat.taken = False
             self.seconds += seconds
 
-        return LocalSession(setup.algorithm, context, Workplace(setup.blueprint, seed), leave)
+        work = Workplace(setup.blueprint, seed, lambda: setup.memory(f"the round of client {client}"))
+        return LocalSession(setup.algorithm, context, work, leave)
 
     def seat(self) -> Seat:
         """A seat that is free."""

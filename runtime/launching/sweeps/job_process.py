@@ -29,6 +29,7 @@ from cutlayer.runtime.after import personalize, probe
 from cutlayer.runtime.after.saved import MACHINE, personalize_run, probe_run
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.folders import make_folders, remove_empty, standing
 from cutlayer.runtime.ground.locks import FileLock, is_locked
 from cutlayer.runtime.ground.text import error_text, plain_logs, print_errors
 from cutlayer.runtime.job import check_machine, claim, has_data_of, runs_like
@@ -166,6 +167,7 @@ def _alone(job: JobFolder, config: RunConfig, *, patient: bool) -> Generator[boo
         yield True
         return
     path = config.save_dir.absolute() / "multirun" / "running" / config.identity()
+    root = standing(config.save_dir)
     while True:
         lock = _take(path)
         try:
@@ -181,8 +183,7 @@ def _alone(job: JobFolder, config: RunConfig, *, patient: bool) -> Generator[boo
         finally:
             if lock is not None:
                 lock.release(remove=True)
-                with contextlib.suppress(OSError):
-                    lock.path.parent.rmdir()
+                remove_empty(path.parent, root)
         _wait_for(path, Path(job.read().folder))
 
 
@@ -194,7 +195,7 @@ def _wait_for(lock: Path, folder: Path) -> None:
 
 def _take(path: Path) -> FileLock | None:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         lock = FileLock.take(path)
         if lock is not None or path.exists():
             return lock

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from cutlayer.runtime.ground.files import replace_file
+from cutlayer.runtime.ground.folders import standing
 from cutlayer.runtime.ground.text import csv_text
 
 # fmt: off
@@ -120,10 +121,12 @@ class Sweep:
 
     Attributes:
         path: the folder. expected: the overrides of each job, in order, where they are known beforehand.
+        root: of the folder of all runs and those above it, the first that was there before the sweep.
     """
 
     def __init__(self, path: Path, expected: Sequence[Sequence[str]] = ()) -> None:
         self.path = path
+        self.root = standing(path.parent.parent)
         self.expected = [tuple(overrides) for overrides in expected]
         self._done: dict[int, tuple[Job, JobProgress]] = {}
 

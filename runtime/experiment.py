@@ -12,7 +12,7 @@ import torch
 
 from cutlayer.datasets.partition_files import save_partition
 from cutlayer.plotting import first_picture
-from cutlayer.runtime.after.personalize import Personalized, own_tests, personalize, tunable
+from cutlayer.runtime.after.personalize import Personalized, personalize
 from cutlayer.runtime.after.probe import Probed, feature_parts, probe
 from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.ground.config import ConfigError
@@ -31,6 +31,7 @@ from cutlayer.runtime.rounds.clients import Clients
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.local_clients import LocalClients
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.rounds.tuner import tunable
 from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import LocalTransport
@@ -133,7 +134,7 @@ def _check_after(federation: Federation) -> None:
     config = federation.setup.config
     if config.personalize.part is not None:
         tunable(federation.setup, config.personalize)
-        own_tests(federation)
+        federation.evaluator.own_tests()
     if config.probe.after:
         feature_parts(federation)
 

@@ -5,28 +5,32 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain, cycle
+from itertools import chain
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cutlayer.runtime.ground import forking
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.processors import cores
-from cutlayer.runtime.messages.boundary import MODEL, Message, Payload, Reply, Upload, owned
+from cutlayer.runtime.messages.boundary import MODEL, Message, Payload, Reply, Upload, flatten, owned
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.learnt import Learnt
 from cutlayer.runtime.rounds.local_clients import LocalClients
 from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundLostError, RoundReport
 from cutlayer.runtime.rounds.session import ArrivingChannel, Serving
 from cutlayer.runtime.rounds.setup import Setup
-from cutlayer.runtime.scoring.scores import ClientScores
+from cutlayer.runtime.rounds.tuner import Tuner
+from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
+from cutlayer.runtime.scoring.scores import ClientScores, Measured
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.workers.pool import Inbox, Pool, Worker
 from cutlayer.runtime.workers.program import be_worker
@@ -55,7 +59,7 @@ class AtWorkers:
         return self._clients
 
     def check(self, setup: Setup) -> None:
-        """What is measured after training is measured in the run's own process."""
+        """All that is measured after training can be: fine-tuning at the workers, the rest in the run's own process."""
 
     @property
     def processes(self) -> int:
@@ -133,46 +137,86 @@ class WorkerClients(LocalClients):
         algorithm = self.setup.algorithm
         if not (self.setup.personal or algorithm.paths):
             return super().scores(evaluator)
-        learnt, workers = evaluator.learnt, self.pool.all()
-        parts = {f"{part}/{name}": t for part, held in learnt.held.items() for name, t in held.state_dict().items()}
-        for worker in workers:
-            worker.say(Hold(self.pool.number()), [parts])
+        everyone = range(self.setup.population)
+        held = {name: part.state_dict() for name, part in evaluator.learnt.held.items()}
+        return dict(zip(everyone, self._tested(everyone, evaluator.learnt, held), strict=True))
+
+    def tuned(self, tuner: Tuner, clients: Sequence[int]) -> Iterator[list[Measured]]:
+        yield from self._tested(clients, tuner.learnt, tuner.held, tuner.config)
+        self.pool.on_round()
+
+    def _tested(
+        self,
+        clients: Iterable[int],
+        learnt: Learnt,
+        held: Mapping[str, Mapping[str, Tensor]],
+        tuning: PersonalizeConfig | None = None,
+    ) -> Iterator[Any]:
+        """What tests of clients at workers find, in the clients' order.
+
+        Args:
+            learnt: has the parts that clients keep. held: the states of the server's parts.
+        """
+        algorithm, holders = self.setup.algorithm, _Holders(self.pool, held)
         named = dict.fromkeys(chain(algorithm.layout.whole, *algorithm.paths.values()))
         own = [name for name in named if learnt.is_own(name)]
-        found: dict[int, ClientScores] = {}
         begun: deque[_BegunTest] = deque()
-        for client, worker in zip(range(self.setup.population), cycle(workers), strict=False):
+        for client in clients:
             rows = {name: row for name in own if (row := learnt.own(client, name)) is not None}
-            begun.append(_BegunTest(client, rows, worker, self.pool.number()))
-            if len(begun) > 2 * len(workers):
-                found |= begun.popleft().end(evaluator)
-        for test in begun:
-            found |= test.end(evaluator)
-        return found
+            begun.append(_BegunTest(holders, client, rows, tuning))
+            if len(begun) > 2 * self.count:
+                yield begun.popleft().end()
+        while begun:
+            yield begun.popleft().end()
 
     def close(self) -> None:
         """End the workers."""
         self.pool.close()
 
 
+class _Holders:
+    """Workers that are given the server's parts before the first test there."""
+
+    def __init__(self, pool: Pool, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._pool, self._given = pool, set[Worker]()
+        self._parts = {key: value for name, state in held.items() for key, value in flatten(name, state).items()}
+
+    def begin(self, test: Test, rows: list[Row], inbox: Inbox) -> tuple[Worker, int]:
+        """Begin a test; where, and as which session."""
+        worker, number = self._pool.idlest(), self._pool.number()
+        if worker not in self._given:
+            self._given.add(worker)
+            worker.say(Hold(number), [self._parts])
+        worker.take(number, inbox)
+        worker.say(test._replace(session=number), rows)
+        return worker, number
+
+
 class _BegunTest:
-    """A client's test at a worker; where that dies, here."""
+    """A client's test at a worker; where that dies, at another."""
 
-    def __init__(self, client: int, rows: Mapping[str, Row], worker: Worker, number: int) -> None:
-        self._client, self._worker, self._number = client, worker, number
+    def __init__(
+        self, holders: _Holders, client: int, rows: Mapping[str, Row], tuning: PersonalizeConfig | None
+    ) -> None:
+        self._holders, self._rows = holders, [*rows.values()]
+        self._test = Test(0, client, tuple(rows), tuning)
+        self._begin()
+
+    def _begin(self) -> None:
         self._inbox: Inbox = SimpleQueue()
-        worker.take(number, self._inbox)
-        worker.say(Test(number, client, tuple(rows)), [*rows.values()])
+        self._worker, self._number = self._holders.begin(self._test, self._rows, self._inbox)
 
-    def end(self, evaluator: Evaluator) -> dict[int, ClientScores]:
-        """What it finds, by client."""
-        came = self._inbox.get()
-        self._worker.leave(self._number)
-        if came is None:
-            return {self._client: evaluator.of_client(self._client)}
-        if isinstance(came[0], Failed):
-            raise came[0].error
-        return {self._client: came[0].scores}
+    def end(self) -> Any:
+        """What it finds."""
+        while True:
+            came = self._inbox.get()
+            self._worker.leave(self._number)
+            if came is None:
+                self._begin()
+            elif isinstance(came[0], Failed):
+                raise came[0].error
+            else:
+                return came[0].scores
 
 
 def workers(setup: Setup) -> int:

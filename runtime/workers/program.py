@@ -25,6 +25,8 @@ from cutlayer.runtime.rounds.evaluator import ApartTests
 from cutlayer.runtime.rounds.local_clients import Seats
 from cutlayer.runtime.rounds.session import Session
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.rounds.tuner import Tuner
+from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.workers.shared import Shared
 from cutlayer.runtime.workers.talk import (
     Close,
@@ -84,6 +86,7 @@ class _Worker:
         self._rounds: dict[int, _Round] = {}
         self._tested = Store(None, device=setup.device)
         self._tests = ApartTests(setup, self._tested)
+        self._tuners: dict[PersonalizeConfig, Tuner] = {}
 
     def hear(self, head: Any, payloads: list[Reply]) -> None:
         """Do what is said, and say what came of it."""
@@ -128,9 +131,15 @@ class _Worker:
 
     def _test(self, head: Test, payloads: list[Reply]) -> None:
         self._tested.replace(head.client, _rows(head.rows, payloads))
-        scores = self._tests.of_client(head.client)
+        tuning = head.tuning
+        scores = self._tests.of_client(head.client) if tuning is None else self._tuner(tuning).scores(head.client)
         self._tested.replace(head.client, {})
         say(self._connection, Scored(head.session, scores))
+
+    def _tuner(self, config: PersonalizeConfig) -> Tuner:
+        if self._tuners.keys() != {config}:
+            self._tuners = {config: Tuner(self._setup, self._tests.evaluator, config)}
+        return self._tuners[config]
 
     def _close(self, number: int) -> None:
         if number in self._rounds:

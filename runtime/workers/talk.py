@@ -12,7 +12,8 @@ from cutlayer.runtime.ground.segments import Row
 from cutlayer.runtime.messages.boundary import Payload, Reply
 from cutlayer.runtime.messages.codec import decode
 from cutlayer.runtime.messages.frames import pieces
-from cutlayer.runtime.scoring.scores import ClientScores
+from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
+from cutlayer.runtime.scoring.scores import ClientScores, Measured
 
 
 class Open(NamedTuple):
@@ -43,18 +44,22 @@ class Hold(NamedTuple):
 
 
 class Test(NamedTuple):
-    """Test a client's own model, with the held parts for the others; frames: the rows of its parts."""
+    """Test a client's own model, with the held parts for the others; frames: the rows of its parts.
+
+    With ``tuning`` the client fine-tunes it, and is tested as ``Tuner.scores`` says.
+    """
 
     session: int
     client: int
     rows: tuple[str, ...]
+    tuning: PersonalizeConfig | None = None
 
 
 class Scored(NamedTuple):
     """What a test found."""
 
     session: int
-    scores: ClientScores
+    scores: ClientScores | list[Measured]
 
 
 class Said(NamedTuple):

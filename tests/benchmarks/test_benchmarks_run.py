@@ -68,9 +68,12 @@ def test_workers_give_the_weights_of_one_process(
     assert workers.main([*keys, "--ceiling"]) == 0
     shown = capsys.readouterr().out
     assert re.search(f"tiny: 2 runs at once give {DECIMAL} times the rounds of one", shown)
+    spread = rf"{DECIMAL} \({DECIMAL} \.\. {DECIMAL}\)"
     for algorithm in ("fed_avg", "sl_multi_server"):
-        spread = rf"{DECIMAL} \({DECIMAL} \.\. {DECIMAL}\)"
         assert re.search(f"tiny {algorithm}: 2 workers give {spread} times the rounds of one process, same bits", shown)
+    assert workers.main([*keys[:-1], "--fine-tuning"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(f"tiny fed_avg: 2 workers give {spread} times the fine-tuning of one process, same bits", shown)
     monkeypatch.setattr(torch, "equal", lambda *_: False)
     assert workers.main(keys[:-1]) == 1
     assert "OTHER BITS" in capsys.readouterr().out

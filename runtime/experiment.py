@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -21,69 +19,25 @@ from cutlayer.runtime.ground.memory import memory_told
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.serial import save_tensors
 from cutlayer.runtime.messages.ledger import Traffic
-from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.console import Progress, RunFiles, show_summary
 from cutlayer.runtime.records.data_record import record_data
 from cutlayer.runtime.records.history import RoundRecord
 from cutlayer.runtime.records.loggers import build_loggers
 from cutlayer.runtime.records.results import Results, RunSummary
-from cutlayer.runtime.rounds.clients import Clients
 from cutlayer.runtime.rounds.federation import Federation
-from cutlayer.runtime.rounds.local_clients import LocalClients
-from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.rounds.place import ClientsPlace
 from cutlayer.runtime.rounds.tuner import tunable
 from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import LocalTransport
+from cutlayer.runtime.workers.place import local_place
 
 log = logging.getLogger(__name__)
 
 
-class ClientsPlace(Protocol):
-    """Where the clients of a run are."""
-
-    def clients(self, setup: Setup, store: Store) -> Clients:
-        """The clients of the run's federation, see ``MakeClients``."""
-        ...
-
-    def check(self, setup: Setup) -> None:
-        """Raise ConfigError for what cannot be measured with clients there."""
-        ...
-
-    @property
-    def processes(self) -> int:
-        """How many of them compute side by side on this machine."""
-        ...
-
-    def connected(self, federation: Federation, accuracy: float | None) -> AbstractContextManager[None]:
-        """Clients take part within the block; ``accuracy`` is that of the last test, if there was one."""
-        ...
-
-
-class _Here:
-    """In this process."""
-
-    def clients(self, setup: Setup, store: Store) -> Clients:
-        return LocalClients(setup, store)
-
-    def check(self, setup: Setup) -> None:
-        pass
-
-    @property
-    def processes(self) -> int:
-        return 1
-
-    def connected(self, federation: Federation, accuracy: float | None) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
 def _place(config: RunConfig, folder: RunFolder) -> ClientsPlace:
     if isinstance(config.transport, LocalTransport):
-        if config.workers == 1:
-            return _Here()
-        from cutlayer.runtime.workers.clients import AtWorkers  # late: it loads what starts processes
-
-        return AtWorkers(config)
+        return local_place(config)
     from cutlayer.runtime.network.server.elsewhere import Elsewhere  # late: it needs an extra
 
     return Elsewhere(config, folder)

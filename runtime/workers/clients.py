@@ -43,7 +43,7 @@ _PROGRAM = "cutlayer.runtime.workers.program"
 
 
 class AtWorkers:
-    """Clients of a run in ``workers`` processes of this machine; see ``experiment.ClientsPlace``."""
+    """Clients of a run in ``workers`` processes of this machine; see ``ClientsPlace``."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config

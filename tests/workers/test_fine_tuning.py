@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from cutlayer import algorithms
+from cutlayer import personalize as command
 from cutlayer.runtime.after.personalize import CLIENTS, Personalized, personalize, personalized_folder
+from cutlayer.runtime.after.saved import read_config
+from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.tuner import Tuner
+from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.workers.clients import WorkerClients
@@ -108,3 +112,24 @@ def test_a_mistake_at_a_worker_is_one_line_and_leaves_nothing(configure: Configu
         with pytest.raises(ConfigError, match=r"^personalize.lr=1e\+20: expected a rate that converges"):
             personalize(play(made), replace(TUNED, lr=1e20), tmp_path)
         assert [*tmp_path.iterdir()] == []
+
+
+def test_a_run_fine_tunes_at_its_workers_and_so_does_the_command_later(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = ("algorithm=fed_per", *SETTING, "personalize.part=full", "personalize.epochs=[0,1,2]", "progress=none")
+    tables: list[bytes] = []
+    for count in (1, 2):
+        if count == 2:
+            monkeypatch.delattr(Tuner, "scores")
+        config = configure(*keys, "personalize.lr=0.05", f"workers={count}")
+        with RunFolder.claim(tmp_path / str(count), config.identity()) as folder:
+            run(config, folder)
+        tables.append((personalized_folder(folder.path, config.personalize) / CLIENTS).read_bytes())
+    made = tmp_path / "2"
+    table = personalized_folder(made, TUNED) / CLIENTS
+    table.unlink()
+    assert command.main([str(made), "workers=3"]) == 0
+    assert tables == [table.read_bytes()] * 2
+    assert read_config(made, {}).config.workers == 1, "a folder from elsewhere starts no processes"
+    assert command.main([str(made), "workers=9"]) == 1

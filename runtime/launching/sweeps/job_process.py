@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -40,6 +41,7 @@ from cutlayer.runtime.launching.sweeps.sweep import JOB_OUTPUT, JobFolder
 from cutlayer.runtime.records.data_record import DATA, check_data
 from cutlayer.runtime.run_folder import LOCK, find_finished, find_running
 from cutlayer.runtime.settings import RunConfig
+from cutlayer.runtime.workers.place import local_place
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +119,7 @@ def _unmeasured(job: JobFolder, config: RunConfig) -> list[tuple[Again, str]]:
         return []
     folder, missing = Path(state.folder), list[tuple[Again, str]]()
     if config.personalize.part is not None and personalize.earlier_personalization(folder, config.personalize) is None:
-        missing.append((personalize_run, "personalize"))
+        missing.append((partial(personalize_run, place=local_place), "personalize"))
     if config.probe.after and probe.earlier_probe(folder, config.probe) is None:
         missing.append((probe_run, "probe"))
     return missing

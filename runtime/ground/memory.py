@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import traceback
 from collections.abc import Generator
@@ -11,10 +12,16 @@ from pathlib import Path
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
-# What torch, CUDA's libraries, C++ and the system say of it in errors that are of no type of their own.
-_SAID = re.compile("can't allocate memory|cannot allocate memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+# What torch, CUDA's libraries, oneDNN, C++ and the system say of it in errors that are of no type of their own; a thread
+# needs memory for its stack.
+_SAID = re.compile(
+    "can't allocate memory|cannot allocate memory|out of memory|ALLOC_FAILED|bad_alloc|could not create a primitive$"
+    "|can't start new thread",
+    re.IGNORECASE,
+)
 _ASKED = re.compile(r"allocate ([\d.]+ ?[KMGTPE]?i?(?:B|bytes))\b")
 _LESS = "a smaller model, batch_size or eval_batch_size, or dataset.storage=stream"
+_WHO_GOES = Path("/proc/self/oom_score_adj")
 _COUNTER, _LINE = Path("/proc/vmstat"), "oom_kill "
 
 
@@ -48,6 +55,27 @@ def memory_told(where: str = "", key: str = "", value: object = NO_VALUE, less: 
     if key:
         raise ConfigError(key, value, f"{less}: {where}{amount}")
     raise ConfigError("memory", NO_VALUE, f"ran out{amount}; {_LESS} needs less")
+
+
+NO_MEMORY = errno.ENOMEM
+"""The exit status of a process that ended as its memory ran out."""
+
+
+@contextlib.contextmanager
+def ending_without_memory() -> Generator[None]:
+    """End this process, in whatever thread, where memory runs out in the block."""
+    try:
+        yield
+    except Exception as error:
+        if ran_out(error):
+            os._exit(NO_MEMORY)
+        raise
+
+
+def be_first_to_go() -> None:
+    """Let the system, where the machine's memory runs out, kill this process before those that hold results."""
+    with contextlib.suppress(OSError):  # another system
+        _WHO_GOES.write_text("500", encoding="ascii")
 
 
 def killed_for_memory() -> int | None:

@@ -187,7 +187,7 @@ class _Holders:
         if worker not in self._given:
             self._given.add(worker)
             worker.say(Hold(number), [self._parts])
-        worker.take(number, inbox)
+        worker.take(number, test.client, inbox)
         worker.say(test._replace(session=number), rows)
         return worker, number
 
@@ -266,7 +266,7 @@ class WorkerSession:
         assert self._opening is not None
         self._number, self._inbox = self._pool.number(), SimpleQueue()
         self._worker = self._pool.idlest()
-        self._worker.take(self._number, self._inbox)
+        self._worker.take(self._number, self._client, self._inbox)
         rows, kept = given(self._store.rows(self._client))
         self._worker.say(Open(self._number, self._client, self._round, tuple(rows)), [self._opening, *kept])
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.messages.boundary import Payload
-from cutlayer.runtime.workers.talk import Talk, Word, hear, say
+from cutlayer.runtime.ground.memory import NO_MEMORY, killed_for_memory
+from cutlayer.runtime.messages.boundary import Payload, Reply
+from cutlayer.runtime.workers.talk import Close, Failed, Hold, Said, Talk, Word, hear, say
 
 log = logging.getLogger(__name__)
 
+_KILLED = -signal.SIGKILL
 # Deaths in one round, for each worker, after which a run gives up: the same client may be what each of them dies of.
 _MOST_DEATHS = 3
 
@@ -41,27 +44,38 @@ class Worker:
         self.open = 0
         self._lock = threading.Lock()
         self._inboxes: dict[int, Inbox] = {}
+        self._clients: dict[int, int] = {}
+        self._asked: list[int] = []  # sessions that have to answer, in the order in which they do
         self._gone = False
         self._thread = threading.Thread(target=self._listen, name="worker", daemon=True)
         self._thread.start()
 
     def _listen(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
+        failed: Exception | None = None
+        try:
             while True:
-                head, payloads = hear(self._connection)
-                with self._lock:
-                    inbox = self._inboxes.get(head.session)
-                if inbox is not None:  # else of a round that was given up
-                    inbox.put((head, payloads))
+                self._hand_on(*hear(self._connection))
+        except (EOFError, OSError):
+            pass
+        except Exception as error:  # such as memory that runs out here
+            failed = error
         with self._lock:
             self._gone = True
-            for inbox in self._inboxes.values():
-                inbox.put(None)
+            for session, inbox in self._inboxes.items():
+                inbox.put(None if failed is None else (Failed(session, failed), []))
 
-    def take(self, session: int, inbox: Inbox) -> None:
-        """Put what comes for a session there."""
+    def _hand_on(self, head: Any, payloads: list[Reply]) -> None:
         with self._lock:
-            self._inboxes[session] = inbox
+            inbox = self._inboxes.get(head.session)
+            if head.session in self._asked and not (isinstance(head, Said) and not head.expects_reply):
+                self._asked.remove(head.session)
+        if inbox is not None:  # else of a round that was given up
+            inbox.put((head, payloads))
+
+    def take(self, session: int, client: int, inbox: Inbox) -> None:
+        """Put what comes for a session, of a client, there."""
+        with self._lock:
+            self._inboxes[session], self._clients[session] = inbox, client
             self.open += 1
             if self._gone:
                 inbox.put(None)
@@ -71,9 +85,21 @@ class Worker:
         with self._lock:
             if self._inboxes.pop(session, None) is not None:
                 self.open -= 1
+                if not self._gone:  # else it may be what the worker died of
+                    del self._clients[session]
+                    self._asked = [each for each in self._asked if each != session]
+
+    @property
+    def client(self) -> int | None:
+        """The client that it computes, or was computing when it ended; None if there is none."""
+        with self._lock:
+            return self._clients[self._asked[0]] if self._asked else None
 
     def say(self, head: Word, payloads: Sequence[Payload] = ()) -> None:
         """Send; where the worker is gone, its sessions hear of it."""
+        if not isinstance(head, Hold | Close):
+            with self._lock:
+                self._asked.append(head.session)
         with contextlib.suppress(OSError):
             say(self._connection, head, payloads)
 
@@ -102,6 +128,7 @@ class Pool:
         self._workers: list[Worker] = []
         self._numbers = itertools.count(1)
         self._deaths = 0
+        self._killed = killed_for_memory()
 
     def number(self) -> int:
         """A number for a session that no other has."""
@@ -134,13 +161,27 @@ class Pool:
         dead = self._workers[number]
         dead.stop()
         self._deaths += 1
-        code = dead.process.exitcode or 0
-        how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+        memory, how = self._how(dead.process.exitcode or 0)
+        if dead.client is not None:
+            how += f" with client {dead.client}"
         if self._deaths > _MOST_DEATHS * self._count:
-            reason = f"workers that live: {self._deaths} died in one round, the last {how}; is there memory enough?"
+            wanted = "fewer, or a smaller batch_size" if memory else "workers that live"
+            reason = f"{wanted}: {self._deaths} died in one round, the last {how}"
             raise ConfigError("workers", self._count, reason)
         log.warning("worker %d is gone (%s); another takes its place, its clients begin their round again", number, how)
         self._workers[number] = self._start(number)
+
+    def _how(self, status: int) -> tuple[bool, str]:
+        """Whether a worker may have died for want of memory, by its exit status, and how it died in words."""
+        before, self._killed = self._killed, killed_for_memory()
+        if status == NO_MEMORY:
+            return True, "as its memory ran out"
+        if status == _KILLED and before is not None and self._killed is not None:
+            killed = self._killed > before
+            return killed, "killed by the system, as memory ran out," if killed else "killed by signal 9"
+        if status == _KILLED:
+            return True, "killed by signal 9, as the system does where memory runs out,"
+        return False, f"killed by signal {-status}" if status < 0 else f"exit status {status}"
 
     def living(self) -> list[int]:
         """The process numbers of the workers that are there."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from cutlayer.runtime.ground.forking import SENT_TO_ALL
+from cutlayer.runtime.ground.memory import be_first_to_go, ending_without_memory
 from cutlayer.runtime.ground.process import prepare_process
 from cutlayer.runtime.messages.boundary import Message, Reply, on_device
 from cutlayer.runtime.parties.contexts import ClientState
@@ -54,6 +55,12 @@ def be_worker(connection: Connection, shared: Shared, threads: int, device: str 
     for number in SENT_TO_ALL:
         signal.signal(number, signal.SIG_IGN)
     logging.disable()  # the run's own process has said what there is to say
+    be_first_to_go()
+    with ending_without_memory():
+        _work(connection, shared, threads, device)
+
+
+def _work(connection: Connection, shared: Shared, threads: int, device: str | None) -> None:
     place = torch.device(device or "cpu")
     prepare_process(place)  # before anything is on a GPU
     setup: Setup = shared.load(place)
@@ -66,11 +73,12 @@ def be_worker(connection: Connection, shared: Shared, threads: int, device: str 
 
 
 def _listen(connection: Connection, inbox: SimpleQueue[Talk]) -> None:
-    while True:
-        try:
-            inbox.put(hear(connection))
-        except (EOFError, OSError):
-            os._exit(0)  # whatever it computes: nobody waits for it
+    try:
+        with ending_without_memory():
+            while True:
+                inbox.put(hear(connection))
+    except (EOFError, OSError):
+        os._exit(0)  # whatever it computes: nobody waits for it
 
 
 class _Round(NamedTuple):
@@ -92,13 +100,16 @@ class _Worker:
         """Do what is said, and say what came of it."""
         try:
             if isinstance(head, Open):
-                self._open(head, payloads)
+                with self._setup.memory(f"the round of client {head.client}"):
+                    self._open(head, payloads)
             elif isinstance(head, Resume) and head.session in self._rounds:
-                self._move_on(head.session, payloads[0])
+                with self._setup.memory(f"the round of client {self._rounds[head.session].client}"):
+                    self._move_on(head.session, payloads[0])
             elif isinstance(head, Hold):
                 self._tests.hold(payloads[0])
             elif isinstance(head, Test):
-                self._test(head, payloads)
+                with self._setup.memory(f"the test of client {head.client}"):
+                    self._test(head, payloads)
             elif isinstance(head, Close):
                 self._close(head.session)
         except Exception as error:

@@ -43,7 +43,7 @@ _NOT_TAKEN = tuple(
     key for key, use in _USES.items() if use.scope in ("machine", "record") and "." not in key and key not in _RULES
 )
 # Of these what may be changed for a run that is over.
-_OWN = ("workers", "data_changed")
+_OWN = ("workers", "engine", "data_changed")
 _PATH = 4096
 PlaceOf = Callable[[RunConfig], ClientsPlace]
 

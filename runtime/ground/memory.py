@@ -12,8 +12,8 @@ from pathlib import Path
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
-# What torch, CUDA's libraries, oneDNN, C++ and the system say of it in errors that are of no type of their own; a thread
-# needs memory for its stack.
+# What torch, CUDA's libraries, oneDNN, C++ and the system say of it in errors that are of no type of their own; a
+# thread needs memory for its stack.
 _SAID = re.compile(
     "can't allocate memory|cannot allocate memory|out of memory|ALLOC_FAILED|bad_alloc|could not create a primitive$"
     "|can't start new thread",

@@ -8,7 +8,7 @@ from cutlayer.runtime.settings import RunConfig
 
 def local_place(config: RunConfig) -> ClientsPlace:
     """In this process, or at workers."""
-    if config.workers == 1:
+    if config.workers == 1 and config.engine == "processes":
         return Here()
     from cutlayer.runtime.workers.clients import AtWorkers  # late: it loads what starts processes
 

@@ -23,9 +23,9 @@ from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload
 from cutlayer.runtime.parties.contexts import ClientContext
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
-from cutlayer.runtime.workers import clients, pool
+from cutlayer.runtime.workers import processes
 from cutlayer.runtime.workers.clients import WorkerClients
-from cutlayer.runtime.workers.program import be_worker
+from cutlayer.runtime.workers.processes import ProcessLink, be_worker
 from tests.conftest import play, same, weights
 from tests.workers.test_workers import federation
 
@@ -59,7 +59,7 @@ def _limited(more: int, *arguments: Any) -> None:
 def test_workers_of_little_memory_give_the_same_bits_or_one_line(
     more: int, configure: Configure, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(clients, "be_worker", partial(_limited, more * MB))
+    monkeypatch.setattr(processes, "be_worker", partial(_limited, more * MB))
     with federation(configure(*LARGE, "workers=2")) as made:
         line = outcome(made)
         assert line is None or TOLD.match(line), line
@@ -111,14 +111,14 @@ def test_the_system_s_kill_for_want_of_memory_is_told_with_the_client(
     """By a real limit: each worker of the run is in a group of processes that may take 1 GB together."""
     monkeypatch.setitem(ALGORITHMS, "hungry", _Hungry)
     config = replace(configure("algorithm=fed_avg", "num_clients=3", "workers=2"), algorithm_name="hungry")
-    begin = pool.Worker.__init__
+    begin = ProcessLink.__init__
     with cgroup(1000 * MB) as put, federation(config) as made:
 
-        def started(self: pool.Worker, *arguments: Any) -> None:
+        def started(self: ProcessLink, *arguments: Any) -> None:
             begin(self, *arguments)
-            put(self.process.pid or 0)
+            put(self.pid or 0)
 
-        monkeypatch.setattr(pool.Worker, "__init__", started)
+        monkeypatch.setattr(ProcessLink, "__init__", started)
         line = outcome(made)
     assert line == (
         "workers=2: expected fewer, or a smaller batch_size: 7 died in one round, "

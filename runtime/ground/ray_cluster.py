@@ -6,6 +6,7 @@ import importlib
 import os
 import secrets
 import signal
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_PATIENCE_S = 10.0
 
 
 def secure(key: str, *, alone: bool) -> None:
@@ -34,6 +36,17 @@ def secure(key: str, *, alone: bool) -> None:
         raise ConfigError(key, NO_VALUE, reason)
 
 
+def _find(where: str, address: str) -> None:
+    """Raise ConfigError where nothing listens at HOST:PORT, for which Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(where, NO_VALUE, f"Ray does not start: nothing answers at {address} ({error})") from error
+
+
 def join(key: str, where: str, settings: Mapping[str, Any]) -> Any:
     """The package, connected to a cluster.
 
@@ -44,8 +57,10 @@ def join(key: str, where: str, settings: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: there is no cluster, or it does not let this process in.
     """
-    local = settings["address"] == "local"
+    address: str = settings["address"]
+    local = address == "local"
     secure(key, alone=local)
+    _find(where, address)
     ray: Any = importlib.import_module("ray")  # only now: it reads the environment
     handler = signal.getsignal(signal.SIGTERM)
     try:

@@ -105,7 +105,7 @@ def actors_of(cluster: Cluster) -> int:
     [
         (("workers=3",), {}, "workers=3: expected at most 2, the CPUs of the cluster"),
         (("threads=2",), {}, "workers=2: expected at most 1, the CPUs of the cluster by those of a worker (threads=2)"),
-        ((), {"RAY_ADDRESS": f"{ADDRESS}:1"}, "RAY_ADDRESS: Ray does not start: "),
+        ((), {"RAY_ADDRESS": f"{ADDRESS}:1"}, "RAY_ADDRESS: Ray does not start: nothing answers at "),
         ((), {"RAY_AUTH_TOKEN": ""}, "engine=ray: the cluster's token is needed, in RAY_AUTH_TOKEN or "),
     ],
 )
@@ -117,6 +117,7 @@ def test_what_cannot_be_is_one_line(
     assert result[0] == 1, describe(result)
     assert result[2].splitlines()[-1].startswith(line), describe(result)
     assert "Traceback" not in result[2]
+    assert not (tmp_path / "saves").exists()
 
 
 def test_without_the_package_it_is_refused(

@@ -39,27 +39,37 @@ _KEYS = {"model", "num_clients", "batch_size"}
 
 
 def compare(case: str, algorithm: str, count: int, options: argparse.Namespace) -> tuple[str, bool]:
-    """The ratio of rounds in the same time, and whether both ended with the same weights."""
+    """The ratio of rounds in the same time, for each engine, and whether all ended with the same weights."""
     keys = settings(case, algorithm, options)
     with ExitStack() as stack:
-        alone = Federation(load_config(keys), clients=LocalClients)
-        several = Federation(load_config([*keys, f"workers={count}"]), clients=WorkerClients)
-        assert isinstance(several.clients, WorkerClients)
-        stack.callback(several.clients.close)
-        device, ratios = alone.setup.device, list[float]()
-        for side in (several, alone):
-            side.step()  # processes start, caches settle
+        sides = {"alone": Federation(load_config(keys), clients=LocalClients)}
+        for engine in options.engine:
+            of = load_config([*keys, f"workers={count}", f"engine={engine}"])
+            sides[engine] = Federation(of, clients=WorkerClients)
+            stack.callback(_closed, sides[engine])
+        device, seconds = sides["alone"].setup.device, list[dict[str, float]]()
+        for side in sides.values():
+            side.step()  # workers start, caches settle
         for repeat in range(options.repeats):
-            sides = (alone, several) if repeat % 2 else (several, alone)
-            seconds = {id(side): timed(device, side.step)[0].wall for side in sides}
-            ratios.append(seconds[id(alone)] / seconds[id(several)])
-        states = [side.server.ctx.dump(*side.server.ctx.shared) for side in (alone, several)]
-    same = all(torch.equal(torch.as_tensor(states[0][name]), torch.as_tensor(states[1][name])) for name in states[0])
-    bits = "same bits" if same else "OTHER BITS"
-    return (
-        f"{case} {algorithm}: {count} workers give {Spread.of(ratios).show()} times the rounds of one process, {bits}",
-        same,
+            order = [*sides] if repeat % 2 else [*reversed(sides)]
+            seconds.append({name: timed(device, sides[name].step)[0].wall for name in order})
+        states = [side.server.ctx.dump(*side.server.ctx.shared) for side in sides.values()]
+    same = all(
+        torch.equal(torch.as_tensor(states[0][name]), torch.as_tensor(other[name]))
+        for other in states[1:]
+        for name in states[0]
     )
+    ratios = {
+        engine: Spread.of([round["alone"] / round[engine] for round in seconds]).show() for engine in options.engine
+    }
+    given = ", ".join(f"{ratio} ({engine})" for engine, ratio in ratios.items())
+    bits = "same bits" if same else "OTHER BITS"
+    return f"{case} {algorithm}: {count} workers give {given} times the rounds of one process, {bits}", same
+
+
+def _closed(side: Federation) -> None:
+    assert isinstance(side.clients, WorkerClients)
+    side.clients.close()
 
 
 def _bare(case: str, options: argparse.Namespace, ready: Barrier, seconds: Queue[float]) -> None:
@@ -91,6 +101,8 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
     parser.add_argument("--case", nargs="+", choices=CASES, default=["cnn2", "resnet18"], help="default: both")
     parser.add_argument("--algorithm", nargs="+", default=["fed_avg"], help="default: fed_avg")
     parser.add_argument("--workers", nargs="+", type=int, default=[2], help="default: 2")
+    engines = ("processes", "ray")
+    parser.add_argument("--engine", nargs="+", choices=engines, default=["processes"], help="default: processes")
     parser.add_argument("--repeats", type=int, default=7, help="measured rounds of each side (default: 7)")
     parser.add_argument("--ceiling", action="store_true", help="also run as many runs of their own at once")
     machine_options(parser)

@@ -77,7 +77,7 @@ class _Here:
 
 def _place(config: RunConfig, folder: RunFolder) -> ClientsPlace:
     if isinstance(config.transport, LocalTransport):
-        if config.workers == 1:
+        if config.workers == 1 and config.engine == "processes":
             return _Here()
         from cutlayer.runtime.workers.clients import AtWorkers  # late: it loads what starts processes
 

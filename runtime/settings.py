@@ -55,7 +55,8 @@ class RunConfig:
         jobs_per_gpu: jobs of sweeps that share a GPU.
         threads: of one run on the processor; auto is one for a small model, else what torch takes. Each of several
             workers computes with so many; auto divides among them what there is.
-        workers: processes that a round's clients are divided among; auto is one for each core, or for each GPU.
+        workers: that a round's clients are divided among; auto is one for each core, or for each GPU.
+        engine: what workers are: processes of this machine, or actors of a Ray cluster.
         eval_interval: rounds from one evaluation to the next. eval_batch_size: samples per evaluation batch.
         comm_threshold_mb: stop after the round in which the payload of training passes this many MB (10^6 bytes).
         checkpoint_interval: rounds from one checkpoint to the next.
@@ -104,6 +105,7 @@ class RunConfig:
     server: str | None = field(default=None, metadata=scoped("machine"))
     client_id: int | None = field(default=None, metadata=scoped("machine"))
     workers: int | Literal["auto"] = field(default=1, metadata=scoped("machine", later=True))
+    engine: Literal["processes", "ray"] = field(default="processes", metadata=scoped("machine", later=True))
     data_changed: Changed = field(default="refuse", metadata=scoped("record", later=True))
     evaluations: tuple[str, ...] = ()
     cohort_interval: int = field(default=1, metadata=scoped(read_if=lambda _, method: not method.pooled))
@@ -147,6 +149,8 @@ class RunConfig:
             raise ConfigError("role", None, "server or client with transport=grpc", ("server", "client"))
         if over_network and self.workers != 1:
             raise ConfigError("workers", self.workers, "1 with transport=grpc, whose clients compute elsewhere")
+        if over_network and self.engine != "processes":
+            raise ConfigError("engine", self.engine, "processes with transport=grpc, whose clients compute elsewhere")
         if not over_network and self.role is not None:
             raise ConfigError("role", self.role, "null, or transport=grpc to go with it")
         if self.role != "client":

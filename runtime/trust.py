@@ -167,6 +167,7 @@ FOLDER_RULES: Mapping[str, Rule] = {
     "device": Rule(text=DEVICE),
     "threads": Rule(1024, WORD),
     "workers": Rule(1024, WORD),
+    "engine": _CHOICE,
     "state_memory_mb": _MANY,
     "progress": _CHOICE,
     "dataset.storage": _CHOICE,

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
-from functools import cached_property
 from itertools import chain, cycle
-from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
-from typing import Any
 
-import torch
-
-from cutlayer.runtime.ground import forking
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.processors import cores
-from cutlayer.runtime.messages.boundary import MODEL, Message, Payload, Reply, Upload, owned
+from cutlayer.runtime.messages.boundary import MODEL, Message, Reply, Upload
+from cutlayer.runtime.messages.codec import encode
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.runtime.rounds.evaluator import Evaluator
@@ -29,21 +22,24 @@ from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.scoring.scores import ClientScores
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.workers.pool import Inbox, Pool, Worker
-from cutlayer.runtime.workers.program import be_worker
-from cutlayer.runtime.workers.shared import Shared
-from cutlayer.runtime.workers.talk import Close, Ended, Failed, Hold, Open, Resume, Said, Test, given
+from cutlayer.runtime.workers.processes import Processes, preload
+from cutlayer.runtime.workers.talk import Close, Ended, Engine, Failed, Hold, Open, Resume, Said, Test, given
 
-log = logging.getLogger(__name__)
 
-_PROGRAM = "cutlayer.runtime.workers.program"
+def _engine(setup: Setup) -> Engine:
+    if setup.config.engine == "ray":
+        from cutlayer.runtime.workers.actors import Actors  # late: it needs an extra
+
+        return Actors(setup)
+    return Processes(setup)
 
 
 class AtWorkers:
-    """Clients of a run in ``workers`` processes of this machine; see ``experiment.ClientsPlace``."""
+    """Clients of a run at ``workers`` of its engine; see ``experiment.ClientsPlace``."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._config = config
-        forking.server(_PROGRAM)  # loads what workers need while the data are read
+        if config.engine == "processes":
+            preload()
 
     def clients(self, setup: Setup, store: Store) -> WorkerClients:
         """The clients of the run's federation.
@@ -83,30 +79,15 @@ class WorkerClients(LocalClients):
 
     def __init__(self, setup: Setup, store: Store) -> None:
         super().__init__(setup, store)
-        self.count = workers(setup)
-        self.pool = Pool(self.count, self._process)
+        self._engine = _engine(setup)
+        self.count = workers(setup, self._engine)
+        self.pool = Pool(self.count, self._engine.begin)
 
     @property
     def may_repeat(self) -> bool:
         """Where the server answers within a round, a round with a worker that dies is repeated from its start."""
         arrows = self.setup.algorithm.traffic
         return not arrows or any(flow.direction == "down" and flow.kind != MODEL for flow in arrows)
-
-    @cached_property
-    def _shared(self) -> Shared:
-        try:
-            return Shared(self.setup)
-        except Exception as error:
-            reason = f"1: {self.setup.config.title} cannot be given to other processes ({error})"
-            raise ConfigError("workers", self.count, reason) from error
-
-    def _process(self, connection: Any, number: int) -> BaseProcess:
-        device = None
-        if self.setup.device.type == "cuda":
-            device = f"cuda:{number % torch.cuda.device_count()}"
-        arguments = (connection, self._shared, torch.get_num_threads(), device)
-        # Not multiprocessing's daemon, which may have no processes of its own; it ends with this process all the same.
-        return forking.server(_PROGRAM).Process(target=be_worker, args=arguments)
 
     def train(
         self, cohort: list[int], round: int, drop: Callable[[int], None], server: Serving, ledger: Ledger
@@ -135,8 +116,9 @@ class WorkerClients(LocalClients):
             return super().scores(evaluator)
         learnt, workers = evaluator.learnt, self.pool.all()
         parts = {f"{part}/{name}": t for part, held in learnt.held.items() for name, t in held.state_dict().items()}
+        common = self.pool.common(parts)
         for worker in workers:
-            worker.say(Hold(self.pool.number()), [parts])
+            worker.say(Hold(self.pool.number()), common=common)
         named = dict.fromkeys(chain(algorithm.layout.whole, *algorithm.paths.values()))
         own = [name for name in named if learnt.is_own(name)]
         found: dict[int, ClientScores] = {}
@@ -153,6 +135,7 @@ class WorkerClients(LocalClients):
     def close(self) -> None:
         """End the workers."""
         self.pool.close()
+        self._engine.close()
 
 
 class _BegunTest:
@@ -162,7 +145,7 @@ class _BegunTest:
         self._client, self._worker, self._number = client, worker, number
         self._inbox: Inbox = SimpleQueue()
         worker.take(number, self._inbox)
-        worker.say(Test(number, client, tuple(rows)), [*rows.values()])
+        worker.say(Test(number, client, tuple(rows)), [encode(row) for row in rows.values()])
 
     def end(self, evaluator: Evaluator) -> dict[int, ClientScores]:
         """What it finds, by client."""
@@ -175,7 +158,7 @@ class _BegunTest:
         return {self._client: came[0].scores}
 
 
-def workers(setup: Setup) -> int:
+def workers(setup: Setup, engine: Engine) -> int:
     """How many workers a run has: as configured, or one for each core or GPU, as far as a round has clients.
 
     Raises:
@@ -183,7 +166,7 @@ def workers(setup: Setup) -> int:
     """
     count, clients = setup.config.workers, len(setup.cohort(0))
     if count == "auto":
-        return min(clients, torch.cuda.device_count() if setup.device.type == "cuda" else cores())
+        return min(clients, engine.most)
     if count > clients:
         raise ConfigError("workers", count, f"at most {clients}, the clients of a round")
     return count
@@ -202,7 +185,7 @@ class WorkerSession:
     def __init__(self, pool: Pool, store: Store, client: int, round: int, on_ended: Callable[[float], None]) -> None:
         self._pool, self._store, self._client, self._round = pool, store, client, round
         self._on_ended = on_ended
-        self._opening: Payload | None = None
+        self._opening: bytes | None = None
         self._answered = False
         self._heard = self._repeated = 0
         self._number = 0
@@ -211,12 +194,12 @@ class WorkerSession:
 
     def send(self, message: Reply) -> None:
         if self._opening is None:
-            self._opening = owned(message)  # the server goes on, and it may have to be sent once more
+            self._opening = self._pool.common(message)  # of its own: the server goes on, and it may be sent once more
             self._start()
         else:
             assert self._worker is not None
             self._answered = True
-            self._worker.say(Resume(self._number), [message])
+            self._worker.say(Resume(self._number), [encode(message)])
 
     def _start(self) -> None:
         assert self._opening is not None
@@ -224,7 +207,7 @@ class WorkerSession:
         self._worker = self._pool.idlest()
         self._worker.take(self._number, self._inbox)
         rows, kept = given(self._store.rows(self._client))
-        self._worker.say(Open(self._number, self._client, self._round, tuple(rows)), [self._opening, *kept])
+        self._worker.say(Open(self._number, self._client, self._round, tuple(rows)), kept, self._opening)
 
     def receive(self) -> Message | Upload:
         while True:

@@ -42,13 +42,13 @@ def _same_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("algorithm", bare.BARE)
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(("optimizer", "workers"), [("sgd", 0), ("adam", 0), ("sgd", 2)])
 def test_the_platform_and_the_bare_loop_end_a_round_with_the_same_weights(
-    algorithm: str, optimizer: str, capsys: pytest.CaptureFixture[str]
+    algorithm: str, optimizer: str, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # fp64, so that nothing but the order of a sum is left between the two
     keys = ["--case", "tiny", "--repeats", "2", "--precision", "fp64", "--optimizer", optimizer]
-    assert round_time.main([*keys, "--algorithm", algorithm]) == 0
+    assert round_time.main([*keys, "--algorithm", algorithm, "--workers", str(workers)]) == 0
     shown = capsys.readouterr().out
     assert re.search(rf"  ratio {DECIMAL} \({DECIMAL} \.\. {DECIMAL}\), target none", shown)
     assert "weights agree" in shown
@@ -70,8 +70,8 @@ def test_workers_give_the_weights_of_one_process(
     shown = capsys.readouterr().out
     assert re.search(f"tiny: 2 runs at once give {DECIMAL} times the rounds of one", shown)
     for algorithm in ("fed_avg", "sl_multi_server"):
-        spread = rf"{DECIMAL} \({DECIMAL} \.\. {DECIMAL}\)"
-        assert re.search(f"tiny {algorithm}: 2 workers give {spread} times the rounds of one process, same bits", shown)
+        given = rf"{DECIMAL} \({DECIMAL} \.\. {DECIMAL}\) \(processes\)"
+        assert re.search(f"tiny {algorithm}: 2 workers give {given} times the rounds of one process, same bits", shown)
     monkeypatch.setattr(torch, "equal", lambda *_: False)
     assert workers.main(keys[:-1]) == 1
     assert "OTHER BITS" in capsys.readouterr().out

@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from cutlayer.datasets import DatasetConfig, Partition, partition, partition_files
-from cutlayer.datasets.partition_files import PICTURE_COLUMNS, columns, save_partition
+from cutlayer.datasets.partition_files import PICTURE_COLUMNS, columns, csv_lines, save_partition
 
 
 @pytest.mark.parametrize("clients", [1, 7, 399, 5000])
@@ -80,3 +83,9 @@ def test_a_picture_is_drawn_once_for_runs_whose_clients_have_the_same_data(
             assert paths[0].read_bytes() == paths[1].read_bytes()
     assert len(drawn) == 5 + 3
     assert sorted(path.suffix for path in (tmp_path / "drawn").iterdir()) == [".png"] * 3
+
+
+@given(arrays(np.int64, array_shapes(min_dims=2, max_dims=2, max_side=5), elements=st.integers(0, 2**62)))
+def test_lines_are_what_str_writes(rows: np.ndarray) -> None:
+    expected = "".join(",".join(map(str, row)) + "\n" for row in rows.tolist())
+    assert csv_lines(rows).decode() == expected

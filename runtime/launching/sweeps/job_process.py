@@ -95,7 +95,8 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
                         measure(Path(job.read().folder), _measured(config, section), config)
                 job.update(state="finished")
             return
-        workers = config.workers if isinstance(config.workers, int) else 1  # of `auto` one for each GPU that it sees
+        # Of `auto` there is one for each GPU that the job sees, and those of a cluster have GPUs of their own.
+        workers = config.workers if isinstance(config.workers, int) and config.engine == "processes" else 1
         with gpu_slot(config.device, config.jobs_per_gpu, waiting, workers=workers) as gpu:
             if waited and _taken(job, config):  # by a single run, which knows nothing of this sweep
                 return

@@ -90,14 +90,14 @@ def phases(options: argparse.Namespace) -> dict[str, float]:
     """Processor seconds of the parts of a job's run of one round, the second in a process with everything loaded."""
     context = multiprocessing.get_context("fork")
     queue: SimpleQueue[dict[str, float]] = context.SimpleQueue()
-    process = context.Process(target=_timed_run, args=(queue, options))
+    process = context.Process(target=_time_run, args=(queue, options))
     process.start()
     found = queue.get()
     process.join()
     return found
 
 
-def _timed_run(queue: SimpleQueue[dict[str, float]], options: argparse.Namespace) -> None:
+def _time_run(queue: SimpleQueue[dict[str, float]], options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     spent: dict[str, float] = {}
     for owner, name, what in (

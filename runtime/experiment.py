@@ -44,8 +44,11 @@ def _place(config: RunConfig, folder: RunFolder) -> ClientsPlace:
 
 
 @memory_told()
-def run(config: RunConfig, folder: RunFolder) -> RunSummary:
+def run(config: RunConfig, folder: RunFolder, drawn: Path | None = None) -> RunSummary:
     """Run an experiment to its end, in a folder that this process owns; resume from a checkpoint if there is one.
+
+    Args:
+        drawn: a folder of pictures that it may have in common with other runs, see ``save_partition``.
 
     Raises:
         ConfigError: what cannot be built as configured.
@@ -57,7 +60,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     set_threads(config.threads, federation.setup.device, federation.setup.parameters, place.processes)
     _check_after(federation)
     place.check(federation.setup)
-    results = _begin(config, folder, federation)
+    results = _begin(config, folder, federation, drawn)
     try:
         with (
             place.connected(federation, results.summary().final_acc),
@@ -93,7 +96,7 @@ def _check_after(federation: Federation) -> None:
         feature_parts(federation)
 
 
-def _begin(config: RunConfig, folder: RunFolder, federation: Federation) -> Results:
+def _begin(config: RunConfig, folder: RunFolder, federation: Federation, drawn: Path | None) -> Results:
     """Write what a run's folder has from its beginning, or go on with it."""
     loggers = build_loggers(config.logger, folder.path, folder.resumed)
     results = Results(folder.path, loggers, by_client=config.communication_by == "client")
@@ -102,7 +105,7 @@ def _begin(config: RunConfig, folder: RunFolder, federation: Federation) -> Resu
     results.start(config.to_mapping(), config.setting())
     setup = federation.setup
     record_data(folder.path, setup.dataset.facts)
-    _save_partition(federation, folder.path)
+    _save_partition(federation, folder.path, drawn)
     setup.report_idle()
     log.info("%s on %s, %d threads, in %s", config.title, setup.device, torch.get_num_threads(), folder.path)
     return results
@@ -135,13 +138,13 @@ def _probed(federation: Federation, folder: Path, progress: Progress) -> Probed 
     return probe(federation, config, folder, progress.doing) if config.after else None
 
 
-def _save_partition(federation: Federation, folder: Path) -> None:
+def _save_partition(federation: Federation, folder: Path, drawn: Path | None) -> None:
     setup, local_test = federation.setup, federation.evaluator.local_test
     if not setup.config.dataset.divided:
         return
     info, labels = setup.dataset.info, setup.dataset.train.labels
-    save_partition(folder, setup.partition, labels, info.classes, info.class_names)
+    save_partition(folder, setup.partition, labels, info.classes, info.class_names, drawn)
     if local_test is not None:
         make_folder(folder, folder / "local_test")
         labels = setup.dataset.test.labels
-        save_partition(folder / "local_test", local_test, labels, info.classes, info.class_names)
+        save_partition(folder / "local_test", local_test, labels, info.classes, info.class_names, drawn)

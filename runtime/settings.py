@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,7 +17,7 @@ from cutlayer.evaluations import EVALUATIONS
 from cutlayer.models import ModelConfig, refinable
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, plain, scoped
 from cutlayer.runtime.ground.reading import read_yaml
-from cutlayer.runtime.keys import identity_of, keys_of, scope_of, setting_of
+from cutlayer.runtime.keys import ScopedKey, identity_of, keys_of, scope_of, setting_of
 from cutlayer.runtime.parties.aggregate import AggregateConfig
 from cutlayer.runtime.parties.optim import (
     OptimizerConfig,
@@ -213,7 +214,7 @@ class RunConfig:
 
     def identity(self) -> str:
         """What distinguishes this run from others, see `keys.identity_of`; equal in every process."""
-        return identity_of(RunConfig, self.to_mapping())
+        return self._identity
 
     def setting(self) -> dict[str, Any]:
         """The keys that this run reads and that decide its result, dotted, with their values."""
@@ -223,9 +224,16 @@ class RunConfig:
         """Whether a key or section, as named on the command line, says something of this run's result."""
         if scope_of(RunConfig, key) != "result":
             return False
-        keys = keys_of(RunConfig, self.to_mapping())
-        below = [each.read for name, each in keys.items() if f"{name}.".startswith(f"{key}.")]
+        below = [each.read for name, each in self._keys.items() if f"{name}.".startswith(f"{key}.")]
         return not below or any(below)
+
+    @cached_property
+    def _identity(self) -> str:
+        return identity_of(RunConfig, self.to_mapping())
+
+    @cached_property
+    def _keys(self) -> Mapping[str, ScopedKey]:
+        return keys_of(RunConfig, self.to_mapping())
 
     @property
     def title(self) -> str:

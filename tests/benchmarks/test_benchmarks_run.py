@@ -25,6 +25,7 @@ from benchmarks import (
     memory,
     plotting,
     round_time,
+    sweep,
     together,
     traffic,
     workers,
@@ -302,3 +303,29 @@ def test_checkpoints_of_rows_in_one_file_and_in_many(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert re.search(rf"all rows: {DECIMAL} s in one file, {DECIMAL} s in a file each, \d+ times as long", shown)
     assert re.search(rf"2 rows more: {DECIMAL} s, 2 files in all", shown)
+
+
+def test_jobs_of_a_sweep_are_counted_and_its_processes_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One real sweep; the others take a second for what they have in common, and a tenth of one for each job."""
+    options = argparse.Namespace(device="cpu", threads=1, jobs=1)
+    taken = sweep.sweep(1, 1, 1, options)
+    assert 0 < taken.jobs < taken.wall
+    assert taken.processor > 1, "the server of forks and its job are part of it"
+    with pytest.raises(RuntimeError, match="a job failed"):
+        sweep.sweep(1, 1, -1, options)
+
+    def pretended(jobs: int, at_a_time: int, rounds: int, options: object, key: str = "lr") -> sweep.Taken:
+        seconds = 0.1 * jobs * (2 if key == "seed" else 1)
+        return sweep.Taken(seconds / at_a_time, 1 + seconds / at_a_time, 1 + seconds)
+
+    monkeypatch.setattr(sweep, "sweep", pretended)
+    assert sweep.main(["--jobs", "10", "--repeats", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "2.00 (2.00 .. 2.00) times the jobs; whole commands, loading included, 1.33 (1.33 .. 1.33)" in shown
+    assert "takes 0.20 s (0.20 .. 0.20) of a processor where the data of their clients differ" in shown
+    assert "takes 0.10 s (0.10 .. 0.10) of a processor where their clients have the same data" in shown
+    parts = re.findall(rf"^  ({DECIMAL}) s  (.+)$", shown, re.MULTILINE)
+    assert {"picture of the run", "picture of the partition", "the round"} <= {what for _, what in parts}
+    assert all(float(seconds) >= 0 for seconds, _ in parts)

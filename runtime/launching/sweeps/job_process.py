@@ -37,7 +37,7 @@ from cutlayer.runtime.job import check_machine, claim, has_data_of, runs_like
 from cutlayer.runtime.keys import keys_of
 from cutlayer.runtime.launching.hydra_errors import explain
 from cutlayer.runtime.launching.sweeps.slots import gpu_slot
-from cutlayer.runtime.launching.sweeps.sweep import JOB_OUTPUT, JobFolder
+from cutlayer.runtime.launching.sweeps.sweep import JOB_OUTPUT, PICTURES, JobFolder
 from cutlayer.runtime.records.data_record import DATA, check_data
 from cutlayer.runtime.run_folder import LOCK, find_finished, find_running
 from cutlayer.runtime.settings import RunConfig
@@ -98,7 +98,9 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
                         measure(Path(job.read().folder), _measured(config, section), config)
                 job.update(state="finished")
             return
-        with gpu_slot(config.device, config.jobs_per_gpu, waiting) as gpu:
+        # Of `auto` there is one for each GPU that the job sees, and those of a cluster have GPUs of their own.
+        workers = config.workers if isinstance(config.workers, int) and config.engine == "processes" else 1
+        with gpu_slot(config.device, config.jobs_per_gpu, waiting, workers=workers) as gpu:
             if waited and _taken(job, config):  # by a single run, which knows nothing of this sweep
                 return
             check_machine(
@@ -108,7 +110,7 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
             with claim(config, content["overrides"]) as folder:
                 log.info("job %d: %s", job.read().number, place)
                 job.update(state="running", folder=str(folder.path), place=place, began=time.time())
-                run(config, folder)
+                run(config, folder, job.path.parents[1] / PICTURES)
     job.update(state="finished")
 
 

@@ -30,6 +30,8 @@ BAD: tuple[JobState, ...] = ("failed", "killed")
 ALIVE: tuple[JobState, ...] = ("starting", "waiting", "running")
 
 JOB, STATE, JOB_OUTPUT, TABLE = "job.json", "state.json", "output.log", "jobs.csv"
+PICTURES = "pictures"
+"""A folder of the sweep's: jobs whose clients have the same data draw that once."""
 PATIENT = "patient"
 """A file in the sweep's folder: jobs wait for what other processes run, as nothing else is left to do."""
 _COLUMNS = ("job", "state", "overrides", "rounds", "test_acc", "comm_load", "time_wall", "folder", "error")

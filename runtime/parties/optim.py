@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -196,13 +197,16 @@ class PartOptimizer:
                 raise SeveralError.by("a loss", len(output))
         self.step()
 
-    def _without_autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, enabled=False)
+    def _without_autocast(self) -> AbstractContextManager[Any]:
+        kind = self._device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     def zero_grad(self) -> None:
-        """Forget the gradients that the parameters hold."""
+        """Forget the gradients that the parameters hold, without what ``Optimizer.zero_grad`` records for profilers."""
         for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def step(self) -> None:
         """One step along the gradients that the parameters hold."""

@@ -195,7 +195,9 @@ def test_the_list_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr().out
     for name in listing.BENCHMARKS:
         assert f"python -m benchmarks.{name}" in shown
-        assert callable(importlib.import_module(f"benchmarks.{name}").main)
+        module = importlib.import_module(f"benchmarks.{name}")
+        program = importlib.import_module(f"benchmarks.{name}.__main__") if hasattr(module, "__path__") else module
+        assert callable(program.main)
 
 
 def test_a_spread_is_smallest_median_and_largest() -> None:

@@ -6,6 +6,8 @@ is tested on its own share of the test set; the results go to `personalized/` in
 
 from __future__ import annotations
 
+from functools import partial
+
 from cutlayer.runtime.after.over_runs import Measure, over_runs
 from cutlayer.runtime.ground.streams import run_program
 
@@ -17,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         "Fine-tune a finished run's model on every client, and test it on the client's own test data.",
         "Keys: personalize.part=body|head|full, personalize.epochs=5 or =[0,1,5], personalize.lr=0.001, "
         "personalize.start=final|best, personalize.loss=cross_entropy|method; "
-        "device, threads, dataset.root and others that only say where and how to compute.",
+        "device, threads, workers, dataset.root and others that only say where and how to compute.",
         "5, [0,1,5] or full",
         _measure,
     )
@@ -25,8 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measure() -> Measure:
     from cutlayer.runtime.after.saved import personalize_run  # late: a mistake in the keys need not wait for torch
+    from cutlayer.runtime.workers.place import local_place
 
-    return personalize_run
+    return partial(personalize_run, place=local_place)
 
 
 if __name__ == "__main__":

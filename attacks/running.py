@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from cutlayer.attacks import ATTACKS, AttackResult, Reported
 from cutlayer.runtime.after.saved import owning, read_config, restore
 from cutlayer.runtime.ground.config import build
 from cutlayer.runtime.ground.files import SUMMARY, make_folder, replace_file
+from cutlayer.runtime.ground.folders import nothing_left
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.run_folder import safe_component
@@ -54,7 +54,7 @@ def attack(
         ConfigError: it cannot be attacked.
     """
     folder = run / FOLDER / name / setting(config)
-    with _removed_if_empty(folder, run):
+    with nothing_left(folder):
         found = ATTACKS[name].find(federation, config, reported)
         make_folder(run, folder)
         found.save(folder)
@@ -67,15 +67,3 @@ def setting(config: Any) -> str:
     """The keys of an attack in one path component; null is written as "all"."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     return safe_component(",".join(f"{key}={'all' if value is None else value}" for key, value in values.items()))
-
-
-@contextlib.contextmanager
-def _removed_if_empty(folder: Path, above: Path) -> Generator[None]:
-    """After a failure, remove `folder` and those between it and `above` that hold nothing."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            for each in (folder, *(parent for parent in folder.parents if above in parent.parents)):
-                each.rmdir()
-        raise

@@ -3,8 +3,9 @@
 Both start each round from the same weights and train on the same batches; after each round their weights must agree.
 The platform's time is that of ``Federation.step`` without evaluation: drawing the cohort, gathering and normalising the
 batches, every message with its copies and its bytes, training, averaging and closing the ledger. Writing results and
-checkpoints is not in it unless ``--record`` asks for it. The bare loop gets its batches as normalised float tensors,
-cut and shuffled in lists made before its clock starts: it pays nothing for data, which counts against the platform.
+checkpoints is not in it unless ``--record`` asks for it. With ``--workers`` the platform's clients are at so many, and
+their processor time counts as its own. The bare loop gets its batches as normalised float tensors, cut and shuffled in
+lists made before its clock starts: it pays nothing for data, which counts against the platform.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.bare import BARE, Batches, State
-from benchmarks.measure import Seconds, Spread, machine_options, set_up, timed
+from benchmarks.measure import Seconds, Spread, machine_options, processor_seconds, set_up, timed
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.parties.optim import make_optimizer
 from cutlayer.runtime.records.results import Results
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.local_clients import LocalClients
+from cutlayer.runtime.workers.clients import WorkerClients
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,11 @@ def federation(case: Case, algorithm: str, options: argparse.Namespace, folder: 
                 f"precision={options.precision}",
                 "rounds=1000000",
                 "eval_interval=1000000",
+                f"workers={options.workers or 1}",
             ]
         ),
         folder,
+        clients=WorkerClients if options.workers else LocalClients,
     )
 
 
@@ -112,12 +117,22 @@ class Race:
 
         device = self._platform.setup.device
         if platform_first:
-            ours, _ = timed(device, self._step)
+            ours = self._timed_step(device)
             theirs, reached = timed(device, bare)
         else:
             theirs, reached = timed(device, bare)
-            ours, _ = timed(device, self._step)
+            ours = self._timed_step(device)
         return ours, theirs, _difference(self._weights(), reached, start)
+
+    def _timed_step(self, device: torch.device) -> Seconds:
+        """A round's time, its workers' included."""
+        clients = self._platform.clients
+        workers = clients.pool.living() if isinstance(clients, WorkerClients) else []
+        before = {worker: processor_seconds(worker) for worker in workers}
+        seconds, _ = timed(device, self._step)
+        return seconds._replace(
+            processor=seconds.processor + sum(processor_seconds(worker) - spent for worker, spent in before.items())
+        )
 
     def _step(self) -> None:
         record, traffic = self._platform.step()
@@ -171,6 +186,8 @@ def compare(case: Case, algorithm: str, options: argparse.Namespace) -> tuple[st
             results = Results(folder, [])
             stack.callback(results.close)
         platform = federation(case, algorithm, options, folder)
+        if isinstance(platform.clients, WorkerClients):
+            stack.callback(platform.clients.close)
         if results is not None:
             platform.resume()
             results.start(platform.setup.config.to_mapping())
@@ -179,6 +196,7 @@ def compare(case: Case, algorithm: str, options: argparse.Namespace) -> tuple[st
         rounds = [race.round(platform_first=index % 2 == 0) for index in range(options.repeats)]
     ratio = Spread.of([ours.wall / theirs.wall for ours, theirs, _ in rounds])
     processor = Spread.of([ours.processor / theirs.processor for ours, theirs, _ in rounds])
+    overhead = Spread.of([(ours.processor - theirs.processor) / case.clients for ours, theirs, _ in rounds])
     platform_time = Spread.of([ours.wall for ours, _, _ in rounds]).show(1e3, 1, " ms")
     bare_time = Spread.of([theirs.wall for _, theirs, _ in rounds]).show(1e3, 1, " ms")
     worst = max(difference for _, _, difference in rounds)
@@ -186,7 +204,7 @@ def compare(case: Case, algorithm: str, options: argparse.Namespace) -> tuple[st
     lines = (
         f"{algorithm}: platform {platform_time}, bare {bare_time}",
         f"  ratio {ratio.show(digits=3)}, target {_verdict(ratio.median, case.targets.get(algorithm))}",
-        f"  ratio of processor time {processor.show(digits=3)}",
+        f"  ratio of processor time {processor.show(digits=3)}, {overhead.show(1e3, 2, ' ms')} more for each client",
         f"  weights {'agree' if same else 'DIFFER'}, apart by {worst:.0e} of a round's change",
     )
     return "\n  ".join(lines), same
@@ -213,6 +231,7 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
     parser.add_argument("--repeats", type=int, default=11, help="measured rounds of each side (default: 11)")
     parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adam", "adamw"), help="default: sgd")
     parser.add_argument("--lr", type=float, default=0.01, help="default: 0.01")
+    parser.add_argument("--workers", type=int, default=0, help="of the platform (default: none, its own process)")
     parser.add_argument("--record", action="store_true", help="count writing metrics and checkpoints to disk too")
     machine_options(parser)
     options = parser.parse_args(arguments)

@@ -1,6 +1,7 @@
 """Rounds with several workers against those of one process: the same run in both, alternating, to the same bits.
 
-The time is that of ``Federation.step`` without evaluation, as in ``round_time``. Each process has one thread.
+The time is that of ``Federation.step`` without evaluation, as in ``round_time``, or with ``--fine-tuning`` that in
+which every client fine-tunes the model and is tested, with what it writes. Each process has one thread.
 """
 
 from __future__ import annotations
@@ -8,17 +9,23 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
+from pathlib import Path
 
 import torch
 
 from benchmarks.measure import Spread, machine_options, set_up, timed
+from cutlayer.runtime.after.personalize import Personalized, personalize
 from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.local_clients import LocalClients
+from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.workers.clients import WorkerClients
 
 CASES = {
@@ -35,31 +42,51 @@ def settings(case: str, algorithm: str, options: argparse.Namespace) -> list[str
     return [f"algorithm={algorithm}", "dataset=synthetic", *own, *machine, "rounds=1000000", "eval_interval=1000000"]
 
 
+FINE_TUNING = PersonalizeConfig("full", 1, 0.001)
 _KEYS = {"model", "num_clients", "batch_size"}
 
 
 def compare(case: str, algorithm: str, count: int, options: argparse.Namespace) -> tuple[str, bool]:
-    """The ratio of rounds in the same time, and whether both ended with the same weights."""
+    """The ratio of rounds, or of fine-tuning, in the same time, for each engine, and whether all came to the same."""
     keys = settings(case, algorithm, options)
     with ExitStack() as stack:
-        alone = Federation(load_config(keys), clients=LocalClients)
-        several = Federation(load_config([*keys, f"workers={count}"]), clients=WorkerClients)
-        assert isinstance(several.clients, WorkerClients)
-        stack.callback(several.clients.close)
-        device, ratios = alone.setup.device, list[float]()
-        for side in (several, alone):
-            side.step()  # processes start, caches settle
+        sides = {"alone": Federation(load_config(keys), clients=LocalClients)}
+        for engine in options.engine:
+            of = load_config([*keys, f"workers={count}", f"engine={engine}"])
+            sides[engine] = Federation(of, clients=WorkerClients)
+            stack.callback(_closed, sides[engine])
+        device, seconds = sides["alone"].setup.device, list[dict[str, float]]()
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        found: dict[str, list[Personalized]] = {name: [] for name in sides}
+
+        def work(name: str) -> None:
+            if options.fine_tuning:
+                found[name].append(personalize(sides[name], FINE_TUNING, folder / name))
+            else:
+                sides[name].step()
+
+        for side in sides.values():
+            side.step()  # workers start, caches settle
         for repeat in range(options.repeats):
-            sides = (alone, several) if repeat % 2 else (several, alone)
-            seconds = {id(side): timed(device, side.step)[0].wall for side in sides}
-            ratios.append(seconds[id(alone)] / seconds[id(several)])
-        states = [side.server.ctx.dump(*side.server.ctx.shared) for side in (alone, several)]
-    same = all(torch.equal(torch.as_tensor(states[0][name]), torch.as_tensor(states[1][name])) for name in states[0])
-    bits = "same bits" if same else "OTHER BITS"
-    return (
-        f"{case} {algorithm}: {count} workers give {Spread.of(ratios).show()} times the rounds of one process, {bits}",
-        same,
+            order = [*sides] if repeat % 2 else [*reversed(sides)]
+            seconds.append({name: timed(device, partial(work, name))[0].wall for name in order})
+        states = [side.server.ctx.dump(*side.server.ctx.shared) for side in sides.values()]
+    same = all(_equal(states[0], state) for state in states[1:]) and all(
+        each == found["alone"] for each in found.values()
     )
+    ratios = {engine: Spread.of([each["alone"] / each[engine] for each in seconds]).show() for engine in options.engine}
+    given = ", ".join(f"{ratio} ({engine})" for engine, ratio in ratios.items())
+    bits, what = "same bits" if same else "OTHER BITS", "fine-tuning" if options.fine_tuning else "rounds"
+    return f"{case} {algorithm}: {count} workers give {given} times the {what} of one process, {bits}", same
+
+
+def _equal(one: Payload, other: Payload) -> bool:
+    return all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one)
+
+
+def _closed(side: Federation) -> None:
+    assert isinstance(side.clients, WorkerClients)
+    side.clients.close()
 
 
 def _bare(case: str, options: argparse.Namespace, ready: Barrier, seconds: Queue[float]) -> None:
@@ -91,7 +118,10 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
     parser.add_argument("--case", nargs="+", choices=CASES, default=["cnn2", "resnet18"], help="default: both")
     parser.add_argument("--algorithm", nargs="+", default=["fed_avg"], help="default: fed_avg")
     parser.add_argument("--workers", nargs="+", type=int, default=[2], help="default: 2")
+    engines = ("processes", "ray")
+    parser.add_argument("--engine", nargs="+", choices=engines, default=["processes"], help="default: processes")
     parser.add_argument("--repeats", type=int, default=7, help="measured rounds of each side (default: 7)")
+    parser.add_argument("--fine-tuning", action="store_true", help="fine-tuning after a round, in place of rounds")
     parser.add_argument("--ceiling", action="store_true", help="also run as many runs of their own at once")
     machine_options(parser)
     options = parser.parse_args(arguments)

@@ -12,6 +12,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 
 from cutlayer.datasets.registry import RawDataset, RawSplit, ReadContext, register
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.folders import nothing_left
 
 DIGIT_NAMES = tuple("0123456789")
 
@@ -41,7 +42,8 @@ def fetch(make: Callable[[bool], Any], context: ReadContext, name: str, urls: Se
         expected = f"the files of {name} in {folder.absolute()}; to download them there, add: {named}"
         raise ConfigError("dataset.root", root, expected)
     try:
-        return make(True)
+        with nothing_left(folder):
+            return make(True)
     except (RuntimeError, OSError) as error:
         tried = " or ".join(urls)
         expected = f"the files of {name}; downloading {tried} failed ({error}); put them into {folder.absolute()}"

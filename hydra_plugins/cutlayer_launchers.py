@@ -5,6 +5,11 @@ Hydra runs this module once more than Python does, so that what it defines has t
 
 from cutlayer.runtime.launching.clusters.ray import RayLauncher
 from cutlayer.runtime.launching.clusters.slurm import SlurmLauncher
+from cutlayer.runtime.launching.sweeps.composing import ParallelLauncher
+
+
+class Parallel(ParallelLauncher):
+    """`hydra/launcher=parallel`."""
 
 
 class Ray(RayLauncher):

@@ -4,91 +4,51 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from cutlayer.datasets.partition_files import save_partition
 from cutlayer.plotting import first_picture
-from cutlayer.runtime.after.personalize import Personalized, own_tests, personalize, tunable
+from cutlayer.runtime.after.personalize import Personalized, personalize
 from cutlayer.runtime.after.probe import Probed, feature_parts, probe
 from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import BEST_MODEL_FILE, MODEL_FILE, make_folder
+from cutlayer.runtime.ground.memory import memory_told
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.serial import save_tensors
 from cutlayer.runtime.messages.ledger import Traffic
-from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.console import Progress, RunFiles, show_summary
 from cutlayer.runtime.records.data_record import record_data
 from cutlayer.runtime.records.history import RoundRecord
 from cutlayer.runtime.records.loggers import build_loggers
 from cutlayer.runtime.records.results import Results, RunSummary
-from cutlayer.runtime.rounds.clients import Clients
 from cutlayer.runtime.rounds.federation import Federation
-from cutlayer.runtime.rounds.local_clients import LocalClients
-from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.rounds.place import ClientsPlace
+from cutlayer.runtime.rounds.tuner import tunable
 from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import LocalTransport
+from cutlayer.runtime.workers.place import local_place
 
 log = logging.getLogger(__name__)
 
 
-class ClientsPlace(Protocol):
-    """Where the clients of a run are."""
-
-    def clients(self, setup: Setup, store: Store) -> Clients:
-        """The clients of the run's federation, see ``MakeClients``."""
-        ...
-
-    def check(self, setup: Setup) -> None:
-        """Raise ConfigError for what cannot be measured with clients there."""
-        ...
-
-    @property
-    def processes(self) -> int:
-        """How many of them compute side by side on this machine."""
-        ...
-
-    def connected(self, federation: Federation, accuracy: float | None) -> AbstractContextManager[None]:
-        """Clients take part within the block; ``accuracy`` is that of the last test, if there was one."""
-        ...
-
-
-class _Here:
-    """In this process."""
-
-    def clients(self, setup: Setup, store: Store) -> Clients:
-        return LocalClients(setup, store)
-
-    def check(self, setup: Setup) -> None:
-        pass
-
-    @property
-    def processes(self) -> int:
-        return 1
-
-    def connected(self, federation: Federation, accuracy: float | None) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
 def _place(config: RunConfig, folder: RunFolder) -> ClientsPlace:
     if isinstance(config.transport, LocalTransport):
-        if config.workers == 1:
-            return _Here()
-        from cutlayer.runtime.workers.clients import AtWorkers  # late: it loads what starts processes
-
-        return AtWorkers(config)
+        return local_place(config)
     from cutlayer.runtime.network.server.elsewhere import Elsewhere  # late: it needs an extra
 
     return Elsewhere(config, folder)
 
 
-def run(config: RunConfig, folder: RunFolder) -> RunSummary:
+@memory_told()
+def run(config: RunConfig, folder: RunFolder, drawn: Path | None = None) -> RunSummary:
     """Run an experiment to its end, in a folder that this process owns; resume from a checkpoint if there is one.
+
+    Args:
+        drawn: a folder of pictures that it may have in common with other runs, see ``save_partition``.
 
     Raises:
         ConfigError: what cannot be built as configured.
@@ -100,7 +60,7 @@ def run(config: RunConfig, folder: RunFolder) -> RunSummary:
     set_threads(config.threads, federation.setup.device, federation.setup.parameters, place.processes)
     _check_after(federation)
     place.check(federation.setup)
-    results = _begin(config, folder, federation)
+    results = _begin(config, folder, federation, drawn)
     try:
         with (
             place.connected(federation, results.summary().final_acc),
@@ -131,12 +91,12 @@ def _check_after(federation: Federation) -> None:
     config = federation.setup.config
     if config.personalize.part is not None:
         tunable(federation.setup, config.personalize)
-        own_tests(federation)
+        federation.evaluator.own_tests()
     if config.probe.after:
         feature_parts(federation)
 
 
-def _begin(config: RunConfig, folder: RunFolder, federation: Federation) -> Results:
+def _begin(config: RunConfig, folder: RunFolder, federation: Federation, drawn: Path | None) -> Results:
     """Write what a run's folder has from its beginning, or go on with it."""
     loggers = build_loggers(config.logger, folder.path, folder.resumed)
     results = Results(folder.path, loggers, by_client=config.communication_by == "client")
@@ -145,7 +105,7 @@ def _begin(config: RunConfig, folder: RunFolder, federation: Federation) -> Resu
     results.start(config.to_mapping(), config.setting())
     setup = federation.setup
     record_data(folder.path, setup.dataset.facts)
-    _save_partition(federation, folder.path)
+    _save_partition(federation, folder.path, drawn)
     setup.report_idle()
     log.info("%s on %s, %d threads, in %s", config.title, setup.device, torch.get_num_threads(), folder.path)
     return results
@@ -178,13 +138,13 @@ def _probed(federation: Federation, folder: Path, progress: Progress) -> Probed 
     return probe(federation, config, folder, progress.doing) if config.after else None
 
 
-def _save_partition(federation: Federation, folder: Path) -> None:
+def _save_partition(federation: Federation, folder: Path, drawn: Path | None) -> None:
     setup, local_test = federation.setup, federation.evaluator.local_test
     if not setup.config.dataset.divided:
         return
     info, labels = setup.dataset.info, setup.dataset.train.labels
-    save_partition(folder, setup.partition, labels, info.classes, info.class_names)
+    save_partition(folder, setup.partition, labels, info.classes, info.class_names, drawn)
     if local_test is not None:
         make_folder(folder, folder / "local_test")
         labels = setup.dataset.test.labels
-        save_partition(folder / "local_test", local_test, labels, info.classes, info.class_names)
+        save_partition(folder / "local_test", local_test, labels, info.classes, info.class_names, drawn)

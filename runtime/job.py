@@ -81,15 +81,14 @@ def has_data_of(config: RunConfig) -> Fits:
 def claim(config: RunConfig, overrides: Iterable[str]) -> Generator[RunFolder]:
     """Own the run's folder, and log to `run.log` in it, for the length of the block."""
     identity = config.identity()
-    save_dir = config.save_dir.absolute()
     claimed = config.resume in ("auto", "never")
     path = choose_folder(config, overrides) if claimed else Path(config.resume).absolute()
     if path.is_dir():  # what is to be continued may be from anyone, and is written to
         check_links(path)
     if claimed:
-        folder = RunFolder.claim(path, identity, save_dir=save_dir)
+        folder = RunFolder.claim(path, identity, save_dir=config.save_dir)
     else:
-        folder = RunFolder.continue_at(path, identity, save_dir=save_dir)
+        folder = RunFolder.continue_at(path, identity)
     with folder, _log_to(folder.path / "run.log"):
         yield folder
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 from cutlayer.runtime.ground import locks
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import replace_file, temporary_name
+from cutlayer.runtime.ground.folders import make_folders, remove_empty, standing
 from cutlayer.runtime.ground.locks import FileLock
 
 State = Literal["running", "finished", "failed"]
@@ -119,28 +120,12 @@ def _is_open(folder: Path) -> bool:
     return state in ("running", "failed") or (state != "finished" and folder.is_dir() and not _is_fresh(folder))
 
 
-def remove_empty(path: Path, root: Path) -> None:
-    """Remove `path` if it is an empty folder, and then each parent below `root` that this leaves empty."""
-    path, root = path.absolute(), root.absolute()
-    if root not in path.parents:
-        with contextlib.suppress(OSError):
-            path.rmdir()
-        return
-    while path != root:
-        try:
-            path.rmdir()
-        except FileNotFoundError:
-            pass
-        except OSError:
-            return
-        path = path.parent
-
-
 class RunFolder:
     """A run folder that this process owns until `release`, or for the length of a `with` block.
 
-    Leaving the block without an error marks the run finished; on a ConfigError the folder is discarded; any other
-    error marks it failed; an interrupt leaves it as it is, to be continued.
+    Leaving the block without an error marks the run finished; on a ConfigError the folder is discarded, unless it holds
+    work or an earlier part of the run; any other error marks it failed; an interrupt leaves it as it is, to be
+    continued.
 
     Attributes:
         path: the folder.
@@ -148,11 +133,11 @@ class RunFolder:
         resumed: whether it holds an earlier, unfinished part of the same run.
     """
 
-    def __init__(self, path: Path, lock: FileLock, identity: str, *, resumed: bool, save_dir: Path) -> None:
+    def __init__(self, path: Path, lock: FileLock, identity: str, *, resumed: bool, root: Path) -> None:
         self.path = path
         self.identities = tuple(dict.fromkeys((identity, *(_read_identities(path) if resumed else ()))))
         self.resumed = resumed
-        self._save_dir = save_dir
+        self._root = root
         self._lock = lock
 
     @classmethod
@@ -165,11 +150,12 @@ class RunFolder:
         Args:
             path: the folder wished for.
             identity: what distinguishes this run's configuration from others; "" matches only "".
-            save_dir: folder above all runs, below which `discard` may prune; by default `path`'s parent.
+            save_dir: folder above all runs; by default `path`'s parent. What is empty below it goes with a folder that
+                is discarded, and so do itself and those above it where they were not there before.
         """
-        save_dir = path.parent if save_dir is None else save_dir
+        root = standing(path.parent if save_dir is None else save_dir)
         while True:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folders(path)
             lock = FileLock.take(path / LOCK)
             if lock is not None:
                 resumed = _is_open(path) and _is_of(path, identity)
@@ -177,12 +163,12 @@ class RunFolder:
                     break
                 lock.release()
             path = path.parent / unique_name()
-        folder = cls(path, lock, identity, resumed=resumed, save_dir=save_dir)
+        folder = cls(path, lock, identity, resumed=resumed, root=root)
         folder._begin()
         return folder
 
     @classmethod
-    def continue_at(cls, path: Path, identity: str, *, save_dir: Path | None = None) -> "RunFolder":
+    def continue_at(cls, path: Path, identity: str) -> "RunFolder":
         """Own exactly `path`, which must hold an unfinished run of this identity that nobody owns.
 
         Raises:
@@ -201,7 +187,7 @@ class RunFolder:
             raise ConfigError(
                 "resume", str(path), "auto, never or the folder of an unfinished run; this one has finished"
             )
-        folder = cls(path, lock, identity, resumed=True, save_dir=path.parent if save_dir is None else save_dir)
+        folder = cls(path, lock, identity, resumed=True, root=path)
         folder._begin()
         return folder
 
@@ -223,12 +209,12 @@ class RunFolder:
         return metrics.is_file() and len(metrics.read_bytes().splitlines()) > 1
 
     def discard(self) -> bool:
-        """Remove the folder and the empty parents below `save_dir`, unless it holds work; whether it was removed."""
-        if self.holds_work():
+        """Remove the folder, unless it holds work or was resumed, and empty ones above; whether it was removed."""
+        if self.resumed or self.holds_work():
             return False
         shutil.rmtree(self.path, ignore_errors=True)
         self.release()
-        remove_empty(self.path, self._save_dir)
+        remove_empty(self.path, self._root)
         return True
 
     def release(self) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,7 +17,7 @@ from cutlayer.evaluations import EVALUATIONS
 from cutlayer.models import ModelConfig, refinable
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, plain, scoped
 from cutlayer.runtime.ground.reading import read_yaml
-from cutlayer.runtime.keys import identity_of, keys_of, scope_of, setting_of
+from cutlayer.runtime.keys import ScopedKey, identity_of, keys_of, scope_of, setting_of
 from cutlayer.runtime.parties.aggregate import AggregateConfig
 from cutlayer.runtime.parties.optim import (
     OptimizerConfig,
@@ -54,7 +55,8 @@ class RunConfig:
         jobs_per_gpu: jobs of sweeps that share a GPU.
         threads: of one run on the processor; auto is one for a small model, else what torch takes. Each of several
             workers computes with so many; auto divides among them what there is.
-        workers: processes that a round's clients are divided among; auto is one for each core, or for each GPU.
+        workers: that a round's clients are divided among; auto is one for each core, or for each GPU.
+        engine: what workers are: processes of this machine, or actors of a Ray cluster.
         eval_interval: rounds from one evaluation to the next. eval_batch_size: samples per evaluation batch.
         comm_threshold_mb: stop after the round in which the payload of training passes this many MB (10^6 bytes).
         checkpoint_interval: rounds from one checkpoint to the next.
@@ -103,6 +105,7 @@ class RunConfig:
     server: str | None = field(default=None, metadata=scoped("machine"))
     client_id: int | None = field(default=None, metadata=scoped("machine"))
     workers: int | Literal["auto"] = field(default=1, metadata=scoped("machine", later=True))
+    engine: Literal["processes", "ray"] = field(default="processes", metadata=scoped("machine", later=True))
     data_changed: Changed = field(default="refuse", metadata=scoped("record", later=True))
     evaluations: tuple[str, ...] = ()
     cohort_interval: int = field(default=1, metadata=scoped(read_if=lambda _, method: not method.pooled))
@@ -146,6 +149,8 @@ class RunConfig:
             raise ConfigError("role", None, "server or client with transport=grpc", ("server", "client"))
         if over_network and self.workers != 1:
             raise ConfigError("workers", self.workers, "1 with transport=grpc, whose clients compute elsewhere")
+        if over_network and self.engine != "processes":
+            raise ConfigError("engine", self.engine, "processes with transport=grpc, whose clients compute elsewhere")
         if not over_network and self.role is not None:
             raise ConfigError("role", self.role, "null, or transport=grpc to go with it")
         if self.role != "client":
@@ -209,7 +214,7 @@ class RunConfig:
 
     def identity(self) -> str:
         """What distinguishes this run from others, see `keys.identity_of`; equal in every process."""
-        return identity_of(RunConfig, self.to_mapping())
+        return self._identity
 
     def setting(self) -> dict[str, Any]:
         """The keys that this run reads and that decide its result, dotted, with their values."""
@@ -219,9 +224,16 @@ class RunConfig:
         """Whether a key or section, as named on the command line, says something of this run's result."""
         if scope_of(RunConfig, key) != "result":
             return False
-        keys = keys_of(RunConfig, self.to_mapping())
-        below = [each.read for name, each in keys.items() if f"{name}.".startswith(f"{key}.")]
+        below = [each.read for name, each in self._keys.items() if f"{name}.".startswith(f"{key}.")]
         return not below or any(below)
+
+    @cached_property
+    def _identity(self) -> str:
+        return identity_of(RunConfig, self.to_mapping())
+
+    @cached_property
+    def _keys(self) -> Mapping[str, ScopedKey]:
+        return keys_of(RunConfig, self.to_mapping())
 
     @property
     def title(self) -> str:

@@ -166,7 +166,6 @@ RULES: Mapping[str, Rule] = {
 FOLDER_RULES: Mapping[str, Rule] = {
     "device": Rule(text=DEVICE),
     "threads": Rule(1024, WORD),
-    "workers": Rule(1024, WORD),
     "state_memory_mb": _MANY,
     "progress": _CHOICE,
     "dataset.storage": _CHOICE,

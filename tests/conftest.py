@@ -2,8 +2,10 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -13,6 +15,9 @@ from cutlayer.runtime.ground.importing import quick_imports
 with quick_imports():
     import torch
 
+    from cutlayer.datasets.partition import Partition
+    from cutlayer.datasets.partition_files import save_partition
+    from cutlayer.runtime import experiment
     from cutlayer.runtime.launching.hydra_support import load_config
     from cutlayer.runtime.rounds.federation import Federation
     from cutlayer.runtime.settings import RunConfig
@@ -44,6 +49,19 @@ WAITING = ("test_sweep.py", "test_hosts.py", "test_kill.py", "test_main.py", "te
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in WAITING)
     gc.freeze()  # thousands of tests and all that they import stay to the end
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pictures_of_partitions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs in this process whose clients have the same data draw that once, as the jobs of a sweep do."""
+    drawn = tmp_path_factory.mktemp("pictures")
+
+    def saved(folder: Path, parts: Partition, labels: Any, classes: int, names: Any, shared: Path | None) -> None:
+        save_partition(folder, parts, labels, classes, names, drawn if shared is None else shared)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "save_partition", saved)
+        yield
 
 
 @pytest.fixture(scope="session")

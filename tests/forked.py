@@ -1,4 +1,4 @@
-"""Runs main.py again and again, each time in a process forked from one that has loaded everything.
+"""Runs the programs again and again, each time in a process forked from one that has loaded everything.
 
 `server` starts this module as a process of its own, which forks before torch has computed anything.
 """
@@ -26,17 +26,17 @@ with quick_imports():
     import cutlayer.runtime.job  # noqa: F401
 
 
-def run(arguments: Sequence[str], environment: dict[str, str], out: str, err: str) -> NoReturn:
-    """`python main.py <arguments>`, with its output in two files."""
+def run(file: str, arguments: Sequence[str], environment: dict[str, str], out: str, err: str) -> NoReturn:
+    """`python <file> <arguments>`, a program of the project or another file, with its output in two files."""
     for stream, path in ((0, os.devnull), (1, out), (2, err)):
         os.dup2(os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent does with it
     os.environ.update(environment)
-    start = program("main")
-    sys.argv, sys.orig_argv = [main.__file__, *arguments], [*start, *arguments]
+    path = Path(main.__file__).parent / file
+    sys.argv, sys.orig_argv = [str(path), *arguments], [*program(path.stem), *arguments]
     status = 0
     try:
-        runpy.run_path(main.__file__, run_name="__main__")
+        runpy.run_path(str(path), run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -82,18 +82,22 @@ class Started:
 
 
 class Forks:
-    """Starts `main.py`, or runs it to its end when called."""
+    """Starts `main.py` or another program, or runs it to its end when called."""
 
     def __init__(self, ask: Callable[[Any], int], outputs: Path) -> None:
         self._ask, self._outputs, self._numbers = ask, outputs, itertools.count()
 
-    def start(self, arguments: Sequence[str], **more: str) -> Started:
+    def start(self, arguments: Sequence[str], file: str = "main.py", **more: str) -> Started:
         out, err = (self._outputs / f"{next(self._numbers)}" for _ in range(2))
-        pid = self._ask({"arguments": [*arguments], "environment": more, "out": str(out), "err": str(err)})
+        pid = self._ask(
+            {"file": file, "arguments": [*arguments], "environment": more, "out": str(out), "err": str(err)}
+        )
         return Started((*arguments,), pid, out, err, self._ask)
 
-    def __call__(self, arguments: Sequence[str], **more: str) -> subprocess.CompletedProcess[str]:
-        return self.start(arguments, **more).wait()
+    def __call__(
+        self, arguments: Sequence[str], file: str = "main.py", **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        return self.start(arguments, file, **more).wait()
 
 
 @contextlib.contextmanager

@@ -1,11 +1,18 @@
 """What Hydra composes in these tests, where it remembers what it has read, is what it composes otherwise."""
 
+import pickle
+from typing import Any
+
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
 
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
 from cutlayer.runtime.launching.hydra_support import preprocess
+from cutlayer.runtime.launching.sweeps.composing import compose_quickly
 from tests import conftest
 
 COMMANDS = (
@@ -54,6 +61,50 @@ def test_a_configuration_is_hydra_s_own(command: str, remembered: dict[str, str]
         assert composed(command) == remembered[command]
     finally:
         conftest.forget = conftest.quick_composition()
+
+
+SWEPT = (
+    "algorithm=fed_avg seed=1",
+    "algorithm=fed_avg seed=2 dataset.alpha=0.5",
+    "seed=1 algorithm=fsmkd model.personal.optimizer.lr=0.1 rounds=3",
+    "seed=3",
+    "experiment=fsl_sage/cifar10_iid seed=3 lr=0.2",
+    "optimizer=sgd optimizer.momentum=0.9 seed=1 optimizer.name=adam",
+    "dataset.options={a:[1,2]} seed=1 dataset.options.b=x save_dir='a b'",
+    "~scheduler seed=1",
+    "+seed=2",
+    "seed=1 a=b",
+    "seed=1 rounds.a=b",
+    "model=nope seed=1",
+    "seed=1,2",
+    "seed='x",
+    "hydra.launcher.n_jobs=2 seed=1",
+)
+
+
+def of_jobs(loader: Any, master: DictConfig) -> list[str]:
+    found: list[str] = []
+    for command in (*SWEPT, *SWEPT[::-1]):
+        try:
+            config = loader.load_sweep_config(master, preprocess(command.split(" ")))
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+        else:
+            assert config.hydra.sweep.dir == master.hydra.sweep.dir
+            found.append(OmegaConf.to_yaml(config, resolve=False))
+    return found
+
+
+def test_a_job_of_a_sweep_has_the_configuration_that_hydra_gives_it() -> None:
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", ["algorithm=fed_avg", "seed=1,2"], RunMode.MULTIRUN)
+        context = HydraContext(loader, Callbacks(master))
+        compose_quickly(context)
+        assert context.config_loader is not loader
+        sent = pickle.loads(pickle.dumps(context.config_loader))
+        assert of_jobs(loader, master) == of_jobs(sent, master)
+        assert sent.list_groups("") == loader.list_groups("")
 
 
 def test_nothing_of_a_copy_of_the_configuration_is_remembered(tmp_path) -> None:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 from cutlayer.runtime.ground.importing import quick_imports
+from cutlayer.runtime.ground.memory import memory_told
 from cutlayer.runtime.ground.text import print_errors
 
 Measure = Callable[[Path, Mapping[str, Any]], object]
@@ -52,7 +53,8 @@ def over_runs(
         failed = 0
         for run in dict.fromkeys(run for folder in folders for run in folders_with_results(folder)):
             try:
-                function(run, changes)
+                with memory_told():
+                    function(run, changes)
             except ConfigError as error:
                 print_errors(f"{run}: {error}")
                 failed += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,7 +22,10 @@ from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.reading import MissingError, check_links, inside, read_text, read_yaml
 from cutlayer.runtime.keys import uses_of
 from cutlayer.runtime.records.console import Progress, show_rows
+from cutlayer.runtime.rounds.clients import MakeClients
 from cutlayer.runtime.rounds.federation import CHECKPOINT_FOLDER, Federation
+from cutlayer.runtime.rounds.local_clients import LocalClients
+from cutlayer.runtime.rounds.place import ClientsPlace, here
 from cutlayer.runtime.run_folder import IDENTITY, LOCK
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.trust import FOLDER_RULES, MODEL_BYTES, RULES, Limit, Named, check, check_made, covered, to_take
@@ -39,7 +42,10 @@ _SECTIONS = ("personalize", "monitor", "probe")
 _NOT_TAKEN = tuple(
     key for key, use in _USES.items() if use.scope in ("machine", "record") and "." not in key and key not in _RULES
 )
+# Of these what may be changed for a run that is over.
+_OWN = ("workers", "engine", "data_changed")
 _PATH = 4096
+PlaceOf = Callable[[RunConfig], ClientsPlace]
 
 
 def folders_with_results(above: Path) -> list[Path]:
@@ -97,7 +103,7 @@ def read_config(
         values.setdefault(section, {})
     source = "the run's folder"
     for key, value in changes.items():
-        if key in changeable and key not in _NOT_TAKEN:
+        if key in changeable and key not in _OWN:
             *above, last = key.split(".")
             section = values
             for name in above:
@@ -111,7 +117,7 @@ def read_config(
         _check_root(root, source)
     values["dataset"]["root"] = root
     values |= {"save_dir": str(run), "resume": "never", "jobs_per_gpu": 1, "logger": {}}
-    values["data_changed"] = changes.get("data_changed", "refuse")
+    values |= {key: changes[key] for key in _OWN if key in changes}
     values |= {"transport": "grpc", "role": "server"} if over_network else {"transport": "local"}
     config = RunConfig.from_mapping(values)
     check_made(config, named, source)
@@ -199,16 +205,19 @@ def owning(run: Path) -> Generator[None]:
         lock.release()
 
 
-def restore(run: Path, saved: Saved) -> Federation:
+def restore(run: Path, saved: Saved, clients: MakeClients = LocalClients) -> Federation:
     """The run's federation as its last checkpoint left it.
 
     A run whose checkpoint was removed is restored from its model, if one model is all that the method learns.
+
+    Args:
+        clients: makes its clients.
 
     Raises:
         ConfigError: nothing is left of what was learnt, or what is left is not of such a run.
     """
     config, data = prepared(saved.config, limit=saved.limit, download=saved.download)
-    federation = Federation(config, run, dataset=data)
+    federation = Federation(config, run, dataset=data, clients=clients)
     setup = federation.setup
     if saved.over_network and (setup.personal or not config.dataset.divided):
         raise ConfigError(
@@ -230,30 +239,37 @@ def restore(run: Path, saved: Saved) -> Federation:
     if not (run / MODEL_FILE).is_file() or (setup.personal and setup.population > 1):
         raise ConfigError("run", str(run), f"a run with its {CHECKPOINT_FOLDER} folder, which this one lacks")
     init = inside(run, MODEL_FILE)
-    return Federation(replace(config, model=replace(config.model, init=init)), dataset=data)
+    return Federation(replace(config, model=replace(config.model, init=init)), dataset=data, clients=clients)
 
 
 @contextlib.contextmanager
-def restored(run: Path, saved: Saved) -> Generator[tuple[Federation, Progress]]:
+def restored(run: Path, saved: Saved, place: PlaceOf = here) -> Generator[tuple[Federation, Progress]]:
     """Own a run's folder for the length of the block, with the run's federation and a display of progress.
+
+    Args:
+        place: tells where the federation's clients are.
 
     Raises:
         ConfigError: as `owning` and `restore`.
     """
     config = saved.config
     with owning(run):
+        at = place(config)
         prepare_process(config.torch_device())
-        federation = restore(run, saved)
-        set_threads(config.threads, federation.setup.device, federation.setup.parameters)
-        with Progress(federation.round, config.title, config.progress, done=federation.round) as progress:
+        federation = restore(run, saved, at.clients)
+        set_threads(config.threads, federation.setup.device, federation.setup.parameters, at.processes)
+        showing = Progress(federation.round, config.title, config.progress, done=federation.round)
+        with at.connected(federation, None), showing as progress:
             yield federation, progress
 
 
-def personalize_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None = None) -> Personalized:
+def personalize_run(
+    run: Path, changes: Mapping[str, Any], own: RunConfig | None = None, *, place: PlaceOf = here
+) -> Personalized:
     """Personalise a run by its own ``personalize`` settings with ``changes``; shows its table.
 
     Args:
-        changes, own: as of `read_config`.
+        changes, own: as of `read_config`. place: as of `restored`.
 
     Raises:
         ConfigError: as `read_config`, `owning` and `restore`; or no part is named.
@@ -262,7 +278,7 @@ def personalize_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None
     config = saved.config
     if config.personalize.part is None:
         raise ConfigError("personalize.part", None, "what is fine-tuned", ("body", "head", "full"))
-    with restored(run, saved) as (federation, progress):
+    with restored(run, saved, place) as (federation, progress):
         found = personalize(federation, config.personalize, run, progress.clients)
     show_rows(found.section().rows, personalized_in(run, config.personalize), config.title, config.progress)
     return found

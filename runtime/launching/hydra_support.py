@@ -110,14 +110,17 @@ def load_config(overrides: Sequence[str] = ()) -> "RunConfig":
 # ---------------------------------------------------------------------- resolvers
 
 
-def _parallel_jobs(jobs_per_gpu: int = 1, workers: int | str = 1) -> int:
-    """Jobs of a sweep at a time: a GPU's slots each, or half as many as cores (two, if there are two) up to 8.
+def _parallel_jobs(jobs_per_gpu: int = 1, workers: int | str = 1, device: str = "auto") -> int:
+    """Jobs of a sweep at a time: one for each slot of a GPU, or half as many as cores (two, if there are two) up to 8.
 
-    Of jobs with several workers so many fewer; of those whose workers are all cores one.
+    Of jobs with several workers so many fewer: no process is without a core or a slot of its own. Of those whose
+    workers are all cores one.
     """
-    slots, there = len(visible_gpus()) * int(jobs_per_gpu), cores()
-    alone = min(_MAX_JOBS, max(there // 2, min(there, 2)))
-    return slots or (max(1, alone // max(1, workers)) if isinstance(workers, int) else 1)
+    slots, there = 0 if device == "cpu" else len(visible_gpus()) * int(jobs_per_gpu), cores()
+    # On GPUs `auto` is a worker for each that a job sees.
+    each = max(1, workers) if isinstance(workers, int) else 1 if slots else there
+    alone = min(slots, there) if slots else min(_MAX_JOBS, max(there // 2, min(there, 2)))
+    return max(1, alone // each)
 
 
 _sweep: dict[str, str] = {}

@@ -23,7 +23,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import cutlayer
+from cutlayer.runtime.ground.folders import remove_empty
 from cutlayer.runtime.ground.importing import quick_imports
+from cutlayer.runtime.ground.memory import memory_told
 from cutlayer.runtime.ground.streams import stand_without_streams
 from cutlayer.runtime.ground.text import error_text, print_errors
 from cutlayer.runtime.launching.hydra_errors import check_flags, explain
@@ -32,7 +34,6 @@ from cutlayer.runtime.launching.sweeps.display import Display, show_table
 from cutlayer.runtime.launching.sweeps.supervise import LAUNCHER, TRACEBACKS, supervise
 from cutlayer.runtime.launching.sweeps.sweep import BAD, JOB_OUTPUT, PATIENT, Sweep
 from cutlayer.runtime.records.console import stamp_lines
-from cutlayer.runtime.run_folder import remove_empty
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _ROOT = Path(cutlayer.__path__[0]).parent  # from which a process of its own imports the package
@@ -122,7 +123,8 @@ def _show(what: str, overrides: list[str]) -> None:
         from cutlayer.runtime.costs.cuts import show_cuts
         from cutlayer.runtime.costs.metering import show_costs  # late, so that --help and mistakes do not wait for it
 
-    (show_cuts if what == _CUTS else show_costs)(config)
+    with memory_told():
+        (show_cuts if what == _CUTS else show_costs)(config)
 
 
 def launch(main: Callable[[], Any]) -> None:
@@ -212,7 +214,7 @@ def _close(how_to_go_on: str = "") -> bool:
     empty = failed == len(jobs) and not any(path.stat().st_size for path in sweep.path.glob(f"jobs/*/{JOB_OUTPUT}"))
     show_table(jobs, None if empty else sweep.path, how_to_go_on)
     if empty:
-        _drop(sweep.path)
+        _drop(sweep)
     else:
         try:
             sweep.write_table()
@@ -231,9 +233,9 @@ def _give_up() -> None:
             _close()
         else:
             display.stop()
-            _drop(sweep.path)
+            _drop(sweep)
 
 
-def _drop(sweep: Path) -> None:
-    shutil.rmtree(sweep, ignore_errors=True)
-    remove_empty(sweep, sweep.parent.parent)
+def _drop(sweep: Sweep) -> None:
+    shutil.rmtree(sweep.path, ignore_errors=True)
+    remove_empty(sweep.path, sweep.root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from cutlayer.runtime.messages.ledger import Ledger
@@ -12,7 +12,8 @@ from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.schedule import RoundReport
 from cutlayer.runtime.rounds.session import Serving
 from cutlayer.runtime.rounds.setup import Setup
-from cutlayer.runtime.scoring.scores import ClientScores
+from cutlayer.runtime.rounds.tuner import Tuner
+from cutlayer.runtime.scoring.scores import ClientScores, Measured
 
 
 class Clients(Protocol):
@@ -63,6 +64,10 @@ class Clients(Protocol):
 
     def scores(self, evaluator: Evaluator) -> dict[int, ClientScores]:
         """What the round's test asks of each client."""
+        ...
+
+    def tuned(self, tuner: Tuner, clients: Sequence[int]) -> Iterator[list[Measured]]:
+        """What fine-tuning finds of each of these clients, in their order."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -98,6 +98,14 @@ class Evaluator:
             raise ConfigError("dataset.distribution", config.dataset.distribution, reason)
         return shares
 
+    def own_tests(self) -> Partition:
+        """The test samples of each client.
+
+        Raises:
+            ConfigError: no client has any.
+        """
+        return self.local_test or self.shares(self._dataset.test)
+
     def evaluate(self, scores: Callable[[], dict[int, ClientScores]]) -> Evaluation:
         """The test of a round.
 
@@ -238,7 +246,8 @@ class ApartTests:
         return self._setup.blueprint.parts(self._setup.algorithm.layout.server)
 
     @cached_property
-    def _evaluator(self) -> Evaluator:
+    def evaluator(self) -> Evaluator:
+        """Tests the models that clients have with the parts that were brought."""
         return Evaluator(self._setup, Learnt(self._setup, lambda: self._held, self._rows))
 
     def hold(self, parts: Payload) -> None:
@@ -246,11 +255,11 @@ class ApartTests:
         for name, state in unflatten(parts).items():
             if name in self._held:
                 self._held[name].load_state_dict(state)
-        self._evaluator.forget()
+        self.evaluator.forget()
 
     def of_client(self, client: int) -> ClientScores:
         """Test a client's own model, with the parts that were brought for the others."""
-        return self._evaluator.of_client(client)
+        return self.evaluator.of_client(client)
 
 
 def _plainly(score: Score) -> Measured:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -25,7 +25,8 @@ from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundReport, compute_together
 from cutlayer.runtime.rounds.session import Channel, LocalSession, Serving, Session, Workplace
 from cutlayer.runtime.rounds.setup import Setup
-from cutlayer.runtime.scoring.scores import ClientScores
+from cutlayer.runtime.rounds.tuner import Tuner
+from cutlayer.runtime.scoring.scores import ClientScores, Measured
 
 DROPOUT = nn.modules.dropout._DropoutNd  # pyright: ignore[reportPrivateUsage]  the base of all of them
 
@@ -55,7 +56,8 @@ class Seats:
             seat.taken = False
             self.seconds += seconds
 
-        return LocalSession(setup.algorithm, context, Workplace(setup.blueprint, seed), leave)
+        work = Workplace(setup.blueprint, seed, lambda: setup.memory(f"the round of client {client}"))
+        return LocalSession(setup.algorithm, context, work, leave)
 
     def seat(self) -> Seat:
         """A seat that is free."""
@@ -127,6 +129,9 @@ class LocalClients(Seats):
 
     def scores(self, evaluator: Evaluator) -> dict[int, ClientScores]:
         return {client: evaluator.of_client(client) for client in range(self.setup.population)}
+
+    def tuned(self, tuner: Tuner, clients: Sequence[int]) -> Iterator[list[Measured]]:
+        return map(tuner.scores, clients)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

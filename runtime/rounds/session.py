@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import isgenerator
 from typing import Protocol, cast
 
@@ -51,18 +51,24 @@ class Session(Protocol):
 
 
 class Workplace:
-    """A party's own random stream, precision and clock, in place while it works."""
+    """A party's own random stream, precision and clock, in place while it works.
 
-    def __init__(self, blueprint: Blueprint, seed: int) -> None:
+    Args:
+        memory: what is said where memory runs out, see ``ground.memory``.
+    """
+
+    def __init__(
+        self, blueprint: Blueprint, seed: int, memory: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self._stream = rng.TorchStream(seed, blueprint.device)
-        self._blueprint = blueprint
+        self._blueprint, self._memory = blueprint, memory
         self.seconds = 0.0
 
     @contextmanager
     def working(self) -> Generator[None]:
         """Everything the party computes happens inside."""
         start = time.perf_counter()
-        with self._stream, self._blueprint.autocast():
+        with self._memory(), self._stream, self._blueprint.autocast():
             yield
         self.seconds += time.perf_counter() - start
 

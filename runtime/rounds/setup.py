@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from cutlayer.datasets import Dataset, Partition, batch_sizes, load, own_partiti
 from cutlayer.models import check_model, input_channels
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.memory import memory_told
 from cutlayer.runtime.messages.crossing import joined
 from cutlayer.runtime.parties.blueprint import WEIGHT_DTYPES, Blueprint
 from cutlayer.runtime.parties.client_data import ClientData
@@ -143,6 +145,14 @@ class Setup:
     def epoch(self, client: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over a client's training data; no batch where the client has none to train on."""
         return self.data(client).batches(generator, 1) if self.has_batches(client) else iter(())
+
+    def memory(self, work: str) -> AbstractContextManager[None]:
+        """What is said where memory runs out in a client's work, such as "the round of client 3"."""
+        workers, size = self.config.workers, self.config.batch_size
+        if workers == 1:
+            return memory_told(f"memory ran out in {work}", "batch_size", size, "less")
+        less = f"fewer, or a smaller batch_size than {size}"
+        return memory_told(f"a worker's memory ran out in {work}", "workers", workers, less)
 
     def steps(self, client: int) -> list[int]:
         """Samples in each batch of a round of the client."""

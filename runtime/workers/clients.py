@@ -3,47 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
-from functools import cached_property
-from itertools import chain, cycle
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
+from torch import Tensor
 
-from cutlayer.runtime.ground import forking
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.processors import cores
-from cutlayer.runtime.messages.boundary import MODEL, Message, Payload, Reply, Upload, owned
+from cutlayer.runtime.messages.boundary import MODEL, Message, Reply, Upload, flatten
+from cutlayer.runtime.messages.codec import encode
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.learnt import Learnt
 from cutlayer.runtime.rounds.local_clients import LocalClients
 from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundLostError, RoundReport
 from cutlayer.runtime.rounds.session import ArrivingChannel, Serving
 from cutlayer.runtime.rounds.setup import Setup
-from cutlayer.runtime.scoring.scores import ClientScores
+from cutlayer.runtime.rounds.tuner import Tuner
+from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
+from cutlayer.runtime.scoring.scores import ClientScores, Measured
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.workers.pool import Inbox, Pool, Worker
-from cutlayer.runtime.workers.program import be_worker
-from cutlayer.runtime.workers.shared import Shared
-from cutlayer.runtime.workers.talk import Close, Ended, Failed, Hold, Open, Resume, Said, Test, given
+from cutlayer.runtime.workers.processes import Processes, preload
+from cutlayer.runtime.workers.talk import Close, Ended, Engine, Failed, Hold, Open, Resume, Said, Test, given
 
-log = logging.getLogger(__name__)
+MemoryTold: TypeAlias = Callable[[str], contextlib.AbstractContextManager[None]]
+"""What is said where memory runs out in a client's work, see ``Setup.memory``."""
 
-_PROGRAM = "cutlayer.runtime.workers.program"
+
+def _engine(setup: Setup) -> Engine:
+    if setup.config.engine == "ray":
+        from cutlayer.runtime.workers.actors import Actors  # late: it needs an extra
+
+        return Actors(setup)
+    return Processes(setup)
 
 
 class AtWorkers:
-    """Clients of a run in ``workers`` processes of this machine; see ``experiment.ClientsPlace``."""
+    """Clients of a run at ``workers`` of its engine; see ``ClientsPlace``."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._config = config
-        forking.server(_PROGRAM)  # loads what workers need while the data are read
+        if config.engine == "processes":
+            preload()
 
     def clients(self, setup: Setup, store: Store) -> WorkerClients:
         """The clients of the run's federation.
@@ -55,7 +60,7 @@ class AtWorkers:
         return self._clients
 
     def check(self, setup: Setup) -> None:
-        """What is measured after training is measured in the run's own process."""
+        """All that is measured after training can be: fine-tuning at the workers, the rest in the run's own process."""
 
     @property
     def processes(self) -> int:
@@ -83,30 +88,15 @@ class WorkerClients(LocalClients):
 
     def __init__(self, setup: Setup, store: Store) -> None:
         super().__init__(setup, store)
-        self.count = workers(setup)
-        self.pool = Pool(self.count, self._process)
+        self._engine = _engine(setup)
+        self.count = workers(setup, self._engine)
+        self.pool = Pool(self.count, self._engine.begin)
 
     @property
     def may_repeat(self) -> bool:
         """Where the server answers within a round, a round with a worker that dies is repeated from its start."""
         arrows = self.setup.algorithm.traffic
         return not arrows or any(flow.direction == "down" and flow.kind != MODEL for flow in arrows)
-
-    @cached_property
-    def _shared(self) -> Shared:
-        try:
-            return Shared(self.setup)
-        except Exception as error:
-            reason = f"1: {self.setup.config.title} cannot be given to other processes ({error})"
-            raise ConfigError("workers", self.count, reason) from error
-
-    def _process(self, connection: Any, number: int) -> BaseProcess:
-        device = None
-        if self.setup.device.type == "cuda":
-            device = f"cuda:{number % torch.cuda.device_count()}"
-        arguments = (connection, self._shared, torch.get_num_threads(), device)
-        # Not multiprocessing's daemon, which may have no processes of its own; it ends with this process all the same.
-        return forking.server(_PROGRAM).Process(target=be_worker, args=arguments)
 
     def train(
         self, cohort: list[int], round: int, drop: Callable[[int], None], server: Serving, ledger: Ledger
@@ -123,7 +113,7 @@ class WorkerClients(LocalClients):
         return report
 
     def _begin(self, client: int, round: int) -> WorkerSession:
-        return WorkerSession(self.pool, self._store, client, round, self._on_ended)
+        return WorkerSession(self.pool, self._store, client, round, self._on_ended, self.setup.memory)
 
     def _on_ended(self, seconds: float) -> None:
         self.seconds += seconds
@@ -133,49 +123,99 @@ class WorkerClients(LocalClients):
         algorithm = self.setup.algorithm
         if not (self.setup.personal or algorithm.paths):
             return super().scores(evaluator)
-        learnt, workers = evaluator.learnt, self.pool.all()
-        parts = {f"{part}/{name}": t for part, held in learnt.held.items() for name, t in held.state_dict().items()}
-        for worker in workers:
-            worker.say(Hold(self.pool.number()), [parts])
+        everyone = range(self.setup.population)
+        held = {name: part.state_dict() for name, part in evaluator.learnt.held.items()}
+        return dict(zip(everyone, self._tested(everyone, evaluator.learnt, held), strict=True))
+
+    def tuned(self, tuner: Tuner, clients: Sequence[int]) -> Iterator[list[Measured]]:
+        yield from self._tested(clients, tuner.learnt, tuner.held, tuner.config)
+        self.pool.on_round()
+
+    def _tested(
+        self,
+        clients: Iterable[int],
+        learnt: Learnt,
+        held: Mapping[str, Mapping[str, Tensor]],
+        tuning: PersonalizeConfig | None = None,
+    ) -> Iterator[Any]:
+        """What tests of clients at workers find, in the clients' order.
+
+        Args:
+            learnt: has the parts that clients keep. held: the states of the server's parts.
+        """
+        algorithm, holders = self.setup.algorithm, _Holders(self.pool, held)
         named = dict.fromkeys(chain(algorithm.layout.whole, *algorithm.paths.values()))
         own = [name for name in named if learnt.is_own(name)]
-        found: dict[int, ClientScores] = {}
         begun: deque[_BegunTest] = deque()
-        for client, worker in zip(range(self.setup.population), cycle(workers), strict=False):
+        for client in clients:
             rows = {name: row for name in own if (row := learnt.own(client, name)) is not None}
-            begun.append(_BegunTest(client, rows, worker, self.pool.number()))
-            if len(begun) > 2 * len(workers):
-                found |= begun.popleft().end(evaluator)
-        for test in begun:
-            found |= test.end(evaluator)
-        return found
+            begun.append(_BegunTest(holders, client, rows, tuning, self.setup.memory))
+            if len(begun) > 2 * self.count:
+                yield begun.popleft().end()
+        while begun:
+            yield begun.popleft().end()
 
     def close(self) -> None:
         """End the workers."""
         self.pool.close()
+        self._engine.close()
+
+
+class _Holders:
+    """Workers that are given the server's parts before the first test there."""
+
+    def __init__(self, pool: Pool, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._pool, self._given = pool, set[Worker]()
+        self._parts = pool.common(
+            {key: each for name, state in held.items() for key, each in flatten(name, state).items()}
+        )
+
+    def begin(self, test: Test, rows: list[bytes], inbox: Inbox) -> tuple[Worker, int]:
+        """Begin a test; where, and as which session."""
+        worker, number = self._pool.idlest(), self._pool.number()
+        if worker not in self._given:
+            self._given.add(worker)
+            worker.say(Hold(number), common=self._parts)
+        worker.take(number, test.client, inbox)
+        worker.say(test._replace(session=number), rows)
+        return worker, number
 
 
 class _BegunTest:
-    """A client's test at a worker; where that dies, here."""
+    """A client's test at a worker; where that dies, at another."""
 
-    def __init__(self, client: int, rows: Mapping[str, Row], worker: Worker, number: int) -> None:
-        self._client, self._worker, self._number = client, worker, number
+    def __init__(
+        self,
+        holders: _Holders,
+        client: int,
+        rows: Mapping[str, Row],
+        tuning: PersonalizeConfig | None,
+        memory: MemoryTold,
+    ) -> None:
+        self._holders, self._rows, self._memory = holders, [encode(row) for row in rows.values()], memory
+        self._test = Test(0, client, tuple(rows), tuning)
+        self._begin()
+
+    def _begin(self) -> None:
         self._inbox: Inbox = SimpleQueue()
-        worker.take(number, self._inbox)
-        worker.say(Test(number, client, tuple(rows)), [*rows.values()])
+        self._worker, self._number = self._holders.begin(self._test, self._rows, self._inbox)
 
-    def end(self, evaluator: Evaluator) -> dict[int, ClientScores]:
-        """What it finds, by client."""
-        came = self._inbox.get()
-        self._worker.leave(self._number)
-        if came is None:
-            return {self._client: evaluator.of_client(self._client)}
-        if isinstance(came[0], Failed):
-            raise came[0].error
-        return {self._client: came[0].scores}
+    def end(self) -> Any:
+        """What it finds."""
+        while True:
+            came = self._inbox.get()
+            self._worker.leave(self._number)
+            if came is None:
+                self._begin()
+                continue
+            head, _ = came
+            if isinstance(head, Failed):
+                with self._memory(f"the test of client {self._test.client}"):
+                    raise head.error
+            return head.scores
 
 
-def workers(setup: Setup) -> int:
+def workers(setup: Setup, engine: Engine) -> int:
     """How many workers a run has: as configured, or one for each core or GPU, as far as a round has clients.
 
     Raises:
@@ -183,7 +223,7 @@ def workers(setup: Setup) -> int:
     """
     count, clients = setup.config.workers, len(setup.cohort(0))
     if count == "auto":
-        return min(clients, torch.cuda.device_count() if setup.device.type == "cuda" else cores())
+        return min(clients, engine.most)
     if count > clients:
         raise ConfigError("workers", count, f"at most {clients}, the clients of a round")
     return count
@@ -197,12 +237,21 @@ class WorkerSession:
 
     Args:
         store: of the clients' rows. on_ended: called with the seconds that the client computed.
+        memory: as ``Setup.memory``.
     """
 
-    def __init__(self, pool: Pool, store: Store, client: int, round: int, on_ended: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        store: Store,
+        client: int,
+        round: int,
+        on_ended: Callable[[float], None],
+        memory: MemoryTold,
+    ) -> None:
         self._pool, self._store, self._client, self._round = pool, store, client, round
-        self._on_ended = on_ended
-        self._opening: Payload | None = None
+        self._on_ended, self._memory = on_ended, memory
+        self._opening: bytes | None = None
         self._answered = False
         self._heard = self._repeated = 0
         self._number = 0
@@ -211,20 +260,20 @@ class WorkerSession:
 
     def send(self, message: Reply) -> None:
         if self._opening is None:
-            self._opening = owned(message)  # the server goes on, and it may have to be sent once more
+            self._opening = self._pool.common(message)  # of its own: the server goes on, and it may be sent once more
             self._start()
         else:
             assert self._worker is not None
             self._answered = True
-            self._worker.say(Resume(self._number), [message])
+            self._worker.say(Resume(self._number), [encode(message)])
 
     def _start(self) -> None:
         assert self._opening is not None
         self._number, self._inbox = self._pool.number(), SimpleQueue()
         self._worker = self._pool.idlest()
-        self._worker.take(self._number, self._inbox)
+        self._worker.take(self._number, self._client, self._inbox)
         rows, kept = given(self._store.rows(self._client))
-        self._worker.say(Open(self._number, self._client, self._round, tuple(rows)), [self._opening, *kept])
+        self._worker.say(Open(self._number, self._client, self._round, tuple(rows)), kept, self._opening)
 
     def receive(self) -> Message | Upload:
         while True:
@@ -235,7 +284,8 @@ class WorkerSession:
             head, payloads = came
             if isinstance(head, Failed):
                 self._leave()
-                raise head.error
+                with self._memory(f"the round of client {self._client}"):
+                    raise head.error
             if isinstance(head, Ended):
                 return self._ended(head, *payloads)
             assert isinstance(head, Said)

@@ -7,15 +7,13 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.messages.boundary import Payload
-from cutlayer.runtime.workers.talk import Talk, Word, hear, say
+from cutlayer.runtime.messages.boundary import Payload, Reply
+from cutlayer.runtime.messages.codec import encode
+from cutlayer.runtime.workers.talk import Close, Failed, Frame, Hold, Link, Said, Talk, Word
 
 log = logging.getLogger(__name__)
 
@@ -27,41 +25,49 @@ Inbox: TypeAlias = "SimpleQueue[Talk | None]"
 
 
 class Worker:
-    """A process, and a thread that takes what it says.
+    """A worker, and a thread that takes what it says.
 
     Attributes:
         open: rounds of clients that are open there.
     """
 
-    def __init__(self, begin: Callable[[Connection], BaseProcess]) -> None:
-        self._connection, theirs = Pipe()
-        self.process = begin(theirs)
-        self.process.start()
-        theirs.close()
+    def __init__(self, link: Link) -> None:
+        self.link = link
         self.open = 0
         self._lock = threading.Lock()
         self._inboxes: dict[int, Inbox] = {}
+        self._clients: dict[int, int] = {}
+        self._asked: list[int] = []  # sessions that have to answer, in the order in which they do
         self._gone = False
         self._thread = threading.Thread(target=self._listen, name="worker", daemon=True)
         self._thread.start()
 
     def _listen(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
+        failed: Exception | None = None
+        try:
             while True:
-                head, payloads = hear(self._connection)
-                with self._lock:
-                    inbox = self._inboxes.get(head.session)
-                if inbox is not None:  # else of a round that was given up
-                    inbox.put((head, payloads))
+                self._hand_on(*self.link.hear())
+        except (EOFError, OSError):
+            pass
+        except Exception as error:  # such as memory that runs out here
+            failed = error
         with self._lock:
             self._gone = True
-            for inbox in self._inboxes.values():
-                inbox.put(None)
+            for session, inbox in self._inboxes.items():
+                inbox.put(None if failed is None else (Failed(session, failed), []))
 
-    def take(self, session: int, inbox: Inbox) -> None:
-        """Put what comes for a session there."""
+    def _hand_on(self, head: Any, payloads: list[Reply]) -> None:
         with self._lock:
-            self._inboxes[session] = inbox
+            inbox = self._inboxes.get(head.session)
+            if head.session in self._asked and not (isinstance(head, Said) and not head.expects_reply):
+                self._asked.remove(head.session)
+        if inbox is not None:  # else of a round that was given up
+            inbox.put((head, payloads))
+
+    def take(self, session: int, client: int, inbox: Inbox) -> None:
+        """Put what comes for a session, of a client, there."""
+        with self._lock:
+            self._inboxes[session], self._clients[session] = inbox, client
             self.open += 1
             if self._gone:
                 inbox.put(None)
@@ -71,41 +77,60 @@ class Worker:
         with self._lock:
             if self._inboxes.pop(session, None) is not None:
                 self.open -= 1
+                if not self._gone:  # else it may be what the worker died of
+                    del self._clients[session]
+                    self._asked = [each for each in self._asked if each != session]
 
-    def say(self, head: Word, payloads: Sequence[Payload] = ()) -> None:
-        """Send; where the worker is gone, its sessions hear of it."""
+    @property
+    def client(self) -> int | None:
+        """The client that it computes, or was computing when it ended; None if there is none."""
+        with self._lock:
+            return self._clients.get(self._asked[0]) if self._asked else None
+
+    def say(self, head: Word, frames: Sequence[Frame] = (), common: bytes | None = None) -> None:
+        """Send, see ``Link``; where the worker is gone, its sessions hear of it."""
+        if not isinstance(head, Hold | Close):
+            with self._lock:
+                self._asked.append(head.session)
         with contextlib.suppress(OSError):
-            say(self._connection, head, payloads)
+            self.link.say(head, frames, common)
 
     @property
     def lives(self) -> bool:
-        """Whether the process is there, as far as is known."""
+        """Whether it is there, as far as is known."""
         return not self._gone
 
     def stop(self) -> None:
-        """End the process, whatever it does: it keeps nothing."""
-        self.process.kill()
-        self.process.join()
+        """End it, whatever it does: it keeps nothing."""
+        self.link.kill()
         self._thread.join()  # which hears that it is gone
-        self._connection.close()
+        self.link.close()
 
 
 class Pool:
     """So many workers; one that dies has another in its place.
 
     Args:
-        begin: makes the process of the worker with that number, given its end of the connection.
+        begin: starts the worker with that number.
     """
 
-    def __init__(self, count: int, begin: Callable[[Connection, int], BaseProcess]) -> None:
+    def __init__(self, count: int, begin: Callable[[int], Link]) -> None:
         self._begin, self._count = begin, count
         self._workers: list[Worker] = []
         self._numbers = itertools.count(1)
         self._deaths = 0
+        self._common = b""
 
     def number(self) -> int:
         """A number for a session that no other has."""
         return next(self._numbers)
+
+    def common(self, payload: Payload) -> bytes:
+        """The frame of a payload that many sessions have: the same object where it is equal to the one before."""
+        frame = encode(payload)
+        if frame != self._common:
+            self._common = frame
+        return self._common
 
     def idlest(self) -> Worker:
         """The worker with the fewest open rounds, see ``all``."""
@@ -119,39 +144,37 @@ class Pool:
         """
         for number in range(self._count):
             if number == len(self._workers):
-                self._workers.append(self._start(number))
+                self._workers.append(Worker(self._begin(number)))
             elif not self._workers[number].lives:
                 self._replace(number)
         return [*self._workers]
-
-    def _start(self, number: int) -> Worker:
-        def begin(connection: Connection) -> BaseProcess:
-            return self._begin(connection, number)
-
-        return Worker(begin)
 
     def _replace(self, number: int) -> None:
         dead = self._workers[number]
         dead.stop()
         self._deaths += 1
-        code = dead.process.exitcode or 0
-        how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+        how = dead.link.end
+        if dead.link.hopeless:
+            raise ConfigError("workers", self._count, f"workers that live: one cannot start, {how}")
+        if dead.client is not None:
+            how += f" with client {dead.client}"
         if self._deaths > _MOST_DEATHS * self._count:
-            reason = f"workers that live: {self._deaths} died in one round, the last {how}; is there memory enough?"
+            wanted = "fewer, or a smaller batch_size" if dead.link.starved else "workers that live"
+            reason = f"{wanted}: {self._deaths} died in one round, the last {how}"
             raise ConfigError("workers", self._count, reason)
         log.warning("worker %d is gone (%s); another takes its place, its clients begin their round again", number, how)
-        self._workers[number] = self._start(number)
+        self._workers[number] = Worker(self._begin(number))
 
     def living(self) -> list[int]:
         """The process numbers of the workers that are there."""
-        return [worker.process.pid for worker in self._workers if worker.lives and worker.process.pid is not None]
+        return [worker.link.pid for worker in self._workers if worker.lives and worker.link.pid is not None]
 
     def on_round(self) -> None:
         """A round is over, all of its clients have ended."""
         self._deaths = 0
 
     def close(self) -> None:
-        """End all processes."""
+        """End all workers."""
         for worker in self._workers:
             worker.stop()
         self._workers.clear()

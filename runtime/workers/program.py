@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import pickle
-import signal
-import threading
 import traceback
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
-from queue import SimpleQueue
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Generator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias, cast
 
-import torch
-
-from cutlayer.runtime.ground.forking import SENT_TO_ALL
-from cutlayer.runtime.ground.process import prepare_process
 from cutlayer.runtime.messages.boundary import Message, Reply, on_device
+from cutlayer.runtime.messages.codec import encode
 from cutlayer.runtime.parties.contexts import ClientState
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.runtime.rounds.evaluator import ApartTests
 from cutlayer.runtime.rounds.local_clients import Seats
 from cutlayer.runtime.rounds.session import Session
 from cutlayer.runtime.rounds.setup import Setup
-from cutlayer.runtime.workers.shared import Shared
+from cutlayer.runtime.rounds.tuner import Tuner
+from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
+from cutlayer.runtime.scoring.scores import Measured
 from cutlayer.runtime.workers.talk import (
     Close,
     Ended,
@@ -35,40 +29,13 @@ from cutlayer.runtime.workers.talk import (
     Resume,
     Said,
     Scored,
-    Talk,
     Test,
+    Word,
     given,
-    hear,
-    say,
 )
 
-
-def be_worker(connection: Connection, shared: Shared, threads: int, device: str | None) -> None:
-    """Be a worker until the other end of the connection is closed.
-
-    Args:
-        shared: holds the run's ``Setup``. threads: to compute with. device: the worker's GPU.
-    """
-    for number in SENT_TO_ALL:
-        signal.signal(number, signal.SIG_IGN)
-    logging.disable()  # the run's own process has said what there is to say
-    place = torch.device(device or "cpu")
-    prepare_process(place)  # before anything is on a GPU
-    setup: Setup = shared.load(place)
-    torch.set_num_threads(threads)
-    inbox: SimpleQueue[Talk] = SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
-    worker = _Worker(setup, connection)
-    while True:
-        worker.hear(*inbox.get())
-
-
-def _listen(connection: Connection, inbox: SimpleQueue[Talk]) -> None:
-    while True:
-        try:
-            inbox.put(hear(connection))
-        except (EOFError, OSError):
-            os._exit(0)  # whatever it computes: nobody waits for it
+Answers: TypeAlias = Generator[tuple[Word, Sequence[bytes]]]
+"""Words with their frames, each as soon as it is known."""
 
 
 class _Round(NamedTuple):
@@ -77,60 +44,86 @@ class _Round(NamedTuple):
     session: Session
 
 
-class _Worker:
-    def __init__(self, setup: Setup, connection: Connection) -> None:
-        self._setup, self._device, self._connection = setup, setup.device, connection
-        self._seats = Seats(setup, Store(None))
-        self._rounds: dict[int, _Round] = {}
-        self._tested = Store(None, device=setup.device)
-        self._tests = ApartTests(setup, self._tested)
+class _Desk:
+    """What a worker has once it has read the run's setup."""
 
-    def hear(self, head: Any, payloads: list[Reply]) -> None:
-        """Do what is said, and say what came of it."""
+    def __init__(self, setup: Setup) -> None:
+        self.device = setup.device
+        self.seats = Seats(setup, Store(None))
+        self.tested = Store(None, device=setup.device)
+        self.tests = ApartTests(setup, self.tested)
+        self._setup = setup
+        self._tuner: Tuner | None = None
+
+    def tuned(self, client: int, config: PersonalizeConfig) -> list[Measured]:
+        """What fine-tuning finds of a client, with the parts that are held."""
+        if self._tuner is None or self._tuner.config != config:
+            self._tuner = Tuner(self._setup, self.tests.evaluator, config)
+        return self._tuner.scores(client)
+
+
+class Program:
+    """A worker, however it is reached.
+
+    Args:
+        load: reads the run's setup, at the first word; what is wrong there is said in answer to that.
+    """
+
+    def __init__(self, load: Callable[[], Setup]) -> None:
+        self._load = load
+        self._rounds: dict[int, _Round] = {}
+
+    @cached_property
+    def _desk(self) -> _Desk:
+        return _Desk(self._load())
+
+    def hear(self, head: Any, payloads: list[Reply]) -> Answers:
+        """Do what is said, and give what comes of it."""
         try:
             if isinstance(head, Open):
-                self._open(head, payloads)
+                yield from self._open(head, payloads)
             elif isinstance(head, Resume) and head.session in self._rounds:
-                self._move_on(head.session, payloads[0])
+                yield from self._move_on(head.session, payloads[0])
             elif isinstance(head, Hold):
-                self._tests.hold(payloads[0])
+                self._desk.tests.hold(payloads[0])
             elif isinstance(head, Test):
-                self._test(head, payloads)
+                yield self._test(head, payloads), ()
             elif isinstance(head, Close):
                 self._close(head.session)
         except Exception as error:
             if isinstance(head, Hold):
                 raise  # tests that follow would be of other parts: this worker ends
             self._close(head.session)
-            say(self._connection, Failed(head.session, _sendable(error)))
+            yield Failed(head.session, _sendable(error)), ()
 
-    def _open(self, head: Open, payloads: list[Reply]) -> None:
+    def _open(self, head: Open, payloads: list[Reply]) -> Answers:
         opening, *rows = payloads
-        store = Store(None, device=self._device)
+        store = Store(None, device=self._desk.device)
         store.replace(head.client, _rows(head.rows, rows))
-        session = self._seats.open(head.client, head.round, ClientState(store, head.client))
+        session = self._desk.seats.open(head.client, head.round, ClientState(store, head.client))
         self._rounds[head.session] = _Round(head.client, store, session)
-        self._move_on(head.session, opening)
+        yield from self._move_on(head.session, opening)
 
-    def _move_on(self, number: int, message: Reply) -> None:
-        session = self._rounds[number].session
-        before = self._seats.seconds
-        session.send(on_device(message, self._device))
+    def _move_on(self, number: int, message: Reply) -> Answers:
+        session, seats = self._rounds[number].session, self._desk.seats
+        before = seats.seconds
+        session.send(on_device(message, self._desk.device))
         while isinstance(event := session.receive(), Message):
-            say(self._connection, Said(number, event.kind, event.expects_reply), [event.fields])
+            yield Said(number, event.kind, event.expects_reply), [encode(event.fields)]
             if event.expects_reply:
                 return
         client, store, _ = self._rounds[number]
         self._close(number)
         rows, kept = given(store.staged(client))
-        ended = Ended(number, event.samples, dict(event.metrics), self._seats.seconds - before, rows)
-        say(self._connection, ended, [event.fields, *kept])
+        ended = Ended(number, event.samples, dict(event.metrics), seats.seconds - before, rows)
+        yield ended, [encode(event.fields), *kept]
 
-    def _test(self, head: Test, payloads: list[Reply]) -> None:
-        self._tested.replace(head.client, _rows(head.rows, payloads))
-        scores = self._tests.of_client(head.client)
-        self._tested.replace(head.client, {})
-        say(self._connection, Scored(head.session, scores))
+    def _test(self, head: Test, payloads: list[Reply]) -> Scored:
+        desk = self._desk
+        desk.tested.replace(head.client, _rows(head.rows, payloads))
+        scores = desk.tests.of_client(head.client) if head.tuning is None else desk.tuned(head.client, head.tuning)
+        desk.tested.replace(head.client, {})
+        return Scored(head.session, scores)
 
     def _close(self, number: int) -> None:
         if number in self._rounds:

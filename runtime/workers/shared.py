@@ -8,20 +8,68 @@ import mmap
 import os
 import pickle
 import tempfile
+from collections.abc import Sequence
 from multiprocessing import reduction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.rounds.setup import Setup
 
 # Smaller ones are pickled; their places begin at multiples of the second.
 _LARGE, _ALIGNED = 4096, 64
 _DEVICE = "device"
 
 
+class Packed:
+    """A pickled object, with its large tensors and arrays apart from it.
+
+    Args:
+        frozen: an object within it, whose large tensors nobody ever writes to.
+
+    Raises:
+        TypeError, AttributeError, pickle.PicklingError: it does not pickle.
+
+    Attributes:
+        content: the pickle. sizes: bytes of what nobody writes to, and of the rest.
+    """
+
+    def __init__(self, value: Any, frozen: Any = None) -> None:
+        within = _Pickler(io.BytesIO(), frozenset())
+        within.dump(frozen)
+        content = io.BytesIO()
+        self._pickler = _Pickler(content, within.known())
+        self._pickler.dump(value)
+        self.content, self.sizes = content.getvalue(), tuple(self._pickler.sizes)
+
+    def write(self, memories: Sequence[memoryview]) -> None:
+        """Write the two kinds of tensors into memory of these sizes."""
+        for place, item in self._pickler.placed:
+            flat: Any = item.reshape(-1)
+            raw = (flat.view(torch.uint8).numpy() if isinstance(item, Tensor) else flat).view(np.uint8)
+            memories[place.kind][place.offset : place.offset + len(raw)] = raw.data
+
+    def move(self, memories: Sequence[Any]) -> None:
+        """Let the object's own tensors lie in memory that was written, which frees what they took."""
+        for place, tensor in self._pickler.own:
+            tensor.set_(_at(memories, place))  # pyright: ignore[reportUnknownMemberType]
+
+
+def unpacked(content: bytes, memories: Sequence[Any], device: torch.device | None) -> Any:
+    """The object of a ``Packed``.
+
+    Args:
+        memories: that were written.
+        device: where its tensors go that were on a GPU, and what stands for that GPU in it.
+    """
+    return _Unpickler(io.BytesIO(content), memories, device).load()
+
+
 class Shared:
-    """A pickled object, to be given to processes as they start; each gets a copy of it that shares its memory.
+    """An object in memory that processes share: given to them as they start, each gets a copy of it that shares.
 
     What one process writes into a tensor the others do not see: it gets pages of its own. Large tensors of the object
     itself lie in the shared memory from then on, and no longer where they were. Tensors on a GPU are copied.
@@ -31,35 +79,19 @@ class Shared:
     """
 
     def __init__(self, value: Any) -> None:
-        content = io.BytesIO()
-        pickler = _Pickler(content)
-        pickler.dump(value)
-        self._content, self._size = content.getvalue(), pickler.size
+        packed = Packed(value)
+        self._content, self._size = packed.content, max(1, packed.sizes[1])
         self._file = _anonymous_file()
-        os.ftruncate(self._file, max(1, self._size))
-        written = memoryview(mmap.mmap(self._file, max(1, self._size)))
-        for (_, offset, *_), item in pickler.placed:
-            flat: Any = item.reshape(-1)
-            raw = (flat.view(torch.uint8).numpy() if isinstance(item, Tensor) else flat).view(np.uint8)
-            written[offset : offset + len(raw)] = raw.data
-        self._move(pickler.own)
+        os.ftruncate(self._file, self._size)
+        packed.write((memoryview(b""), memoryview(mmap.mmap(self._file, self._size))))
+        packed.move(self._map())
 
-    def _move(self, tensors: list[tuple[Any, Tensor]]) -> None:
-        """Let tensors lie in the shared memory, which frees what they took."""
-        memory = self._map()
-        for place, tensor in tensors:
-            tensor.set_(_at(memory, place))  # pyright: ignore[reportUnknownMemberType]
-
-    def _map(self) -> mmap.mmap:
-        return mmap.mmap(self._file, max(1, self._size), access=mmap.ACCESS_COPY)
+    def _map(self) -> tuple[bytes, mmap.mmap]:
+        return b"", mmap.mmap(self._file, self._size, access=mmap.ACCESS_COPY)
 
     def load(self, device: torch.device | None = None) -> Any:
-        """The object.
-
-        Args:
-            device: where its tensors go that were on a GPU, and what stands for that GPU in it.
-        """
-        return _Unpickler(io.BytesIO(self._content), self._map(), device).load()
+        """The object, see ``unpacked``."""
+        return unpacked(self._content, self._map(), device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"content": self._content, "size": self._size, "file": reduction.DupFd(self._file)}
@@ -72,25 +104,44 @@ class Shared:
         os.close(self._file)
 
 
+def not_given(setup: Setup, error: Exception) -> ConfigError:
+    """What a run whose setup does not pickle ends with."""
+    reason = f"1: {setup.config.title} cannot be given to other processes ({error})"
+    return ConfigError("workers", setup.config.workers, reason)
+
+
+class _Place(NamedTuple):
+    kind: int
+    offset: int
+    dtype: Any
+    shape: tuple[int, ...]
+    elsewhere: bool
+
+
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, file: io.BytesIO, frozen: frozenset[int]) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.size = 0
-        self.placed: list[tuple[Any, Tensor | np.ndarray]] = []
-        self.own: list[tuple[Any, Tensor]] = []
-        self._known: dict[int, Any] = {}
+        self.sizes = [0, 0]
+        self.placed: list[tuple[_Place, Tensor | np.ndarray]] = []
+        self.own: list[tuple[_Place, Tensor]] = []
+        self._frozen = frozen
+        self._known: dict[int, _Place] = {}
         self._held: list[object] = []  # else another object may come to have the same id
 
-    def persistent_id(self, obj: Any) -> Any:
+    def known(self) -> frozenset[int]:
+        """What was placed, by its identity."""
+        return frozenset(self._known)
+
+    def persistent_id(self, obj: Any) -> _Place | str | None:
         if isinstance(obj, torch.device):
-            return (_DEVICE,) if obj.type != "cpu" else None
+            return _DEVICE if obj.type != "cpu" else None
         if type(obj) is Tensor:
             return self._known.get(id(obj)) or self._of_tensor(obj)
         if type(obj) is np.ndarray and obj.nbytes >= _LARGE and obj.dtype.kind in "biuf" and obj.flags.c_contiguous:
             return self._known.get(id(obj)) or self._place(obj, obj, str(obj.dtype), obj.shape, obj.nbytes, False)
         return None
 
-    def _of_tensor(self, tensor: Tensor) -> Any:
+    def _of_tensor(self, tensor: Tensor) -> _Place | None:
         size, elsewhere = tensor.numel() * tensor.element_size(), tensor.device.type != "cpu"
         if tensor.layout is not torch.strided or not (elsewhere or (tensor.is_contiguous() and size >= _LARGE)):
             return None
@@ -102,37 +153,37 @@ class _Pickler(pickle.Pickler):
             self.own.append((place, tensor))
         return place
 
-    def _place(self, obj: object, data: Any, dtype: Any, shape: tuple[int, ...], size: int, elsewhere: bool) -> Any:
-        self.size = -(-self.size // _ALIGNED) * _ALIGNED
-        place = self._known[id(obj)] = ("memory", self.size, dtype, shape, elsewhere)
+    def _place(self, obj: object, data: Any, dtype: Any, shape: tuple[int, ...], size: int, elsewhere: bool) -> _Place:
+        kind = 0 if id(obj) in self._frozen else 1
+        start = -(-self.sizes[kind] // _ALIGNED) * _ALIGNED
+        place = _Place(kind, start, dtype, shape, elsewhere)
+        self._known[id(obj)] = place
         self._held.append(obj)
         self.placed.append((place, data))
-        self.size += size
+        self.sizes[kind] = start + size
         return place
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, memory: mmap.mmap, device: torch.device | None) -> None:
+    def __init__(self, file: io.BytesIO, memories: Sequence[Any], device: torch.device | None) -> None:
         super().__init__(file)
-        self._memory, self._device = memory, device
-        self._made: dict[int, Any] = {}
+        self._memories, self._device = memories, device
+        self._made: dict[_Place, Any] = {}
 
-    def persistent_load(self, pid: Any) -> Any:
-        if pid[0] == _DEVICE:
+    def persistent_load(self, pid: _Place | str) -> Any:
+        if isinstance(pid, str):
             return self._device
-        _, offset, _, _, elsewhere = pid
-        if offset not in self._made:
-            found = _at(self._memory, pid)
-            self._made[offset] = found.to(self._device) if elsewhere else found
-        return self._made[offset]
+        if pid not in self._made:
+            found = _at(self._memories, pid)
+            self._made[pid] = found.to(self._device) if pid.elsewhere else found
+        return self._made[pid]
 
 
-def _at(memory: mmap.mmap, place: Any) -> Any:
-    _, offset, dtype, shape, _ = place
-    count = math.prod(shape)
-    if isinstance(dtype, torch.dtype):
-        return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
-    return np.frombuffer(memory, dtype=dtype, count=count, offset=offset).reshape(shape)
+def _at(memories: Sequence[Any], place: _Place) -> Any:
+    memory, count = memories[place.kind], math.prod(place.shape)
+    if isinstance(place.dtype, torch.dtype):
+        return torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.offset).view(place.shape)
+    return np.frombuffer(memory, dtype=place.dtype, count=count, offset=place.offset).reshape(place.shape)
 
 
 def _anonymous_file() -> int:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from cutlayer.runtime.ground.segments import Row
-from cutlayer.runtime.messages.boundary import Payload, Reply
-from cutlayer.runtime.messages.codec import decode
-from cutlayer.runtime.messages.frames import pieces
-from cutlayer.runtime.scoring.scores import ClientScores
+from cutlayer.runtime.messages.boundary import Reply
+from cutlayer.runtime.messages.codec import decode, encode
+from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
+from cutlayer.runtime.scoring.scores import ClientScores, Measured
 
 
 class Open(NamedTuple):
@@ -43,18 +42,22 @@ class Hold(NamedTuple):
 
 
 class Test(NamedTuple):
-    """Test a client's own model, with the held parts for the others; frames: the rows of its parts."""
+    """Test a client's own model, with the held parts for the others; frames: the rows of its parts.
+
+    With ``tuning`` the client fine-tunes it, and is tested as ``Tuner.scores`` says.
+    """
 
     session: int
     client: int
     rows: tuple[str, ...]
+    tuning: PersonalizeConfig | None = None
 
 
 class Scored(NamedTuple):
     """What a test found."""
 
     session: int
-    scores: ClientScores
+    scores: ClientScores | list[Measured]
 
 
 class Said(NamedTuple):
@@ -85,35 +88,103 @@ class Failed(NamedTuple):
 Word: TypeAlias = Open | Resume | Close | Hold | Test | Scored | Said | Ended | Failed
 Talk: TypeAlias = tuple[Any, list[Reply]]
 
+Frame: TypeAlias = bytes | memoryview
+"""A payload, encoded."""
 
-def say(connection: Connection, head: Word, payloads: Sequence[Payload] = ()) -> None:
-    """Send a head with its payloads.
 
-    Raises:
-        OSError: the other end is gone.
-        ValueError: a value of a payload has no place in a frame.
-    """
-    frames = [b"".join(pieces(payload)) for payload in payloads]
+class Link(Protocol):
+    """A worker, as its run reaches it."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, on whatever machine; None where it is not known."""
+        ...
+
+    @property
+    def end(self) -> str:
+        """How it ended."""
+        ...
+
+    @property
+    def starved(self) -> bool:
+        """Whether it may have ended for want of memory."""
+        ...
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether another one in its place would end the same way."""
+        ...
+
+    def say(self, head: Word, frames: Sequence[Frame] = (), common: bytes | None = None) -> None:
+        """Send a word.
+
+        Args:
+            common: comes before the frames; what is the same object as the time before is not sent to a worker again.
+
+        Raises:
+            OSError: the worker is gone.
+        """
+        ...
+
+    def hear(self) -> Talk:
+        """The next word of the worker.
+
+        Raises:
+            EOFError, OSError: the worker is gone.
+        """
+        ...
+
+    def kill(self) -> None:
+        """End it, whatever it does: it keeps nothing. Then ``hear`` says that it is gone."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it took, once nobody hears it."""
+        ...
+
+
+class Engine(Protocol):
+    """What starts workers."""
+
+    @property
+    def most(self) -> int:
+        """Workers that have a core or a GPU each."""
+        ...
+
+    def begin(self, number: int) -> Link:
+        """Start the worker with that number, from 0."""
+        ...
+
+    def close(self) -> None:
+        """Give back what workers were given, once none is left."""
+        ...
+
+
+def pack(head: Any, frames: Sequence[Frame]) -> bytes:
+    """A head with its frames."""
     lead = pickle.dumps((head, [len(frame) for frame in frames]))
-    connection.send_bytes(b"".join((struct.pack("<I", len(lead)), lead, *frames)))
+    return b"".join((struct.pack("<I", len(lead)), lead, *frames))
 
 
-def hear(connection: Connection) -> Talk:
-    """The next head and its payloads, each of the receiver's own.
-
-    Raises:
-        EOFError, OSError: the other end is gone.
-    """
-    content = connection.recv_bytes()
+def unpack(content: Frame) -> tuple[Any, list[memoryview]]:
+    """The head and the frames, which lie in the content's own memory."""
+    content = memoryview(content)
     start = 4 + struct.unpack_from("<I", content)[0]
     head, lengths = pickle.loads(content[4:start])
-    found: list[Reply] = []
+    frames: list[memoryview] = []
     for length in lengths:
-        found.append(decode(memoryview(content)[start : start + length]))
+        frames.append(content[start : start + length])
         start += length
-    return head, found
+    return head, frames
 
 
-def given(rows: Mapping[str, Row | None]) -> tuple[dict[str, bool], list[Payload]]:
-    """Rows as what a message says of them and as its payloads."""
-    return {name: row is not None for name, row in rows.items()}, [row for row in rows.values() if row is not None]
+def decoded(frames: Sequence[Frame]) -> list[Reply]:
+    """The payloads, each of the receiver's own."""
+    return [decode(frame) for frame in frames]
+
+
+def given(rows: Mapping[str, Row | None]) -> tuple[dict[str, bool], list[bytes]]:
+    """Rows as what a message says of them and as its frames."""
+    return {name: row is not None for name, row in rows.items()}, [
+        encode(row) for row in rows.values() if row is not None
+    ]

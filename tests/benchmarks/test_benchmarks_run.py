@@ -25,6 +25,7 @@ from benchmarks import (
     memory,
     plotting,
     round_time,
+    sweep,
     together,
     traffic,
     workers,
@@ -41,13 +42,13 @@ def _same_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("algorithm", bare.BARE)
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(("optimizer", "workers"), [("sgd", 0), ("adam", 0), ("sgd", 2)])
 def test_the_platform_and_the_bare_loop_end_a_round_with_the_same_weights(
-    algorithm: str, optimizer: str, capsys: pytest.CaptureFixture[str]
+    algorithm: str, optimizer: str, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # fp64, so that nothing but the order of a sum is left between the two
     keys = ["--case", "tiny", "--repeats", "2", "--precision", "fp64", "--optimizer", optimizer]
-    assert round_time.main([*keys, "--algorithm", algorithm]) == 0
+    assert round_time.main([*keys, "--algorithm", algorithm, "--workers", str(workers)]) == 0
     shown = capsys.readouterr().out
     assert re.search(rf"  ratio {DECIMAL} \({DECIMAL} \.\. {DECIMAL}\), target none", shown)
     assert "weights agree" in shown
@@ -68,9 +69,12 @@ def test_workers_give_the_weights_of_one_process(
     assert workers.main([*keys, "--ceiling"]) == 0
     shown = capsys.readouterr().out
     assert re.search(f"tiny: 2 runs at once give {DECIMAL} times the rounds of one", shown)
+    given = rf"{DECIMAL} \({DECIMAL} \.\. {DECIMAL}\) \(processes\)"
     for algorithm in ("fed_avg", "sl_multi_server"):
-        spread = rf"{DECIMAL} \({DECIMAL} \.\. {DECIMAL}\)"
-        assert re.search(f"tiny {algorithm}: 2 workers give {spread} times the rounds of one process, same bits", shown)
+        assert re.search(f"tiny {algorithm}: 2 workers give {given} times the rounds of one process, same bits", shown)
+    assert workers.main([*keys[:-1], "--fine-tuning"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(f"tiny fed_avg: 2 workers give {given} times the fine-tuning of one process, same bits", shown)
     monkeypatch.setattr(torch, "equal", lambda *_: False)
     assert workers.main(keys[:-1]) == 1
     assert "OTHER BITS" in capsys.readouterr().out
@@ -301,3 +305,29 @@ def test_checkpoints_of_rows_in_one_file_and_in_many(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert re.search(rf"all rows: {DECIMAL} s in one file, {DECIMAL} s in a file each, \d+ times as long", shown)
     assert re.search(rf"2 rows more: {DECIMAL} s, 2 files in all", shown)
+
+
+def test_jobs_of_a_sweep_are_counted_and_its_processes_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One real sweep; the others take a second for what they have in common, and a tenth of one for each job."""
+    options = argparse.Namespace(device="cpu", threads=1, jobs=1)
+    taken = sweep.sweep(1, 1, 1, options)
+    assert 0 < taken.jobs < taken.wall
+    assert taken.processor > 1, "the server of forks and its job are part of it"
+    with pytest.raises(RuntimeError, match="a job failed"):
+        sweep.sweep(1, 1, -1, options)
+
+    def pretended(jobs: int, at_a_time: int, rounds: int, options: object, key: str = "lr") -> sweep.Taken:
+        seconds = 0.1 * jobs * (2 if key == "seed" else 1)
+        return sweep.Taken(seconds / at_a_time, 1 + seconds / at_a_time, 1 + seconds)
+
+    monkeypatch.setattr(sweep, "sweep", pretended)
+    assert sweep.main(["--jobs", "10", "--repeats", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "2.00 (2.00 .. 2.00) times the jobs; whole commands, loading included, 1.33 (1.33 .. 1.33)" in shown
+    assert "takes 0.20 s (0.20 .. 0.20) of a processor where the data of their clients differ" in shown
+    assert "takes 0.10 s (0.10 .. 0.10) of a processor where their clients have the same data" in shown
+    parts = re.findall(rf"^  ({DECIMAL}) s  (.+)$", shown, re.MULTILINE)
+    assert {"picture of the run", "picture of the partition", "the round"} <= {what for _, what in parts}
+    assert all(float(seconds) >= 0 for seconds, _ in parts)

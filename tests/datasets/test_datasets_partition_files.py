@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
-from cutlayer.datasets import DatasetConfig, Partition, partition
-from cutlayer.datasets.partition_files import PICTURE_COLUMNS, columns, save_partition
+from cutlayer.datasets import DatasetConfig, Partition, partition, partition_files
+from cutlayer.datasets.partition_files import PICTURE_COLUMNS, columns, csv_lines, save_partition
 
 
 @pytest.mark.parametrize("clients", [1, 7, 399, 5000])
@@ -58,3 +61,31 @@ def test_samples_without_owner_and_clients_without_samples() -> None:
     assert parts.sizes.tolist() == [1, 0, 2]
     with pytest.raises(IndexError):
         parts.indices(3)
+
+
+def test_a_picture_is_drawn_once_for_runs_whose_clients_have_the_same_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, drawn, draw = np.arange(60) % 3, list[int](), partition_files.draw
+
+    def counted(*arguments: object) -> None:
+        drawn.append(1)
+        draw(*arguments)
+
+    monkeypatch.setattr(partition_files, "draw", counted)
+    for number, (clients, names) in enumerate([(4, "abc"), (4, "abc"), (5, "abc"), (4, "abd"), (4, "abc")]):
+        parts = partition(labels, clients, DatasetConfig("synthetic"), seed=0)
+        for place, shared in (("own", None), ("shared", tmp_path / "drawn")):
+            (tmp_path / place / str(number)).mkdir(parents=True)
+            save_partition(tmp_path / place / str(number), parts, labels, 3, names, shared)
+        for file in ("partition.csv", "partition.png"):
+            paths = [tmp_path / place / str(number) / file for place in ("own", "shared")]
+            assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert len(drawn) == 5 + 3
+    assert sorted(path.suffix for path in (tmp_path / "drawn").iterdir()) == [".png"] * 3
+
+
+@given(arrays(np.int64, array_shapes(min_dims=2, max_dims=2, max_side=5), elements=st.integers(0, 2**62)))
+def test_lines_are_what_str_writes(rows: np.ndarray) -> None:
+    expected = "".join(",".join(map(str, row)) + "\n" for row in rows.tolist())
+    assert csv_lines(rows).decode() == expected

@@ -152,7 +152,7 @@ def test_svhn_layout(tmp_path: Path, inside: str, monkeypatch: pytest.MonkeyPatc
         ("svhn", "train_32x32.mat", "svhn"),
     ],
 )
-def test_failed_download_says_what_and_where(
+def test_failed_download_says_what_and_where_and_leaves_nothing(
     tmp_path: Path, name: str, url: str, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -160,11 +160,12 @@ def test_failed_download_says_what_and_where(
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(ConfigError) as caught:
-        loaded(name, tmp_path)
+        loaded(name, tmp_path / "data")
     text = str(caught.value)
     assert text.startswith("dataset.root=")
     assert url in text
-    assert str(tmp_path / folder) in text
+    assert str(tmp_path / "data" / folder) in text
+    assert list(tmp_path.iterdir()) == []
     assert "\n" not in text
 
 

@@ -33,9 +33,10 @@ def parameters(module: nn.Module) -> int:
 
 
 def made(name: str, size: str, dataset: str = "cifar10", **options: Any) -> nn.Module:
-    """The auxiliary model of a model of full width, cut where it is by default."""
+    """The auxiliary model of a model of full width, cut where it is by default; only shapes, no values."""
     own = ModelConfig(name, options=options, parts={"auxiliary": AuxiliaryConfig(size)})
-    return build_auxiliary(own, info(dataset), build_model(own, info(dataset)))
+    with torch.device("meta"):
+        return build_auxiliary(own, info(dataset), build_model(own, info(dataset)))
 
 
 # Parameters of the auxiliary models of FSL-SAGE's code (437e77b), counted on what it builds:

@@ -1,5 +1,7 @@
 """How it ends: at the deadline of a round, with a rate that does not converge, and when the run is over."""
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ pytest.importorskip("grpc", reason="the extra grpc is not installed")
 from cutlayer.runtime.messages.bounds import Limits
 from cutlayer.runtime.network.client.link import ServerLink
 from cutlayer.runtime.network.server.hub import Greeting, Hub
-from cutlayer.runtime.network.wire import What
+from cutlayer.runtime.network.wire import Head, Incoming, What, outgoing
 from cutlayer.runtime.transport import GrpcTransport
 
 SETTING = ("algorithm=fed_avg", "num_clients=2", "rounds=2", "optimizer=sgd")
@@ -92,3 +94,63 @@ def test_a_client_that_is_still_greeting_learns_it(later: bool) -> None:
     finally:
         link.close()
         hub.close("the test is over")
+
+
+class SlowStream:
+    """A stream whose pieces take a while to leave, and which takes one at a time, whether or not somebody waits."""
+
+    def __init__(self) -> None:
+        self.came = [*outgoing(Head(What.HELLO), {"client": 0})]
+        self.left: list[bytes] = []
+        self.begun = asyncio.Event()
+        self._leaving = False
+
+    def peer(self) -> str:
+        return "a test"
+
+    def add_done_callback(self, _: Callable[[object], None]) -> None:
+        pass
+
+    async def read(self) -> bytes:
+        if not self.came:
+            await asyncio.Event().wait()
+        return self.came.pop(0)
+
+    async def write(self, piece: bytes) -> None:
+        assert not self._leaving, "gRPC refuses it: too many operations"
+        self._leaving = True
+        self.begun.set()
+        sent = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(0.2, self._sent, piece, sent)
+        await asyncio.shield(sent)
+
+    def _sent(self, piece: bytes, sent: asyncio.Future[None]) -> None:
+        self._leaving = False
+        self.left.append(piece)
+        sent.set_result(None)
+
+
+def test_one_whose_welcome_is_still_being_sent_learns_it() -> None:
+    hub = Hub(GrpcTransport(port=0), 1, Greeting(lambda *_: {}, lambda *_: Limits(message_bytes=0)))
+
+    async def ended() -> list[bytes]:
+        stream = SlowStream()
+        joined = asyncio.ensure_future(hub._join(None, stream))
+        await stream.begun.wait()
+        hub._farewell.set_result({"reason": "the run is over"})
+        await joined
+        return stream.left
+
+    try:
+        pieces = hub.submit(ended()).result(30)
+    finally:
+        hub._farewell = hub.submit(_future()).result(30)  # of those that there are when it closes
+        hub.close("the test is over")
+    incoming = Incoming(Limits(message_bytes=0), (What.WELCOME, What.END))
+    received = [found for piece in pieces if (found := incoming.feed(piece)) is not None]
+    assert [each.head.what for each in received] == [What.WELCOME, What.END]
+    assert received[-1].body == {"reason": "the run is over"}
+
+
+async def _future() -> asyncio.Future[dict[str, Any]]:
+    return asyncio.get_running_loop().create_future()

@@ -25,6 +25,7 @@ MACHINE = {
         "device",
         "threads",
         "workers",
+        "engine",
         "jobs_per_gpu",
         "state_memory_mb",
         "role",
@@ -97,6 +98,7 @@ OTHERS: dict[str, Any] = {
     "scheduler": {"name": "ExponentialLR", "gamma": 0.5},
     "threads": 2,
     "workers": 2,
+    "engine": "ray",
 }
 # They depend on each other.
 APART = {"role", "server", "client_id", "transport.name", "dataset.name", "dataset.options", "model.name"}

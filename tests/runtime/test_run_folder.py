@@ -19,7 +19,6 @@ from cutlayer.runtime.run_folder import (
     find_unfinished,
     is_owned,
     read_status,
-    remove_empty,
     run_path,
     safe_component,
     unique_name,
@@ -223,17 +222,6 @@ def test_continue_at_takes_exactly_that_folder_or_says_why_not(tmp_path: Path) -
     with pytest.raises(ConfigError, match="is no run folder"):
         RunFolder.continue_at(tmp_path / "nowhere", "abc")
     assert not (tmp_path / "nowhere").exists()
-
-
-def test_remove_empty_stops_at_the_root_and_at_what_is_not_empty(tmp_path: Path) -> None:
-    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
-    remove_empty(tmp_path / "a" / "b" / "c", tmp_path / "a")
-    assert (tmp_path / "a").exists()
-    assert not (tmp_path / "a" / "b").exists()
-    (tmp_path / "a" / "x" / "y").mkdir(parents=True)
-    (tmp_path / "a" / "x" / "file").write_text("")
-    remove_empty(tmp_path / "a" / "x" / "y", tmp_path)
-    assert (tmp_path / "a" / "x" / "file").exists()
 
 
 def test_the_name_tells_what_differs_and_nothing_that_stands_above() -> None:

@@ -1,22 +1,30 @@
 """What a sweep's files say of its jobs, and what is shown of that."""
 
+import contextlib
 import csv
 import io
 import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from cutlayer.runtime.ground import process
+from cutlayer.runtime.ground.process import SMALL_MODEL
 from cutlayer.runtime.launching import hydra_support
+from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
 from cutlayer.runtime.launching.sweeps.display import Display, outcome, shared_overrides, show_table, tally
+from cutlayer.runtime.launching.sweeps.slots import VISIBLE, Gpu, gpu_slot
 from cutlayer.runtime.launching.sweeps.supervise import start_job, threads_of
 from cutlayer.runtime.launching.sweeps.sweep import DONE, Job, JobFolder, JobProgress, Sweep, read_progress
 from tests.places import ROOT
@@ -235,15 +243,76 @@ def test_threads_are_a_jobs_share_of_eight_cores(
     assert threads_of(OmegaConf.create(launcher)) == expected
 
 
+def jobs_at_a_time(monkeypatch: pytest.MonkeyPatch, there: int, gpus: int, **keys: object) -> int:
+    """As the launcher's file has it, on a pretended machine."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(there)), raising=False)
+    monkeypatch.setattr(hydra_support, "visible_gpus", lambda: [None] * gpus)
+    hydra_support.register_resolvers()
+    launcher = OmegaConf.load(CONFIG_DIR / "hydra" / "launcher" / "parallel.yaml")
+    return OmegaConf.merge(launcher, {"jobs_per_gpu": 1, "workers": 1, "device": "auto", **keys}).n_jobs
+
+
 @pytest.mark.parametrize(
     ("there", "gpus", "workers", "expected"),
-    [(1, 0, 1, 1), (2, 0, 1, 2), (2, 0, 2, 1), (16, 0, 1, 8), (16, 0, 4, 2), (16, 0, "auto", 1), (16, 3, 4, 6)],
+    [
+        *((1, 0, 1, 1), (2, 0, 1, 2), (2, 0, 2, 1), (16, 0, 1, 8), (16, 0, 4, 2), (16, 0, "auto", 1), (16, 3, 4, 1)),
+        *((16, 3, 1, 6), (16, 3, 2, 3), (16, 3, "auto", 6), (2, 8, 1, 2), (4, 8, 2, 2)),
+    ],
 )
 def test_jobs_at_a_time_follow_from_cores_gpus_and_workers(
     there: int, gpus: int, workers: int | str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(there)), raising=False)
-    monkeypatch.setattr(hydra_support, "visible_gpus", lambda: [None] * gpus)
-    hydra_support.register_resolvers()
-    keys = {"n": "${parallel_jobs:${jobs_per_gpu},${workers}}", "jobs_per_gpu": 2, "workers": workers}
-    assert OmegaConf.create(keys).n == expected
+    assert jobs_at_a_time(monkeypatch, there, gpus, jobs_per_gpu=2, workers=workers) == expected
+
+
+def test_on_the_processor_gpus_say_nothing_of_how_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert jobs_at_a_time(monkeypatch, 16, 3, device="cpu") == 8
+    assert jobs_at_a_time(monkeypatch, 16, 3, device="cpu", workers="auto") == 1
+
+
+@pytest.mark.parametrize("parameters", [1, SMALL_MODEL])
+def test_processes_of_a_sweep_times_their_threads_are_never_more_than_the_cores(
+    parameters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for there in (1, 2, 3, 4, 6, 8, 16, 17):
+        used: list[int] = []
+        for workers in (*range(1, there + 1), "auto"):
+            jobs, each = jobs_at_a_time(monkeypatch, there, 0, workers=workers), there if workers == "auto" else workers
+            monkeypatch.setattr(process, "_ALL_THREADS", threads_of(OmegaConf.create({"n_jobs": jobs})))
+            process.set_threads("auto", torch.device("cpu"), parameters, each)
+            used.append(jobs * each * threads[-1])
+            assert 1 <= used[-1] <= there, (there, workers)
+        assert parameters == 1 or max(used) == there, "and none is left without work"
+
+
+@pytest.mark.parametrize(("gpus", "jobs_per_gpu"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (2, 3)])
+def test_jobs_and_their_workers_share_gpus_without_more_on_one_than_it_may_have(
+    gpus: int, jobs_per_gpu: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv(VISIBLE, "")
+    there = [Gpu(f"GPU-{number}", "H100") for number in range(gpus)]
+    for workers in range(1, gpus * jobs_per_gpu + 1):
+        jobs = jobs_at_a_time(monkeypatch, 64, gpus, jobs_per_gpu=jobs_per_gpu, workers=workers)
+        used = Counter[str]()
+        with contextlib.ExitStack() as stack:
+            for _ in range(jobs):  # at once, and none has to wait
+                gpu = stack.enter_context(gpu_slot("auto", jobs_per_gpu, pytest.fail, there, workers))
+                assert gpu is not None
+                assert os.environ[VISIBLE] == gpu.uuid
+                seen = gpu.uuid.split(",")
+                used.update(seen[number % len(seen)] for number in range(workers))
+            with pytest.raises(TimeoutError), gpu_slot("auto", jobs_per_gpu, no_time, there, gpus * jobs_per_gpu):
+                pytest.fail("all were free")
+        assert max(used.values()) <= jobs_per_gpu
+        assert sum(used.values()) == jobs * workers > (gpus * jobs_per_gpu) - workers
+    for _ in range(2):  # nothing is held any longer, nor by the one that waited
+        with gpu_slot("auto", jobs_per_gpu, pytest.fail, there, gpus * jobs_per_gpu) as every:
+            assert every is not None
+
+
+def no_time(_: str) -> None:
+    raise TimeoutError

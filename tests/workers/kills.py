@@ -1,7 +1,8 @@
 """Kills workers at random instants of runs of every method, and compares what comes out.
 
-``python -m tests.workers.kills 100 fed_avg`` does it to 100 runs of each method that is named, or of all. Prints a
-line for each method; exit status 1 where a run gave other bits.
+``python -m tests.workers.kills 100 fed_avg`` does it to 100 runs of each method that is named, or of all; with
+``engine=ray`` among the names at a cluster of this machine. Prints a line for each method; exit status 1 where a run
+gave other bits.
 """
 
 import os
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -44,9 +46,9 @@ class Killer(threading.Thread):
                 self.killed += 1
 
 
-def play(name: str, seed: int, most: float) -> tuple[Federation, int]:
+def play(name: str, seed: int, most: float, keys: Sequence[str]) -> tuple[Federation, int]:
     """A run with workers of which up to two are killed; how many were."""
-    federation = Federation(load_config([*settings(name), f"workers={WORKERS}"]), clients=WorkerClients)
+    federation = Federation(load_config([*settings(name), f"workers={WORKERS}", *keys]), clients=WorkerClients)
     assert isinstance(federation.clients, WorkerClients)
     killer = Killer(federation.clients, seed, most)
     killer.start()
@@ -60,8 +62,8 @@ def play(name: str, seed: int, most: float) -> tuple[Federation, int]:
     return federation, killer.killed
 
 
-def main(times: int, names: list[str]) -> int:
-    """Kill in ``times`` runs of each method; the number of runs that gave other bits."""
+def main(times: int, names: Sequence[str], keys: Sequence[str] = ()) -> int:
+    """Kill in ``times`` runs of each method, with these keys besides; the number of runs that gave other bits."""
     torch.set_num_threads(1)
     wrong = 0
     for name in names:
@@ -72,7 +74,7 @@ def main(times: int, names: list[str]) -> int:
         took = time.perf_counter() - start
         kills = other = 0
         for seed in range(times):
-            federation, killed = play(name, seed, 0.4 + took)
+            federation, killed = play(name, seed, 0.4 + took, keys)
             kills += killed
             other += not same(weights(federation), weights(expected))
         print(f"{name:<18} {times} runs, {kills} kills, {other} with other bits", flush=True)
@@ -81,5 +83,7 @@ def main(times: int, names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    some = sys.argv[2:] or [name for name in algorithms.names() if not algorithms.get(name).pooled]
-    sys.exit(main(int(sys.argv[1]), some) > 0)
+    keys = [word for word in sys.argv[2:] if "=" in word]
+    some = [word for word in sys.argv[2:] if "=" not in word]
+    every = [name for name in algorithms.names() if not algorithms.get(name).pooled]
+    sys.exit(main(int(sys.argv[1]), some or every, keys) > 0)

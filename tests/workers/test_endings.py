@@ -22,7 +22,7 @@ from cutlayer.runtime.messages.crossing import packed
 from cutlayer.runtime.parties.contexts import ClientContext
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
-from cutlayer.runtime.workers import clients
+from cutlayer.runtime.workers import processes
 from cutlayer.runtime.workers.clients import WorkerClients
 from tests.places import program
 from tests.test_main import environment
@@ -163,7 +163,7 @@ def test_a_client_that_every_worker_dies_of_ends_the_run(
     """Although the others end their rounds in between."""
     monkeypatch.setitem(ALGORITHMS, method.name, method)
     config = configure(f"algorithm={base}", "workers=2")
-    dead = pytest.raises(ConfigError, match=r"7 died in one round, the last exit status 9")
+    dead = pytest.raises(ConfigError, match=r"that live: 7 died in one round, the last exit status 9 with client 2$")
     with federation(replace(config, algorithm_name=method.name)) as made, dead:
         made.step()
 
@@ -171,8 +171,8 @@ def test_a_client_that_every_worker_dies_of_ends_the_run(
 def test_workers_that_die_one_after_another_end_the_run(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(clients, "be_worker", _dies)
-    dead = pytest.raises(ConfigError, match=r"workers=2: expected workers that live: 7 died in one round, .*status 3;")
+    monkeypatch.setattr(processes, "be_worker", _dies)
+    dead = pytest.raises(ConfigError, match=r"workers=2: expected workers that live: 7 died in one round, .*status 3")
     with federation(configure("algorithm=fed_avg", "workers=2")) as made, dead:
         made.step()
     assert "another takes its place" in caplog.text
@@ -211,7 +211,7 @@ def test_workers_that_cannot_be_are_refused(keys: tuple[str, ...], line: str, co
 def test_auto_is_one_for_each_core_and_no_more_than_a_round_has_clients(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clients, "cores", lambda: 3)
+    monkeypatch.setattr(processes, "cores", lambda: 3)
     for frac, expected in ((1.0, 3), (0.5, 2)):
         made = Federation(configure("algorithm=fed_avg", f"frac={frac}", "workers=auto"), clients=WorkerClients)
         assert isinstance(made.clients, WorkerClients)

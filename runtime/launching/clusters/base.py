@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 from cutlayer.runtime.ground.extras import install
+from cutlayer.runtime.launching.sweeps.composing import compose_quickly
 from cutlayer.runtime.launching.sweeps.sweep import ALIVE, JobFolder, read_progress
 
 
@@ -77,6 +78,7 @@ class ClusterLauncher(Launcher):
         if self.package and importlib.util.find_spec(self.package) is None:
             advice = f"needs the extra: {install(self.extra)}"
             raise ConfigError(f"hydra/launcher={self.name}", NO_VALUE, advice)
+        compose_quickly(hydra_context)
         self._work = Work(hydra_context, config, task_function, {})
         self._sweep = Path(str(config.hydra.sweep.dir)).absolute()
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import secrets
-import signal
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+from cutlayer.runtime.ground.ray_cluster import join
 from cutlayer.runtime.launching.clusters.base import ClusterLauncher, Work
 
 _GRACE_S = 45.0
-_MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
 class RayLauncher(ClusterLauncher):
@@ -43,19 +38,7 @@ class RayLauncher(ClusterLauncher):
     def _connect(self) -> Any:
         settings = dict(self._params["ray"]["init"])
         settings["address"] = settings.get("address") or os.environ.get("RAY_ADDRESS") or "local"
-        secure(alone=settings["address"] == "local")
-        if settings["address"] == "local":
-            settings.setdefault("_node_ip_address", "127.0.0.1")
-        ray: Any = importlib.import_module("ray")  # only now: it reads the environment
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            ray.init(**settings)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ConfigError("hydra.launcher.ray.init", NO_VALUE, f"Ray does not start: {reason}") from error
-        finally:
-            signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process without a word
-        return ray
+        return join("hydra/launcher=ray", "hydra.launcher.ray.init", settings)
 
     def _wait(self, ray: Any, running: dict[Any, int], jobs: Mapping[int, Sequence[str]]) -> None:
         """Wait until every task has ended; takes those that have out of `running`."""
@@ -80,19 +63,3 @@ class RayLauncher(ClusterLauncher):
 
 def _work(work: Work, overrides: Sequence[str], number: int) -> None:
     work(overrides, number)
-
-
-def secure(*, alone: bool) -> None:
-    """Switch Ray's token authentication on: it listens on every address of the machine, and runs whatever it receives.
-
-    Args:
-        alone: whether Ray is started here; it then gets a token that nobody else knows.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if os.environ.setdefault(_MODE, "token") != "token" or os.environ.get(_TOKEN) or os.environ.get(_TOKEN_PATH):
-        return
-    if alone:
-        os.environ[_TOKEN] = secrets.token_hex(32)
-    elif not (Path.home() / ".ray" / "auth_token").exists():
-        reason = f"the cluster's token is needed, in {_TOKEN} or ~/.ray/auth_token (or {_MODE}=disabled without one)"
-        raise ConfigError("hydra/launcher=ray", NO_VALUE, reason)

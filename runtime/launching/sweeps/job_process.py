@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -29,16 +30,18 @@ from cutlayer.runtime.after import personalize, probe
 from cutlayer.runtime.after.saved import MACHINE, personalize_run, probe_run
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.folders import make_folders, remove_empty, standing
 from cutlayer.runtime.ground.locks import FileLock, is_locked
 from cutlayer.runtime.ground.text import error_text, plain_logs, print_errors
 from cutlayer.runtime.job import check_machine, claim, has_data_of, runs_like
 from cutlayer.runtime.keys import keys_of
 from cutlayer.runtime.launching.hydra_errors import explain
 from cutlayer.runtime.launching.sweeps.slots import gpu_slot
-from cutlayer.runtime.launching.sweeps.sweep import JOB_OUTPUT, JobFolder
+from cutlayer.runtime.launching.sweeps.sweep import JOB_OUTPUT, PICTURES, JobFolder
 from cutlayer.runtime.records.data_record import DATA, check_data
 from cutlayer.runtime.run_folder import LOCK, find_finished, find_running
 from cutlayer.runtime.settings import RunConfig
+from cutlayer.runtime.workers.place import local_place
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +98,9 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
                         measure(Path(job.read().folder), _measured(config, section), config)
                 job.update(state="finished")
             return
-        with gpu_slot(config.device, config.jobs_per_gpu, waiting) as gpu:
+        # Of `auto` there is one for each GPU that the job sees, and those of a cluster have GPUs of their own.
+        workers = config.workers if isinstance(config.workers, int) and config.engine == "processes" else 1
+        with gpu_slot(config.device, config.jobs_per_gpu, waiting, workers=workers) as gpu:
             if waited and _taken(job, config):  # by a single run, which knows nothing of this sweep
                 return
             check_machine(
@@ -105,7 +110,7 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
             with claim(config, content["overrides"]) as folder:
                 log.info("job %d: %s", job.read().number, place)
                 job.update(state="running", folder=str(folder.path), place=place, began=time.time())
-                run(config, folder)
+                run(config, folder, job.path.parents[1] / PICTURES)
     job.update(state="finished")
 
 
@@ -116,7 +121,7 @@ def _unmeasured(job: JobFolder, config: RunConfig) -> list[tuple[Again, str]]:
         return []
     folder, missing = Path(state.folder), list[tuple[Again, str]]()
     if config.personalize.part is not None and personalize.earlier_personalization(folder, config.personalize) is None:
-        missing.append((personalize_run, "personalize"))
+        missing.append((partial(personalize_run, place=local_place), "personalize"))
     if config.probe.after and probe.earlier_probe(folder, config.probe) is None:
         missing.append((probe_run, "probe"))
     return missing
@@ -166,6 +171,7 @@ def _alone(job: JobFolder, config: RunConfig, *, patient: bool) -> Generator[boo
         yield True
         return
     path = config.save_dir.absolute() / "multirun" / "running" / config.identity()
+    root = standing(config.save_dir)
     while True:
         lock = _take(path)
         try:
@@ -181,8 +187,7 @@ def _alone(job: JobFolder, config: RunConfig, *, patient: bool) -> Generator[boo
         finally:
             if lock is not None:
                 lock.release(remove=True)
-                with contextlib.suppress(OSError):
-                    lock.path.parent.rmdir()
+                remove_empty(path.parent, root)
         _wait_for(path, Path(job.read().folder))
 
 
@@ -194,7 +199,7 @@ def _wait_for(lock: Path, folder: Path) -> None:
 
 def _take(path: Path) -> FileLock | None:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         lock = FileLock.take(path)
         if lock is not None or path.exists():
             return lock

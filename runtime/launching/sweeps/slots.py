@@ -1,4 +1,4 @@
-"""GPUs for the jobs of sweeps: each job holds a locked slot of one GPU for as long as it lives.
+"""GPUs for the jobs of sweeps: each process of a job holds a locked slot of a GPU for as long as the job lives.
 
 The locks lie in one folder of the machine, so that jobs of any sweep, of any user, keep out of each other's way.
 Numbers given out by counting jobs cannot do that: two sweeps count apart, and a job that ends early leaves its GPU
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import subprocess
 import tempfile
@@ -26,7 +27,10 @@ _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader")
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as CUDA_VISIBLE_DEVICES may name it (`uuid`, or its index where there is none), and for people."""
+    """A GPU as CUDA_VISIBLE_DEVICES may name it (`uuid`, or its index where there is none), and for people.
+
+    Those of a job with several workers are one of these too, separated by commas.
+    """
 
     uuid: str
     name: str
@@ -81,16 +85,17 @@ def gpu_slot(
     jobs_per_gpu: int = 1,
     waiting: Callable[[str], None] = print,
     gpus: Sequence[Gpu] | None = None,
+    workers: int = 1,
 ) -> Generator[Gpu | None]:
-    """Hold a slot of a GPU for the length of the block, and make it the only GPU that this process sees.
+    """Hold a slot of a GPU for each worker for the length of the block; this process sees no other GPU.
 
-    Waits until one is free. Gives None, and holds nothing, for `device=cpu` and where there is no GPU. With
-    `device=cuda:1` only that GPU will do, and all stay visible.
+    Waits until as many are free, or all where there are fewer. Gives None, and holds nothing, for `device=cpu` and
+    where there is no GPU. With `device=cuda:1` only that GPU will do, and all stay visible.
 
     Args:
         device: as in the configuration. jobs_per_gpu: slots of each GPU.
         waiting: called once, with what is waited for, if no slot is free at once.
-        gpus: what there is, by default `visible_gpus()`.
+        gpus: what there is, by default `visible_gpus()`. workers: processes of the job.
     """
     gpus = visible_gpus() if gpus is None and device != "cpu" else gpus or []
     index = re.fullmatch(r"cuda:(\d+)", device)
@@ -98,28 +103,37 @@ def gpu_slot(
     if device == "cpu" or not wanted or (index and len(wanted) > 1):  # a GPU that is not there: the job will say so
         yield None
         return
-    lock, gpu = _wait(wanted, jobs_per_gpu, waiting)
+    held = _wait(wanted, jobs_per_gpu, workers, waiting)
     try:
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # numbers mean what the listing means by them
+        mine = list(dict.fromkeys(gpu for _, gpu in held))
+        gpu = Gpu(",".join(each.uuid for each in mine), ", ".join(each.name for each in mine))
         if not index:
             os.environ[VISIBLE] = gpu.uuid
         yield gpu
     finally:
-        lock.release()
+        for lock, _ in held:
+            lock.release()
 
 
-def _wait(gpus: Sequence[Gpu], jobs_per_gpu: int, waiting: Callable[[str], None]) -> tuple[FileLock, Gpu]:
-    folder = slots_folder()
-    reported = False
+def _wait(
+    gpus: Sequence[Gpu], jobs_per_gpu: int, workers: int, waiting: Callable[[str], None]
+) -> list[tuple[FileLock, Gpu]]:
+    folder, needed, reported = slots_folder(), min(workers, len(gpus) * jobs_per_gpu), False
+    # First slots of all GPUs before second ones: jobs spread before they share.
+    slots = [(gpu, folder / f"{gpu.uuid.replace('/', '_')}-{slot}") for slot in range(jobs_per_gpu) for gpu in gpus]
     while True:
-        # First slots of all GPUs before second ones: jobs spread before they share.
-        for slot in range(jobs_per_gpu):
-            for gpu in gpus:
-                lock = FileLock.take(folder / f"{gpu.uuid.replace('/', '_')}-{slot}")
-                if lock is not None:
-                    return lock, gpu
+        held: list[tuple[FileLock, Gpu]] = []
+        for gpu, path in slots:
+            if (lock := FileLock.take(path)) is not None:
+                held.append((lock, gpu))
+            if len(held) == needed:
+                return held
+        for lock, _ in held:  # all or none: two jobs that kept some would wait for each other
+            lock.release()
         if not reported:
             reported = True
             names = ", ".join(gpu.uuid for gpu in gpus)
-            waiting(f"a free GPU of {len(gpus)} ({names}); other jobs hold them")
-        time.sleep(_POLL_S)
+            what = "a free GPU" if needed == 1 else f"{needed} free places on GPUs"
+            waiting(f"{what} of {len(gpus)} ({names}); other jobs hold them")
+        time.sleep(_POLL_S * random.uniform(0.5, 1))

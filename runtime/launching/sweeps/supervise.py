@@ -96,7 +96,7 @@ def _end_with_launcher() -> None:
     """Where this process is a worker of joblib's, end it once its launcher has died; its job then ends by itself."""
     # Not `os.getppid()`: the launcher may have died while this process came up.
     launcher = int(os.environ.get(LAUNCHER, os.getpid()))
-    if not str(HydraConfig.get().launcher._target_).endswith(".JoblibLauncher") or launcher == os.getpid():
+    if "n_jobs" not in HydraConfig.get().launcher or launcher == os.getpid():
         return
 
     def watch() -> None:

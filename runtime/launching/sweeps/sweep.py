@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from cutlayer.runtime.ground.files import replace_file
+from cutlayer.runtime.ground.folders import standing
 from cutlayer.runtime.ground.text import csv_text
 
 # fmt: off
@@ -29,6 +30,8 @@ BAD: tuple[JobState, ...] = ("failed", "killed")
 ALIVE: tuple[JobState, ...] = ("starting", "waiting", "running")
 
 JOB, STATE, JOB_OUTPUT, TABLE = "job.json", "state.json", "output.log", "jobs.csv"
+PICTURES = "pictures"
+"""A folder of the sweep's: jobs whose clients have the same data draw that once."""
 PATIENT = "patient"
 """A file in the sweep's folder: jobs wait for what other processes run, as nothing else is left to do."""
 _COLUMNS = ("job", "state", "overrides", "rounds", "test_acc", "comm_load", "time_wall", "folder", "error")
@@ -120,10 +123,12 @@ class Sweep:
 
     Attributes:
         path: the folder. expected: the overrides of each job, in order, where they are known beforehand.
+        root: of the folder of all runs and those above it, the first that was there before the sweep.
     """
 
     def __init__(self, path: Path, expected: Sequence[Sequence[str]] = ()) -> None:
         self.path = path
+        self.root = standing(path.parent.parent)
         self.expected = [tuple(overrides) for overrides in expected]
         self._done: dict[int, tuple[Job, JobProgress]] = {}
 

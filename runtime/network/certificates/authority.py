@@ -26,6 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import sync_folder
+from cutlayer.runtime.ground.folders import remove_empty, standing
 from cutlayer.runtime.ground.locks import FileLock
 from cutlayer.runtime.network.certificates.revoked import REVOKED, read_revoked, serial_text
 from cutlayer.runtime.network.certificates.tls import CA, CA_KEY, SERVER_NAME, client_name, issued_by, number_of
@@ -263,8 +264,7 @@ class _Workshop:
 @contextlib.contextmanager
 def _held(folder: Path) -> Generator[Path]:
     """A new folder below `folder`, which is made if need be, to write to; afterwards it is gone again."""
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock = None
+    root, lock = standing(folder), None
     try:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -289,9 +289,7 @@ def _held(folder: Path) -> Generator[Path]:
     finally:
         if lock is not None:
             lock.release(remove=True)
-        for path in created:
-            with contextlib.suppress(OSError):  # what is not empty was delivered to
-                path.rmdir()
+        remove_empty(folder, root)
 
 
 def _usage(*granted: str) -> x509.KeyUsage:

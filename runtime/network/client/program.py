@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.folders import make_folders, remove_empty, standing
 from cutlayer.runtime.ground.locks import FileLock
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.messages.boundary import METRICS, MODEL, Message, Payload, Reply, on_device
@@ -70,6 +71,7 @@ class _Client:
         self._site: Site | None = None
         self._run = ""
         self._lock: FileLock | None = None
+        self._root = Path()
         self._rounds = 0
 
     def work(self) -> None:
@@ -134,13 +136,15 @@ class _Client:
         return run_path(config.save_dir, levels, "")
 
     def release(self) -> None:
-        """Let other processes be this client."""
+        """Let other processes be this client; of its folder nothing is left where it keeps nothing."""
         if self._lock is not None:
-            self._lock.release()
+            self._lock.release(remove=True)
+            remove_empty(self._lock.path.parent, self._root)
 
     def _claim(self, folder: Path) -> None:
         self.release()
-        folder.mkdir(parents=True, exist_ok=True)
+        self._root = standing(self._own.save_dir)
+        make_folders(folder)
         self._lock = FileLock.take(folder / ".lock")
         if self._lock is None:
             raise ConfigError("client_id", self._id, "a client that no other process of this machine is")

@@ -250,6 +250,7 @@ class Hub:
             came = greeting.result() if greeting.done() else None
         finally:
             greeting.cancel()
+            await asyncio.wait([greeting])  # a piece that is being written has to leave first
         if isinstance(came, Exception):
             raise came
         return came
@@ -266,7 +267,7 @@ class Hub:
         welcome = self._greeting.welcome(client, hello)
         stream.wait(_GREETING_S + FAREWELL_S)
         for piece in outgoing(Head(What.WELCOME), welcome):
-            await context.write(piece)
+            await _written(context, piece)
         # It may have data to load now; a link that breaks meanwhile ends this.
         patience = max(_GREETING_S, self.config.timeout)
         stream.wait(patience + FAREWELL_S)
@@ -331,6 +332,16 @@ async def _outcome(work: Coroutine[Any, Any, T]) -> T | Exception:
         return await work
     except Exception as error:
         return error
+
+
+async def _written(context: Any, piece: bytes) -> None:
+    """Write a piece to its end, if this is cancelled meanwhile too: until then the stream takes no other."""
+    writing = asyncio.ensure_future(context.write(piece))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing])
+        raise
 
 
 async def _send(context: Any, why: dict[str, Any]) -> None:

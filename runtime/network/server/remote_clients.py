@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -39,6 +39,7 @@ from cutlayer.runtime.rounds.evaluator import VALIDATION, Evaluator
 from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundLostError, RoundReport
 from cutlayer.runtime.rounds.session import ArrivingChannel, Serving
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.rounds.tuner import Tuner
 from cutlayer.runtime.scoring.scores import ClientScores, Measured
 from cutlayer.runtime.transport import GrpcTransport
 
@@ -271,6 +272,9 @@ class RemoteClients:
         self._round += 1
 
     # ------------------------------------------------------------------ evaluation
+
+    def tuned(self, tuner: Tuner, clients: Sequence[int]) -> Iterator[list[Measured]]:
+        raise NotImplementedError("refused before the run begins, see Elsewhere.check")
 
     def scores(self, evaluator: Evaluator) -> dict[int, ClientScores]:
         setup = self._setup

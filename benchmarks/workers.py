@@ -54,7 +54,7 @@ def compare(case: str, algorithm: str, count: int, options: argparse.Namespace) 
         for engine in options.engine:
             of = load_config([*keys, f"workers={count}", f"engine={engine}"])
             sides[engine] = Federation(of, clients=WorkerClients)
-            stack.callback(_closed, sides[engine])
+            stack.callback(_close, sides[engine])
         device, seconds = sides["alone"].setup.device, list[dict[str, float]]()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         found: dict[str, list[Personalized]] = {name: [] for name in sides}
@@ -84,7 +84,7 @@ def _equal(one: Payload, other: Payload) -> bool:
     return all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one)
 
 
-def _closed(side: Federation) -> None:
+def _close(side: Federation) -> None:
     assert isinstance(side.clients, WorkerClients)
     side.clients.close()
 

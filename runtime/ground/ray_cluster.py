@@ -47,7 +47,7 @@ def _find(where: str, address: str) -> None:
         raise ConfigError(where, NO_VALUE, f"Ray does not start: nothing answers at {address} ({error})") from error
 
 
-def join(key: str, where: str, settings: Mapping[str, Any]) -> Any:
+def join_cluster(key: str, where: str, settings: Mapping[str, Any]) -> Any:
     """The package, connected to a cluster.
 
     Args:

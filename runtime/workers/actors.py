@@ -19,7 +19,7 @@ import torch
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.extras import install
 from cutlayer.runtime.ground.process import prepare_process
-from cutlayer.runtime.ground.ray_cluster import join
+from cutlayer.runtime.ground.ray_cluster import join_cluster
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.workers.program import Program
 from cutlayer.runtime.workers.shared import Packed, not_given, unpacked
@@ -51,7 +51,7 @@ class Actors:
             "log_to_driver": False,
             "logging_level": "warning",
         }
-        self._ray: Any = join("engine=ray", "RAY_ADDRESS", settings) if self._joined else ray
+        self._ray: Any = join_cluster("engine=ray", "RAY_ADDRESS", settings) if self._joined else ray
         self._setup = setup
         self._sent: tuple[bytes, Any] = (b"", None)
         if self.most < 1:
@@ -118,7 +118,7 @@ def _versions() -> dict[str, str]:
 
 
 class ActorLink:
-    """An actor; see ``Link``. What it is told are calls, whose results come one by one, in the order of the calls."""
+    """An actor; see ``WorkerLink``. It is told by calls, whose results come one by one in the order of the calls."""
 
     def __init__(self, ray: Any, actor: Any, number: int, actors: Actors) -> None:
         self._ray, self._actor, self._actors = ray, actor, actors

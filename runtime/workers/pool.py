@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload, Reply
 from cutlayer.runtime.messages.codec import encode
-from cutlayer.runtime.workers.talk import Close, Failed, Frame, Hold, Link, Said, Talk, Word
+from cutlayer.runtime.workers.talk import Close, Failed, Frame, Hold, Said, Talk, Word, WorkerLink
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Worker:
         open: rounds of clients that are open there.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: WorkerLink) -> None:
         self.link = link
         self.open = 0
         self._lock = threading.Lock()
@@ -88,7 +88,7 @@ class Worker:
             return self._clients.get(self._asked[0]) if self._asked else None
 
     def say(self, head: Word, frames: Sequence[Frame] = (), common: bytes | None = None) -> None:
-        """Send, see ``Link``; where the worker is gone, its sessions hear of it."""
+        """Send, see ``WorkerLink``; where the worker is gone, its sessions hear of it."""
         if not isinstance(head, Hold | Close):
             with self._lock:
                 self._asked.append(head.session)
@@ -114,7 +114,7 @@ class Pool:
         begin: starts the worker with that number.
     """
 
-    def __init__(self, count: int, begin: Callable[[int], Link]) -> None:
+    def __init__(self, count: int, begin: Callable[[int], WorkerLink]) -> None:
         self._begin, self._count = begin, count
         self._workers: list[Worker] = []
         self._numbers = itertools.count(1)

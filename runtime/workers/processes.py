@@ -65,7 +65,7 @@ class Processes:
 
 
 class ProcessLink:
-    """A process at the other end of a pipe; see ``Link``.
+    """A process at the other end of a pipe; see ``WorkerLink``.
 
     Args:
         shared: holds the run's ``Setup``. threads: to compute with. device: the worker's GPU.

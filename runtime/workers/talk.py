@@ -92,7 +92,7 @@ Frame: TypeAlias = bytes | memoryview
 """A payload, encoded."""
 
 
-class Link(Protocol):
+class WorkerLink(Protocol):
     """A worker, as its run reaches it."""
 
     @property
@@ -151,7 +151,7 @@ class Engine(Protocol):
         """Workers that have a core or a GPU each."""
         ...
 
-    def begin(self, number: int) -> Link:
+    def begin(self, number: int) -> WorkerLink:
         """Start the worker with that number, from 0."""
         ...
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cutlayer.runtime.ground.ray_cluster import join
+from cutlayer.runtime.ground.ray_cluster import join_cluster
 from cutlayer.runtime.launching.clusters.base import ClusterLauncher, Work
 
 _GRACE_S = 45.0
@@ -38,7 +38,7 @@ class RayLauncher(ClusterLauncher):
     def _connect(self) -> Any:
         settings = dict(self._params["ray"]["init"])
         settings["address"] = settings.get("address") or os.environ.get("RAY_ADDRESS") or "local"
-        return join("hydra/launcher=ray", "hydra.launcher.ray.init", settings)
+        return join_cluster("hydra/launcher=ray", "hydra.launcher.ray.init", settings)
 
     def _wait(self, ray: Any, running: dict[Any, int], jobs: Mapping[int, Sequence[str]]) -> None:
         """Wait until every task has ended; takes those that have out of `running`."""

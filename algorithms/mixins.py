@@ -98,3 +98,21 @@ class ConfiguresParts:
         ``model.<part>.optimizer`` and ``model.<part>.scheduler`` refine them as they would refine those.
         """
         return {}
+
+
+class CopyPerClient:
+    """A server whose answers to a client come of a copy of its own, which nothing but that client's messages touch.
+
+    For a class to inherit beside ``Server``. The copy may then compute where the client does.
+    """
+
+    copied: ClassVar[tuple[str, ...]]
+    """The parts that a client's copy begins the round with."""
+
+    def give_back(self, client: int) -> dict[str, Mapping[str, Tensor]]:
+        """What a client's copy has come to, by part; it is forgotten here."""
+        raise NotImplementedError
+
+    def take_back(self, client: int, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Have what a client's copy has come to elsewhere, as if it had been here."""
+        raise NotImplementedError

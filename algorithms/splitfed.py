@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow, SplitServer
+from cutlayer.algorithms.mixins import CopyPerClient
 from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Upload, ask, unflatten
 from cutlayer.runtime.messages.crossing import crossed
 from cutlayer.runtime.parties.blueprint import Layout
@@ -44,30 +45,39 @@ class SplitFedV2(Algorithm):
         return ctx.dump("client")
 
 
-class ReplicaServer(SplitServer):
+class ReplicaServer(SplitServer, CopyPerClient):
     """A copy of the server model for each client, averaged with the clients' weights when the round ends."""
+
+    copied = ("server",)
 
     def __init__(self, ctx: ServerContext) -> None:
         super().__init__(ctx)
         self._replicas: dict[int, tuple[nn.Module, PartOptimizer]] = {}
+        self._ended: dict[int, Mapping[str, Mapping[str, Tensor]]] = {}
 
     def open_round(self, cohort: Sequence[int]) -> None:
         super().open_round(cohort)
         self._replicas.clear()
+        self._ended.clear()
 
     def on_smashed(self, client: int, message: Payload) -> Fields:
         if client not in self._replicas:
             self._replicas[client] = self.ctx.replica("server", client)
         return self.train(*self._replicas[client], message)
 
+    def give_back(self, client: int) -> dict[str, Mapping[str, Tensor]]:
+        return {"server": self._replicas.pop(client)[0].state_dict()} if client in self._replicas else {}
+
+    def take_back(self, client: int, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._ended[client] = states
+
     def absorb(self, client: int, upload: Upload) -> None:
         super().absorb(client, upload)
-        if client in self._replicas:
-            model, _ = self._replicas.pop(client)
-            self.average({"server": model.state_dict()}, self.ctx.weight(client, upload.samples))
+        self.average(self._ended.pop(client, None) or self.give_back(client), self.ctx.weight(client, upload.samples))
 
     def forget(self, client: int) -> None:
         self._replicas.pop(client, None)
+        self._ended.pop(client, None)
 
 
 @register("sl_multi_server")
@@ -75,7 +85,7 @@ class SplitFedV1(SplitFedV2):
     """SplitFed with a server model per client (Thapa et al., AAAI 2022, SFLV1).
 
     The copies do not touch one another, so they run one after another here, which gives what running them in
-    parallel gives in the memory of one copy.
+    parallel gives in the memory of one copy; with workers each runs beside its client.
     """
 
     Server = ReplicaServer

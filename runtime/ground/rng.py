@@ -45,14 +45,21 @@ class TorchStream:
             index = device.index or 0
             self._generators.append(torch.cuda.default_generators[index])
         self._seed = seed
+        self._first: list[torch.Tensor] = []
         self._inner: list[torch.Tensor] | None = None
         self._outer: list[torch.Tensor] = []
+
+    @property
+    def drawn(self) -> bool:
+        """Whether a number was drawn from it."""
+        return any(not torch.equal(*states) for states in zip(self._first, self._inner or [], strict=True))
 
     def __enter__(self) -> TorchStream:
         self._outer = [generator.get_state() for generator in self._generators]
         for index, generator in enumerate(self._generators):
             if self._inner is None:
                 generator.manual_seed(self._seed)
+                self._first.append(generator.get_state())
             else:
                 generator.set_state(self._inner[index])
         return self

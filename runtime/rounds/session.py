@@ -55,12 +55,15 @@ class Workplace:
 
     Args:
         memory: what is said where memory runs out, see ``ground.memory``.
+
+    Attributes:
+        stream: of random numbers. seconds: that the party has worked.
     """
 
     def __init__(
         self, blueprint: Blueprint, seed: int, memory: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> None:
-        self._stream = rng.TorchStream(seed, blueprint.device)
+        self.stream = rng.TorchStream(seed, blueprint.device)
         self._blueprint, self._memory = blueprint, memory
         self.seconds = 0.0
 
@@ -68,7 +71,7 @@ class Workplace:
     def working(self) -> Generator[None]:
         """Everything the party computes happens inside."""
         start = time.perf_counter()
-        with self._memory(), self._stream, self._blueprint.autocast():
+        with self._memory(), self.stream, self._blueprint.autocast():
             yield
         self.seconds += time.perf_counter() - start
 
@@ -222,3 +225,17 @@ class ServerParty:
     def seconds(self) -> float:
         """Time that the server computed in this round."""
         return self._workplace.seconds
+
+    @property
+    def server(self) -> Server:
+        """The algorithm's own."""
+        return self._server
+
+    @property
+    def drew(self) -> bool:
+        """Whether the server drew a random number in this round."""
+        return self._workplace.stream.drawn
+
+    def count(self, seconds: float) -> None:
+        """Time that the server computed elsewhere is time that it computed."""
+        self._workplace.seconds += seconds

@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from queue import SimpleQueue
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
+from cutlayer.algorithms.mixins import CopyPerClient
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.messages.boundary import MODEL, Message, Reply, Upload, flatten
+from cutlayer.runtime.messages.boundary import MODEL, flatten
 from cutlayer.runtime.messages.codec import encode
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.parties.store import Row, Store
@@ -20,19 +21,18 @@ from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.learnt import Learnt
 from cutlayer.runtime.rounds.local_clients import LocalClients
-from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundLostError, RoundReport
+from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundReport
 from cutlayer.runtime.rounds.session import ArrivingChannel, Serving
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.rounds.tuner import Tuner
 from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.scoring.scores import ClientScores, Measured
 from cutlayer.runtime.settings import RunConfig
+from cutlayer.runtime.workers.beside import Lender, NamingChannel
 from cutlayer.runtime.workers.pool import Inbox, Pool, Worker
 from cutlayer.runtime.workers.processes import Processes, preload
-from cutlayer.runtime.workers.talk import Close, Ended, Engine, Failed, Hold, Open, Resume, Said, Test, given
-
-MemoryTold: TypeAlias = Callable[[str], contextlib.AbstractContextManager[None]]
-"""What is said where memory runs out in a client's work, see ``Setup.memory``."""
+from cutlayer.runtime.workers.session import MemoryTold, SessionWithCopy, WorkerSession
+from cutlayer.runtime.workers.talk import Engine, Failed, Hold, Test
 
 
 def _engine(setup: Setup) -> Engine:
@@ -91,12 +91,14 @@ class WorkerClients(LocalClients):
         self._engine = _engine(setup)
         self.count = workers(setup, self._engine)
         self.pool = Pool(self.count, self._engine.begin)
+        self._beside = issubclass(setup.algorithm.Server, CopyPerClient)
 
     @property
     def may_repeat(self) -> bool:
         """Where the server answers within a round, a round with a worker that dies is repeated from its start."""
         arrows = self.setup.algorithm.traffic
-        return not arrows or any(flow.direction == "down" and flow.kind != MODEL for flow in arrows)
+        answers = any(flow.direction == "down" and flow.kind != MODEL for flow in arrows)
+        return answers or not arrows
 
     def train(
         self, cohort: list[int], round: int, drop: Callable[[int], None], server: Serving, ledger: Ledger
@@ -107,13 +109,21 @@ class WorkerClients(LocalClients):
         lockstep = algorithm.schedule == "lockstep"
         ahead = len(cohort) if lockstep else 0 if algorithm.in_turn else 2 * self.count
         channel = ArrivingChannel(ledger, ahead, self.setup.device)
-        report = SCHEDULES[algorithm.schedule](cohort, lambda client: self._begin(client, round), drop, server, channel)
+        lender = Lender(server) if self._beside else None
+        if lender is not None:
+            server, channel = lender, NamingChannel(ledger, ahead, self.setup.device)
+
+        def begin(client: int) -> WorkerSession:
+            common = (self.pool, self._store, client, round, self._on_ended, self.setup.memory)
+            return WorkerSession(*common) if lender is None else SessionWithCopy(*common, lender)
+
+        try:
+            report = SCHEDULES[algorithm.schedule](cohort, begin, drop, server, channel)
+        finally:
+            self._beside = lender is not None and not lender.drew
         report.seconds = self.seconds - before
         self.pool.on_round()
         return report
-
-    def _begin(self, client: int, round: int) -> WorkerSession:
-        return WorkerSession(self.pool, self._store, client, round, self._on_ended, self.setup.memory)
 
     def _on_ended(self, seconds: float) -> None:
         self.seconds += seconds
@@ -227,97 +237,3 @@ def workers(setup: Setup, engine: Engine) -> int:
     if count > clients:
         raise ConfigError("workers", count, f"at most {clients}, the clients of a round")
     return count
-
-
-class WorkerSession:
-    """A client's round at a worker.
-
-    Where the worker dies, the client begins again at another: what it has said until then is passed over, as it says
-    the same again. Once it was answered, the whole round begins again instead.
-
-    Args:
-        store: of the clients' rows. on_ended: called with the seconds that the client computed.
-        memory: as ``Setup.memory``.
-    """
-
-    def __init__(
-        self,
-        pool: Pool,
-        store: Store,
-        client: int,
-        round: int,
-        on_ended: Callable[[float], None],
-        memory: MemoryTold,
-    ) -> None:
-        self._pool, self._store, self._client, self._round = pool, store, client, round
-        self._on_ended, self._memory = on_ended, memory
-        self._opening: bytes | None = None
-        self._answered = False
-        self._heard = self._repeated = 0
-        self._number = 0
-        self._worker: Worker | None = None
-        self._inbox: Inbox = SimpleQueue()
-
-    def send(self, message: Reply) -> None:
-        if self._opening is None:
-            self._opening = self._pool.common(message)  # of its own: the server goes on, and it may be sent once more
-            self._start()
-        else:
-            assert self._worker is not None
-            self._answered = True
-            self._worker.say(Resume(self._number), [encode(message)])
-
-    def _start(self) -> None:
-        assert self._opening is not None
-        self._number, self._inbox = self._pool.number(), SimpleQueue()
-        self._worker = self._pool.idlest()
-        self._worker.take(self._number, self._client, self._inbox)
-        rows, kept = given(self._store.rows(self._client))
-        self._worker.say(Open(self._number, self._client, self._round, tuple(rows)), kept, self._opening)
-
-    def receive(self) -> Message | Upload:
-        while True:
-            came = self._inbox.get()
-            if came is None:
-                self._again()
-                continue
-            head, payloads = came
-            if isinstance(head, Failed):
-                self._leave()
-                with self._memory(f"the round of client {self._client}"):
-                    raise head.error
-            if isinstance(head, Ended):
-                return self._ended(head, *payloads)
-            assert isinstance(head, Said)
-            if self._repeated:
-                self._repeated -= 1
-                continue
-            self._heard += 1
-            return Message(head.kind, payloads[0], head.expects_reply)
-
-    def _again(self) -> None:
-        self._leave()
-        if self._answered:
-            raise RoundLostError(f"a worker is gone, with client {self._client} in its round")
-        self._repeated = self._heard
-        self._start()
-
-    def _ended(self, head: Ended, fields: Reply, *kept: Reply) -> Upload:
-        self._leave()
-        rows = iter(kept)
-        for name, there in head.rows.items():
-            if there:
-                self._store.put(self._client, name, next(rows))  # pyright: ignore[reportArgumentType]
-            else:
-                self._store.drop(self._client, name)
-        self._on_ended(head.seconds)
-        return Upload(fields, head.samples, head.metrics)
-
-    def _leave(self) -> None:
-        if self._worker is not None:
-            self._worker.leave(self._number)
-
-    def close(self) -> None:
-        if self._worker is not None and self._worker.lives:
-            self._worker.say(Close(self._number))
-        self._leave()

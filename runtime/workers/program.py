@@ -20,6 +20,7 @@ from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.rounds.tuner import Tuner
 from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.scoring.scores import Measured
+from cutlayer.runtime.workers.beside import Copies, Copy
 from cutlayer.runtime.workers.talk import (
     Close,
     Ended,
@@ -42,6 +43,7 @@ class _Round(NamedTuple):
     client: int
     store: Store
     session: Session
+    copy: Copy | None
 
 
 class _Desk:
@@ -54,6 +56,11 @@ class _Desk:
         self.tests = ApartTests(setup, self.tested)
         self._setup = setup
         self._tuner: Tuner | None = None
+
+    @cached_property
+    def copies(self) -> Copies:
+        """Of the server, for clients whose copy is here."""
+        return Copies(self._setup)
 
     def tuned(self, client: int, config: PersonalizeConfig) -> list[Measured]:
         """What fine-tuning finds of a client, with the parts that are held."""
@@ -98,25 +105,32 @@ class Program:
 
     def _open(self, head: Open, payloads: list[Reply]) -> Answers:
         opening, *rows = payloads
+        own, copy = rows[: len(head.rows)], None
+        if head.copy is not None:
+            kept = _rows(head.copy, rows[len(head.rows) :])
+            copy, opening = self._desk.copies.open(head.client, head.round, opening, kept)
         store = Store(None, device=self._desk.device)
-        store.replace(head.client, _rows(head.rows, rows))
+        store.replace(head.client, _rows(head.rows, own))
         session = self._desk.seats.open(head.client, head.round, ClientState(store, head.client))
-        self._rounds[head.session] = _Round(head.client, store, session)
+        self._rounds[head.session] = _Round(head.client, store, session, copy)
         yield from self._move_on(head.session, opening)
 
     def _move_on(self, number: int, message: Reply) -> Answers:
-        session, seats = self._rounds[number].session, self._desk.seats
+        (client, store, session, copy), seats = self._rounds[number], self._desk.seats
         before = seats.seconds
         session.send(on_device(message, self._desk.device))
         while isinstance(event := session.receive(), Message):
+            if copy is not None:
+                session.send(copy.answer(event))
+                continue
             yield Said(number, event.kind, event.expects_reply), [encode(event.fields)]
             if event.expects_reply:
                 return
-        client, store, _ = self._rounds[number]
         self._close(number)
         rows, kept = given(store.staged(client))
-        ended = Ended(number, event.samples, dict(event.metrics), seats.seconds - before, rows)
-        yield ended, [encode(event.fields), *kept]
+        copied, states = (None, []) if copy is None else copy.end()
+        ended = Ended(number, event.samples, dict(event.metrics), seats.seconds - before, rows, copied)
+        yield ended, [encode(event.fields), *kept, *states]
 
     def _test(self, head: Test, payloads: list[Reply]) -> Scored:
         desk = self._desk

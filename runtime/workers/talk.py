@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+
+import torch
 
 from cutlayer.runtime.ground.segments import Row
 from cutlayer.runtime.messages.boundary import Reply
 from cutlayer.runtime.messages.codec import decode, encode
+from cutlayer.runtime.messages.frames import Signature
+from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.scoring.scores import ClientScores, Measured
 
 
 class Open(NamedTuple):
-    """Begin a client's round (from 0), on these rows; frames: the message that opens it, then the rows."""
+    """Begin a client's round (from 0), on these rows; frames: the message that opens it, then the rows.
+
+    Where ``copy`` is not None, with the server's copy for the client, on these rows of the server's, which come last.
+    """
 
     session: int
     client: int
     round: int
     rows: tuple[str, ...]
+    copy: tuple[str, ...] | None
 
 
 class Resume(NamedTuple):
@@ -68,14 +76,39 @@ class Said(NamedTuple):
     expects_reply: bool
 
 
+class Served(NamedTuple):
+    """A message between a client and the server's copy for it: what it was, and what the server logged meanwhile.
+
+    What was logged is a value and, of a tensor, its dtype.
+    """
+
+    kind: str
+    expects_reply: bool
+    up: Signature
+    down: Signature | None
+    logged: list[tuple[str, torch.dtype | None, float]]
+
+
+class Copied(NamedTuple):
+    """What the server's copy for a client has done, which rows it keeps or drops, and seconds that it computed."""
+
+    served: list[Served]
+    rows: dict[str, bool]
+    seconds: float
+
+
 class Ended(NamedTuple):
-    """The client's upload; frames: its fields, then the rows that are True. What is False is dropped."""
+    """The client's upload; frames: its fields, then the rows that are True. What is False is dropped.
+
+    Where there was a copy of the server, its states and its rows follow.
+    """
 
     session: int
     samples: int
     metrics: dict[str, float]
     seconds: float
     rows: dict[str, bool]
+    copied: Copied | None
 
 
 class Failed(NamedTuple):
@@ -188,3 +221,12 @@ def given(rows: Mapping[str, Row | None]) -> tuple[dict[str, bool], list[bytes]]
     return {name: row is not None for name, row in rows.items()}, [
         encode(row) for row in rows.values() if row is not None
     ]
+
+
+def taken(store: Store, client: int, names: Mapping[str, bool], rows: Iterator[Reply]) -> None:
+    """Put the rows that came back into a store, and drop those that are no more."""
+    for name, there in names.items():
+        if there:
+            store.put(client, name, cast(Row, next(rows)))
+        else:
+            store.drop(client, name)

@@ -7,11 +7,8 @@ the last one's end. Processor seconds are those of all processes of a sweep.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import multiprocessing
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -33,7 +30,22 @@ from cutlayer.runtime.launching.sweeps.sweep import Sweep
 from cutlayer.runtime.records.results import Results
 from cutlayer.runtime.rounds.federation import Federation
 
-_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <linux/prctl.h>: processes whose parent ends become ours
+# Runs a command, and prints its seconds and those of processors, which are of all its processes: those whose parent
+# ends become this one's (PR_SET_CHILD_SUBREAPER of <linux/prctl.h>), which has no others.
+_COUNTING = """
+import ctypes, os, resource, subprocess, sys, time
+ctypes.CDLL(None).prctl(36, 1)
+began = time.perf_counter()
+status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+wall = time.perf_counter() - began
+try:
+    while True:
+        os.waitpid(-1, 0)
+except ChildProcessError:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(wall, used.ru_utime + used.ru_stime)
+sys.exit(status)
+"""
 _KEYS = ("algorithm=fed_avg", "dataset=digits", "model=mlp", "num_clients=10", "batch_size=100", "progress=none")
 
 
@@ -51,33 +63,28 @@ def sweep(jobs: int, at_a_time: int, rounds: int, options: argparse.Namespace, k
     Raises:
         RuntimeError: a job failed.
     """
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(_SUBREAPER, 1)
     saves = Path(tempfile.mkdtemp(prefix="cutlayer-sweep-"))
     values = ",".join(str(number if key == "seed" else 0.001 * (1 + number)) for number in range(jobs))
     command = [sys.executable, str(ROOT / "main.py"), "-m", *_KEYS, f"{key}={values}", f"rounds={rounds}"]
     command += [f"save_dir={saves}", f"device={options.device}", f"hydra.launcher.n_jobs={at_a_time}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    before, began = _processor(), time.perf_counter()
     try:
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-        wall = time.perf_counter() - began
-        with contextlib.suppress(ChildProcessError):
-            while True:  # servers of forks, with what their jobs took
-                os.waitpid(-1, 0)
+        counted = subprocess.run(
+            [sys.executable, "-c", _COUNTING, *command],
+            cwd=ROOT,
+            env=environment,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        wall, processor = map(float, counted.stdout.split())
         (folder,) = (saves / "multirun").iterdir()
         states = [job for job, _ in Sweep(folder).jobs()]
     except (subprocess.CalledProcessError, ValueError) as error:
         raise RuntimeError("a job failed") from error
     finally:
         shutil.rmtree(saves, ignore_errors=True)
-    span = max(job.ended for job in states) - min(job.began for job in states)
-    return Taken(span, wall, _processor() - before)
-
-
-def _processor() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return Taken(max(job.ended for job in states) - min(job.began for job in states), wall, processor)
 
 
 def start_cost(options: argparse.Namespace, key: str) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.peers.places import PEERS
 from cutlayer.runtime.launching.model_names import SOURCES
 from cutlayer.runtime.records.loggers import LOGGERS
 from tests.mutants import GROUPS
@@ -101,6 +102,8 @@ def test_every_import_is_declared_and_every_declaration_is_imported() -> None:
         found = third_party(path)
         on_network = ROOT / "runtime" / "network" in path.parents or path == ROOT / "benchmarks" / "echo.py"
         optional = network if on_network else trackers if path.parent.name == "loggers" else set[str]()
+        if (peer := path.stem.removeprefix("by_")) in PEERS:  # it runs where its peer is installed
+            optional = {PEERS[peer].partition("[")[0]}
         undeclared = found - REQUIRED - optional
         assert not undeclared, f"{path.relative_to(ROOT)} imports {undeclared}"
         imported |= found

@@ -10,10 +10,10 @@ import signal
 import sys
 from pathlib import Path
 
-import ray
 import torch
 
 import cutlayer.algorithms as algorithms
+from cutlayer.runtime.ground.ray_cluster import join_cluster
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.workers.clients import WorkerClients
@@ -35,7 +35,7 @@ def close(made: Federation) -> None:
 
 def methods() -> dict[str, bool]:
     """Whether each method gives the same weights, metrics and bytes."""
-    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="warning")
+    join_cluster("engine=ray", "RAY_ADDRESS", {"address": os.environ["RAY_ADDRESS"], "log_to_driver": False})
     found: dict[str, bool] = {}
     for name in algorithms.names():
         if algorithms.get(name).pooled:

@@ -336,12 +336,14 @@ async def _outcome(work: Coroutine[Any, Any, T]) -> T | Exception:
 
 async def _written(context: Any, piece: bytes) -> None:
     """Write a piece to its end, if this is cancelled meanwhile too: until then the stream takes no other."""
-    writing = asyncio.ensure_future(context.write(piece))
+    writing = asyncio.ensure_future(_outcome(context.write(piece)))
     try:
-        await asyncio.shield(writing)
+        error = await asyncio.shield(writing)
     except asyncio.CancelledError:
         await asyncio.wait([writing])
         raise
+    if error is not None:
+        raise error
 
 
 async def _send(context: Any, why: dict[str, Any]) -> None:

@@ -20,10 +20,11 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.extras import install
 from cutlayer.runtime.ground.process import prepare_process
 from cutlayer.runtime.ground.ray_cluster import join_cluster
+from cutlayer.runtime.messages.codec import decode
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.workers.program import Program
 from cutlayer.runtime.workers.shared import Packed, not_given, unpacked
-from cutlayer.runtime.workers.talk import Frame, Hold, Talk, Word, decoded, pack, unpack
+from cutlayer.runtime.workers.talk import Frame, Hold, Talk, Word, pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +144,7 @@ class ActorLink:
                 self.pid = self._started()
             while True:
                 for result in self._call:
-                    head, frames = unpack(self._ray.get(result))
-                    return head, decoded(frames)
+                    return unpack(self._ray.get(result))
                 self._call = self._calls.get()
                 if self._call is None:
                     raise EOFError
@@ -208,11 +208,13 @@ class RayWorker:
         """The number of its process."""
         return os.getpid()
 
-    def hear(self, content: Frame, common: Frame | None) -> Generator[Any]:
+    def hear(self, content: bytes | memoryview, common: bytes | memoryview | None) -> Generator[Any]:
         """Answers to a word, each as soon as it is known."""
-        head, frames = unpack(content)
+        head, payloads = unpack(content)
+        if common is not None:
+            payloads.insert(0, decode(memoryview(common)))
         try:
-            for answer, parts in self._program.hear(head, decoded([*([] if common is None else [common]), *frames])):
+            for answer, parts in self._program.hear(head, payloads):
                 packed = pack(answer, parts)
                 yield packed if len(packed) < _INLINE_BYTES else np.frombuffer(packed, np.uint8)
         except Exception:

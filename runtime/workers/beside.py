@@ -15,14 +15,13 @@ from torch import Tensor
 
 from cutlayer.algorithms.mixins import CopyPerClient
 from cutlayer.runtime.messages.boundary import Message, Payload, Reply, Upload, flatten, on_device, owned, unflatten
-from cutlayer.runtime.messages.codec import encode
-from cutlayer.runtime.messages.frames import Signature, signature
+from cutlayer.runtime.messages.frames import Signature, pieces, signature
 from cutlayer.runtime.parties.contexts import Means
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.runtime.rounds.federation import make_server
 from cutlayer.runtime.rounds.session import ArrivingChannel, ServerParty, Serving, Workplace
 from cutlayer.runtime.rounds.setup import Setup
-from cutlayer.runtime.workers.talk import Copied, Served, given, taken
+from cutlayer.runtime.workers.talk import Copied, Frame, Served, given, taken
 
 _MESSAGE, _COPY = "message", "copy"
 
@@ -68,7 +67,7 @@ class Lender:
         """What comes next of a client."""
         self._next[client] = served
 
-    def ended(self, client: int, copied: Copied, states: Reply, rows: Iterator[Reply]) -> None:
+    def take(self, client: int, copied: Copied, states: Reply, rows: Iterator[Reply]) -> None:
         """Take a copy back, with the rows that the server keeps for its client."""
         self._party.count(copied.seconds)
         self._server.take_back(client, unflatten(on_device(states, self._server.ctx.blueprint.device)))
@@ -162,7 +161,7 @@ class Copy:
         self._served.append((served, self._logged.values))
         return down or {}
 
-    def end(self) -> tuple[Copied, list[bytes]]:
+    def end(self) -> tuple[Copied, list[Frame]]:
         """What there is to say of it, and frames: its states, then the rows that it keeps.
 
         Raises:
@@ -181,7 +180,7 @@ class Copy:
         rows, kept = given(copies.store.staged(client))
         copies.store.replace(client, {})
         served = [_with_logged(each, values) for each, values in self._served]
-        return Copied(served, rows, self._party.seconds), [encode(states), *kept]
+        return Copied(served, rows, self._party.seconds), [pieces(states), *kept]
 
 
 def _with_logged(served: Served, values: Sequence[tuple[str, Tensor | float]]) -> Served:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cutlayer.algorithms.mixins import CopyPerClient
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import MODEL, flatten
-from cutlayer.runtime.messages.codec import encode
+from cutlayer.runtime.messages.frames import pieces
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.runtime.rounds.evaluator import Evaluator
@@ -32,7 +32,7 @@ from cutlayer.runtime.workers.beside import Lender, NamingChannel
 from cutlayer.runtime.workers.pool import Inbox, Pool, Worker
 from cutlayer.runtime.workers.processes import Processes, preload
 from cutlayer.runtime.workers.session import MemoryTold, SessionWithCopy, WorkerSession
-from cutlayer.runtime.workers.talk import Engine, Failed, Hold, Test
+from cutlayer.runtime.workers.talk import Engine, Failed, Frame, Hold, Test
 
 
 def _engine(setup: Setup) -> Engine:
@@ -113,17 +113,19 @@ class WorkerClients(LocalClients):
         if lender is not None:
             server, channel = lender, NamingChannel(ledger, ahead, self.setup.device)
 
-        def begin(client: int) -> WorkerSession:
-            common = (self.pool, self._store, client, round, self._on_ended, self.setup.memory)
-            return WorkerSession(*common) if lender is None else SessionWithCopy(*common, lender)
-
         try:
-            report = SCHEDULES[algorithm.schedule](cohort, begin, drop, server, channel)
+            report = SCHEDULES[algorithm.schedule](
+                cohort, lambda client: self._begin(client, round, lender), drop, server, channel
+            )
         finally:
             self._beside = lender is not None and not lender.drew
         report.seconds = self.seconds - before
         self.pool.on_round()
         return report
+
+    def _begin(self, client: int, round: int, lender: Lender | None) -> WorkerSession:
+        common = (self.pool, self._store, client, round, self._on_ended, self.setup.memory)
+        return WorkerSession(*common) if lender is None else SessionWithCopy(*common, lender)
 
     def _on_ended(self, seconds: float) -> None:
         self.seconds += seconds
@@ -180,7 +182,7 @@ class _Holders:
             {key: each for name, state in held.items() for key, each in flatten(name, state).items()}
         )
 
-    def begin(self, test: Test, rows: list[bytes], inbox: Inbox) -> tuple[Worker, int]:
+    def begin(self, test: Test, rows: Sequence[Frame], inbox: Inbox) -> tuple[Worker, int]:
         """Begin a test; where, and as which session."""
         worker, number = self._pool.idlest(), self._pool.number()
         if worker not in self._given:
@@ -202,7 +204,7 @@ class _BegunTest:
         tuning: PersonalizeConfig | None,
         memory: MemoryTold,
     ) -> None:
-        self._holders, self._rows, self._memory = holders, [encode(row) for row in rows.values()], memory
+        self._holders, self._rows, self._memory = holders, [pieces(row) for row in rows.values()], memory
         self._test = Test(0, client, tuple(rows), tuning)
         self._begin()
 

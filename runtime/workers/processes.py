@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Sequence
 from functools import cached_property
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 import torch
@@ -20,10 +19,12 @@ from cutlayer.runtime.ground.memory import NO_MEMORY, be_first_to_go, ending_wit
 from cutlayer.runtime.ground.process import prepare_process
 from cutlayer.runtime.ground.processors import cores
 from cutlayer.runtime.messages.boundary import Reply
+from cutlayer.runtime.messages.codec import decode
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.workers.program import Program
 from cutlayer.runtime.workers.shared import Shared, not_given
-from cutlayer.runtime.workers.talk import Frame, Talk, Word, decoded, pack, unpack
+from cutlayer.runtime.workers.stream import WorkerStream
+from cutlayer.runtime.workers.talk import Frame, Talk, Word
 
 _THIS = "cutlayer.runtime.workers.processes"
 
@@ -65,7 +66,7 @@ class Processes:
 
 
 class ProcessLink:
-    """A process at the other end of a pipe; see ``WorkerLink``.
+    """A process at the other end of a socket; see ``WorkerLink``.
 
     Args:
         shared: holds the run's ``Setup``. threads: to compute with. device: the worker's GPU.
@@ -75,7 +76,8 @@ class ProcessLink:
     end = ""
 
     def __init__(self, shared: Shared, threads: int, device: str | None) -> None:
-        self._connection, theirs = Pipe()
+        ours, theirs = socket.socketpair()
+        self._stream = WorkerStream(ours)
         # Not multiprocessing's daemon, which may have no processes of its own; it ends with this process all the same.
         arguments = (theirs, shared, threads, device)
         self._process = forking.server(_THIS).Process(target=be_worker, args=arguments)
@@ -91,12 +93,12 @@ class ProcessLink:
     def say(self, head: Word, frames: Sequence[Frame] = (), common: bytes | None = None) -> None:
         how = _NONE if common is None else _SAME if common is self._common else _NEW
         if common is not None and how == _NEW:
-            self._common, frames = common, [common, *frames]
-        self._connection.send_bytes(pack((head, how), frames))
+            self._common, frames = common, [[common], *frames]
+        self._stream.send((head, how), frames)
 
     def hear(self) -> Talk:
-        head, frames = unpack(self._connection.recv_bytes())
-        return head, decoded(frames)
+        head, lengths = self._stream.receive_head()
+        return head, [self._stream.receive_payload(length) for length in lengths]
 
     def kill(self) -> None:
         self._process.kill()
@@ -116,23 +118,23 @@ class ProcessLink:
         return by_system, "killed by the system, as memory ran out," if by_system else f"killed by signal {-status}"
 
     def close(self) -> None:
-        self._connection.close()
+        self._stream.socket.close()
 
 
-def be_worker(connection: Connection, shared: Shared, threads: int, device: str | None) -> None:
-    """Be a worker until the other end of the connection is closed; the arguments are those of ``ProcessLink``."""
+def be_worker(end: socket.socket, shared: Shared, threads: int, device: str | None) -> None:
+    """Be a worker until the other end of the socket is closed; the arguments are those of ``ProcessLink``."""
     for number in SENT_TO_ALL:
         signal.signal(number, signal.SIG_IGN)
     logging.disable()  # the run's own process has said what there is to say
     be_first_to_go()
     with ending_without_memory():
-        _work(connection, shared, threads, torch.device(device or "cpu"))
+        _work(WorkerStream(end), shared, threads, torch.device(device or "cpu"))
 
 
-def _work(connection: Connection, shared: Shared, threads: int, place: torch.device) -> None:
+def _work(stream: WorkerStream, shared: Shared, threads: int, place: torch.device) -> None:
     prepare_process(place)  # before anything is on a GPU
     inbox: SimpleQueue[tuple[Word, list[Reply]]] = SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+    threading.Thread(target=_listen, args=(stream, inbox), daemon=True).start()
 
     def load() -> Setup:
         setup: Setup = shared.load(place)
@@ -142,19 +144,18 @@ def _work(connection: Connection, shared: Shared, threads: int, place: torch.dev
     program = Program(load)
     while True:
         for head, frames in program.hear(*inbox.get()):
-            connection.send_bytes(pack(head, frames))
+            stream.send(head, frames)
 
 
-def _listen(connection: Connection, inbox: SimpleQueue[Talk]) -> None:
-    common: memoryview = memoryview(b"")
+def _listen(stream: WorkerStream, inbox: SimpleQueue[Talk]) -> None:
+    common = b""
     try:
         with ending_without_memory():
             while True:
-                (head, how), frames = unpack(connection.recv_bytes())
+                (head, how), lengths = stream.receive_head()
                 if how == _NEW:
-                    common = frames[0]
-                elif how == _SAME:
-                    frames.insert(0, common)
-                inbox.put((head, decoded(frames)))
+                    common = bytes(stream.receive_bytes(lengths.pop(0)))
+                payloads = [] if how == _NONE else [decode(common)]
+                inbox.put((head, payloads + [stream.receive_payload(length) for length in lengths]))
     except (EOFError, OSError):
         os._exit(0)  # whatever it computes: nobody waits for it

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from cutlayer.runtime.messages.boundary import Message, Reply, on_device
-from cutlayer.runtime.messages.codec import encode
+from cutlayer.runtime.messages.frames import pieces
 from cutlayer.runtime.parties.contexts import ClientState
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.runtime.rounds.evaluator import ApartTests
@@ -25,6 +25,7 @@ from cutlayer.runtime.workers.talk import (
     Close,
     Ended,
     Failed,
+    Frame,
     Hold,
     Open,
     Resume,
@@ -35,7 +36,7 @@ from cutlayer.runtime.workers.talk import (
     given,
 )
 
-Answers: TypeAlias = Generator[tuple[Word, Sequence[bytes]]]
+Answers: TypeAlias = Generator[tuple[Word, Sequence[Frame]]]
 """Words with their frames, each as soon as it is known."""
 
 
@@ -123,14 +124,14 @@ class Program:
             if copy is not None:
                 session.send(copy.answer(event))
                 continue
-            yield Said(number, event.kind, event.expects_reply), [encode(event.fields)]
+            yield Said(number, event.kind, event.expects_reply), [pieces(event.fields)]
             if event.expects_reply:
                 return
         self._close(number)
         rows, kept = given(store.staged(client))
         copied, states = (None, []) if copy is None else copy.end()
         ended = Ended(number, event.samples, dict(event.metrics), seats.seconds - before, rows, copied)
-        yield ended, [encode(event.fields), *kept, *states]
+        yield ended, [pieces(event.fields), *kept, *states]
 
     def _test(self, head: Test, payloads: list[Reply]) -> Scored:
         desk = self._desk

@@ -9,12 +9,12 @@ from queue import SimpleQueue
 from typing import TypeAlias
 
 from cutlayer.runtime.messages.boundary import Message, Payload, Reply, Upload
-from cutlayer.runtime.messages.codec import encode
+from cutlayer.runtime.messages.frames import pieces
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.rounds.schedule import RoundLostError
 from cutlayer.runtime.workers.beside import DrewError, Lender, opening, without_contents
 from cutlayer.runtime.workers.pool import Inbox, Pool, Worker
-from cutlayer.runtime.workers.talk import Close, Ended, Failed, Open, Resume, Said, Served, given, taken
+from cutlayer.runtime.workers.talk import Close, Ended, Failed, Frame, Open, Resume, Said, Served, given, taken
 
 MemoryTold: TypeAlias = Callable[[str], contextlib.AbstractContextManager[None]]
 """What is said where memory runs out in a client's work, see ``Setup.memory``."""
@@ -57,7 +57,7 @@ class WorkerSession:
         else:
             assert self._worker is not None
             self._answered = True
-            self._worker.say(Resume(self._number), [encode(message)])
+            self._worker.say(Resume(self._number), [pieces(message)])
 
     def _start(self) -> None:
         assert self._opening is not None
@@ -69,7 +69,7 @@ class WorkerSession:
     def _opens(self, message: Reply) -> Payload:
         return message
 
-    def _open(self) -> tuple[Open, list[bytes]]:
+    def _open(self) -> tuple[Open, list[Frame]]:
         rows, kept = given(self._store.rows(self._client))
         return Open(self._number, self._client, self._round, tuple(rows), None), kept
 
@@ -138,7 +138,7 @@ class SessionWithCopy(WorkerSession):
     def _opens(self, message: Reply) -> Payload:
         return opening(message, self._lender.parts())
 
-    def _open(self) -> tuple[Open, list[bytes]]:
+    def _open(self) -> tuple[Open, list[Frame]]:
         head, kept = super()._open()
         rows, theirs = given(self._lender.store.rows(self._client))
         return head._replace(copy=tuple(rows)), [*kept, *theirs]
@@ -166,5 +166,5 @@ class SessionWithCopy(WorkerSession):
         upload = super()._ended(head, payloads)
         assert head.copied is not None
         self._served.extend(head.copied.served)
-        self._lender.ended(self._client, head.copied, next(payloads), payloads)
+        self._lender.take(self._client, head.copied, next(payloads), payloads)
         return upload

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 
 from cutlayer.runtime.ground.segments import Row
 from cutlayer.runtime.messages.boundary import Reply
-from cutlayer.runtime.messages.codec import decode, encode
-from cutlayer.runtime.messages.frames import Signature
+from cutlayer.runtime.messages.codec import decode
+from cutlayer.runtime.messages.frames import Signature, pieces
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.scoring.scores import ClientScores, Measured
@@ -121,8 +122,8 @@ class Failed(NamedTuple):
 Word: TypeAlias = Open | Resume | Close | Hold | Test | Scored | Said | Ended | Failed
 Talk: TypeAlias = tuple[Any, list[Reply]]
 
-Frame: TypeAlias = bytes | memoryview
-"""A payload, encoded."""
+Frame: TypeAlias = Sequence[bytes | memoryview]
+"""A payload, encoded, in pieces: the memory of its tensors, which is read before the next word."""
 
 
 class WorkerLink(Protocol):
@@ -193,33 +194,33 @@ class Engine(Protocol):
         ...
 
 
+def size_of(frame: Frame) -> int:
+    """Its bytes."""
+    return sum(len(piece) for piece in frame)
+
+
 def pack(head: Any, frames: Sequence[Frame]) -> bytes:
-    """A head with its frames."""
-    lead = pickle.dumps((head, [len(frame) for frame in frames]))
-    return b"".join((struct.pack("<I", len(lead)), lead, *frames))
+    """A head with its frames as bytes."""
+    lead = pickle.dumps((head, [size_of(frame) for frame in frames]))
+    return b"".join(chain((struct.pack("<I", len(lead)), lead), *frames))
 
 
-def unpack(content: Frame) -> tuple[Any, list[memoryview]]:
-    """The head and the frames, which lie in the content's own memory."""
+def unpack(content: bytes | memoryview) -> Talk:
+    """The head and the payloads, each of the receiver's own."""
     content = memoryview(content)
     start = 4 + struct.unpack_from("<I", content)[0]
     head, lengths = pickle.loads(content[4:start])
-    frames: list[memoryview] = []
+    payloads: list[Reply] = []
     for length in lengths:
-        frames.append(content[start : start + length])
+        payloads.append(decode(content[start : start + length]))
         start += length
-    return head, frames
+    return head, payloads
 
 
-def decoded(frames: Sequence[Frame]) -> list[Reply]:
-    """The payloads, each of the receiver's own."""
-    return [decode(frame) for frame in frames]
-
-
-def given(rows: Mapping[str, Row | None]) -> tuple[dict[str, bool], list[bytes]]:
+def given(rows: Mapping[str, Row | None]) -> tuple[dict[str, bool], list[Frame]]:
     """Rows as what a message says of them and as its frames."""
     return {name: row is not None for name, row in rows.items()}, [
-        encode(row) for row in rows.values() if row is not None
+        pieces(row) for row in rows.values() if row is not None
     ]
 
 

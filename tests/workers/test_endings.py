@@ -111,7 +111,7 @@ def test_a_client_that_begins_again_begins_with_what_it_was_sent_first(configure
     expected = session.receive()
     with federation(config) as made:
         assert isinstance(made.clients, WorkerClients)
-        session = made.clients._begin(0, 0)  # pyright: ignore[reportPrivateUsage]
+        session = made.clients._begin(0, 0, None)  # pyright: ignore[reportPrivateUsage]
         sent = owned(packed(made.server.down(0)))
         session.send(sent)
         (process, *_) = made.clients.pool.living()

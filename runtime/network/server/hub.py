@@ -152,6 +152,11 @@ class Hub:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+        rest = asyncio.all_tasks(self.loop)  # such as what gRPC still does for streams that have ended
+        for task in rest:
+            task.cancel()
+        if rest:
+            self.loop.run_until_complete(asyncio.wait(rest, timeout=FAREWELL_S))
 
     def _stop_loop(self) -> None:
         self.call(self.loop.stop)
@@ -244,18 +249,20 @@ class Hub:
 
     async def _greeted(self, context: Any, stream: guard.Stream, shown: Passport) -> Connection | None:
         """The connection, or None where the hub closes meanwhile."""
-        greeting = asyncio.ensure_future(_outcome(self._greet(context, stream, shown)))
+        writing = asyncio.Lock()
+        greeting = asyncio.ensure_future(_outcome(self._greet(context, stream, shown, writing)))
         try:
             await asyncio.wait([greeting, self._farewell], return_when=asyncio.FIRST_COMPLETED)
+            if not greeting.done():
+                await writing.acquire()  # a stream takes nothing else while a piece of it is being written
             came = greeting.result() if greeting.done() else None
         finally:
             greeting.cancel()
-            await asyncio.wait([greeting])  # a piece that is being written has to leave first
         if isinstance(came, Exception):
             raise came
         return came
 
-    async def _greet(self, context: Any, stream: guard.Stream, shown: Passport) -> Connection:
+    async def _greet(self, context: Any, stream: guard.Stream, shown: Passport, writing: asyncio.Lock) -> Connection:
         incoming = Incoming(_GREETING, (What.HELLO,))
         stream.wait(_GREETING_S + FAREWELL_S)
         if shown.client is not None and self._streams.of_client(shown.client) > guard.STREAMS_EACH:
@@ -267,7 +274,8 @@ class Hub:
         welcome = self._greeting.welcome(client, hello)
         stream.wait(_GREETING_S + FAREWELL_S)
         for piece in outgoing(Head(What.WELCOME), welcome):
-            await _written(context, piece)
+            async with writing:
+                await context.write(piece)
         # It may have data to load now; a link that breaks meanwhile ends this.
         patience = max(_GREETING_S, self.config.timeout)
         stream.wait(patience + FAREWELL_S)
@@ -332,18 +340,6 @@ async def _outcome(work: Coroutine[Any, Any, T]) -> T | Exception:
         return await work
     except Exception as error:
         return error
-
-
-async def _written(context: Any, piece: bytes) -> None:
-    """Write a piece to its end, if this is cancelled meanwhile too: until then the stream takes no other."""
-    writing = asyncio.ensure_future(_outcome(context.write(piece)))
-    try:
-        error = await asyncio.shield(writing)
-    except asyncio.CancelledError:
-        await asyncio.wait([writing])
-        raise
-    if error is not None:
-        raise error
 
 
 async def _send(context: Any, why: dict[str, Any]) -> None:

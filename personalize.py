@@ -29,7 +29,7 @@ def _measure() -> Measure:
     from cutlayer.runtime.after.saved import personalize_run  # late: a mistake in the keys need not wait for torch
     from cutlayer.runtime.workers.place import local_place
 
-    return partial(personalize_run, place=local_place)
+    return partial(personalize_run, place=partial(local_place, everyone=True))
 
 
 if __name__ == "__main__":

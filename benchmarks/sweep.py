@@ -30,22 +30,6 @@ from cutlayer.runtime.launching.sweeps.sweep import Sweep
 from cutlayer.runtime.records.results import Results
 from cutlayer.runtime.rounds.federation import Federation
 
-# Runs a command, and prints its seconds and those of processors, which are of all its processes: those whose parent
-# ends become this one's (PR_SET_CHILD_SUBREAPER of <linux/prctl.h>), which has no others.
-_COUNTING = """
-import ctypes, os, resource, subprocess, sys, time
-ctypes.CDLL(None).prctl(36, 1)
-began = time.perf_counter()
-status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
-wall = time.perf_counter() - began
-try:
-    while True:
-        os.waitpid(-1, 0)
-except ChildProcessError:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(wall, used.ru_utime + used.ru_stime)
-sys.exit(status)
-"""
 _KEYS = ("algorithm=fed_avg", "dataset=digits", "model=mlp", "num_clients=10", "batch_size=100", "progress=none")
 
 
@@ -70,7 +54,7 @@ def sweep(jobs: int, at_a_time: int, rounds: int, options: argparse.Namespace, k
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     try:
         counted = subprocess.run(
-            [sys.executable, "-c", _COUNTING, *command],
+            [sys.executable, "-m", "benchmarks.counted", *command],
             cwd=ROOT,
             env=environment,
             check=True,

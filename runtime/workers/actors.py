@@ -55,6 +55,7 @@ class Actors:
         self._ray: Any = join_cluster("engine=ray", "RAY_ADDRESS", settings) if self._joined else ray
         self._setup = setup
         self._sent: tuple[bytes, Any] = (b"", None)
+        self._made: Any = None
         if self.most < 1:
             raise ConfigError("engine", "ray", f"a cluster with {self._kind}s; this one has none")
 
@@ -81,21 +82,21 @@ class Actors:
         packed.write([memory.data for memory in memories])
         return [self._ray.put(each) for each in (packed.content, *memories)]
 
-    @cached_property
-    def _made(self) -> Any:
-        """The actors' class, with what each takes of the cluster."""
-        count, threads = self._setup.config.workers, torch.get_num_threads()
-        count = self.most if count == "auto" else count
-        gpus = min(1.0, self.most / count) if self._gpu else 0.0
-        room = int(self._ray.cluster_resources().get("CPU", 0.0) / threads)
-        if count > room:
-            by = f" by those of a worker (threads={threads})" if threads > 1 else ""
-            raise ConfigError("workers", self._setup.config.workers, f"at most {room}, the CPUs of the cluster{by}")
-        options = {"num_cpus": threads, "num_gpus": int(gpus * 1000) / 1000, "scheduling_strategy": "SPREAD"}
-        return self._ray.remote(**options)(RayWorker)
+    def _kind_of_actor(self, count: int) -> Any:
+        """The actors' class, with what each of so many takes of the cluster."""
+        if self._made is None:
+            threads = torch.get_num_threads()
+            gpus = min(1.0, self.most / count) if self._gpu else 0.0
+            room = int(self._ray.cluster_resources().get("CPU", 0.0) / threads)
+            if count > room:
+                by = f" by those of a worker (threads={threads})" if threads > 1 else ""
+                raise ConfigError("workers", count, f"at most {room}, the CPUs of the cluster{by}")
+            options = {"num_cpus": threads, "num_gpus": int(gpus * 1000) / 1000, "scheduling_strategy": "SPREAD"}
+            self._made = self._ray.remote(**options)(RayWorker)
+        return self._made
 
-    def begin(self, number: int) -> ActorLink:
-        actor = self._made.remote(*self._given, torch.get_num_threads(), self._gpu, _versions())
+    def begin(self, number: int, count: int) -> ActorLink:
+        actor = self._kind_of_actor(count).remote(*self._given, torch.get_num_threads(), self._gpu, _versions())
         return ActorLink(self._ray, actor, number, self)
 
     def common(self, frame: bytes) -> Any:
@@ -127,7 +128,6 @@ class ActorLink:
         self._call: Any = iter(())
         self._number = number
         self._process = actor.pid.remote()
-        self._waited = False
         self.pid: int | None = None
         self.end = "it does not answer"
         self.hopeless = self.starved = False

@@ -31,7 +31,7 @@ from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.workers.beside import Lender, NamingChannel
 from cutlayer.runtime.workers.pool import Inbox, Pool, Worker
 from cutlayer.runtime.workers.processes import Processes, preload
-from cutlayer.runtime.workers.session import MemoryTold, SessionWithCopy, WorkerSession
+from cutlayer.runtime.workers.session import AtWork, MemoryTold, SessionWithCopy, WorkerSession
 from cutlayer.runtime.workers.talk import Engine, Failed, Frame, Hold, Test
 
 
@@ -44,9 +44,14 @@ def _engine(setup: Setup) -> Engine:
 
 
 class AtWorkers:
-    """Clients of a run at ``workers`` of its engine; see ``ClientsPlace``."""
+    """Clients of a run at ``workers`` of its engine; see ``ClientsPlace``.
 
-    def __init__(self, config: RunConfig) -> None:
+    Args:
+        everyone: all clients are at work, not those of a round, as where a finished run is fine-tuned.
+    """
+
+    def __init__(self, config: RunConfig, *, everyone: bool = False) -> None:
+        self._everyone = everyone
         if config.engine == "processes":
             preload()
 
@@ -54,9 +59,9 @@ class AtWorkers:
         """The clients of the run's federation.
 
         Raises:
-            ConfigError: more workers than clients in a round.
+            ConfigError: more workers than clients at work.
         """
-        self._clients = WorkerClients(setup, store)
+        self._clients = WorkerClients(setup, store, everyone=self._everyone)
         return self._clients
 
     def check(self, setup: Setup) -> None:
@@ -86,11 +91,11 @@ class WorkerClients(LocalClients):
         count: the number of workers. pool: these.
     """
 
-    def __init__(self, setup: Setup, store: Store) -> None:
+    def __init__(self, setup: Setup, store: Store, *, everyone: bool = False) -> None:
         super().__init__(setup, store)
         self._engine = _engine(setup)
-        self.count = workers(setup, self._engine)
-        self.pool = Pool(self.count, self._engine.begin)
+        self.count = workers(setup, self._engine, everyone=everyone)
+        self.pool = Pool(self.count, lambda number: self._engine.begin(number, self.count))
         self._beside = issubclass(setup.algorithm.Server, CopyPerClient)
 
     @property
@@ -124,8 +129,8 @@ class WorkerClients(LocalClients):
         return report
 
     def _begin(self, client: int, round: int, lender: Lender | None) -> WorkerSession:
-        common = (self.pool, self._store, client, round, self._on_ended, self.setup.memory)
-        return WorkerSession(*common) if lender is None else SessionWithCopy(*common, lender)
+        at = AtWork(self.pool, self._store, round, self._on_ended, self.setup.memory)
+        return WorkerSession(at, client) if lender is None else SessionWithCopy(at, client, lender)
 
     def _on_ended(self, seconds: float) -> None:
         self.seconds += seconds
@@ -227,15 +232,16 @@ class _BegunTest:
             return head.scores
 
 
-def workers(setup: Setup, engine: Engine) -> int:
-    """How many workers a run has: as configured, or one for each core or GPU, as far as a round has clients.
+def workers(setup: Setup, engine: Engine, *, everyone: bool) -> int:
+    """How many workers there are: as configured, or one for each core or GPU, as far as there are clients at work.
 
     Raises:
-        ConfigError: more than a round has clients.
+        ConfigError: more than these.
     """
-    count, clients = setup.config.workers, len(setup.cohort(0))
+    count = setup.config.workers
+    clients, who = (setup.population, "run") if everyone else (len(setup.cohort(0)), "round")
     if count == "auto":
         return min(clients, engine.most)
     if count > clients:
-        raise ConfigError("workers", count, f"at most {clients}, the clients of a round")
+        raise ConfigError("workers", count, f"at most {clients}, the clients of a {who}")
     return count

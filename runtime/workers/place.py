@@ -6,10 +6,10 @@ from cutlayer.runtime.rounds.place import ClientsPlace, Here
 from cutlayer.runtime.settings import RunConfig
 
 
-def local_place(config: RunConfig) -> ClientsPlace:
-    """In this process, or at workers."""
+def local_place(config: RunConfig, *, everyone: bool = False) -> ClientsPlace:
+    """In this process, or at workers; ``everyone`` as for these."""
     if config.workers == 1 and config.engine == "processes":
         return Here()
     from cutlayer.runtime.workers.clients import AtWorkers  # late: it loads what starts processes
 
-    return AtWorkers(config)
+    return AtWorkers(config, everyone=everyone)

@@ -54,7 +54,7 @@ class Processes:
         except Exception as error:
             raise not_given(self._setup, error) from error
 
-    def begin(self, number: int) -> ProcessLink:
+    def begin(self, number: int, count: int) -> ProcessLink:
         device = None
         if self._setup.device.type == "cuda":
             device = f"cuda:{number % torch.cuda.device_count()}"
@@ -62,7 +62,7 @@ class Processes:
 
     def close(self) -> None:
         if "_shared" in self.__dict__:
-            self._shared.close()
+            self.__dict__.pop("_shared").close()
 
 
 class ProcessLink:

@@ -6,7 +6,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from cutlayer.runtime.messages.boundary import Message, Payload, Reply, Upload
 from cutlayer.runtime.messages.frames import pieces
@@ -20,28 +20,30 @@ MemoryTold: TypeAlias = Callable[[str], contextlib.AbstractContextManager[None]]
 """What is said where memory runs out in a client's work, see ``Setup.memory``."""
 
 
+class AtWork(NamedTuple):
+    """What the clients of a round have in common.
+
+    Attributes:
+        store: of the clients' rows. round: from 0. on_ended: called with the seconds that a client computed.
+        memory: as ``Setup.memory``.
+    """
+
+    pool: Pool
+    store: Store
+    round: int
+    on_ended: Callable[[float], None]
+    memory: MemoryTold
+
+
 class WorkerSession:
     """A client's round at a worker.
 
     Where the worker dies, the client begins again at another: what it has said until then is passed over, as it says
     the same again. Once it was answered, the whole round begins again instead.
-
-    Args:
-        store: of the clients' rows. on_ended: called with the seconds that the client computed.
-        memory: as ``Setup.memory``.
     """
 
-    def __init__(
-        self,
-        pool: Pool,
-        store: Store,
-        client: int,
-        round: int,
-        on_ended: Callable[[float], None],
-        memory: MemoryTold,
-    ) -> None:
-        self._pool, self._store, self._client, self._round = pool, store, client, round
-        self._on_ended, self._memory = on_ended, memory
+    def __init__(self, at: AtWork, client: int) -> None:
+        self._at, self._client = at, client
         self._opening: bytes | None = None
         self._answered = False
         self._heard = self._repeated = 0
@@ -52,7 +54,7 @@ class WorkerSession:
     def send(self, message: Reply) -> None:
         if self._opening is None:
             # Of its own: the server goes on, and it may be sent once more.
-            self._opening = self._pool.common(self._opens(message))
+            self._opening = self._at.pool.common(self._opens(message))
             self._start()
         else:
             assert self._worker is not None
@@ -61,8 +63,8 @@ class WorkerSession:
 
     def _start(self) -> None:
         assert self._opening is not None
-        self._number, self._inbox = self._pool.number(), SimpleQueue()
-        self._worker = self._pool.idlest()
+        self._number, self._inbox = self._at.pool.number(), SimpleQueue()
+        self._worker = self._at.pool.idlest()
         self._worker.take(self._number, self._client, self._inbox)
         self._worker.say(*self._open(), self._opening)
 
@@ -70,8 +72,8 @@ class WorkerSession:
         return message
 
     def _open(self) -> tuple[Open, list[Frame]]:
-        rows, kept = given(self._store.rows(self._client))
-        return Open(self._number, self._client, self._round, tuple(rows), None), kept
+        rows, kept = given(self._at.store.rows(self._client))
+        return Open(self._number, self._client, self._at.round, tuple(rows), None), kept
 
     def receive(self) -> Message | Upload:
         while True:
@@ -82,7 +84,7 @@ class WorkerSession:
             head, payloads = came
             if isinstance(head, Failed):
                 self._leave()
-                with self._memory(f"the round of client {self._client}"):
+                with self._at.memory(f"the round of client {self._client}"):
                     raise head.error
             if isinstance(head, Ended):
                 self._leave()
@@ -103,8 +105,8 @@ class WorkerSession:
 
     def _ended(self, head: Ended, payloads: Iterator[Reply]) -> Upload:
         fields = next(payloads)
-        taken(self._store, self._client, head.rows, payloads)
-        self._on_ended(head.seconds)
+        taken(self._at.store, self._client, head.rows, payloads)
+        self._at.on_ended(head.seconds)
         return Upload(fields, head.samples, head.metrics)
 
     def _leave(self) -> None:
@@ -120,17 +122,8 @@ class WorkerSession:
 class SessionWithCopy(WorkerSession):
     """A client's round at a worker, with the server's copy for it; what passed between them is told afterwards."""
 
-    def __init__(
-        self,
-        pool: Pool,
-        store: Store,
-        client: int,
-        round: int,
-        on_ended: Callable[[float], None],
-        memory: MemoryTold,
-        lender: Lender,
-    ) -> None:
-        super().__init__(pool, store, client, round, on_ended, memory)
+    def __init__(self, at: AtWork, client: int, lender: Lender) -> None:
+        super().__init__(at, client)
         self._lender = lender
         self._served: deque[Served] = deque()
         self._upload: Upload | None = None

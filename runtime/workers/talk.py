@@ -185,8 +185,8 @@ class Engine(Protocol):
         """Workers that have a core or a GPU each."""
         ...
 
-    def begin(self, number: int) -> WorkerLink:
-        """Start the worker with that number, from 0."""
+    def begin(self, number: int, count: int) -> WorkerLink:
+        """Start the worker with that number, from 0, of so many."""
         ...
 
     def close(self) -> None:

@@ -115,14 +115,14 @@ def test_a_mistake_at_a_worker_is_one_line_and_leaves_nothing(configure: Configu
 
 
 def test_a_run_fine_tunes_at_its_workers_and_so_does_the_command_later(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = ("algorithm=fed_per", *SETTING, "personalize.part=full", "personalize.epochs=[0,1,2]", "progress=none")
     tables: list[bytes] = []
     for count in (1, 2):
         if count == 2:
             monkeypatch.delattr(Tuner, "scores")
-        config = configure(*keys, "personalize.lr=0.05", f"workers={count}")
+        config = configure(*keys, "frac=0.4", "personalize.lr=0.05", f"workers={count}")
         with RunFolder.claim(tmp_path / str(count), config.identity()) as folder:
             run(config, folder)
         tables.append((personalized_folder(folder.path, config.personalize) / CLIENTS).read_bytes())
@@ -133,3 +133,4 @@ def test_a_run_fine_tunes_at_its_workers_and_so_does_the_command_later(
     assert tables == [table.read_bytes()] * 2
     assert read_config(made, {}).config.workers == 1, "a folder from elsewhere starts no processes"
     assert command.main([str(made), "workers=9"]) == 1
+    assert "workers=9: expected at most 5, the clients of a run" in capsys.readouterr().err

@@ -121,7 +121,7 @@ def _unmeasured(job: JobFolder, config: RunConfig) -> list[tuple[Again, str]]:
         return []
     folder, missing = Path(state.folder), list[tuple[Again, str]]()
     if config.personalize.part is not None and personalize.earlier_personalization(folder, config.personalize) is None:
-        missing.append((partial(personalize_run, place=local_place), "personalize"))
+        missing.append((partial(personalize_run, place=partial(local_place, everyone=True)), "personalize"))
     if config.probe.after and probe.earlier_probe(folder, config.probe) is None:
         missing.append((probe_run, "probe"))
     return missing

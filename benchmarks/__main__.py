@@ -13,7 +13,7 @@ BENCHMARKS = {
     "checkpoint": "seconds of a checkpoint with 10,000 clients' rows against a file for each row",
     "evaluation": "share of a round's wall time that evaluation takes",
     "network": "a step's round trip over gRPC against a bare echo of its bytes, and the server's memory by clients",
-    "gpu": "every method on a GPU as on a processor, and the comparison of FSL-SAGE's paper for a given time",
+    "gpu": "every method on a GPU as on a processor, how fast it is, and FSL-SAGE's paper for a given time",
     "sweep": "a sweep with two jobs at a time against one at a time, and what the start of a job takes",
     "plotting": "time to read, average and draw 2,000 saved runs of 200 rounds",
 }

@@ -31,7 +31,7 @@ _is_wrapped: Callable[[Tensor], bool] = _C._functorch.is_functorch_wrapped_tenso
 _Run = Callable[[Tensor], Tensor]
 WARM_UP = 3  # passes before a recording: libraries choose their kernels and take their memory then
 _AFTER = 2  # calls of a kind that are computed as ever before one is recorded
-_KINDS, _AT_ONCE, _IN_ALL = 4, 2, 24  # recordings: kinds of a part, of a kind at once, of all parts
+_KINDS, _AT_ONCE, _IN_ALL = 4, 2, 16  # recordings: kinds of a part, of a kind at once, of all parts
 
 
 class Passes(Protocol):
@@ -211,7 +211,7 @@ class ReplayedForward:
         self.parameters = [*part.parameters()]
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
         self._layout = [(parameter.numel(), parameter.shape, parameter.stride()) for parameter in self.parameters]
-        modules = [*part.modules()]
+        self._modules = modules = [*part.modules()]
         places = _dicts(modules, "_parameters", "_buffers")
         self._bound = [(place, name, tensor) for place in places for name, tensor in place.items()]
         self._hooks = _dicts(modules, *(f"_{when}_hooks" for when in ("forward", "forward_pre", "backward")))
@@ -253,7 +253,8 @@ class ReplayedForward:
         learning = tuple(parameter.requires_grad for parameter in self.parameters)
         if not (x.requires_grad or any(learning)):
             return None
-        kind = (x.shape, x.stride(), x.dtype, x.requires_grad, learning, _autocast(x))
+        modes = tuple(module.training for module in self._modules)
+        kind = (x.shape, x.stride(), x.dtype, x.requires_grad, learning, modes, _autocast(x))
         recordings = self._recordings.get(kind)
         if recordings is None:
             self._seen[kind] = self._seen.get(kind, 0) + 1
@@ -294,28 +295,25 @@ class ReplayedForward:
 
     def gradients(self, joined: Tensor) -> list[Tensor | None]:
         """The parameters' gradients, out of a row that may be kept."""
-        learning = [parameter.requires_grad for parameter in self.parameters]
-        sizes = [size for (size, _, _), learns in zip(self._layout, learning, strict=True) if learns]
-        pieces = iter(torch.split(joined, sizes) if sizes else ())
-        return [
-            next(pieces).as_strided(shape, stride) if learns else None
-            for (_, shape, stride), learns in zip(self._layout, learning, strict=True)
-        ]
+        found: list[Tensor | None] = []
+        start = 0
+        for parameter, (size, shape, stride) in zip(self.parameters, self._layout, strict=True):
+            found.append(joined.as_strided(shape, stride, start) if parameter.requires_grad else None)
+            start += size if parameter.requires_grad else 0
+        return found
 
-    def anew(self, x: Tensor, parameters: Sequence[Tensor], gradient: Tensor, how: tuple[Any, ...]) -> list[Any]:
+    def anew(self, x: Tensor, gradient: Tensor, how: tuple[bool, torch.dtype]) -> list[Any]:
         """The gradients of an input and the parameters, from a forward pass of their own, which moves no statistics."""
         differentiable = torch.is_grad_enabled()
         self._given_up |= differentiable  # this part's gradients are differentiated: the next call is its own
-        names = {id(each): name for name, each in self._part.named_parameters()}
-        state = {names[id(own)]: each for own, each in zip(self.parameters, parameters, strict=True)}
-        state |= {name: buffer.clone() for name, buffer in self._part.named_buffers()}
+        state = {name: buffer.clone() for name, buffer in self._part.named_buffers()}
         enabled, dtype = how
         with torch.enable_grad():
             with torch.autocast(x.device.type, dtype, enabled=enabled, cache_enabled=False):
                 output = functional_call(self._part, state, (x,))
-            needed = [each for each in (x, *parameters) if each.requires_grad]
+            needed = [each for each in (x, *self.parameters) if each.requires_grad]
             found = iter(torch.autograd.grad(output, needed, gradient, create_graph=differentiable))
-        return [next(found) if each.requires_grad else None for each in (x, *parameters)]
+        return [next(found) if each.requires_grad else None for each in (x, *self.parameters)]
 
 
 class _Replay(torch.autograd.Function):
@@ -326,17 +324,17 @@ class _Replay(torch.autograd.Function):
         replayed, recording, x, *parameters = given
         ctx.replayed, ctx.recording, ctx.turn = replayed, recording, recording.begin()
         ctx.how, ctx.versions = _autocast(x), [parameter._version for parameter in parameters]
-        ctx.save_for_backward(x, *parameters)
+        ctx.save_for_backward(x)
         return recording.passes.forward(x).clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         replayed: ReplayedForward = ctx.replayed
-        changed = any(p._version != v for p, v in zip(replayed.parameters, ctx.versions, strict=True))
-        if changed or torch.is_grad_enabled() or not ctx.recording.holds(ctx.turn):
-            x, *parameters = ctx.saved_tensors  # where parameters were changed since, torch raises what it always does
-            return None, None, *replayed.anew(x, parameters, gradient, ctx.how)
+        if any(p._version != v for p, v in zip(replayed.parameters, ctx.versions, strict=True)):
+            raise RuntimeError("a parameter was modified by an inplace operation since the forward pass that needs it")
+        if torch.is_grad_enabled() or not ctx.recording.holds(ctx.turn):
+            return None, None, *replayed.anew(*ctx.saved_tensors, gradient, ctx.how)
         own, joined = ctx.recording.passes.backward(gradient)
         ctx.recording.end()
         return None, None, None if own is None else own.clone(), *replayed.gradients(joined.clone())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -331,9 +331,12 @@ def _shapes(state: Mapping[str, torch.Size]) -> str:
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """A fresh torch optimizer; on a GPU one that takes a step of all parameters at once, unless told otherwise."""
-    made, options = [*parameters], config.options
-    on_gpu = bool(made) and all(parameter.device.type == "cuda" for parameter in made)
-    if on_gpu and config.name in _FUSED_ON_GPUS and not options.keys() & {*_WAYS}:
-        options = {**options, "fused": True}
-    kind: Any = _OPTIMIZERS[config.name]
-    return kind(made, **options)
+    made, kind = [*parameters], cast(Any, _OPTIMIZERS[config.name])
+    return kind(made, **_options_on(config, {parameter.device.type for parameter in made}))
+
+
+def _options_on(config: OptimizerConfig, devices: Collection[str]) -> dict[str, Any]:
+    """The options of an optimizer whose parameters are on devices of these types."""
+    said = any(config.options.get(key) is not None for key in _WAYS)
+    fused = [*devices] == ["cuda"] and config.name in _FUSED_ON_GPUS and not said
+    return {**config.options, "fused": True} if fused else config.options

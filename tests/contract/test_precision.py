@@ -1,4 +1,4 @@
-"""bf16 for every registered algorithm: it learns what fp32 learns, and moves every part to where fp32 moves it."""
+"""How every registered algorithm computes: bf16 learns what fp32 learns, and the order in memory decides nothing."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +16,7 @@ from cutlayer.runtime.parties.optim import PartOptimizer
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from tests.conftest import play, weights
-from tests.contract.test_contract import quick
+from tests.contract.test_contract import CONVOLUTIONS, quick
 
 # Many local steps in a round, at a rate at which two rounds learn the digits.
 STEPS = ("num_clients=2", "batch_size=20", "optimizer=sgd", "lr=0.2")
@@ -102,3 +102,22 @@ def test_steps_are_computed_outside_of_autocast() -> None:
             optimizer.update((weight * gradient).sum())
         moved.append(weight.detach())
     assert torch.equal(*moved)
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_the_order_of_values_in_memory_changes_nothing_but_rounding(configure, name: str) -> None:
+    """Weights and images lie channel by channel, what crosses as it would come over a network."""
+    setting = (f"algorithm={name}", *quick(name), *CONVOLUTIONS, "precision=fp64", "rounds=2", "num_clients=2")
+    setting += ("optimizer=sgd", "lr=0.05")  # Adam would make steps of the rounding of gradients that are zero
+    ends = {}
+    for order in ("contiguous", "channels_last"):
+        federation = Federation(configure(*setting, f"memory_format={order}"))
+        start = weights(federation)
+        ends[order] = moves(start, weights(play(federation)))
+    assert furthest(ends["contiguous"], ends["channels_last"]) < 1e-6
+    for part in federation.setup.blueprint.parts(federation.setup.algorithm.layout.parts).values():
+        for parameter in part.parameters():
+            if parameter.dim() == 4 and min(parameter.shape[1:]) > 1:
+                assert parameter.is_contiguous(memory_format=torch.channels_last)
+    x, _ = next(federation.setup.epoch(0, torch.Generator().manual_seed(0)))
+    assert x.is_contiguous(memory_format=torch.channels_last)

@@ -268,6 +268,16 @@ def test_evaluation_and_other_weights_are_the_parts_own() -> None:
     assert len(pair.made) == 1
 
 
+def test_a_layer_in_evaluation_mode_is_another_kind() -> None:
+    pair = Pair()
+    pair.warm()
+    for part in pair.both:
+        part.norm.eval()
+    for seed in range(5):
+        pair.same(lambda part, seed=seed: step(part, batch(seed)))
+    assert len(pair.made) == 2
+
+
 def test_under_autocast_is_another_kind() -> None:
     pair = Pair()
     pair.warm()

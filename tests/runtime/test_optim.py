@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.parties import optim
 from cutlayer.runtime.parties.optim import (
     PartOptimizer,
     check_schedule,
@@ -124,3 +125,47 @@ def test_a_persistent_optimizer_gets_every_option_that_the_schedule_moves() -> N
 def test_schedules_that_would_fail_later_are_refused_now(optimizer, scheduler, rounds: int) -> None:
     with pytest.raises(ConfigError, match="scheduler="):
         check_schedule(optimizer_config(optimizer), scheduler_config(scheduler), rounds, "scheduler")
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_a_gpu_takes_a_step_at_once_unless_told_otherwise(name: str) -> None:
+    plain = optimizer_config({"name": name, "lr": 0.1})
+    assert optim._options_on(plain, {"cuda"}) == {"lr": 0.1, "fused": True}
+    assert optim._options_on(plain, {"cpu"}) == plain.options
+    assert optim._options_on(plain, set()) == plain.options
+    for way in ("fused", "foreach"):
+        own = optimizer_config({"name": name, "lr": 0.1, way: False})
+        assert optim._options_on(own, {"cuda"}) == {"lr": 0.1, way: False}
+    assert optim._options_on(optimizer_config({"name": "rmsprop", "lr": 0.1}), {"cuda"}) == {"lr": 0.1}
+
+
+def test_a_schedule_leaves_how_a_step_is_computed() -> None:
+    options = optimizer_config({"name": "sgd", "lr": 0.1, "momentum": 0.9})
+    part = PartOptimizer([torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1, momentum=0.9, fused=True)])
+    part.set([learning_options(options, scheduler_config({"name": "ExponentialLR", "gamma": 0.5}), 3)])
+    (group,) = part.of(0).param_groups
+    assert group["fused"]
+    assert group["lr"] == pytest.approx(0.0125)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_fused_steps_go_on_from_what_lay_in_another_order(name: str) -> None:
+    """Gradients and kept momenta lie as their parameters do, as a GPU's fused steps need."""
+    values = {"name": name, "lr": 0.1, **({"momentum": 0.9} if name == "sgd" else {})}
+    ends = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last))
+        config = optimizer_config({**values, "fused": fused})
+        kept: dict[str, torch.Tensor] = {}
+        for _ in range(3):
+            part = PartOptimizer([make_optimizer(config, [weight])])
+            load_optimizer(part.of(0), kept)
+            for value in part.of(0).state[weight].values():
+                assert value.dim() == 0 or value.stride() == weight.stride()
+            weight.grad = torch.randn(2, 3, 4, 4)
+            part.step()
+            assert weight.grad.stride() == weight.stride() or not fused
+            kept = {key: value.contiguous() for key, value in optimizer_tensors(part.of(0)).items()}
+        ends.append(weight.detach())
+    assert torch.allclose(*ends, rtol=1e-4, atol=1e-6)

@@ -252,7 +252,7 @@ def test_parts_inherit_and_refine_the_top_level_scheduler() -> None:
         (["checkpoint_interval=0"], r"checkpoint_interval=0"),
         (["comm_threshold_mb=0"], r"comm_threshold_mb=0.0"),
         (["device=gpu"], r"device=gpu: expected auto, cpu, cuda or cuda:<index>"),
-        (["precision=fp16"], r"precision=fp16: .*choices: fp32, bf16, fp64"),
+        (["precision=fp16"], r"precision=fp16: .*choices: fp32, tf32, bf16, fp64"),
         (["progress=loud"], r"progress=loud: .*choices: auto"),
         (["aggregate.weights=[1,2]"], r"aggregate\.weights=\[1\.0,2\.0\]: expected"),
         (["aggregate.weights=sample"], r"aggregate\.weights=sample: .*did you mean samples\?"),

@@ -334,7 +334,8 @@ class _Replay(torch.autograd.Function):
         if any(p._version != v for p, v in zip(replayed.parameters, ctx.versions, strict=True)):
             raise RuntimeError("a parameter was modified by an inplace operation since the forward pass that needs it")
         if torch.is_grad_enabled() or not ctx.recording.holds(ctx.turn):
-            return None, None, *replayed.anew(*ctx.saved_tensors, gradient, ctx.how)
+            (x,) = ctx.saved_tensors
+            return None, None, *replayed.anew(x, gradient, ctx.how)
         own, joined = ctx.recording.passes.backward(gradient)
         ctx.recording.end()
         return None, None, None if own is None else own.clone(), *replayed.gradients(joined.clone())

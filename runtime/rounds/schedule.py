@@ -33,6 +33,14 @@ class RoundReport:
             self._sums[name] = self._sums.get(name, 0.0) + upload.samples * value
             self._weights[name] = self._weights.get(name, 0.0) + upload.samples
 
+    def extend(self, other: RoundReport) -> None:
+        """Count what came of other clients' round."""
+        self.survivors += other.survivors
+        self.dropped += other.dropped
+        for own, more in ((self._sums, other._sums), (self._weights, other._weights)):
+            for name, value in more.items():
+                own[name] = own.get(name, 0.0) + value
+
     @property
     def metrics(self) -> dict[str, float]:
         """The clients' metrics."""

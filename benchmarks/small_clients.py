@@ -17,7 +17,6 @@ from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.local_clients import LocalClients
 
-
 MODELS = {
     "cnn2": ("model=cnn2",),
     "cnn4-8": ("model=cnn4", "model.options.width=8"),

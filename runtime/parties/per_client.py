@@ -1,21 +1,25 @@
-"""Tensors of several clients as one: whoever computes with such a tensor computes with that of a client, of all at once.
+"""Tensors of several clients as one: what is computed with such a tensor is computed with that of each client.
 
 In memory a `PerClient` is [clients, ...]; its shape, and what any function of torch makes of it, are those of one
-client. A function is computed by ``torch.vmap`` over the clients, and autograd records what vmap computes. So a client's
-program runs once, unchanged, for many clients. What cannot be the same computation for all of them (a value that is
-read, a random number, a selection by value) raises `ApartError`.
+client. A function is computed by ``torch.vmap`` over the clients, and autograd records what vmap computes. So a
+client's program runs once, unchanged, for many clients. What cannot be the same computation for all of them (a value
+that is read, a random number, a selection by value) raises `ApartError`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from cutlayer.runtime.ground.memory import ran_out
 
+# Slower, but right; where it matters `cohort.together=auto` finds out.
+warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented the batching rule")
 T = TypeVar("T")
 
 
@@ -30,15 +34,17 @@ class PerClient(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, stored = kwargs or {}, cast(Any, super()).__torch_function__
         if func in _OF_ONE:
             return _one(func, args, kwargs)
         if func in _AS_STORED:
-            return super().__torch_function__(func, types, args, kwargs)
+            found = stored(func, types, args, kwargs)
+            # A gradient is not made a subclass's by torch.
+            return found.as_subclass(cls) if func == _T.grad.__get__ and found is not None else found
         if func in _READING:
             raise ApartError(f"a value is read by {_name(func)}")
         if func in _ELEMENTWISE and _alike(args, kwargs):
-            return super().__torch_function__(func, types, args, kwargs)
+            return stored(func, types, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]  what torch's own default does
             if func is torch.autograd.grad:
                 return _gradients(*args, **kwargs)
@@ -46,53 +52,60 @@ class PerClient(Tensor):
                 return _backward(*args, **kwargs)
             return _mapped(func, args, kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            twin = self.detach().clone().requires_grad_(self.requires_grad)
+            memo[id(self)] = nn.Parameter(twin, self.requires_grad) if isinstance(self, nn.Parameter) else twin
+        return memo[id(self)]
 
+
+_T: Any = Tensor  # its methods and properties, as torch names them
 _OF_ONE: set[Any] = {
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.stride),
-    *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.nbytes.__get__, torch.numel, Tensor.is_contiguous),
-    *(torch.is_same_size, Tensor.is_same_size),
+    *(_T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.__len__, _T.stride),
+    *(_T.shape.__get__, _T.ndim.__get__, _T.nbytes.__get__, torch.numel, _T.is_contiguous),
+    *(torch.is_same_size, _T.is_same_size),
 }
 """What is said of one client's tensor."""
 
 _AS_STORED: set[Any] = {
     *(
-        Tensor.device.__get__,
-        Tensor.dtype.__get__,
-        Tensor.layout.__get__,
-        Tensor.is_cuda.__get__,
-        Tensor.is_cpu.__get__,
+        _T.device.__get__,
+        _T.dtype.__get__,
+        _T.layout.__get__,
+        _T.is_cuda.__get__,
+        _T.is_cpu.__get__,
     ),
-    *(Tensor.is_meta.__get__, Tensor.is_sparse.__get__, Tensor.is_quantized.__get__, Tensor.is_nested.__get__),
-    *(Tensor.is_mkldnn.__get__, Tensor.is_leaf.__get__, Tensor.itemsize.__get__, Tensor.element_size),
-    *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex, Tensor.is_inference),
-    *(Tensor.requires_grad.__get__, Tensor.requires_grad.__set__, Tensor.requires_grad_, Tensor.retain_grad),
-    *(Tensor.grad.__get__, Tensor.grad.__set__, Tensor.grad_fn.__get__, Tensor.data.__get__, Tensor._version.__get__),  # pyright: ignore[reportPrivateUsage]
-    *(Tensor.detach, Tensor.detach_, Tensor.clone, torch.clone, Tensor.__deepcopy__, Tensor.get_device),
-    *(Tensor.as_subclass, Tensor._backward_hooks.__get__, Tensor.is_set_to, Tensor.data_ptr),  # pyright: ignore
+    *(_T.is_meta.__get__, _T.is_sparse.__get__, _T.is_quantized.__get__, _T.is_nested.__get__),
+    *(_T.is_mkldnn.__get__, _T.is_leaf.__get__, _T.itemsize.__get__, _T.element_size),
+    *(_T.is_floating_point, torch.is_floating_point, _T.is_complex, torch.is_complex, _T.is_inference),
+    *(_T.requires_grad.__get__, _T.requires_grad.__set__, _T.requires_grad_, _T.retain_grad),
+    *(_T.grad.__get__, _T.grad.__set__, _T.grad_fn.__get__, _T.data.__get__, _T._version.__get__),
+    *(_T.detach, _T.detach_, _T.clone, torch.clone, _T.get_device),
+    *(_T.as_subclass, _T._backward_hooks.__get__, _T.is_set_to, _T.data_ptr),
 }
 """What is the same of all clients' tensors, or is done to each element."""
 
 _ELEMENTWISE: set[Any] = {
     *(
-        Tensor.add,
-        Tensor.sub,
-        Tensor.mul,
-        Tensor.div,
-        Tensor.__add__,
-        Tensor.__sub__,
-        Tensor.__mul__,
-        Tensor.__truediv__,
+        _T.add,
+        _T.sub,
+        _T.mul,
+        _T.div,
+        _T.__add__,
+        _T.__sub__,
+        _T.__mul__,
+        _T.__truediv__,
     ),
-    *(Tensor.__radd__, Tensor.__rmul__, Tensor.__neg__, Tensor.neg, Tensor.square, Tensor.lerp, Tensor.lerp_),
-    *(Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.div_, Tensor.__iadd__, Tensor.__isub__, Tensor.__imul__),
-    *(Tensor.copy_, Tensor.zero_, torch.zeros_like, torch.ones_like, torch.relu, torch.nn.functional.relu),
+    *(_T.__radd__, _T.__rmul__, _T.__neg__, _T.neg, _T.square, _T.lerp, _T.lerp_),
+    *(_T.add_, _T.sub_, _T.mul_, _T.div_, _T.__iadd__, _T.__isub__, _T.__imul__),
+    *(_T.copy_, _T.zero_, torch.zeros_like, torch.ones_like, torch.relu, functional.relu),
 }
 """What is done to each element alone, with that of the same place where there is a second tensor."""
 
 _READING: set[Any] = {
-    *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__),
-    *(Tensor.__complex__, Tensor.__contains__, Tensor.__array__, torch.equal, Tensor.equal, torch.allclose),
-    *(Tensor.allclose, Tensor.is_nonzero, torch.is_nonzero, Tensor.backward),
+    *(_T.item, _T.tolist, _T.numpy, _T.__bool__, _T.__float__, _T.__int__, _T.__index__),
+    *(_T.__complex__, _T.__contains__, _T.__array__, torch.equal, _T.equal, torch.allclose),
+    *(_T.allclose, _T.is_nonzero, torch.is_nonzero, _T.backward),
 }
 """What needs one client's value. A backward pass is that of ``torch.autograd``, as of methods' optimizers."""
 
@@ -118,6 +131,11 @@ def whole(tensor: Tensor) -> Tensor:
     """All clients' tensors as an ordinary one, [clients, ...], in the same memory."""
     with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
         return tensor.as_subclass(Tensor)
+
+
+def numbers(tensor: PerClient) -> list[float]:
+    """The number of each client that a tensor of shape [] holds."""
+    return cast("list[float]", cast(Any, whole(tensor)).tolist())
 
 
 def apart(value: T, clients: int) -> list[T]:
@@ -174,6 +192,7 @@ def _mapped(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
         raise ApartError(f"{_name(func)} writes into a given tensor")
     found: list[Tensor] = []
     _collect((args, kwargs), found)
+    func = _on_a_gpu.get(func, func) if found[0].is_cuda else func
     in_place = _writes(func)
 
     def of_one(*tensors: Tensor) -> Any:
@@ -193,6 +212,44 @@ def _mapped(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
     return args[0] if in_place else _wrapped(result)
 
 
+def unfolded_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv2d`` as one matrix product.
+
+    With weights of each client a convolution becomes a grouped one, which cuDNN computes one group after the other.
+
+    Args:
+        input: [b, C, H, W]. weight: [O, C, h, w]. bias: [O].
+    """
+    if groups != 1 or isinstance(padding, str):
+        return functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    (rows, columns), out = weight.shape[2:], len(weight)
+    height, width = (
+        (side + 2 * pad - dilate * (kernel - 1) - 1) // step + 1
+        for side, pad, dilate, kernel, step in zip(
+            input.shape[2:], _pair(padding), _pair(dilation), (rows, columns), _pair(stride), strict=True
+        )
+    )
+    patches = functional.unfold(input, (rows, columns), dilation, padding, stride)  # [b, C * h * w, places]
+    product = weight.reshape(out, -1) @ patches.transpose(0, 1).reshape(patches.shape[1], -1)
+    result = product.view(out, len(input), height, width).transpose(0, 1)
+    return result if bias is None else result + bias.view(-1, 1, 1)
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+_on_a_gpu: dict[Any, Any] = {functional.conv2d: unfolded_conv2d, torch.conv2d: unfolded_conv2d}
+
+
 def _writes(func: Any) -> bool:
     name = _name(func)
     return name in _WRITING or (name.endswith("_") and not name.endswith("__"))
@@ -200,7 +257,10 @@ def _writes(func: Any) -> bool:
 
 _WRITING = frozenset(
     f"__{name}__"
-    for name in "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul".split()
+    for name in (
+        *("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "imatmul"),
+    )
 )
 
 
@@ -236,7 +296,7 @@ def _wrapped(result: Any) -> Any:
         items = [_wrapped(each) for each in cast("Sequence[Any]", result)]
         if isinstance(result, list):
             return items
-        kind = cast("type[Any]", type(result))
+        kind = cast(Any, type)(result)
         return tuple(items) if kind is tuple else kind(*items) if hasattr(kind, "_fields") else kind(items)
     return result
 

@@ -1,9 +1,9 @@
-"""Several clients in a round as one: `ClientContext` for a program that runs once, with a tensor of each in `PerClient`."""
+"""Several clients in a round as one: `ClientContext` for a program that runs once, with `PerClient` tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from cutlayer.runtime.parties.blueprint import Blueprint
 from cutlayer.runtime.parties.client_data import ClientData, Drawn
 from cutlayer.runtime.parties.contexts import ClientContext, KeptOptimizers, KeptRows, Seat
 from cutlayer.runtime.parties.optim import PartOptimizer
-from cutlayer.runtime.parties.per_client import ApartError, PerClient, apart, repeated, stacked, whole
+from cutlayer.runtime.parties.per_client import ApartError, PerClient, apart, numbers, repeated, stacked, whole
 from cutlayer.runtime.parties.store import Row
 
 IGNORED = -100
@@ -43,7 +43,7 @@ def _stack(part: nn.Module, clients: int) -> None:
             module._buffers[name] = made.setdefault(id(buffer), repeated(buffer, clients))  # pyright: ignore[reportPrivateUsage]  registered anew it would become persistent
 
 
-class Rows:
+class RowsTogether:
     """The rows that each of several clients keeps, as one row; what is put takes effect with `stage`."""
 
     def __init__(self, states: Sequence[KeptRows]) -> None:
@@ -84,9 +84,9 @@ class Rows:
 
 
 class _OptimizerRows:
-    """The same of optimizers: their state is ordinary tensors, [clients, ...] of each parameter, with one step count."""
+    """The same of optimizers: their state is ordinary tensors, [clients, ...] of each parameter, and one step count."""
 
-    def __init__(self, rows: Rows, clients: int) -> None:
+    def __init__(self, rows: RowsTogether, clients: int) -> None:
         self._rows, self._clients = rows, clients
 
     def get(self, name: str) -> Row | None:
@@ -195,7 +195,7 @@ class TogetherContext(ClientContext):
     """
 
     def __init__(self, seat: Seat, members: Sequence[ClientContext]) -> None:
-        first, rows = members[0], Rows([member.state for member in members])
+        first, rows = members[0], RowsTogether([member.state for member in members])
         self.members, self.seat = members, seat
         super().__init__(
             seat,
@@ -315,7 +315,7 @@ class TogetherContext(ClientContext):
         """Each client's own metrics."""
         found: list[dict[str, float]] = [{} for _ in self.members]
         for name, (total, _) in self.means.sums().items():
-            values = whole(total).tolist() if isinstance(total, PerClient) else [float(total)] * len(found)
+            values = numbers(total) if isinstance(total, PerClient) else [float(total)] * len(found)
             for own, value, count in zip(found, values, self._counts[name], strict=True):
                 if count:
                     own[name] = value / count

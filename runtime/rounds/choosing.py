@@ -13,10 +13,8 @@ import torch
 
 from cutlayer.datasets import Partition
 from cutlayer.runtime.ground.memory import ran_out
-from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.parties.cohort import CohortConfig
 from cutlayer.runtime.rounds.schedule import RoundReport
-from cutlayer.runtime.rounds.session import ServerParty
 from cutlayer.runtime.rounds.setup import Setup
 
 # On a processor more clients leave its cache; on a GPU as many as there is room for.

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from cutlayer.algorithms.base import Server
 from cutlayer.datasets import Dataset
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError

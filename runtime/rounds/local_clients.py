@@ -31,7 +31,6 @@ from cutlayer.runtime.rounds.together import TogetherSeats
 from cutlayer.runtime.rounds.tuner import Tuner
 from cutlayer.runtime.scoring.scores import ClientScores, Measured
 
-
 log = logging.getLogger(__name__)
 
 # Memory of a client that is computed with others, at a guess, in that of its parts while they train.

@@ -24,8 +24,8 @@ from cutlayer.runtime.parties.contexts import Seat
 from cutlayer.runtime.parties.per_client import ApartError
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.parties.together import TogetherContext, stacked_seat, taken_apart
-from cutlayer.runtime.rounds.seats import Seats
 from cutlayer.runtime.rounds.schedule import Dropper, RoundLostError, RoundReport, lockstep, sequential
+from cutlayer.runtime.rounds.seats import Seats
 from cutlayer.runtime.rounds.session import Channel, ServerParty, Serving, Session, Workplace
 from cutlayer.runtime.rounds.setup import Setup
 
@@ -135,7 +135,7 @@ class TogetherRound:
         found = [each for each in self._waiting if each is not session and each.told and self._key(each) == key]
         found.sort(key=lambda each: abs(len(self.seats.setup.steps(each.client)) - steps))  # the least is in vain
         found = [session, *found][: self.most]
-        group = Group(self, found)
+        group = SharedProgram(self, found)
         for each in found:
             self._waiting.remove(each)
             each.join(group)
@@ -164,7 +164,7 @@ class TogetherSession:
         self.told: list[Reply] = []  # the message that opens the round, and the replies
         self.events: deque[Message | Upload] = deque()
         self._round = round
-        self._group: Group | None = None
+        self._group: SharedProgram | None = None
         self._alone: Session | None = None
         self._said = 0
 
@@ -185,7 +185,7 @@ class TogetherSession:
         self._said += 1
         return self.events.popleft()
 
-    def join(self, group: Group) -> None:
+    def join(self, group: SharedProgram) -> None:
         """Be one of a group."""
         self._group = group
 
@@ -210,16 +210,16 @@ class TogetherSession:
             self._alone.close()
 
 
-Said: TypeAlias = list[Message | Upload | None]
+Spoken: TypeAlias = list[Message | Upload | None]
 """What each of several clients says; None of those that the step is none of."""
 
 
-def _is_told(said: Said) -> bool:
+def _is_told(said: Spoken) -> bool:
     """Whether no reply to it is waited for, and more is to come."""
     return any(isinstance(event, Message) and not event.expects_reply for event in said)
 
 
-class Group:
+class SharedProgram:
     """Clients that are computed as one.
 
     Attributes:
@@ -241,7 +241,7 @@ class Group:
 
     def go_on(self) -> None:
         """Run the program to its next question, or to its end; what it says is each client's to say."""
-        said: list[Said] = []
+        said: list[Spoken] = []
         try:
             said.append(self._next(self._told()))
             while _is_told(said[-1]):
@@ -263,7 +263,7 @@ class Group:
         """What all of them have been told last."""
         return self._context().join([session.told[self._heard] for session in self._sessions])
 
-    def _next(self, message: Reply) -> Said:
+    def _next(self, message: Reply) -> Spoken:
         """Each client's next message, or upload."""
         with self._work.working():
             event = self._advance(message)
@@ -271,7 +271,7 @@ class Group:
             raise ApartError("the program draws random numbers")
         return event
 
-    def _advance(self, message: Reply) -> Said:
+    def _advance(self, message: Reply) -> Spoken:
         ctx = self._context()
         answer: Reply | None = message
         if self._program is None:
@@ -287,7 +287,7 @@ class Group:
         each = ctx.divide(owned(said.fields))
         return [None if own is None else Message(said.kind, own, said.expects_reply) for own in each]
 
-    def _uploads(self, ctx: TogetherContext, fields: Fields | None) -> Said:
+    def _uploads(self, ctx: TogetherContext, fields: Fields | None) -> Spoken:
         each, metrics = taken_apart(owned(packed(fields or {})), len(self._clients)), ctx.metrics()
         ctx.leave()
         self._end()

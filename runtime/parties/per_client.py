@@ -133,7 +133,7 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.as_subclass(Tensor)
 
 
-def numbers(tensor: PerClient) -> list[float]:
+def as_numbers(tensor: PerClient) -> list[float]:
     """The number of each client that a tensor of shape [] holds."""
     return cast("list[float]", cast(Any, whole(tensor)).tolist())
 

@@ -13,7 +13,7 @@ from cutlayer.runtime.parties.blueprint import Blueprint
 from cutlayer.runtime.parties.client_data import ClientData, Drawn
 from cutlayer.runtime.parties.contexts import ClientContext, KeptOptimizers, KeptRows, Seat
 from cutlayer.runtime.parties.optim import PartOptimizer
-from cutlayer.runtime.parties.per_client import ApartError, PerClient, apart, numbers, repeated, stacked, whole
+from cutlayer.runtime.parties.per_client import ApartError, PerClient, apart, as_numbers, repeated, stacked, whole
 from cutlayer.runtime.parties.store import Row
 
 IGNORED = -100
@@ -315,7 +315,7 @@ class TogetherContext(ClientContext):
         """Each client's own metrics."""
         found: list[dict[str, float]] = [{} for _ in self.members]
         for name, (total, _) in self.means.sums().items():
-            values = numbers(total) if isinstance(total, PerClient) else [float(total)] * len(found)
+            values = as_numbers(total) if isinstance(total, PerClient) else [float(total)] * len(found)
             for own, value, count in zip(found, values, self._counts[name], strict=True):
                 if count:
                     own[name] = value / count

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -21,6 +23,11 @@ def input_gradient(model: nn.Module | Any, z: Tensor, y: Tensor, *, differentiab
     """The gradient of the batch's mean cross-entropy with respect to the smashed data: same shape as ``z``."""
     z = z.detach().requires_grad_()
     return torch.autograd.grad(cross_entropy(model(z), y), z, create_graph=differentiable)[0]
+
+
+def _total(each: Iterable[Tensor]) -> Tensor:
+    """The sum, to be divided and averaged in double precision."""
+    return reduce(torch.add, each).double()
 
 
 def frozen(model: nn.Module) -> Any:
@@ -71,18 +78,18 @@ class AligningServer(OneWayServer):
                     estimate = input_gradient(auxiliary, z, y, differentiable=True)
                     optimizer.update((estimate - target).square().sum())
             after = self._error(auxiliary, batches, targets)
-        norm = float(sum(target.square().sum() for target in targets))
+        norm = _total(target.square().sum() for target in targets)
         for name, value in {"error_before": before, "error_after": after, "target": norm}.items():
             self.ctx.log(f"align/{name}", value)
-        self.ctx.log("align/normalised_before", before / norm if norm else 0.0)
-        self.ctx.log("align/normalised_after", after / norm if norm else 0.0)
+        for name, value in {"before": before, "after": after}.items():
+            self.ctx.log(f"align/normalised_{name}", torch.where(norm != 0, value / norm, 0.0))
         own.put("auxiliary", auxiliary.state_dict())
         return flatten("auxiliary", auxiliary.state_dict())
 
     @staticmethod
-    def _error(auxiliary: nn.Module, batches: list[tuple[Tensor, Tensor]], targets: list[Tensor]) -> float:
+    def _error(auxiliary: nn.Module, batches: list[tuple[Tensor, Tensor]], targets: list[Tensor]) -> Tensor:
         pairs = zip(batches, targets, strict=True)
-        return float(sum((input_gradient(frozen(auxiliary), z, y) - t).square().sum() for (z, y), t in pairs))
+        return _total((input_gradient(frozen(auxiliary), z, y) - t).square().sum() for (z, y), t in pairs)
 
     def down(self, client: int) -> Payload:
         return self.ctx.dump(*(self.ctx.shared if not self._warming() else CSEFSL.shared))

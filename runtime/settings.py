@@ -16,6 +16,7 @@ from cutlayer.datasets import DatasetConfig
 from cutlayer.evaluations import EVALUATIONS
 from cutlayer.models import ModelConfig, refinable
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, plain, scoped
+from cutlayer.runtime.ground.process import Arithmetic
 from cutlayer.runtime.ground.reading import read_yaml
 from cutlayer.runtime.keys import ScopedKey, identity_of, keys_of, scope_of, setting_of
 from cutlayer.runtime.parties.aggregate import AggregateConfig
@@ -52,7 +53,11 @@ class RunConfig:
         cohort_order: in which a round serves its clients: as drawn for this round, or by their numbers.
         rounds, local_epochs, batch_size: as in the papers. lr: learning rate, the default of the optimizer's.
         seed: the source of all randomness.
-        device: auto, cpu, cuda or cuda:k. precision: of the arithmetic; parameters are kept in float32 under bf16.
+        device: auto, cpu, cuda or cuda:k. precision: of the arithmetic; parameters are kept in float32 under bf16 and
+            tf32.
+        deterministic: a GPU's kernels give the same bits each time; else each layer takes the fastest.
+        memory_format: order of the values of images, feature maps and convolutions' weights in memory.
+        compile: record the passes of a GPU's parts as graphs and replay them.
         jobs_per_gpu: jobs of sweeps that share a GPU.
         threads: of one run on the processor; auto is one for a small model, else what torch takes. Each of several
             workers computes with so many; auto divides among them what there is.
@@ -91,7 +96,7 @@ class RunConfig:
     seed: int
     device: str = field(metadata=scoped("machine", identifies=True, later=True))
     threads: int | Literal["auto"] = field(metadata=scoped("machine", later=True))
-    precision: Literal["fp32", "bf16", "fp64"]
+    precision: Literal["fp32", "tf32", "bf16", "fp64"]
     jobs_per_gpu: int = field(metadata=scoped("machine"))
     eval_interval: int
     eval_batch_size: int = field(metadata=scoped(later=True))
@@ -107,6 +112,11 @@ class RunConfig:
     client_id: int | None = field(default=None, metadata=scoped("machine"))
     workers: int | Literal["auto"] = field(default=1, metadata=scoped("machine", later=True))
     engine: Literal["processes", "ray"] = field(default="processes", metadata=scoped("machine", later=True))
+    deterministic: bool = field(default=True, metadata=scoped("machine", identifies=True, later=True))
+    memory_format: Literal["contiguous", "channels_last"] = field(
+        default="contiguous", metadata=scoped("machine", identifies=True, later=True)
+    )
+    compile: bool = field(default=False, metadata=scoped("machine", identifies=True, later=True))
     data_changed: Changed = field(default="refuse", metadata=scoped("record", later=True))
     evaluations: tuple[str, ...] = ()
     cohort_interval: int = field(default=1, metadata=scoped(read_if=lambda _, method: not method.pooled))
@@ -248,6 +258,11 @@ class RunConfig:
     def title(self) -> str:
         """What runs, short, e.g. "fsl_sage cnn2 digits-iid"."""
         return f"{self.algorithm_name} {self.model.name} {self.dataset.name}-{self.dataset.distribution}"
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What the run's GPU kernels may do."""
+        return Arithmetic(self.deterministic, self.precision == "tf32")
 
     def torch_device(self) -> torch.device:
         """See `resolve_device`."""

@@ -166,6 +166,9 @@ RULES: Mapping[str, Rule] = {
 """
 FOLDER_RULES: Mapping[str, Rule] = {
     "device": Rule(text=DEVICE),
+    "deterministic": _FLAG,
+    "memory_format": _CHOICE,
+    "compile": _FLAG,
     "threads": Rule(1024, WORD),
     "state_memory_mb": _MANY,
     "progress": _CHOICE,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cutlayer.models.part_registry import WHOLE
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.devices import read_numbers
 from cutlayer.runtime.messages.boundary import Payload, Value, flatten, unflatten
 from cutlayer.runtime.parties.aggregate import AggregateConfig
 from cutlayer.runtime.parties.blueprint import Blueprint, Parts, copied_state
@@ -20,26 +21,47 @@ from cutlayer.runtime.parties.optim import PartOptimizer, load_optimizer, optimi
 from cutlayer.runtime.parties.store import Row, Store
 
 
-class Means:
-    """Running means of logged values; tensors stay on their device until the mean is read."""
+class Means(Mapping[str, float]):
+    """Running means of logged values, by name; tensors stay on their device until a mean is read.
+
+    Attributes:
+        sums: by name, of what was logged. counts: how often.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, int] = {}
+        self.sums: dict[str, Tensor | float] = {}
+        self.counts: dict[str, int] = {}
 
     def log(self, name: str, value: Tensor | float) -> None:
         """Take one value into the mean of ``name``."""
         value = value.detach() if isinstance(value, Tensor) else float(value)
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._counts[name] = self._counts.get(name, 0) + 1
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def __getitem__(self, name: str) -> float:
+        return float(self.sums[name]) / self.counts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sums)
+
+    def __len__(self) -> int:
+        return len(self.sums)
 
     def read(self) -> dict[str, float]:
         """All means so far."""
-        return {name: float(total) / count for name, (total, count) in self.sums().items()}
+        (found,) = read_together([self])
+        return found
 
-    def sums(self) -> dict[str, tuple[Tensor | float, int]]:
-        """The sum of each name's values, and their number."""
-        return {name: (total, self._counts[name]) for name, total in self._sums.items()}
+
+def read_together(several: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """All that these say, of a GPU waited for once."""
+    sums = [each.sums if isinstance(each, Means) else each for each in several]
+    read = iter(read_numbers([value for each in sums for value in each.values()]))
+    totals = [{name: next(read) for name in each} for each in sums]
+    return [
+        {name: total / means.counts[name] for name, total in each.items()} if isinstance(means, Means) else each
+        for means, each in zip(several, totals, strict=True)
+    ]
 
 
 class KeptRows(Protocol):
@@ -301,6 +323,7 @@ class ServerContext:
     means: Means = field(default_factory=Means)
     _optimizers: dict[tuple[str, ...], PartOptimizer] = field(default_factory=dict[tuple[str, ...], PartOptimizer])
     _kept: dict[int, KeptOptimizers] = field(default_factory=dict[int, KeptOptimizers])
+    _idle: dict[str, list[nn.Module]] = field(default_factory=dict[str, list[nn.Module]])
 
     def open_round(self, round: int) -> None:
         """Move to a round: set its learning rates, forget the last one's metrics and optimizers that are not kept."""
@@ -343,9 +366,20 @@ class ServerContext:
 
         Its state is fresh, or, where the part's optimizer is kept, what that of the client's last copy has left.
         """
-        module = self.blueprint.replica(self.parts[name])
+        idle = self._idle.get(name)
+        if idle:
+            module = idle.pop()
+            module.load_state_dict(self.parts[name].state_dict())
+            module.zero_grad(set_to_none=True)
+        else:
+            module = self.blueprint.replica(self.parts[name])
         kept = self._kept.setdefault(client, KeptOptimizers(self.blueprint, self.state(client)))
         return module, kept.carry_on([name], self.blueprint.optimizer([(name, module)], self.round))
+
+    def retire(self, name: str, module: nn.Module) -> None:
+        """Have a copy of a part again that nobody uses any more: it becomes the next one."""
+        self.blueprint.let_replay(module)
+        self._idle.setdefault(name, []).append(module)
 
     def leave(self, client: int) -> None:
         """End of a client's round: keep the optimizers of its copies that outlive it."""

@@ -133,11 +133,6 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.as_subclass(Tensor)
 
 
-def as_numbers(tensor: PerClient) -> list[float]:
-    """The number of each client that a tensor of shape [] holds."""
-    return cast("list[float]", cast(Any, whole(tensor)).tolist())
-
-
 def apart(value: T, clients: int) -> list[T]:
     """What each client has of a value: its own tensor, a view; of anything else the value itself."""
     if isinstance(value, PerClient):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from cutlayer.runtime.messages.boundary import Reply, Value
 from cutlayer.runtime.parties.blueprint import Blueprint
 from cutlayer.runtime.parties.client_data import ClientData, Drawn
-from cutlayer.runtime.parties.contexts import ClientContext, KeptOptimizers, KeptRows, Seat
+from cutlayer.runtime.parties.contexts import ClientContext, KeptOptimizers, KeptRows, Means, Seat
 from cutlayer.runtime.parties.optim import PartOptimizer
-from cutlayer.runtime.parties.per_client import ApartError, PerClient, apart, as_numbers, repeated, stacked, whole
+from cutlayer.runtime.parties.per_client import ApartError, PerClient, apart, repeated, stacked, whole
 from cutlayer.runtime.parties.store import Row
 
 IGNORED = -100
@@ -311,14 +311,13 @@ class TogetherContext(ClientContext):
         before = self._counts.get(name, [0] * len(self.going))
         self._counts[name] = [count + going for count, going in zip(before, self.going, strict=True)]
 
-    def metrics(self) -> list[dict[str, float]]:
+    def metrics(self) -> list[Means]:
         """Each client's own metrics."""
-        found: list[dict[str, float]] = [{} for _ in self.members]
-        for name, (total, _) in self.means.sums().items():
-            values = as_numbers(total) if isinstance(total, PerClient) else [float(total)] * len(found)
-            for own, value, count in zip(found, values, self._counts[name], strict=True):
+        found = [Means() for _ in self.members]
+        for name, total in self.means.sums.items():
+            for own, value, count in zip(found, apart(total, len(found)), self._counts[name], strict=True):
                 if count:
-                    own[name] = value / count
+                    own.sums[name], own.counts[name] = value, count
         return found
 
 

@@ -128,6 +128,7 @@ class FSLSAGE(CSEFSL):
         def __post_init__(self) -> None:
             check_counts(self, "upload_interval", "align_interval", "buffer_size", "align_epochs", "align_batch_size")
 
+    uneven = True
     shared = ("client",)
     traffic = (
         Flow("down", "model", ("client",)),

@@ -91,6 +91,7 @@ class SplitFedV1(SplitFedV2):
     parallel gives in the memory of one copy; with workers each runs beside its client.
     """
 
+    uneven = True
     Server = ReplicaServer
 
 

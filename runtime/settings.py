@@ -20,6 +20,7 @@ from cutlayer.runtime.ground.process import Arithmetic
 from cutlayer.runtime.ground.reading import read_yaml
 from cutlayer.runtime.keys import ScopedKey, identity_of, keys_of, scope_of, setting_of
 from cutlayer.runtime.parties.aggregate import AggregateConfig
+from cutlayer.runtime.parties.cohort import CohortConfig
 from cutlayer.runtime.parties.optim import (
     OptimizerConfig,
     SchedulerConfig,
@@ -42,7 +43,7 @@ class RunConfig:
     Attributes:
         algorithm_name: registered name of the algorithm (`algorithm.name` in the mapping).
         algorithm: the instance of that algorithm's own `Config`.
-        model, dataset, aggregate, personalize, monitor, probe: see their classes.
+        model, dataset, aggregate, cohort, personalize, monitor, probe: see their classes.
         optimizer, scheduler: what every part of the model inherits; `optimizer_for` and `scheduler_for` give a part's.
         transport: how messages travel; see its classes.
         evaluations: what the rounds' tests measure beside accuracy and loss: names of `cutlayer.evaluations`.
@@ -123,6 +124,11 @@ class RunConfig:
         default="drawn", metadata=scoped(read_if=lambda _, method: not method.pooled)
     )
 
+    cohort: CohortConfig = field(
+        default_factory=CohortConfig,
+        metadata=scoped(read_if=lambda _, method: not method.pooled and not method.in_turn),
+    )
+
     def __post_init__(self) -> None:
         counts = "num_clients rounds local_epochs batch_size eval_interval eval_batch_size checkpoint_interval"
         for key in (*counts.split(), "cohort_interval", "jobs_per_gpu"):
@@ -161,6 +167,9 @@ class RunConfig:
             raise ConfigError("workers", self.workers, "1 with transport=grpc, whose clients compute elsewhere")
         if over_network and self.engine != "processes":
             raise ConfigError("engine", self.engine, "processes with transport=grpc, whose clients compute elsewhere")
+        if (over_network or self.workers != 1) and self.cohort.together != "never":
+            expected = "never with transport=grpc, or with several workers, where clients compute one by one"
+            raise ConfigError("cohort.together", self.cohort.together, expected)
         if not over_network and self.role is not None:
             raise ConfigError("role", self.role, "null, or transport=grpc to go with it")
         if self.role != "client":

@@ -148,6 +148,7 @@ RULES: Mapping[str, Rule] = {
     "frac": Rule(1),
     "cohort_interval": _MANY,
     "cohort_order": _CHOICE,
+    "cohort.together": Rule(65_536, WORD),
     "rounds": _MANY,
     "local_epochs": _SMALL,
     "batch_size": Rule(65_536),

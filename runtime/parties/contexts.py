@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,23 +64,36 @@ def read_together(several: Sequence[Mapping[str, float]]) -> list[dict[str, floa
     ]
 
 
+class KeptRows(Protocol):
+    """What a client keeps between the rounds in which it takes part."""
+
+    def get(self, name: str) -> Row | None:
+        """A row, or None where the client has none yet. Its tensors are read-only."""
+        ...
+
+    def put(self, name: str, row: Mapping[str, Tensor]) -> None:
+        """Keep a row; it takes effect if the client ends its round."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Keep the row no longer; it takes effect if the client ends its round."""
+        ...
+
+
 @dataclass(frozen=True)
-class ClientState:
-    """A client's own rows in the store: what it keeps between the rounds in which it takes part."""
+class ClientState(KeptRows):
+    """A client's own rows in the store."""
 
     _store: Store
     _client: int
 
     def get(self, name: str) -> Row | None:
-        """A row, or None where the client has none yet. Its tensors are read-only."""
         return self._store.get(self._client, name)
 
     def put(self, name: str, row: Mapping[str, Tensor]) -> None:
-        """Keep a row; it takes effect if the client ends its round."""
         self._store.put(self._client, name, row)
 
     def drop(self, name: str) -> None:
-        """Keep the row no longer; it takes effect if the client ends its round."""
         self._store.drop(self._client, name)
 
 
@@ -91,7 +104,7 @@ class KeptOptimizers:
         state: the client's rows, in which a part's is ``<part>.optimizer``, with a label ``<part>.optimizer.<label>``.
     """
 
-    def __init__(self, blueprint: Blueprint, state: ClientState) -> None:
+    def __init__(self, blueprint: Blueprint, state: KeptRows) -> None:
         self._blueprint, self._state = blueprint, state
         self._latest: dict[str, torch.optim.Optimizer] = {}
 
@@ -130,11 +143,12 @@ def _key(part: str) -> str:
 
 @dataclass
 class Seat:
-    """Where a client sits while it runs: a set of parts that one client after another uses."""
+    """Where a client sits while it runs: a set of parts that one client after another uses, or several at a time."""
 
     blueprint: Blueprint
     parts: Parts
     taken: bool = False
+    clients: int = 1
 
     def take(self, blueprint: Blueprint) -> None:
         """Ready the seat for a client with this blueprint: its parts without gradients, its own variants."""
@@ -150,10 +164,9 @@ class ClientContext:
     """A client in one round.
 
     Attributes:
-        id: number of the client.
         round: number of the round, from 0.
         config: the algorithm's own configuration.
-        data: the client's training data. samples: their number. steps: sizes of the round's batches.
+        data: the client's training data. steps: sizes of the round's batches.
         state: the rows that the client keeps between rounds.
     """
 
@@ -165,15 +178,14 @@ class ClientContext:
         round: int,
         seed: int,
         config: Any,
-        state: ClientState,
+        state: KeptRows,
         data: ClientData,
         steps: Sequence[int],
     ) -> None:
-        self.id = id
+        self._id = id
         self.round = round
         self.config = config
         self.data = data
-        self.samples = len(data)
         self.steps = steps
         self.state = state
         self.means = Means()
@@ -182,6 +194,16 @@ class ClientContext:
         self._seed = seed
         self._optimizers = KeptOptimizers(seat.blueprint, state)
         self._ready: set[str] = set()
+
+    @property
+    def id(self) -> int:
+        """Number of the client."""
+        return self._id
+
+    @property
+    def samples(self) -> int:
+        """Number of the client's training samples."""
+        return len(self.data)
 
     def part(self, name: str) -> nn.Module:
         """A part of the model, in training mode: as loaded in this round, else in its initial state."""

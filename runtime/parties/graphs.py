@@ -130,8 +130,11 @@ class PassRecorder:
 
     def __init__(self, record: Record) -> None:
         self._record = record
-        self._left = _IN_ALL
+        self._made: weakref.WeakSet[Passes] = weakref.WeakSet()
         self._said: set[str] = set()
+
+    def __reduce__(self) -> Any:
+        return PassRecorder, (self._record,)  # recordings are of one process
 
     @classmethod
     def on(cls, device: torch.device) -> PassRecorder:
@@ -161,10 +164,11 @@ class PassRecorder:
 
     def record(self, run: _Run, x: Tensor, parameters: Sequence[Tensor]) -> Passes | None:
         """The passes; None where there are enough of them."""
-        if not self._left:
+        if len(self._made) >= _IN_ALL:
             return None
-        self._left -= 1
-        return self._record(run, x, parameters)
+        passes = self._record(run, x, parameters)
+        self._made.add(passes)
+        return passes
 
 
 class _Turn:

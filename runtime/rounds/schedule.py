@@ -31,6 +31,12 @@ class RoundReport:
         self.survivors.append(client)
         self._reported.append((upload.samples, upload.metrics))
 
+    def extend(self, other: RoundReport) -> None:
+        """Count what came of other clients' round."""
+        self.survivors += other.survivors
+        self.dropped += other.dropped
+        self._reported += other._reported
+
     @property
     def metrics(self) -> dict[str, float]:
         """The clients' metrics; what a device still computes is waited for here."""

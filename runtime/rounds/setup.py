@@ -109,6 +109,13 @@ class Setup:
         twin.config, twin.blueprint = config, self._blueprint(config, compare=False)
         return twin
 
+    def with_shares(self, config: RunConfig, shares: Partition) -> Setup:
+        """The same of another configuration, whose clients have other shares of the training data."""
+        twin = copy.copy(self)
+        twin.config, twin.partition = config, shares
+        twin._able = shares.sizes > 0
+        return twin
+
     @property
     def revision(self) -> int:
         """How often what this configuration means has changed, by its method and its model together."""

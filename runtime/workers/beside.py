@@ -18,7 +18,7 @@ from cutlayer.runtime.messages.boundary import Message, Payload, Reply, Upload, 
 from cutlayer.runtime.messages.frames import Signature, pieces, signature
 from cutlayer.runtime.parties.contexts import Means
 from cutlayer.runtime.parties.store import Row, Store
-from cutlayer.runtime.rounds.federation import make_server
+from cutlayer.runtime.rounds.servers import make_server
 from cutlayer.runtime.rounds.session import ArrivingChannel, ServerParty, Serving, Workplace
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.workers.talk import Copied, Frame, Served, given, taken

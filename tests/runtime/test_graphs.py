@@ -1,6 +1,7 @@
 """Recorded passes give what the part gives, or leave a call to it; on a processor a stand-in replays."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -380,3 +381,20 @@ def test_methods_come_to_the_same(configure, monkeypatch: pytest.MonkeyPatch, na
 def test_a_processor_refuses(configure) -> None:
     with pytest.raises(ConfigError, match="compile=true: expected false on a processor"):
         Federation(configure("algorithm=fed_avg", "compile=true"))
+
+
+def test_clients_computed_as_one_come_to_the_same(configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `torch.vmap` a part computes by itself."""
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", ReplayedPasses)
+    setting = ("algorithm=fed_avg", "batch_size=60", "num_clients=2", "cohort.together=2", "precision=fp64")
+    plain, replayed = (play(Federation(configure(*setting, f"compile={on}"))) for on in ("false", "true"))
+    assert same(weights(plain), weights(replayed))
+
+
+def test_recordings_stay_in_their_process() -> None:
+    pair = Pair()
+    pair.warm()
+    recorder = pair.replayed.forward._recorder
+    recorder._record = ReplayedPasses
+    assert len(recorder._made) == 1
+    assert not pickle.loads(pickle.dumps(recorder))._made

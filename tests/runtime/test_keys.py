@@ -57,6 +57,7 @@ OTHERS: dict[str, Any] = {
     "comm_threshold_mb": 3.0,
     "communication_by": "round",
     "cohort_order": "fixed",
+    "cohort.together": 4,
     "data_changed": "accept",
     "dataset.augment": "flip",
     "dataset.distribution": "dirichlet",

@@ -1,11 +1,12 @@
 """What only a GPU shows: every method learns there as on a processor, how fast, and the paper's comparison.
 
 `methods` runs every method on scikit-learn's digits on the processor and on the GPU, there in fp32 and in bf16, each
-twice. `paper` runs the five methods of `experiment=fsl_sage/algorithms` on one GPU, two side by side and FSL-SAGE and
-CSE-FSL first, until all have gone through their 200 rounds or the time is over. It prints accuracy against
-communication so far, and what each needed for some accuracies beside the published figures; given again it goes on from
-the last checkpoints. `speed` measures rounds against a bare loop and against the card's matmul peak, see
-`benchmarks.speed`. All stop by themselves.
+twice; the second time with the keys of `--set`, so that `--set compile=true` compares what is replayed to the bit.
+`paper` runs the five methods of `experiment=fsl_sage/algorithms` on one GPU, two side by side and FSL-SAGE and CSE-FSL
+first, until all have gone through their 200 rounds or the time is over. It prints accuracy against communication so
+far, and what each needed for some accuracies beside the published figures; given again it goes on from the last
+checkpoints. `speed` measures rounds against a bare loop and against the card's matmul peak, see `benchmarks.speed`. All
+stop by themselves.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ LEVELS = (0.70, 0.75, 0.78, 0.80, 0.81)
 GIB = 2**30
 
 
-def play(name: str, device: str, precision: str) -> tuple[Federation, float, float]:
+def play(name: str, device: str, precision: str, more: Sequence[str] = ()) -> tuple[Federation, float, float]:
     """A run of a method on the digits: its end, its accuracy, and wall seconds a round after the first."""
-    overrides = (f"algorithm={name}", *DIGITS, *MORE.get(name, ()), f"device={device}", f"precision={precision}")
+    overrides = (f"algorithm={name}", *DIGITS, *MORE.get(name, ()), f"device={device}", f"precision={precision}", *more)
     federation = Federation(load_config(overrides))
     federation.step()
     start = time.perf_counter()
@@ -66,12 +67,17 @@ def learnt(federation: Federation) -> dict[str, Tensor]:
     return {f"{name}/{key}": tensor for name, part in parts.items() for key, tensor in part.state_dict().items()}
 
 
-def method(name: str, device: str) -> str:
-    """One line on a method: accuracy on the processor and on the GPU, whether the GPU repeats itself, seconds."""
+def method(name: str, device: str, more: Sequence[str] = ()) -> str:
+    """One line on a method: accuracy on the processor and on the GPU, whether the GPU repeats itself, seconds.
+
+    Args:
+        more: keys of the second run on the GPU in each precision, such as ``compile=true``.
+    """
     _, expected, _ = play(name, "cpu", "fp32")
     columns = [f"{name:<18} {expected:8.2%}"]
     for precision in ("fp32", "bf16"):
-        (first, accuracy, seconds), (second, _, _) = (play(name, device, precision) for _ in range(2))
+        first, accuracy, seconds = play(name, device, precision)
+        second, _, _ = play(name, device, precision, more)
         one, two = learnt(first), learnt(second)
         same = all(torch.equal(one[key], two[key]) for key in one)
         columns.append(f"{accuracy:8.2%} {seconds:7.2f} s {'same bits' if same else 'OTHER BITS':>10}")
@@ -84,7 +90,7 @@ def methods(options: argparse.Namespace, show: Callable[[str], None]) -> int:
     failed = 0
     for name in options.algorithm or algorithms.names():
         try:
-            show(method(name, options.device))
+            show(method(name, options.device, options.set))
         except (ConfigError, RuntimeError) as error:
             failed += 1
             show(f"{name:<18} {type(error).__name__}: {str(error).splitlines()[0]}")

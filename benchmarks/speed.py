@@ -102,10 +102,10 @@ def images(train: int, test: int = 10) -> list[str]:
     return ["dataset=synthetic", *(f"dataset.options.{key}={value}" for key, value in sizes.items())]
 
 
-def arrange(options: argparse.Namespace, precision: str) -> torch.device:
-    """Let the process compute in a precision."""
+def arrange(options: argparse.Namespace, precision: str, more: Sequence[str] = ()) -> torch.device:
+    """Let the process compute in a precision, by any kernels where the keys say so."""
     device = torch.device(options.device)
-    prepare_process(device, Arithmetic(tf32=precision == "tf32"))
+    prepare_process(device, Arithmetic("deterministic=false" not in more, precision == "tf32"))
     return device
 
 
@@ -147,7 +147,7 @@ def race(keys: Sequence[str], plain: Sequence[str], repeats: int) -> tuple[float
 
 def resnet(options: argparse.Namespace, sizes: Sizes, precision: str, more: Sequence[str], peak: float) -> str:
     """FedAvg with ResNet-18: the platform over the bare loop, images a second, share of the peak."""
-    arrange(options, precision)
+    arrange(options, precision, more)
     clients, each = 2, sizes.steps * sizes.batch
     setting = ["algorithm=fed_avg", f"model={sizes.model}", f"num_clients={clients}", f"batch_size={sizes.batch}"]
     setting += [*images(clients * each), "dataset.augment=crop_flip", "optimizer=sgd", "optimizer.momentum=0.9"]
@@ -164,7 +164,7 @@ def resnet(options: argparse.Namespace, sizes: Sizes, precision: str, more: Sequ
 
 def small(options: argparse.Namespace, sizes: Sizes, more: Sequence[str]) -> str:
     """FedAvg with the network of two convolutions and many clients of 50 images, batch 10."""
-    arrange(options, "fp32")
+    arrange(options, "fp32", more)
     setting = ["algorithm=fed_avg", "model=cnn2", f"num_clients={sizes.clients}", "batch_size=10", "optimizer=sgd"]
     plain = [*setting, *images(50 * sizes.clients), *keys_of_machine(options, "fp32")]
     ours, theirs, apart = race([*plain, *more], plain, sizes.repeats)
@@ -231,6 +231,8 @@ def variants(quick: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "channels_last", FAST[:1]
     yield "compile", FAST[1:]
     yield "compile, channels_last", FAST
+    if not quick:
+        yield "the same, any kernels", (*FAST, "deterministic=false")
 
 
 def speed(options: argparse.Namespace, show: Show, sizes: Sizes | None = None) -> int:
@@ -247,6 +249,8 @@ def speed(options: argparse.Namespace, show: Show, sizes: Sizes | None = None) -
         watch.part(f"matmul of {sizes.matmul}, {precision}", lambda p=precision: peak(p))
     for way, more in variants(options.quick):
         watch.part(f"two convolutions, {sizes.clients} clients, {way}", lambda m=more: small(options, sizes, m))
+    together = (f"cohort.together={sizes.clients}",)
+    watch.part(f"two convolutions, {sizes.clients} clients, together", lambda: small(options, sizes, together))
     for precision in reversed(PRECISIONS):
         for way, more in variants(options.quick):
             title, of = f"{sizes.model}, batch {sizes.batch}, {precision}, {way}", peaks.get(precision, float("nan"))

@@ -255,6 +255,7 @@ def test_speed_is_measured_part_by_part(monkeypatch: pytest.MonkeyPatch, capsys:
     assert re.search(
         rf"two convolutions, 2 clients, eager: {DECIMAL} ms a round, bare {DECIMAL}, ratio {DECIMAL}", shown
     )
+    assert re.search(rf"two convolutions, 2 clients, together: {DECIMAL} ms a round", shown)
     assert re.search(rf"resnet20, batch 4, bf16, eager: {DECIMAL} ms a step.* of the peak, weights apart \d", shown)
     assert re.search(rf"FSL-SAGE's alignment: \d+ ms a client, {DECIMAL} ms a pass", shown)
     assert re.search(r"MocoSFL: \d+ ms a round of 3 clients", shown)
@@ -275,7 +276,7 @@ def test_speed_ends_when_its_time_is_over(capsys: pytest.CaptureFixture[str]) ->
     assert gpu.main(["speed", "--seconds", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.endswith("no time left") for line in lines[1:])
-    assert len(lines) == 1 + len(speed.PRECISIONS) + 4 * (1 + len(speed.PRECISIONS)) + 2 + 2 * len(speed.PAPER)
+    assert len(lines) == 1 + len(speed.PRECISIONS) + 5 * (1 + len(speed.PRECISIONS)) + 3 + 2 * len(speed.PAPER)
 
 
 @pytest.fixture

@@ -12,56 +12,13 @@ from torch import Tensor, nn
 from cutlayer.models.part_registry import WHOLE
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.devices import read_numbers
 from cutlayer.runtime.messages.boundary import Payload, Value, flatten, unflatten
 from cutlayer.runtime.parties.aggregate import AggregateConfig
 from cutlayer.runtime.parties.blueprint import Blueprint, Parts, copied_state
 from cutlayer.runtime.parties.client_data import ClientData, Drawn, views
+from cutlayer.runtime.parties.means import Means
 from cutlayer.runtime.parties.optim import PartOptimizer, load_optimizer, optimizer_tensors
 from cutlayer.runtime.parties.store import Row, Store
-
-
-class Means(Mapping[str, float]):
-    """Running means of logged values, by name; tensors stay on their device until a mean is read.
-
-    Attributes:
-        sums: by name, of what was logged. counts: how often.
-    """
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor | float] = {}
-        self.counts: dict[str, int] = {}
-
-    def log(self, name: str, value: Tensor | float) -> None:
-        """Take one value into the mean of ``name``."""
-        value = value.detach() if isinstance(value, Tensor) else float(value)
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.counts[name] = self.counts.get(name, 0) + 1
-
-    def __getitem__(self, name: str) -> float:
-        return float(self.sums[name]) / self.counts[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sums)
-
-    def __len__(self) -> int:
-        return len(self.sums)
-
-    def read(self) -> dict[str, float]:
-        """All means so far."""
-        (found,) = read_together([self])
-        return found
-
-
-def read_together(several: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """All that these say, of a GPU waited for once."""
-    sums = [each.sums if isinstance(each, Means) else each for each in several]
-    read = iter(read_numbers([value for each in sums for value in each.values()]))
-    totals = [{name: next(read) for name in each} for each in sums]
-    return [
-        {name: total / means.counts[name] for name, total in each.items()} if isinstance(means, Means) else each
-        for means, each in zip(several, totals, strict=True)
-    ]
 
 
 class KeptRows(Protocol):
@@ -69,15 +26,12 @@ class KeptRows(Protocol):
 
     def get(self, name: str) -> Row | None:
         """A row, or None where the client has none yet. Its tensors are read-only."""
-        ...
 
     def put(self, name: str, row: Mapping[str, Tensor]) -> None:
         """Keep a row; it takes effect if the client ends its round."""
-        ...
 
     def drop(self, name: str) -> None:
         """Keep the row no longer; it takes effect if the client ends its round."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from cutlayer.runtime.messages.boundary import Reply, Value
 from cutlayer.runtime.parties.blueprint import Blueprint
 from cutlayer.runtime.parties.client_data import ClientData, Drawn
-from cutlayer.runtime.parties.contexts import ClientContext, KeptOptimizers, KeptRows, Means, Seat
+from cutlayer.runtime.parties.contexts import ClientContext, KeptOptimizers, KeptRows, Seat
+from cutlayer.runtime.parties.means import Means
 from cutlayer.runtime.parties.optim import PartOptimizer
 from cutlayer.runtime.parties.per_client import ApartError, PerClient, apart, repeated, stacked, whole
 from cutlayer.runtime.parties.store import Row

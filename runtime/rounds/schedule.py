@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Fields, Message, Reply, Upload
 from cutlayer.runtime.messages.crossing import packed
 from cutlayer.runtime.parties.cohort import Asked, Cohort
-from cutlayer.runtime.parties.contexts import read_together
+from cutlayer.runtime.parties.means import read_together
 from cutlayer.runtime.rounds.session import Channel, Serving, Session, Workplace
 
 

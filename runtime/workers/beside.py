@@ -16,7 +16,7 @@ from torch import Tensor
 from cutlayer.algorithms.mixins import CopyPerClient
 from cutlayer.runtime.messages.boundary import Message, Payload, Reply, Upload, flatten, on_device, owned, unflatten
 from cutlayer.runtime.messages.frames import Signature, pieces, signature
-from cutlayer.runtime.parties.contexts import Means
+from cutlayer.runtime.parties.means import Means
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.runtime.rounds.servers import make_server
 from cutlayer.runtime.rounds.session import ArrivingChannel, ServerParty, Serving, Workplace

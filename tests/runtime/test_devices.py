@@ -12,7 +12,7 @@ from cutlayer.datasets import colour
 from cutlayer.runtime.ground.devices import moved, queued, read_numbers
 from cutlayer.runtime.ground.process import Arithmetic
 from cutlayer.runtime.messages.boundary import Upload
-from cutlayer.runtime.parties.contexts import Means, read_together
+from cutlayer.runtime.parties.means import Means, read_together
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.schedule import RoundReport
 from cutlayer.runtime.scoring import scores

@@ -214,18 +214,33 @@ class Source:
         Raises:
             ValueError: something is random and there is no generator.
         """
+        sizes = batch_sizes(len(indices), batch_size, drop_last)
+        for order, params in self.epochs(indices, sum(sizes), epochs, shuffle, augment, generator):
+            yield from self._epoch(order, sizes, params)
+
+    def epochs(
+        self,
+        indices: Tensor,
+        used: int,
+        epochs: int,
+        shuffle: bool,
+        augment: bool,
+        generator: torch.Generator | None,
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """What `batches` takes in each epoch, in order: `used` samples, int64, and what their augmentation is drawn by.
+
+        Raises:
+            ValueError: something is random and there is no generator.
+        """
         augmentation = self._augmentation if augment else None
         if generator is None and (shuffle or augmentation is not None):
             raise ValueError("shuffle and augment need a generator")
-        sizes = batch_sizes(len(indices), batch_size, drop_last)
-        used = sum(sizes)
         for _ in range(epochs):
             order = indices[torch.randperm(len(indices), generator=generator)] if shuffle else indices
-            order = order[:used]
             params: dict[str, Tensor] = {}
             if augmentation is not None and generator is not None:
                 params = dict(augmentation.draw((used, *self._store.shape[1:]), generator))
-            yield from self._epoch(order, sizes, params)
+            yield order[:used], params
 
     def draw(self, samples: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Parameters of the configured augmentation for `samples` images, CPU, [samples, ...] each; none without one.

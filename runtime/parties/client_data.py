@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cutlayer.datasets import DatasetConfig, Source
+from cutlayer.datasets import DatasetConfig, Source, batch_sizes
 from cutlayer.runtime.ground import rng
 
 
@@ -69,6 +69,17 @@ class ClientData:
             generator=generator,
         )
 
+    def steps(self, generator: torch.Generator, epochs: int | None = None) -> Iterator[Drawn]:
+        """What `batches` makes its batches from, one view each."""
+        sizes = batch_sizes(len(self._indices), self._batch_size, self._config.drop_last)
+        count, shuffle = self.epochs if epochs is None else epochs, self._config.shuffle
+        for order, params in self.source.epochs(self._indices, sum(sizes), count, shuffle, True, generator):
+            start = 0
+            for size in sizes:
+                stop = start + size
+                yield Drawn(order[start:stop], ({name: value[start:stop] for name, value in params.items()},))
+                start = stop
+
     def drawn(self, generator: torch.Generator, round: int, sizes: Sequence[int]) -> Iterator[Drawn]:
         """The samples of each step of a round in which steps take ``sizes`` samples, and two views of each.
 
@@ -92,12 +103,16 @@ class ClientData:
         return torch.cat(taken)
 
 
-def views(source: Source, steps: Sequence[Drawn]) -> tuple[Tensor, Tensor]:
-    """The two views of the samples of one or several clients' steps, one after another: [b, C, H, W] each."""
+def images(source: Source, steps: Sequence[Drawn]) -> tuple[Tensor, ...]:
+    """The views of the samples of one or several clients' steps, one after another: [b, C, H, W] each."""
     samples = torch.cat([step.samples for step in steps])
     params: list[Mapping[str, Tensor]] = []
-    for view in range(2):
-        first = steps[0].views[view]
+    for view, first in enumerate(steps[0].views):
         params.append({key: torch.cat([step.views[view][key] for step in steps]) for key in first})
-    one, two = source.take(samples, params)
+    return source.take(samples, params)
+
+
+def views(source: Source, steps: Sequence[Drawn]) -> tuple[Tensor, Tensor]:
+    """The two views of the samples of one or several clients' steps, one after another: [b, C, H, W] each."""
+    one, two = images(source, steps)
     return one, two

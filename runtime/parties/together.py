@@ -8,9 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from cutlayer.runtime.ground.devices import moved
 from cutlayer.runtime.messages.boundary import Reply, Value
 from cutlayer.runtime.parties.blueprint import Blueprint
-from cutlayer.runtime.parties.client_data import ClientData, Drawn
+from cutlayer.runtime.parties.client_data import ClientData, Drawn, images
 from cutlayer.runtime.parties.contexts import ClientContext, KeptOptimizers, KeptRows, Seat
 from cutlayer.runtime.parties.means import Means
 from cutlayer.runtime.parties.optim import PartOptimizer
@@ -174,14 +175,10 @@ class _Frozen:
         self._kept.clear()
 
 
-def _filled_up(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[PerClient, PerClient]:
-    """Batches of up to b samples as x [b, C, H, W] and y int64 [b] of each client."""
-    most = max(len(y) for _, y in batches)
-    if all(len(y) == most for _, y in batches):
-        return stacked([x for x, _ in batches]), stacked([y for _, y in batches])
-    xs = [torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x, _ in batches]
-    ys = [torch.cat([y, y.new_full((most - len(y),), IGNORED)]) for _, y in batches]
-    return stacked(xs), stacked(ys)
+def _filled(values: Tensor, sizes: Sequence[int], instead: Tensor) -> Tensor:
+    """Rows of several, ``sizes`` of each, with as many of each as ``instead`` has, whose last ones stand in."""
+    each = cast("tuple[Tensor, ...]", torch.split(values, [*sizes]))
+    return torch.cat([part for own in each for part in (own, instead[len(own) :])])
 
 
 class TogetherContext(ClientContext):
@@ -238,25 +235,38 @@ class TogetherContext(ClientContext):
 
         A smaller batch than another's is filled up with images of zeros that are labelled `IGNORED`.
         """
-        each = [member.batches(stream, epochs) for member in self.members]
-        last: list[tuple[Tensor, Tensor]] = []
+        each = [member.data.steps(member.generator(stream), epochs) for member in self.members]
+        last: list[Drawn] = []
         self._frozen = _Frozen()
         while True:
-            found = [next(batches, None) for batches in each]
-            going = [batch is not None for batch in found]
+            found = [next(steps, None) for steps in each]
+            going = [step is not None for step in found]
             if not any(going):
                 break
-            if not last:
-                last = [batch for batch in found if batch is not None]
             ended = [index for index, was in enumerate(self.going) if was and not going[index]]
             self.going = going
             if ended:
                 self._frozen.keep(ended, self._tensors())
-            last = [batch or before for batch, before in zip(found, last, strict=True)]
-            self.sizes = [len(y) for _, y in last]
-            yield _filled_up(last)
+            last = (
+                [step for step in found if step is not None]
+                if all(going)
+                else [step or before for step, before in zip(found, last, strict=True)]
+            )
+            self.sizes = [len(step.samples) for step in last]
+            yield self._filled_up(last)
         self._frozen.put_back()
         self.going, self.sizes = [True] * len(self.members), []
+
+    def _filled_up(self, steps: Sequence[Drawn]) -> tuple[PerClient, PerClient]:
+        """The batches of these steps, of up to b samples, as x [b, C, H, W] and y int64 [b] of each client."""
+        source, most = self.data.source, max(self.sizes)
+        (x,) = images(source, steps)
+        y = moved(source.labels[torch.cat([step.samples for step in steps])], x.device)
+        if len(y) < most * len(steps):
+            x = _filled(x, self.sizes, x.new_zeros(most, *x.shape[1:]))
+            y = _filled(y, self.sizes, y.new_full((most,), IGNORED))
+        clients = len(steps)
+        return x.view(clients, most, *x.shape[1:]).as_subclass(PerClient), y.view(clients, most).as_subclass(PerClient)
 
     def _tensors(self) -> list[Tensor]:
         """All that a step changes: the parts, and what optimizers keep."""

@@ -48,8 +48,12 @@ class Seats:
 
     def context(self, client: int, round: int, seat: Seat, state: ClientState | None = None) -> ClientContext:
         """A client in a round, on a seat that it takes."""
+        seat.take(self.setup.blueprint.for_client(client))
+        return self.seated(client, round, seat, state)
+
+    def seated(self, client: int, round: int, seat: Seat, state: ClientState | None = None) -> ClientContext:
+        """A client in a round, on a seat that has been taken."""
         setup = self.setup
-        seat.take(setup.blueprint.for_client(client))
         return ClientContext(
             seat,
             id=client,

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, cast
 
 from cutlayer.algorithms.mixins import CopyPerClient
 from cutlayer.runtime.ground import rng
-from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Message, Reply, Upload, owned
+from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Message, OwnPayload, Reply, Upload, owned
 from cutlayer.runtime.messages.crossing import packed
 from cutlayer.runtime.messages.ledger import Ledger
 from cutlayer.runtime.parties.blueprint import BATCH_NORM
@@ -63,7 +63,7 @@ class TogetherSeats(Seats):
         else:
             self._free.remove(seat)
         seat.take(variant)
-        return TogetherContext(seat, [self.context(client, round, seat) for client in clients])
+        return TogetherContext(seat, [self.seated(client, round, seat) for client in clients])
 
     def release(self, context: TogetherContext) -> None:
         """The seat of these clients is free."""
@@ -285,14 +285,14 @@ class SharedProgram:
             return self._uploads(ctx, end.value)
         # A copy: what is told now is heard once the program has gone on.
         each = ctx.divide(owned(said.fields))
-        return [None if own is None else Message(said.kind, own, said.expects_reply) for own in each]
+        return [None if own is None else Message(said.kind, OwnPayload(own), said.expects_reply) for own in each]
 
     def _uploads(self, ctx: TogetherContext, fields: Fields | None) -> Spoken:
         each, metrics = taken_apart(owned(packed(fields or {})), len(self._clients)), ctx.metrics()
         ctx.leave()
         self._end()
         uploads = zip(each, ctx.members, metrics, strict=True)
-        return [Upload(own, member.samples, found) for own, member, found in uploads]
+        return [Upload(OwnPayload(own), member.samples, found) for own, member, found in uploads]
 
     def _context(self) -> TogetherContext:
         if self._ctx is None:

@@ -177,8 +177,7 @@ class _Frozen:
 
 def _filled(values: Tensor, sizes: Sequence[int], instead: Tensor) -> Tensor:
     """Rows of several, ``sizes`` of each, with as many of each as ``instead`` has, whose last ones stand in."""
-    each = cast("tuple[Tensor, ...]", torch.split(values, [*sizes]))
-    return torch.cat([part for own in each for part in (own, instead[len(own) :])])
+    return torch.cat([part for own in torch.split(values, [*sizes]) for part in (own, instead[len(own) :])])
 
 
 class TogetherContext(ClientContext):

@@ -195,7 +195,7 @@ class PartOptimizer:
                 torch.autograd.backward(output)
             else:
                 raise SeveralError.by("a loss", len(output))
-        self.step()
+            self._step()
 
     def _without_autocast(self) -> AbstractContextManager[Any]:
         kind = self._device.type
@@ -211,8 +211,11 @@ class PartOptimizer:
     def step(self) -> None:
         """One step along the gradients that the parameters hold."""
         with self._without_autocast():
-            for optimizer in self._optimizers:
-                optimizer.step()
+            self._step()
+
+    def _step(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.step()
 
     def set(self, options: Iterable[Mapping[str, Any]]) -> None:
         """Set the options of each part's parameter group, such as the round's learning rate."""

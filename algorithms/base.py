@@ -218,6 +218,13 @@ class Algorithm:
     in_turn: ClassVar[bool] = False
     """A client starts from what the one before it in the round has left, so that none can begin ahead of its turn."""
 
+    uneven: ClassVar[bool] = False
+    """Clients whose batches differ in number and size can be computed as one.
+
+    For that a client's program takes one step for each batch and does not count them, and its losses leave out samples
+    that are labelled -100, as ``cross_entropy`` does. A method that is based on one says it for itself.
+    """
+
     pooled: ClassVar[bool] = False
     """One client holds all the data."""
 
@@ -232,6 +239,7 @@ class Algorithm:
 
     def __init_subclass__(cls) -> None:
         cls.unread = cls.__dict__.get("unread", ())
+        cls.uneven = cls.__dict__.get("uneven", False)
 
     @classmethod
     def arrows(cls, config: Any, round: int, *, before: int | None) -> tuple[Flow, ...]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cutlayer.models.cutting import Crossing
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.devices import moved
 from cutlayer.runtime.messages.crossing import detached
 
 
@@ -93,20 +94,21 @@ class Queue:
             found = query @ self.keys.flatten(0, 1).T
         if len(self.keys) == 1:
             return found
-        return found.view(len(query), len(self.keys), -1)[torch.arange(len(query)), lines]
+        rows = torch.arange(len(query), device=query.device)
+        return found.view(len(query), len(self.keys), -1)[rows, moved(lines, query.device)]
 
     def push(self, keys: Tensor, lines: Tensor) -> None:
         """Put keys [b, d] into their lines (int64 [b]), in place of the oldest."""
         size = self.keys.shape[1]
         for line in sorted({int(line) for line in lines}):
-            new = keys[(lines == line).to(keys.device)][-size:]
+            new = keys.index_select(0, moved((lines == line).nonzero()[-size:, 0], keys.device))
             places = (int(self.next[line]) + torch.arange(len(new))) % size
-            self.keys[line, places.to(self.keys.device)] = new.to(self.keys.dtype)
+            self.keys[line, moved(places, self.keys.device)] = new.to(self.keys.dtype)
             self.next[line] = (int(self.next[line]) + len(new)) % size
 
     def move(self, like: Tensor) -> None:
         """Go where a tensor is, in its precision."""
-        self.keys = self.keys.to(like.device, like.dtype)
+        self.keys = moved(self.keys, like.device).to(like.dtype)
 
     def state(self) -> dict[str, Tensor]:
         """Everything, as one row."""

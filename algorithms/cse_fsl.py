@@ -64,6 +64,7 @@ class CSEFSL(Algorithm):
         Flow("up", "smashed", ("smashed", "labels"), per="batch", every="upload_interval"),
         Flow("up", "model", ("client", "auxiliary")),
     )
+    uneven = True
     Server = OneWayServer
 
     @staticmethod

@@ -31,6 +31,7 @@ class Ditto(FedAvg):
                 raise ConfigError("pull", self.pull, "a finite number >= 0")
 
     revision = 1  # before, the personal model saw its batches in another order
+    uneven = True
     personal = ("model",)
 
     @staticmethod

@@ -50,6 +50,7 @@ class FedAvg(Algorithm):
     """Federated averaging (McMahan et al., AISTATS 2017, algorithm 1)."""
 
     layout = Layout(client=("model",), server=("model",))
+    uneven = True
     shared = ("model",)
     traffic = (Flow("down", "model", ("model",)), Flow("up", "model", ("model",)))
 
@@ -74,6 +75,8 @@ class FedProx(FedAvg):
         def __post_init__(self) -> None:
             if not self.mu >= 0:
                 raise ConfigError("mu", self.mu, "a number >= 0")
+
+    uneven = True
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.alignment import alignment_batch, frozen, input_gradient
@@ -14,6 +17,11 @@ from cutlayer.algorithms.cse_fsl import CSEFSL, OneWayServer, check_counts, trai
 from cutlayer.runtime.messages.boundary import ClientProgram, Payload, Reply, ask, flatten, tell
 from cutlayer.runtime.messages.crossing import tensor
 from cutlayer.runtime.parties.contexts import ClientContext
+
+
+def _total(each: Iterable[Tensor]) -> Tensor:
+    """The sum, to be divided and averaged in double precision."""
+    return reduce(torch.add, each).double()
 
 
 class AligningServer(OneWayServer):
@@ -47,17 +55,17 @@ class AligningServer(OneWayServer):
             count = -(-len(buffer["y"]) // size)
             pieces = zip(buffer["z"].to(dtype).tensor_split(count), buffer["y"].tensor_split(count), strict=True)
             batches = [alignment_batch(auxiliary, z, y, input_gradient(server, z, y)) for z, y in pieces]
-            before = float(sum(batch.error() for batch in batches))
+            before = _total(batch.error() for batch in batches)
             for _ in range(config.align_epochs):
                 for batch in batches:
                     batch.differentiate()
                     optimizer.step()
-            after = float(sum(batch.error() for batch in batches))
-        norm = float(sum(batch.target.square().sum() for batch in batches))
+            after = _total(batch.error() for batch in batches)
+        norm = _total(batch.target.square().sum() for batch in batches)
         for name, value in {"error_before": before, "error_after": after, "target": norm}.items():
             self.ctx.log(f"align/{name}", value)
-        self.ctx.log("align/normalised_before", before / norm if norm else 0.0)
-        self.ctx.log("align/normalised_after", after / norm if norm else 0.0)
+        for name, value in {"before": before, "after": after}.items():
+            self.ctx.log(f"align/normalised_{name}", torch.where(norm != 0, value / norm, 0.0))
         own.put("auxiliary", auxiliary.state_dict())
         return flatten("auxiliary", auxiliary.state_dict())
 
@@ -99,6 +107,7 @@ class FSLSAGE(CSEFSL):
             check_counts(self, "upload_interval", "align_interval", "buffer_size", "align_epochs", "align_batch_size")
 
     revision = 2  # before, a linear auxiliary model was aligned by other sums, which round otherwise
+    uneven = True
     shared = ("client",)
     traffic = (
         Flow("down", "model", ("client",)),

@@ -16,6 +16,7 @@ from cutlayer.algorithms.mixins import OwnLoss
 from cutlayer.algorithms.personal import FedBABU
 from cutlayer.models import AuxiliaryHeads
 from cutlayer.runtime.ground.config import ConfigError, scoped
+from cutlayer.runtime.ground.devices import queued
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext
@@ -63,15 +64,26 @@ def tempered(outputs: Tensor, temperature: Literal["per_sample"] | float) -> Ten
 
 def gated_divergence(student: Tensor, teacher: Tensor, y: Tensor, config: MHMDConfig) -> Tensor:
     """KL(teacher || student) of logits [b, C], on the samples that the teacher gets right; 0 where there is none."""
-    if config.gate:
-        right = teacher.argmax(1) == y
+    right = teacher.argmax(1) == y if config.gate else None
+    teacher = teacher if config.teacher_gradient else teacher.detach()
+    if right is not None and queued(student.device):
+        return _weighed_divergence(student, teacher, right, config.reduction)
+    if right is not None:
         student, teacher = student[right], teacher[right]
     if not len(student):
         return student.sum()  # zero, and still part of the graph
-    teacher = teacher if config.teacher_gradient else teacher.detach()
     p, q = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
     over = {"mean": student.numel(), "batchmean": len(student), "sum": 1}[config.reduction]
     return F.kl_div(p, q, reduction="sum", log_target=True) / over
+
+
+def _weighed_divergence(student: Tensor, teacher: Tensor, right: Tensor, reduction: str) -> Tensor:
+    """The same to rounding, of all samples, for a device that would have to be waited for to leave some out."""
+    p, q = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
+    each = F.kl_div(p, q, reduction="none", log_target=True)
+    total = torch.where(right[:, None], each, 0.0).sum()
+    over = {"mean": student.shape[1], "batchmean": 1}.get(reduction)
+    return total if over is None else total / (over * right.sum().clamp(min=1))
 
 
 def mhmd_loss(final: Tensor, auxiliary: Sequence[Tensor], y: Tensor, config: MHMDConfig) -> dict[str, Tensor]:

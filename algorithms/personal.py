@@ -41,6 +41,7 @@ class FedBABU(Algorithm):
     """
 
     layout = BODY_AND_HEAD
+    uneven = True
     shared = ("body",)
     unread = ("model.head",)
     traffic = (Flow("down", "model", ("body",)), Flow("up", "model", ("body",)))
@@ -57,6 +58,7 @@ class FedBABU(Algorithm):
 class FedPer(FedBABU):
     """FedPer (Arivazhagan et al., 2019): body and head are trained together, and each client keeps its own head."""
 
+    uneven = True
     personal = ("head",)
 
     @staticmethod
@@ -93,6 +95,8 @@ class FedRep(FedPer):
             if self.body_epochs < 1:
                 raise ConfigError("body_epochs", self.body_epochs, "an integer >= 1")
 
+    uneven = True
+
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:
         """The head, then the body; the upload is the body."""
@@ -120,6 +124,7 @@ class LGFedAvg(Algorithm):
     """
 
     layout = BODY_AND_HEAD
+    uneven = True
     shared = ("head",)
     personal = ("body",)
     traffic = (Flow("down", "model", ("head",)), Flow("up", "model", ("head",)))

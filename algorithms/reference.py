@@ -16,6 +16,7 @@ class LocalOnly(Algorithm):
     layout = Layout(client=("model",), server=())
     personal = ("model",)
     keeps_optimizer = ("model",)
+    uneven = True
     unread = ("aggregate.weights", "comm_threshold_mb")
 
     @staticmethod

@@ -73,7 +73,10 @@ class ReplicaServer(SplitServer, CopyPerClient):
 
     def absorb(self, client: int, upload: Upload) -> None:
         super().absorb(client, upload)
+        replica = self._replicas.get(client)
         self.average(self._ended.pop(client, None) or self.give_back(client), self.ctx.weight(client, upload.samples))
+        if replica is not None:
+            self.ctx.retire("server", replica[0])
 
     def forget(self, client: int) -> None:
         self._replicas.pop(client, None)
@@ -88,6 +91,7 @@ class SplitFedV1(SplitFedV2):
     parallel gives in the memory of one copy; with workers each runs beside its client.
     """
 
+    uneven = True
     Server = ReplicaServer
 
 

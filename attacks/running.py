@@ -37,7 +37,7 @@ def attack_run(
     saved = read_config(run, {key: value for key, value in changes.items() if not key.startswith("attack.")})
     config = saved.config
     with owning(run):
-        prepare_process(config.torch_device())
+        prepare_process(config.torch_device(), config.arithmetic)
         federation = restore(run, saved)
         set_threads(config.threads, federation.setup.device, federation.setup.parameters)
         return attack(name, federation, keys, run, reported)

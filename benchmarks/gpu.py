@@ -1,10 +1,11 @@
-"""What only a GPU shows: every method learns there as on a processor, and the paper's comparison at full width.
+"""What only a GPU shows: every method learns there as on a processor, how fast, and the paper's comparison.
 
 `methods` runs every method on scikit-learn's digits on the processor and on the GPU, there in fp32 and in bf16, each
 twice. `paper` runs the five methods of `experiment=fsl_sage/algorithms` on one GPU, two side by side and FSL-SAGE and
 CSE-FSL first, until all have gone through their 200 rounds or the time is over. It prints accuracy against
 communication so far, and what each needed for some accuracies beside the published figures; given again it goes on from
-the last checkpoints. Both stop by themselves.
+the last checkpoints. `speed` measures rounds against a bare loop and against the card's matmul peak, see
+`benchmarks.speed`. All stop by themselves.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from torch import Tensor
 
 import cutlayer.algorithms as algorithms
 from benchmarks.measure import ROOT, machine_options, set_up
+from benchmarks.speed import speed
 from cutlayer.datasets.registry import read
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.process import prepare_process
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.rounds.federation import Federation
 
@@ -79,7 +80,6 @@ def method(name: str, device: str) -> str:
 
 def methods(options: argparse.Namespace, show: Callable[[str], None]) -> int:
     """A table of all methods; the number of those that failed."""
-    prepare_process(torch.device(options.device))
     show(f"{'method':<18} {'cpu':>8}  {'gpu fp32':>8} {'a round':>9} {'twice':>10}  {'gpu bf16':>8}")
     failed = 0
     for name in options.algorithm or algorithms.names():
@@ -200,21 +200,25 @@ def paper(options: argparse.Namespace, show: Callable[[str], None]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = print) -> int:
-    """Run one of the two; exit status 1 where something failed."""
+    """Run one of the three; exit status 1 where something failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("methods", "paper"))
+    parser.add_argument("what", choices=("methods", "paper", "speed"))
     parser.add_argument("--algorithm", nargs="+", help="default: all; of the paper its five")
     images = "CIFAR-10 as a folder or zip of images, train/<class>/ and test/<class>/"
     parser.add_argument("--data", help=f"{images} (default: torchvision's files in data/, downloaded if need be)")
     parser.add_argument("--saves", default="saves/gpu", help="where the paper's runs go (default: saves/gpu)")
-    parser.add_argument("--seconds", type=float, default=720, help="how long the paper's runs take (default: 720)")
+    longest = "how long the paper's runs take, or the measurement of speed (default: 720, and 600)"
+    parser.add_argument("--seconds", type=float, default=None, help=longest)
+    parser.add_argument("--quick", action="store_true", help="speed in at most 150 s")
     parser.add_argument("--together", type=int, default=2, help="how many of them side by side (default: 2)")
     parser.add_argument("--every", type=int, default=10, help="rounds from one printed line to the next (default: 10)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more keys of the paper's runs")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more keys of the runs")
     machine_options(parser)
     options = parser.parse_args(arguments)
+    if options.seconds is None:
+        options.seconds = 600 if options.what == "speed" else 720
     show(set_up(options))
-    return min(1, (methods if options.what == "methods" else paper)(options, show))
+    return min(1, {"methods": methods, "paper": paper, "speed": speed}[options.what](options, show))
 
 
 if __name__ == "__main__":

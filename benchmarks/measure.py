@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from cutlayer.runtime.ground.process import Arithmetic, prepare_process
 from cutlayer.runtime.settings import resolve_device
 
 T = TypeVar("T")
@@ -80,14 +81,16 @@ def processor_seconds(process: int) -> float:
 def machine_options(parser: argparse.ArgumentParser) -> None:
     """Add the options on where and how to compute."""
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:k (default: cpu)")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp64"), help="default: fp32")
+    choices = ("fp32", "tf32", "bf16", "fp64")
+    parser.add_argument("--precision", default="fp32", choices=choices, help="default: fp32")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on the processor (default: 1)")
 
 
 def set_up(options: argparse.Namespace) -> str:
-    """Set the number of threads; returns one line on the machine, its load included."""
+    """Let this process compute as a run's does, with so many threads; returns one line on the machine and its load."""
     torch.set_num_threads(options.threads)
     device = resolve_device(options.device)
+    prepare_process(device, Arithmetic(tf32=options.precision == "tf32"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     return f"torch {torch.__version__}, {device.type} {name}, {options.precision}, {options.threads} threads, {load}"

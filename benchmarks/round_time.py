@@ -89,12 +89,14 @@ class Race:
 
     Args:
         record: also write what a run writes after each round (metrics, communication), and a checkpoint each ten.
+        bare: a federation whose parts, precision and optimizers the bare loop has; None for the platform's own.
     """
 
-    def __init__(self, platform: Federation, results: Results | None = None) -> None:
+    def __init__(self, platform: Federation, results: Results | None = None, *, bare: Federation | None = None) -> None:
         self._platform = platform
         self._results = results
-        blueprint, config = platform.setup.blueprint, platform.setup.config
+        setup = (bare or platform).setup
+        blueprint, config = setup.blueprint, setup.config
         self._names = platform.setup.algorithm.layout.server
         parts = blueprint.parts(self._names)
         modules = {id(part): name for name, part in parts.items()}
@@ -105,7 +107,7 @@ class Race:
         def autocast() -> torch.autocast:
             return torch.autocast(platform.setup.device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
-        self._bare = BARE[config.algorithm_name](parts, optimizer, autocast)
+        self._bare, self._images = BARE[config.algorithm_name](parts, optimizer, autocast), setup.dataset.train
 
     def round(self, *, platform_first: bool) -> tuple[Seconds, Seconds, float]:
         """Time of the platform, time of the bare loop, and how far their weights are apart (see `_difference`)."""
@@ -149,7 +151,7 @@ class Race:
         platform, config = self._platform, self._platform.setup.config
         return [
             list(
-                platform.setup.dataset.train.batches(
+                self._images.batches(
                     platform.setup.partition.indices(client),
                     batch_size=config.batch_size,
                     epochs=config.local_epochs,

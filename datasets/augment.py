@@ -19,6 +19,7 @@ from cutlayer.datasets.blur import WIDEST_BLUR, blur
 from cutlayer.datasets.boxes import BOX_NUMBERS, RATIO, random_boxes
 from cutlayer.datasets.colour import greyscale, jitter_
 from cutlayer.datasets.config import Augment
+from cutlayer.runtime.ground.devices import moved
 
 PADDING = 4
 _AREA = (0.08, 1.0)
@@ -135,14 +136,14 @@ def moco_parameters(uniform: Tensor, height: int, width: int, least: float = _MO
     """
     u = uniform.double()
     rest = u[:, BOX_NUMBERS:]
-    strengths = torch.tensor(_MOCO_STRENGTHS, device=u.device, dtype=u.dtype)
-    centres = torch.tensor([1.0, 1.0, 1.0, 0.0], device=u.device, dtype=u.dtype)
+    strengths = moved(torch.tensor(_MOCO_STRENGTHS, dtype=u.dtype), u.device)
+    centres = moved(torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=u.dtype), u.device)
     return {
         "box": random_boxes(uniform, height, width, (least, 1.0)),
         "mirrored": rest[:, 0] < 0.5,
         "jittered": rest[:, 1] < _MOCO_JITTERED,
         "grey": rest[:, 2] < _MOCO_GREY,
-        "order": _ORDERS.to(u.device)[(rest[:, 3] * len(_ORDERS)).long()],
+        "order": moved(_ORDERS, u.device)[(rest[:, 3] * len(_ORDERS)).long()],
         "factors": (centres + strengths * (2 * rest[:, 4:8] - 1)).float(),
     }
 

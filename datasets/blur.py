@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cutlayer.runtime.ground.devices import queued
+
 WIDEST_BLUR = 2.0
 """The largest deviation, in pixels."""
 _REACH = 8
@@ -19,15 +21,20 @@ def blur(x: Tensor, deviation: Tensor, chosen: Tensor) -> Tensor:
         x: float32 [b, channels, height, width].
         deviation: float32 [b], in pixels, above 0 and at most 2; chosen: bool [b].
     """
+    if queued(x.device):  # where it is not known yet how many are chosen
+        return torch.where(chosen.view(-1, 1, 1, 1), _blurred(x, deviation), x)
     if not bool(chosen.any()):
         return x
-    places = torch.arange(-_REACH, _REACH + 1, device=x.device, dtype=torch.float64)
-    window = torch.exp(-(places**2) / (2 * deviation[chosen].double()[:, None] ** 2))
-    window = (window / window.sum(1, keepdim=True)).float()
-    blurred = _weighted(_weighted(x[chosen], window, 2), window, 3)
     result = x.clone()
-    result[chosen] = blurred
+    result[chosen] = _blurred(x[chosen], deviation[chosen])
     return result
+
+
+def _blurred(x: Tensor, deviation: Tensor) -> Tensor:
+    places = torch.arange(-_REACH, _REACH + 1, device=x.device, dtype=torch.float64)
+    window = torch.exp(-(places**2) / (2 * deviation.double()[:, None] ** 2))
+    window = (window / window.sum(1, keepdim=True)).float()
+    return _weighted(_weighted(x, window, 2), window, 3)
 
 
 def _weighted(x: Tensor, window: Tensor, axis: int) -> Tensor:

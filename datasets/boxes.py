@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from cutlayer.runtime.ground.devices import moved
+
 RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
 BOX_NUMBERS = 2 * _TRIES + 2
@@ -27,10 +29,10 @@ def random_boxes(uniform: Tensor, height: int, width: int, area: tuple[float, fl
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
     ratio = torch.exp(low + tries[:, 1] * (high - low))
     sizes = torch.stack([(areas / ratio).sqrt(), (areas * ratio).sqrt()], -1).round()
-    image = torch.tensor([height, width], device=u.device, dtype=u.dtype)
+    image = moved(torch.tensor([height, width], dtype=u.dtype), u.device)
     fits = ((sizes >= 1) & (sizes <= image)).all(-1)
     first = sizes[torch.arange(len(u), device=u.device), fits.int().argmax(1)]
-    middle = torch.tensor(_middle(height, width), device=u.device, dtype=u.dtype)
+    middle = moved(torch.tensor(_middle(height, width), dtype=u.dtype), u.device)
     fitting = fits.any(1, keepdim=True)
     size = torch.where(fitting, first, middle[2:])
     corner = torch.where(fitting, (corners * (image - size + 1)).floor(), middle[:2])

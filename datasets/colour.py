@@ -7,6 +7,8 @@ No sum is fused with a product, and means go row by row: so an image's values do
 import torch
 from torch import Tensor
 
+from cutlayer.runtime.ground.devices import queued
+
 # The numbers that torchvision's ColorJitter.get_params gives the operations.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _RED, _GREEN, _BLUE = 0.2989, 0.587, 0.114
@@ -64,12 +66,21 @@ def jitter_(x: Tensor, order: Tensor, factors: Tensor, chosen: Tensor) -> Tensor
     keep = torch.where(active, factors.gather(1, kinds), 1.0)
     mean, own = (1 - keep) * (kinds == CONTRAST), (1 - keep) * (kinds == SATURATION)
     for place in range(4):
-        due = ((hue_at == place) & chosen).nonzero()[:, 0] if coloured else ()
-        if len(due):
-            x[due] = hue(x[due], factors[due, HUE])
+        if coloured:
+            _turn_(x, (hue_at == place) & chosen, factors[:, HUE])
         if place < 3:
             _blend_(x, *(weight[:, place].view(-1, 1, 1, 1) for weight in (keep, mean, own)))
     return x
+
+
+def _turn_(x: Tensor, due: Tensor, shift: Tensor) -> None:
+    """Turn the hue of the images that are `due` (bool [b]); where asking which they are waits, of all."""
+    if queued(x.device):
+        x.copy_(torch.where(due.view(-1, 1, 1, 1), hue(x, shift), x))
+        return
+    places = due.nonzero()[:, 0]
+    if len(places):
+        x[places] = hue(x[places], shift[places])
 
 
 def _blend_(x: Tensor, keep: Tensor, mean: Tensor, own: Tensor) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from cutlayer.datasets.source import Source
 
@@ -57,3 +58,11 @@ class Dataset:
         return replace(
             self, info=info, train=train.repeated(channels), test=test.repeated(channels), validation=validation
         )
+
+    def in_format(self, memory_format: torch.memory_format) -> "Dataset":
+        """The same dataset, with the values of its batches in another order in memory."""
+        if memory_format == torch.preserve_format:
+            return self
+        validation = None if self.validation is None else self.validation.in_format(memory_format)
+        train, test = (each.in_format(memory_format) for each in (self.train, self.test))
+        return replace(self, train=train, test=test, validation=validation)

@@ -18,6 +18,7 @@ from cutlayer.datasets.augment import Augmentation
 from cutlayer.datasets.batching import DropLast, batch_sizes
 from cutlayer.datasets.images import EncodedImages
 from cutlayer.datasets.normalize import Normalizer
+from cutlayer.runtime.ground.devices import moved
 
 # Whole batches are gathered and normalised together up to this many values: small batches then cost little more than
 # a slice, and the working set (4 MiB in float32) still fits a cache.
@@ -50,7 +51,7 @@ class ResidentStore:
         """Gather each piece on the device."""
         assert boxes is None, "whole pictures are of different sizes"
         for piece in pieces:
-            yield self._images.index_select(0, piece.to(self._images.device, non_blocking=True))
+            yield self._images.index_select(0, moved(piece, self._images.device))
 
 
 class StreamStore:
@@ -159,6 +160,7 @@ class Source:
         self._values = max(math.prod(store.shape), math.prod(self.shape))
         self.mean, self.std = normalizer.mean, normalizer.std
         self._store, self._normalizer, self._augmentation, self._device = store, normalizer, augmentation, device
+        self._format = torch.preserve_format
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -169,9 +171,16 @@ class Source:
         twin.shape = (channels, *self.shape[1:])
         return twin
 
+    def in_format(self, memory_format: torch.memory_format) -> "Source":
+        """The same images, in batches whose values lie in another order in memory."""
+        twin = copy.copy(self)
+        twin._format = memory_format
+        return twin
+
     def pixels(self, x: Tensor) -> Tensor:
         """Images of a batch before they were normalised: [b, channels, height, width] -> the same with values 0..1."""
-        mean, std = (x.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        constants = (torch.tensor(values, dtype=x.dtype).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (moved(each, x.device) for each in constants)
         return (x * std + mean).clamp(0, 1)
 
     def batches(
@@ -261,10 +270,10 @@ class Source:
         return self._store.chunks(pieces, params["uniform"].split([len(piece) for piece in pieces]))
 
     def _moved(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self._device, non_blocking=True) for name, value in params.items()}
+        return {name: moved(value, self._device) for name, value in params.items()}
 
     def _epoch(self, order: Tensor, sizes: list[int], params: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        labels = self.labels[order].to(self._device, non_blocking=True)
+        labels = moved(self.labels[order], self._device)
         batches_per_chunk = max(1, CHUNK_VALUES // (sizes[0] * self._values)) if sizes else 1
         groups = [sizes[i : i + batches_per_chunk] for i in range(0, len(sizes), batches_per_chunk)]
         lengths = [sum(group) for group in groups]
@@ -283,4 +292,6 @@ class Source:
         x = self._normalizer(x)
         if self._size is not None:
             x = functional.interpolate(x, self._size, mode="bilinear", antialias=True)
-        return x if x.shape[1] == self.shape[0] else x.expand(-1, self.shape[0], -1, -1)
+        x = x if x.shape[1] == self.shape[0] else x.expand(-1, self.shape[0], -1, -1)
+        # Images of one channel repeated stay a view of it, in the memory of one.
+        return x if self._format == torch.preserve_format else x.contiguous(memory_format=self._format)

@@ -36,8 +36,9 @@ from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.messages.boundary import owned
 from cutlayer.runtime.network.agreement import PROTOCOL, data_facts, fingerprint, shared, version
 from cutlayer.runtime.network.wire import Head, What
-from cutlayer.runtime.rounds.federation import Federation, make_server
-from cutlayer.runtime.rounds.local_clients import Seats
+from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.seats import Seats
+from cutlayer.runtime.rounds.servers import make_server
 from fuzz import fuzz_wire
 from fuzz.harness import join, run, split
 

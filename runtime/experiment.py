@@ -54,7 +54,7 @@ def run(config: RunConfig, folder: RunFolder, drawn: Path | None = None) -> RunS
         ConfigError: what cannot be built as configured.
     """
     place = _place(config, folder)
-    prepare_process(config.torch_device())
+    prepare_process(config.torch_device(), config.arithmetic)
     chosen, dataset = prepared(config)
     federation = Federation(chosen, folder.path, dataset=dataset, clients=place.clients)
     set_threads(config.threads, federation.setup.device, federation.setup.parameters, place.processes)

@@ -16,9 +16,11 @@ from cutlayer.datasets import DatasetConfig
 from cutlayer.evaluations import EVALUATIONS
 from cutlayer.models import ModelConfig, refinable
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, plain, scoped
+from cutlayer.runtime.ground.process import Arithmetic
 from cutlayer.runtime.ground.reading import read_yaml
 from cutlayer.runtime.keys import ScopedKey, identity_of, keys_of, scope_of, setting_of
 from cutlayer.runtime.parties.aggregate import AggregateConfig
+from cutlayer.runtime.parties.cohort import CohortConfig
 from cutlayer.runtime.parties.optim import (
     OptimizerConfig,
     SchedulerConfig,
@@ -41,7 +43,7 @@ class RunConfig:
     Attributes:
         algorithm_name: registered name of the algorithm (`algorithm.name` in the mapping).
         algorithm: the instance of that algorithm's own `Config`.
-        model, dataset, aggregate, personalize, monitor, probe: see their classes.
+        model, dataset, aggregate, cohort, personalize, monitor, probe: see their classes.
         optimizer, scheduler: what every part of the model inherits; `optimizer_for` and `scheduler_for` give a part's.
         transport: how messages travel; see its classes.
         evaluations: what the rounds' tests measure beside accuracy and loss: names of `cutlayer.evaluations`.
@@ -51,7 +53,11 @@ class RunConfig:
         cohort_order: in which a round serves its clients: as drawn for this round, or by their numbers.
         rounds, local_epochs, batch_size: as in the papers. lr: learning rate, the default of the optimizer's.
         seed: the source of all randomness.
-        device: auto, cpu, cuda or cuda:k. precision: of the arithmetic; parameters are kept in float32 under bf16.
+        device: auto, cpu, cuda or cuda:k. precision: of the arithmetic; parameters are kept in float32 under bf16 and
+            tf32.
+        deterministic: a GPU's kernels give the same bits each time; else each layer takes the fastest.
+        memory_format: order of the values of images, feature maps and convolutions' weights in memory.
+        compile: record the passes of a GPU's parts as graphs and replay them.
         jobs_per_gpu: jobs of sweeps that share a GPU.
         threads: of one run on the processor; auto is one for a small model, else what torch takes. Each of several
             workers computes with so many; auto divides among them what there is.
@@ -90,7 +96,7 @@ class RunConfig:
     seed: int
     device: str = field(metadata=scoped("machine", identifies=True, later=True))
     threads: int | Literal["auto"] = field(metadata=scoped("machine", later=True))
-    precision: Literal["fp32", "bf16", "fp64"]
+    precision: Literal["fp32", "tf32", "bf16", "fp64"]
     jobs_per_gpu: int = field(metadata=scoped("machine"))
     eval_interval: int
     eval_batch_size: int = field(metadata=scoped(later=True))
@@ -106,11 +112,21 @@ class RunConfig:
     client_id: int | None = field(default=None, metadata=scoped("machine"))
     workers: int | Literal["auto"] = field(default=1, metadata=scoped("machine", later=True))
     engine: Literal["processes", "ray"] = field(default="processes", metadata=scoped("machine", later=True))
+    deterministic: bool = field(default=True, metadata=scoped("machine", identifies=True, later=True))
+    memory_format: Literal["contiguous", "channels_last"] = field(
+        default="contiguous", metadata=scoped("machine", identifies=True, later=True)
+    )
+    compile: bool = field(default=False, metadata=scoped("machine", identifies=True, later=True))
     data_changed: Changed = field(default="refuse", metadata=scoped("record", later=True))
     evaluations: tuple[str, ...] = ()
     cohort_interval: int = field(default=1, metadata=scoped(read_if=lambda _, method: not method.pooled))
     cohort_order: Literal["drawn", "fixed"] = field(
         default="drawn", metadata=scoped(read_if=lambda _, method: not method.pooled)
+    )
+
+    cohort: CohortConfig = field(
+        default_factory=CohortConfig,
+        metadata=scoped(read_if=lambda _, method: not method.pooled and not method.in_turn),
     )
 
     def __post_init__(self) -> None:
@@ -151,6 +167,9 @@ class RunConfig:
             raise ConfigError("workers", self.workers, "1 with transport=grpc, whose clients compute elsewhere")
         if over_network and self.engine != "processes":
             raise ConfigError("engine", self.engine, "processes with transport=grpc, whose clients compute elsewhere")
+        if (over_network or self.workers != 1) and self.cohort.together != "never":
+            expected = "never with transport=grpc, or with several workers, where clients compute one by one"
+            raise ConfigError("cohort.together", self.cohort.together, expected)
         if not over_network and self.role is not None:
             raise ConfigError("role", self.role, "null, or transport=grpc to go with it")
         if self.role != "client":
@@ -239,6 +258,11 @@ class RunConfig:
     def title(self) -> str:
         """What runs, short, e.g. "fsl_sage cnn2 digits-iid"."""
         return f"{self.algorithm_name} {self.model.name} {self.dataset.name}-{self.dataset.distribution}"
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What the run's GPU kernels may do."""
+        return Arithmetic(self.deterministic, self.precision == "tf32")
 
     def torch_device(self) -> torch.device:
         """See `resolve_device`."""

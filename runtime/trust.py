@@ -148,6 +148,7 @@ RULES: Mapping[str, Rule] = {
     "frac": Rule(1),
     "cohort_interval": _MANY,
     "cohort_order": _CHOICE,
+    "cohort.together": Rule(65_536, WORD),
     "rounds": _MANY,
     "local_epochs": _SMALL,
     "batch_size": Rule(65_536),
@@ -165,6 +166,9 @@ RULES: Mapping[str, Rule] = {
 """
 FOLDER_RULES: Mapping[str, Rule] = {
     "device": Rule(text=DEVICE),
+    "deterministic": _FLAG,
+    "memory_format": _CHOICE,
+    "compile": _FLAG,
     "threads": Rule(1024, WORD),
     "state_memory_mb": _MANY,
     "progress": _CHOICE,

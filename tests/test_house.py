@@ -92,7 +92,7 @@ def test_every_program_of_the_root_is_checked() -> None:
 
 
 def test_algorithms_import_the_boundary_and_never_the_loop() -> None:
-    allowed = {"ground.config", "ground.registry", "messages.boundary", "messages.crossing"}
+    allowed = {"ground.config", "ground.devices", "ground.registry", "messages.boundary", "messages.crossing"}
     allowed |= {f"parties.{name}" for name in ("aggregate", "blueprint", "cohort", "contexts", "optim")}
     found: set[str] = set()
     for path in (ROOT / "algorithms").glob("*.py"):

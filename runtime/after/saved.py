@@ -216,7 +216,8 @@ def restore(run: Path, saved: Saved, clients: MakeClients = LocalClients) -> Fed
     Raises:
         ConfigError: nothing is left of what was learnt, or what is left is not of such a run.
     """
-    config, data = prepared(saved.config, limit=saved.limit, download=saved.download)
+    eager = replace(saved.config, compile=False)  # which a processor refuses, and a short training does not need
+    config, data = prepared(eager, limit=saved.limit, download=saved.download)
     federation = Federation(config, run, dataset=data, clients=clients)
     setup = federation.setup
     if saved.over_network and (setup.personal or not config.dataset.divided):
@@ -255,7 +256,7 @@ def restored(run: Path, saved: Saved, place: PlaceOf = here) -> Generator[tuple[
     config = saved.config
     with owning(run):
         at = place(config)
-        prepare_process(config.torch_device())
+        prepare_process(config.torch_device(), config.arithmetic)
         federation = restore(run, saved, at.clients)
         set_threads(config.threads, federation.setup.device, federation.setup.parameters, at.processes)
         showing = Progress(federation.round, config.title, config.progress, done=federation.round)

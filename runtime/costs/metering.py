@@ -86,7 +86,7 @@ def measure_costs(config: RunConfig, dataset: Dataset | None = None) -> Costs:
     Raises:
         ConfigError: what cannot be built as configured.
     """
-    return _Metered(replace(config, local_epochs=1), dataset).measure()
+    return _Metered(replace(config, local_epochs=1, compile=False), dataset).measure()
 
 
 class _Kept:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.utils.deterministic
 
 from cutlayer.runtime.ground.allocator import keep_freed_memory
 
@@ -15,14 +16,42 @@ SMALL_MODEL = 1_000_000
 _ALL_THREADS = torch.get_num_threads()
 
 
-def prepare_process(device: torch.device) -> None:
-    """Ask for kernels that give the same bits each time; on a CPU, where all do, for memory that is used again."""
+class Arithmetic(NamedTuple):
+    """What a GPU's kernels may do.
+
+    Attributes:
+        deterministic: they have to give the same bits each time; else each layer takes the fastest that is found.
+        tf32: products and convolutions of float32 may round what they multiply to 10 bits of mantissa.
+    """
+
+    deterministic: bool = True
+    tf32: bool = False
+
+
+def prepare_process(device: torch.device, arithmetic: Arithmetic | None = None) -> None:
+    """Ask for the kernels of an arithmetic; on a CPU, which has one only, for memory that is used again."""
     if device.type == "cpu":
         keep_freed_memory()
     elif device.type == "cuda":
+        deterministic, tf32 = arithmetic or Arithmetic()
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this only
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        # A kernel more for each new tensor, of use only to a program that reads memory that it has not written.
+        _set(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        _allow_tf32(tf32)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    """Torch allows it in convolutions unless it is told not to, and in products if it is told to."""
+    cudnn: Any = torch.backends.cudnn
+    for operations in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
+        _set(operations, "fp32_precision", "tf32" if allowed else "ieee")
+
+
+def _set(module: Any, switch: str, value: object) -> None:
+    """Set what torch has as a property of a module."""
+    setattr(module, switch, value)
 
 
 def set_threads(threads: int | Literal["auto"], device: torch.device, parameters: int, share: int = 1) -> None:

@@ -45,7 +45,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """The end of a client's round: what it returned, the number of its samples, and its own metrics."""
+    """The end of a client's round: what it returned, the number of its samples, and its own metrics.
+
+    Reading a metric may wait for what a GPU still computes.
+    """
 
     fields: Payload
     samples: int

@@ -17,6 +17,7 @@ from cutlayer.datasets import DatasetInfo
 from cutlayer.models import ModelConfig, division_of, make_parts, refinable
 from cutlayer.runtime.ground.config import ConfigError, join
 from cutlayer.runtime.parties.aggregate import BufferPolicy
+from cutlayer.runtime.parties.graphs import PassRecorder
 from cutlayer.runtime.parties.optim import (
     OptimizerConfig,
     PartOptimizer,
@@ -26,8 +27,11 @@ from cutlayer.runtime.parties.optim import (
 )
 
 BATCH_NORM: Any = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  the base of all of them
+DROPOUT = nn.modules.dropout._DropoutNd  # pyright: ignore[reportPrivateUsage]  the base of all of them
 Parts = dict[str, nn.Module]
-WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+WEIGHT_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+MEMORY_FORMATS = {"contiguous": torch.preserve_format, "channels_last": torch.channels_last}
+"""By name how values lie in memory; models and images are made contiguous."""
 
 
 class LearningConfig(Protocol):
@@ -88,18 +92,20 @@ class Blueprint:
         device: torch.device,
         precision: str,
         buffers: BufferPolicy,
+        memory_format: str = "contiguous",
+        recorder: PassRecorder | None = None,
         compare: bool = True,
     ) -> None:
         self.device = device
         self.dtype = WEIGHT_DTYPES[precision]
         self.buffers = buffers
-        self._precision = precision
+        self._precision, self._recorder = precision, recorder
         made = make_parts(
             config.model, info, layout.parts, seed=config.seed, options=config.options_for, compare=compare
         )
         for modules in made.values():
             for module in modules:
-                module.to(self.device, self.dtype).train()
+                _place(module, self.device, self.dtype, MEMORY_FORMATS[memory_format])
         _make_ready(config.model, made)
         self._general = config.optimizer_for("model")
         self._optimizers = {name: config.optimizer_for(name) for name in made}
@@ -132,7 +138,15 @@ class Blueprint:
 
     def parts(self, names: Iterable[str]) -> Parts:
         """Fresh copies of the named parts, in their initial state, in training mode."""
-        return {name: copy.deepcopy(self._parts[name]) for name in names}
+        made = {name: copy.deepcopy(self._parts[name]) for name in names}
+        for part in made.values():
+            self.let_replay(part)
+        return made
+
+    def let_replay(self, part: nn.Module) -> None:
+        """Let a live part that many steps are computed with replay its passes, where ``compile`` asks for it."""
+        if self._recorder is not None:
+            self._recorder.attach(part)
 
     def replica(self, module: nn.Module) -> nn.Module:
         """A copy of a live part, without gradients."""
@@ -197,6 +211,12 @@ def _make_ready(config: ModelConfig, made: Mapping[str, Sequence[nn.Module]]) ->
                 section.ready(module)
         except ConfigError as error:
             raise error.within(join("model", name)) from None
+
+
+def _place(module: Any, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Put a fresh module on a device, in training mode; its weights of four dimensions lie there in this order."""
+    ordered = {} if memory_format == torch.preserve_format else {"memory_format": memory_format}
+    module.to(device, dtype, **ordered).train()
 
 
 def copied_state(module: nn.Module) -> dict[str, Tensor]:

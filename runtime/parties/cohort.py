@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Fields, Payload, Value
 from cutlayer.runtime.parties.client_data import Drawn, views
 from cutlayer.runtime.parties.contexts import ClientContext
@@ -16,6 +18,21 @@ from cutlayer.runtime.parties.optim import PartOptimizer
 # Samples that go through a client part at a time. On a processor more leave its cache, and are no faster than one.
 CHUNK_SAMPLES = 16
 _IMAGES = 256  # that are augmented at a time
+
+
+@dataclass(frozen=True)
+class CohortConfig:
+    """How a round's clients are computed.
+
+    together: how many that take the same steps are computed as one, each with weights of its own: ``never`` more than
+        one, so many, or ``auto``: what is faster, measured once as a run begins.
+    """
+
+    together: Literal["auto", "never"] | int = "never"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.together, int) and self.together < 2:
+            raise ConfigError("together", self.together, "auto, never, or an integer >= 2")
 
 
 class Asked(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cutlayer.models.part_registry import WHOLE
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.devices import read_numbers
 from cutlayer.runtime.messages.boundary import Payload, Value, flatten, unflatten
 from cutlayer.runtime.parties.aggregate import AggregateConfig
 from cutlayer.runtime.parties.blueprint import Blueprint, Parts, copied_state
@@ -20,41 +21,79 @@ from cutlayer.runtime.parties.optim import PartOptimizer, load_optimizer, optimi
 from cutlayer.runtime.parties.store import Row, Store
 
 
-class Means:
-    """Running means of logged values; tensors stay on their device until the mean is read."""
+class Means(Mapping[str, float]):
+    """Running means of logged values, by name; tensors stay on their device until a mean is read.
+
+    Attributes:
+        sums: by name, of what was logged. counts: how often.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, int] = {}
+        self.sums: dict[str, Tensor | float] = {}
+        self.counts: dict[str, int] = {}
 
     def log(self, name: str, value: Tensor | float) -> None:
         """Take one value into the mean of ``name``."""
         value = value.detach() if isinstance(value, Tensor) else float(value)
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._counts[name] = self._counts.get(name, 0) + 1
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def __getitem__(self, name: str) -> float:
+        return float(self.sums[name]) / self.counts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sums)
+
+    def __len__(self) -> int:
+        return len(self.sums)
 
     def read(self) -> dict[str, float]:
         """All means so far."""
-        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        (found,) = read_together([self])
+        return found
+
+
+def read_together(several: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """All that these say, of a GPU waited for once."""
+    sums = [each.sums if isinstance(each, Means) else each for each in several]
+    read = iter(read_numbers([value for each in sums for value in each.values()]))
+    totals = [{name: next(read) for name in each} for each in sums]
+    return [
+        {name: total / means.counts[name] for name, total in each.items()} if isinstance(means, Means) else each
+        for means, each in zip(several, totals, strict=True)
+    ]
+
+
+class KeptRows(Protocol):
+    """What a client keeps between the rounds in which it takes part."""
+
+    def get(self, name: str) -> Row | None:
+        """A row, or None where the client has none yet. Its tensors are read-only."""
+        ...
+
+    def put(self, name: str, row: Mapping[str, Tensor]) -> None:
+        """Keep a row; it takes effect if the client ends its round."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Keep the row no longer; it takes effect if the client ends its round."""
+        ...
 
 
 @dataclass(frozen=True)
-class ClientState:
-    """A client's own rows in the store: what it keeps between the rounds in which it takes part."""
+class ClientState(KeptRows):
+    """A client's own rows in the store."""
 
     _store: Store
     _client: int
 
     def get(self, name: str) -> Row | None:
-        """A row, or None where the client has none yet. Its tensors are read-only."""
         return self._store.get(self._client, name)
 
     def put(self, name: str, row: Mapping[str, Tensor]) -> None:
-        """Keep a row; it takes effect if the client ends its round."""
         self._store.put(self._client, name, row)
 
     def drop(self, name: str) -> None:
-        """Keep the row no longer; it takes effect if the client ends its round."""
         self._store.drop(self._client, name)
 
 
@@ -65,7 +104,7 @@ class KeptOptimizers:
         state: the client's rows, in which a part's is ``<part>.optimizer``, with a label ``<part>.optimizer.<label>``.
     """
 
-    def __init__(self, blueprint: Blueprint, state: ClientState) -> None:
+    def __init__(self, blueprint: Blueprint, state: KeptRows) -> None:
         self._blueprint, self._state = blueprint, state
         self._latest: dict[str, torch.optim.Optimizer] = {}
 
@@ -104,11 +143,12 @@ def _key(part: str) -> str:
 
 @dataclass
 class Seat:
-    """Where a client sits while it runs: a set of parts that one client after another uses."""
+    """Where a client sits while it runs: a set of parts that one client after another uses, or several at a time."""
 
     blueprint: Blueprint
     parts: Parts
     taken: bool = False
+    clients: int = 1
 
     def take(self, blueprint: Blueprint) -> None:
         """Ready the seat for a client with this blueprint: its parts without gradients, its own variants."""
@@ -124,10 +164,9 @@ class ClientContext:
     """A client in one round.
 
     Attributes:
-        id: number of the client.
         round: number of the round, from 0.
         config: the algorithm's own configuration.
-        data: the client's training data. samples: their number. steps: sizes of the round's batches.
+        data: the client's training data. steps: sizes of the round's batches.
         state: the rows that the client keeps between rounds.
     """
 
@@ -139,15 +178,14 @@ class ClientContext:
         round: int,
         seed: int,
         config: Any,
-        state: ClientState,
+        state: KeptRows,
         data: ClientData,
         steps: Sequence[int],
     ) -> None:
-        self.id = id
+        self._id = id
         self.round = round
         self.config = config
         self.data = data
-        self.samples = len(data)
         self.steps = steps
         self.state = state
         self.means = Means()
@@ -156,6 +194,16 @@ class ClientContext:
         self._seed = seed
         self._optimizers = KeptOptimizers(seat.blueprint, state)
         self._ready: set[str] = set()
+
+    @property
+    def id(self) -> int:
+        """Number of the client."""
+        return self._id
+
+    @property
+    def samples(self) -> int:
+        """Number of the client's training samples."""
+        return len(self.data)
 
     def part(self, name: str) -> nn.Module:
         """A part of the model, in training mode: as loaded in this round, else in its initial state."""
@@ -275,6 +323,7 @@ class ServerContext:
     means: Means = field(default_factory=Means)
     _optimizers: dict[tuple[str, ...], PartOptimizer] = field(default_factory=dict[tuple[str, ...], PartOptimizer])
     _kept: dict[int, KeptOptimizers] = field(default_factory=dict[int, KeptOptimizers])
+    _idle: dict[str, list[nn.Module]] = field(default_factory=dict[str, list[nn.Module]])
 
     def open_round(self, round: int) -> None:
         """Move to a round: set its learning rates, forget the last one's metrics and optimizers that are not kept."""
@@ -317,9 +366,20 @@ class ServerContext:
 
         Its state is fresh, or, where the part's optimizer is kept, what that of the client's last copy has left.
         """
-        module = self.blueprint.replica(self.parts[name])
+        idle = self._idle.get(name)
+        if idle:
+            module = idle.pop()
+            module.load_state_dict(self.parts[name].state_dict())
+            module.zero_grad(set_to_none=True)
+        else:
+            module = self.blueprint.replica(self.parts[name])
         kept = self._kept.setdefault(client, KeptOptimizers(self.blueprint, self.state(client)))
         return module, kept.carry_on([name], self.blueprint.optimizer([(name, module)], self.round))
+
+    def retire(self, name: str, module: nn.Module) -> None:
+        """Have a copy of a part again that nobody uses any more: it becomes the next one."""
+        self.blueprint.let_replay(module)
+        self._idle.setdefault(name, []).append(module)
 
     def leave(self, client: int) -> None:
         """End of a client's round: keep the optimizers of its copies that outlive it."""

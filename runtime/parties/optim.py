@@ -35,6 +35,11 @@ for _name in ("lrscheduler", "reducelronplateau", "chainedscheduler", "sequentia
     _SCHEDULERS.pop(_name, None)
 
 
+# Options that say how a step is computed, and not what.
+_WAYS = ("fused", "foreach", "capturable", "differentiable")
+# One kernel for all parameters, where nothing is said of the way; on a processor torch's loop stays, for its bits.
+_FUSED_ON_GPUS = ("sgd", "adam", "adamw")
+
 Keep = Literal["round", "run"]
 _KEEP = ("round", "run")
 
@@ -129,7 +134,8 @@ class _Table:
         self._rounds: list[dict[str, Any]] = [self._read()]
 
     def _read(self) -> dict[str, Any]:
-        return {key: value for key, value in self._optimizer.param_groups[0].items() if key != "params"}
+        left = ("params", *_WAYS)
+        return {key: value for key, value in self._optimizer.param_groups[0].items() if key not in left}
 
     def at(self, round: int) -> dict[str, Any]:
         while len(self._rounds) <= round:
@@ -195,7 +201,7 @@ class PartOptimizer:
                 torch.autograd.backward(output)
             else:
                 raise SeveralError.by("a loss", len(output))
-            self._step()
+        self.step()
 
     def _without_autocast(self) -> AbstractContextManager[Any]:
         kind = self._device.type
@@ -211,11 +217,10 @@ class PartOptimizer:
     def step(self) -> None:
         """One step along the gradients that the parameters hold."""
         with self._without_autocast():
-            self._step()
-
-    def _step(self) -> None:
-        for optimizer in self._optimizers:
-            optimizer.step()
+            for optimizer in self._optimizers:
+                if optimizer.param_groups[0].get("fused"):
+                    _align_gradients(optimizer)
+                optimizer.step()
 
     def set(self, options: Iterable[Mapping[str, Any]]) -> None:
         """Set the options of each part's parameter group, such as the round's learning rate."""
@@ -251,6 +256,14 @@ class PartOptimizer:
         self._optimizers[part].state.clear()
 
 
+def _align_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Let the values of gradients lie in memory as their parameters' do, which fused steps on a GPU need."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state (momenta, moments, steps) as a flat mapping, ``<number of the parameter>/<name>``."""
     return {
@@ -271,12 +284,20 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         index, key = name.split("/")[-2:]  # earlier versions put the number of the part before
-        state.setdefault(int(index), {})[key] = value.clone()  # the optimizer writes into it
+        state.setdefault(int(index), {})[key] = value
     for index, entry in state.items():
         if index >= len(parameters):
             raise ValueError(f"it is of more than the {len(parameters)} parameters that there are")
         _check_entry(optimizer, parameters[index], entry)
+        entry.update({key: _like(parameters[index], value) for key, value in entry.items()})
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy of a state, for the optimizer to write into; of one of the parameter's shape laid out as that is."""
+    return (
+        value.clone() if value.shape != parameter.shape else torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    )
 
 
 def _check_entry(optimizer: torch.optim.Optimizer, parameter: Tensor, entry: Mapping[str, Any]) -> None:
@@ -309,5 +330,10 @@ def _shapes(state: Mapping[str, torch.Size]) -> str:
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """A fresh torch optimizer."""
-    return _OPTIMIZERS[config.name](list(parameters), **config.options)
+    """A fresh torch optimizer; on a GPU one that takes a step of all parameters at once, unless told otherwise."""
+    made, options = [*parameters], config.options
+    on_gpu = bool(made) and all(parameter.device.type == "cuda" for parameter in made)
+    if on_gpu and config.name in _FUSED_ON_GPUS and not options.keys() & {*_WAYS}:
+        options = {**options, "fused": True}
+    kind: Any = _OPTIMIZERS[config.name]
+    return kind(made, **options)

@@ -85,6 +85,12 @@ class Store:
             return self._writer.read(place)
         return read_place(self._folder, place)
 
+    def names(self, client: int) -> frozenset[str]:
+        """The names of the rows that a client has, without what it staged."""
+        return frozenset(
+            name for name in self._names if (client, name) in self._memory or (client, name) in self._places
+        )
+
     def put(self, client: int, name: str, row: Mapping[str, Tensor]) -> None:
         """Stage a row; it is copied."""
         copied = {entry: tensor.detach().clone() for entry, tensor in row.items()}

@@ -11,13 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from cutlayer.algorithms.base import Server
 from cutlayer.datasets import Dataset
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 from cutlayer.runtime.ground.files import DamagedError
 from cutlayer.runtime.messages.ledger import Ledger, Traffic
-from cutlayer.runtime.parties.contexts import ServerContext
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.data_record import check_data
 from cutlayer.runtime.records.history import RoundRecord
@@ -28,6 +26,7 @@ from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.learnt import Learnt
 from cutlayer.runtime.rounds.local_clients import LocalClients
 from cutlayer.runtime.rounds.schedule import RoundLostError, RoundReport
+from cutlayer.runtime.rounds.servers import make_server
 from cutlayer.runtime.rounds.session import ServerParty, Workplace
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.scoring.scores import Evaluation
@@ -282,19 +281,3 @@ class Federation:
         self.server.ctx.open_round(max(0, self.round - 1))
         self.server.load_state_dict(server)
         self.ledger.load_state_dict(ledger)
-
-
-def make_server(setup: Setup, store: Store) -> Server:
-    """The algorithm's server as at the start of a run; what it keeps for clients is in the store."""
-    layout, config = setup.algorithm.layout, setup.config
-    context = ServerContext(
-        blueprint=setup.blueprint,
-        parts=setup.blueprint.parts(layout.server),
-        config=config.algorithm,
-        shared=setup.algorithm.shared,
-        num_clients=setup.population,
-        aggregate=config.aggregate,
-        seed=config.seed,
-        store=store,
-    )
-    return setup.algorithm.Server(context)

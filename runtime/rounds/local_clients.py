@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -16,79 +17,38 @@ from cutlayer.models.cutting import is_ghost
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.ledger import Ledger
-from cutlayer.runtime.parties.blueprint import BATCH_NORM
+from cutlayer.runtime.parties.blueprint import BATCH_NORM, DROPOUT
 from cutlayer.runtime.parties.cohort import Cohort
-from cutlayer.runtime.parties.contexts import ClientContext, ClientState, Seat
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.history import RoundRecord
+from cutlayer.runtime.rounds.choosing import choose
 from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.schedule import SCHEDULES, RoundReport, compute_together
-from cutlayer.runtime.rounds.session import Channel, LocalSession, Serving, Session, Workplace
+from cutlayer.runtime.rounds.servers import make_server
+from cutlayer.runtime.rounds.session import Channel, ServerParty, Serving, Workplace
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.rounds.together import TogetherSeats
 from cutlayer.runtime.rounds.tuner import Tuner
 from cutlayer.runtime.scoring.scores import ClientScores, Measured
 
-DROPOUT = nn.modules.dropout._DropoutNd  # pyright: ignore[reportPrivateUsage]  the base of all of them
+log = logging.getLogger(__name__)
+
+# Memory of a client that is computed with others, at a guess, in that of its parts while they train.
+_ACTIVATIONS = 4
 
 
-class Seats:
-    """Clients of one process, opened one after another; a seat, with a set of parts, is used by many.
-
-    Args:
-        store: where the clients keep their rows, but for those that are opened with rows of their own.
-
-    Attributes:
-        seconds: that the clients have computed.
-    """
-
-    def __init__(self, setup: Setup, store: Store) -> None:
-        self.setup, self._store = setup, store
-        self.seats: list[Seat] = []
-        self.seconds: float = 0.0
-
-    def open(self, client: int, round: int, state: ClientState | None = None) -> Session:
-        """Begin a client's round (from 0), on a seat that is free."""
-        seat, setup = self.seat(), self.setup
-        context = self.context(client, round, seat, state)
-        seed = rng.derive(setup.config.seed, round=round, client=client, stream="client")
-
-        def leave(seconds: float) -> None:
-            seat.taken = False
-            self.seconds += seconds
-
-        work = Workplace(setup.blueprint, seed, lambda: setup.memory(f"the round of client {client}"))
-        return LocalSession(setup.algorithm, context, work, leave)
-
-    def seat(self) -> Seat:
-        """A seat that is free."""
-        seat = next((seat for seat in self.seats if not seat.taken), None)
-        if seat is None:
-            blueprint = self.setup.blueprint
-            seat = Seat(blueprint, blueprint.parts(self.setup.algorithm.layout.client))
-            self.seats.append(seat)
-        return seat
-
-    def context(self, client: int, round: int, seat: Seat, state: ClientState | None = None) -> ClientContext:
-        """A client in a round, on a seat that it takes."""
-        setup = self.setup
-        seat.take(setup.blueprint.for_client(client))
-        return ClientContext(
-            seat,
-            id=client,
-            round=round,
-            seed=setup.config.seed,
-            config=setup.config.algorithm,
-            state=state or ClientState(self._store, client),
-            data=setup.data(client),
-            steps=setup.steps(client),
-        )
-
-
-class LocalClients(Seats):
+class LocalClients(TogetherSeats):
     """The clients of a federation, all of them in this process; see ``Clients``."""
 
-    may_repeat = False
     here = True
+
+    def __init__(self, setup: Setup, store: Store) -> None:
+        super().__init__(setup, store)
+        self._chosen: int | None = None  # with cohort.together=auto
+
+    @property
+    def may_repeat(self) -> bool:
+        return self.setup.config.cohort.together != "never" and self.copies_apart
 
     def can_train(self, client: int) -> bool:
         return self.setup.has_batches(client)
@@ -116,10 +76,34 @@ class LocalClients(Seats):
         if cohort and self.compute_together:
             report = self._train_together(cohort, round, server, channel)
         else:
-            schedule = SCHEDULES[self.setup.algorithm.schedule]
-            report = schedule(cohort, lambda client: self.open(client, round), drop, server, channel)
+            report = self._train_each(cohort, round, drop, server, ledger)
         report.seconds = self.seconds - before
         return report
+
+    def _train_each(
+        self, cohort: list[int], round: int, drop: Callable[[int], None], server: Serving, ledger: Ledger
+    ) -> RoundReport:
+        """One round of clients that each have weights of their own."""
+        most = self._most(len(cohort))
+        if most > 1:
+            return self.train_together(cohort, round, most, drop, server, ledger)
+        schedule = SCHEDULES[self.setup.algorithm.schedule]
+        return schedule(cohort, lambda client: self.open(client, round), drop, server, Channel(ledger))
+
+    def _most(self, cohort: int) -> int:
+        """How many clients are computed as one."""
+        asked = self.setup.config.cohort.together
+        if asked == "never" or self.setup.algorithm.in_turn or cohort < 2:
+            return 1
+        if asked != "auto":
+            return asked
+        if self._chosen is None:
+            each = self.setup.blueprint.training_bytes(self.setup.algorithm.layout.client)
+            room = _available_memory(self.setup.device) // max(1, _ACTIVATIONS * each)
+            self._chosen, gain = choose(self.setup, cohort, room, TrialSide)
+            told = f"{self._chosen} at a time" if self._chosen > 1 else "never"
+            log.info("cohort.together=auto: %s (%.2f times as fast as one by one)", told, gain)
+        return self._chosen
 
     def on_counted(self, report: RoundReport) -> None:
         pass  # the store has it
@@ -134,10 +118,10 @@ class LocalClients(Seats):
         return map(tuner.scores, clients)
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {} if self._chosen is None else {"together": self._chosen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
+        self._chosen = state.get("together")
 
     def on_checkpoint(self) -> None:
         pass
@@ -176,6 +160,28 @@ class LocalClients(Seats):
         finally:
             seat.taken = False
             self.seconds += work.seconds
+
+
+class TrialSide:
+    """Clients and a server as they begin, and rounds of theirs that are none of a run; see ``choosing``."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._stores = [Store(None, name, device=setup.device) for name in ("clients", "server")]
+        self._clients, self._server = LocalClients(setup, self._stores[0]), make_server(setup, self._stores[1])
+        self.reasons: Sequence[str] = ()
+
+    def play(self, cohort: list[int], round: int) -> RoundReport:
+        """One round (from 0)."""
+        setup = self._clients.setup
+        work = Workplace(setup.blueprint, rng.derive(setup.config.seed, round=round, stream="trial"))
+        server = ServerParty(self._server, work)
+        server.open_round(min(round, setup.config.rounds - 1), cohort)
+        report = self._clients.train(cohort, round, lambda _: None, server, Ledger())
+        server.close_round()
+        for store in self._stores:
+            store.commit()
+        self.reasons = [*self._clients.reasons]
+        return report
 
 
 def _depends(module: nn.Module) -> bool:

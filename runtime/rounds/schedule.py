@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from cutlayer.runtime.messages.boundary import MODEL, ClientDroppedError, Fields, Message, Reply, Upload
 from cutlayer.runtime.messages.crossing import packed
 from cutlayer.runtime.parties.cohort import Asked, Cohort
+from cutlayer.runtime.parties.contexts import read_together
 from cutlayer.runtime.rounds.session import Channel, Serving, Session, Workplace
 
 
@@ -23,20 +24,29 @@ class RoundReport:
     survivors: list[int] = field(default_factory=list[int])
     dropped: list[int] = field(default_factory=list[int])
     seconds: float = 0.0
-    _sums: dict[str, float] = field(default_factory=dict[str, float])
-    _weights: dict[str, float] = field(default_factory=dict[str, float])
+    _reported: list[tuple[int, Mapping[str, float]]] = field(default_factory=list[tuple[int, Mapping[str, float]]])
 
     def add(self, client: int, upload: Upload) -> None:
         """Count a client's upload."""
         self.survivors.append(client)
-        for name, value in upload.metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + upload.samples * value
-            self._weights[name] = self._weights.get(name, 0.0) + upload.samples
+        self._reported.append((upload.samples, upload.metrics))
+
+    def extend(self, other: RoundReport) -> None:
+        """Count what came of other clients' round."""
+        self.survivors += other.survivors
+        self.dropped += other.dropped
+        self._reported += other._reported
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The clients' metrics."""
-        return {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
+        """The clients' metrics; what a device still computes is waited for here."""
+        sums, weights = dict[str, float](), dict[str, float]()
+        found = read_together([metrics for _, metrics in self._reported])
+        for (samples, _), metrics in zip(self._reported, found, strict=True):
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + samples * value
+                weights[name] = weights.get(name, 0.0) + samples
+        return {name: total / weights[name] for name, total in sums.items() if weights[name]}
 
 
 class RoundLostError(Exception):

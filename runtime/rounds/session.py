@@ -116,7 +116,7 @@ class LocalSession:
 
     def _upload(self, fields: Fields | None) -> Upload:
         self._ctx.leave()
-        return Upload(packed(fields or {}), self._ctx.samples, self._ctx.means.read())
+        return Upload(packed(fields or {}), self._ctx.samples, self._ctx.means)
 
     def close(self) -> None:
         if self._program is not None:
@@ -157,8 +157,9 @@ class Channel:
 
     def upload(self, client: int, upload: Upload) -> Upload:
         """The end of a client's round; its metrics are charged apart from training traffic."""
-        self._ledger.charge("up", METRICS, client, {"samples": upload.samples, **upload.metrics})
-        return Upload(self.up(client, MODEL, upload.fields), upload.samples, dict(upload.metrics))
+        # Their bytes are those of any numbers: what a GPU still computes is not waited for here.
+        self._ledger.charge("up", METRICS, client, {"samples": upload.samples, **dict.fromkeys(upload.metrics, 0.0)})
+        return Upload(self.up(client, MODEL, upload.fields), upload.samples, upload.metrics)
 
 
 class ArrivingChannel(Channel):

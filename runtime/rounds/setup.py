@@ -22,8 +22,9 @@ from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.memory import memory_told
 from cutlayer.runtime.messages.crossing import joined
-from cutlayer.runtime.parties.blueprint import WEIGHT_DTYPES, Blueprint
+from cutlayer.runtime.parties.blueprint import MEMORY_FORMATS, WEIGHT_DTYPES, Blueprint
 from cutlayer.runtime.parties.client_data import ClientData
+from cutlayer.runtime.parties.graphs import PassRecorder
 from cutlayer.runtime.settings import RunConfig
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ class Setup:
         self.algorithm = _method(config)
         self.device = config.torch_device()
         dataset = load_data(config) if dataset is None else dataset
-        self.dataset: Dataset = dataset.repeated(input_channels(config.model, dataset.info))
+        repeated = dataset.repeated(input_channels(config.model, dataset.info))
+        self.dataset: Dataset = repeated.in_format(MEMORY_FORMATS[config.memory_format])
         check_model(config.model, self.dataset.info, self.algorithm.layout.parts)
         self.personal = self.algorithm.personal
         if issubclass(self.algorithm, KeepsByConfig):
@@ -92,6 +94,8 @@ class Setup:
             device=self.device,
             precision=config.precision,
             buffers=config.aggregate.buffers,
+            memory_format=config.memory_format,
+            recorder=PassRecorder.on(self.device) if config.compile else None,
             compare=compare,
         )
 
@@ -103,6 +107,13 @@ class Setup:
         """
         twin = copy.copy(self)
         twin.config, twin.blueprint = config, self._blueprint(config, compare=False)
+        return twin
+
+    def with_shares(self, config: RunConfig, shares: Partition) -> Setup:
+        """The same of another configuration, whose clients have other shares of the training data."""
+        twin = copy.copy(self)
+        twin.config, twin.partition = config, shares
+        twin._able = shares.sizes > 0
         return twin
 
     @property

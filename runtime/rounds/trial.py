@@ -7,9 +7,9 @@ from collections.abc import Callable
 from cutlayer.datasets import Dataset, Partition
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.parties.store import Store
-from cutlayer.runtime.rounds.federation import make_server
-from cutlayer.runtime.rounds.local_clients import Seats
 from cutlayer.runtime.rounds.schedule import SCHEDULES, Opener
+from cutlayer.runtime.rounds.seats import Seats
+from cutlayer.runtime.rounds.servers import make_server
 from cutlayer.runtime.rounds.session import Channel, ServerParty, Session, Workplace
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.settings import RunConfig

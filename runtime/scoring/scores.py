@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ from torch.nn import functional as F
 from cutlayer.datasets import Source
 from cutlayer.evaluations import Score
 from cutlayer.runtime.ground import rng
+from cutlayer.runtime.ground.devices import moved, queued
 from cutlayer.runtime.parties.blueprint import BATCH_NORM, Blueprint
 from cutlayer.runtime.records.history import ClientRow
 
+_FILLING_VALUES = 1 << 23  # of images; 2,730 of 3x32x32
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -135,9 +138,29 @@ def gather(
         batch_size, batch_statistics, samples: see ``How``.
     """
     own = batch_statistics or [False] * len(modules)
+    samples = torch.arange(len(source)) if samples is None else samples
+    if queued(blueprint.device) and not any(own):
+        with contextlib.suppress(torch.OutOfMemoryError):  # of a model with much larger maps than images
+            return _gathered(take, modules, source, blueprint, larger(batch_size, source), own, samples)
+    return _gathered(take, modules, source, blueprint, batch_size, own, samples)
+
+
+def larger(batch_size: int, source: Source) -> int:
+    """Samples in a batch on a device that smaller ones do not fill, where no sample's result depends on others."""
+    return max(batch_size, _FILLING_VALUES // math.prod(source.shape))
+
+
+def _gathered(
+    take: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    modules: Sequence[nn.Module],
+    source: Source,
+    blueprint: Blueprint,
+    batch_size: int,
+    own: Sequence[bool],
+    samples: Tensor,
+) -> tuple[Tensor, Tensor]:
     first: list[Tensor] = []
     second: list[Tensor] = []
-    samples = torch.arange(len(source)) if samples is None else samples
     with evaluating(modules, batch_statistics=own) as forward, blueprint.autocast():
         order = _order(len(samples), mixed=any(own))
         # Batches of nearly equal size: a remainder of a few samples would have poor statistics of its own.
@@ -149,7 +172,7 @@ def gather(
     one, other = torch.cat(first), torch.cat(second)
     if not any(own):
         return one, other
-    back = order.argsort().to(one.device)
+    back = moved(order.argsort(), one.device)
     return one[back], other[back]
 
 

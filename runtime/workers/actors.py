@@ -200,7 +200,9 @@ class RayWorker:
             torch.set_num_threads(threads)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # nobody may write to what all of a machine have
-                return unpacked(content, (frozen, bytearray(memory)), place)
+                setup: Setup = unpacked(content, (frozen, bytearray(memory)), place)
+            prepare_process(place, setup.config.arithmetic)
+            return setup
 
         self._program = Program(load)
 

@@ -18,7 +18,7 @@ from cutlayer.runtime.messages.boundary import Message, Payload, Reply, Upload, 
 from cutlayer.runtime.messages.frames import Signature, pieces, signature
 from cutlayer.runtime.parties.contexts import Means
 from cutlayer.runtime.parties.store import Row, Store
-from cutlayer.runtime.rounds.federation import make_server
+from cutlayer.runtime.rounds.servers import make_server
 from cutlayer.runtime.rounds.session import ArrivingChannel, ServerParty, Serving, Workplace
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.workers.talk import Copied, Frame, Served, given, taken
@@ -114,10 +114,10 @@ class _Logged(Means):
 
     def __init__(self) -> None:
         super().__init__()
-        self.values: list[tuple[str, Tensor | float]] = []
+        self.each: list[tuple[str, Tensor | float]] = []
 
     def log(self, name: str, value: Tensor | float) -> None:
-        self.values.append((name, value.detach() if isinstance(value, Tensor) else float(value)))
+        self.each.append((name, value.detach() if isinstance(value, Tensor) else float(value)))
 
 
 class Copies:
@@ -148,7 +148,7 @@ class Copy:
 
     def answer(self, message: Message) -> Reply:
         """What the server answers; nothing where the client waits for no answer."""
-        self._logged.values = []
+        self._logged.each = []
         reply = self._party.serve(message.kind, {self._client: owned(message.fields)})[self._client]
         down = owned(reply or {}) if message.expects_reply else None
         served = Served(
@@ -158,7 +158,7 @@ class Copy:
             None if down is None else signature(down),
             [],
         )
-        self._served.append((served, self._logged.values))
+        self._served.append((served, self._logged.each))
         return down or {}
 
     def end(self) -> tuple[Copied, list[Frame]]:

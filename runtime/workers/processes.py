@@ -138,6 +138,7 @@ def _work(stream: WorkerStream, shared: Shared, threads: int, place: torch.devic
 
     def load() -> Setup:
         setup: Setup = shared.load(place)
+        prepare_process(place, setup.config.arithmetic)
         torch.set_num_threads(threads)
         return setup
 

@@ -14,7 +14,7 @@ from cutlayer.runtime.messages.frames import pieces
 from cutlayer.runtime.parties.contexts import ClientState
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.runtime.rounds.evaluator import ApartTests
-from cutlayer.runtime.rounds.local_clients import Seats
+from cutlayer.runtime.rounds.seats import Seats
 from cutlayer.runtime.rounds.session import Session
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.rounds.tuner import Tuner

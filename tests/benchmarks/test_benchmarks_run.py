@@ -26,6 +26,7 @@ from benchmarks import (
     memory,
     plotting,
     round_time,
+    speed,
     sweep,
     together,
     traffic,
@@ -258,6 +259,38 @@ def test_methods_on_a_device_are_compared_with_the_processor(
     )
     monkeypatch.setattr(gpu, "learnt", lambda federation: {"weight": torch.rand(9)})
     assert "OTHER BITS" in gpu.method("fed_avg", "cpu")
+
+
+def test_speed_is_measured_part_by_part(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a processor, whose passes are not recorded: these parts are one line each, and the others go on."""
+    monkeypatch.setattr(speed, "QUICK", speed.TINY)
+    assert gpu.main(["speed", "--quick", "--seconds", "100", "--set", "threads=1"]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(rf"matmul of 64, tf32: {DECIMAL} TFLOP/s", shown)
+    assert re.search(
+        rf"two convolutions, 2 clients, eager: {DECIMAL} ms a round, bare {DECIMAL}, ratio {DECIMAL}", shown
+    )
+    assert re.search(rf"resnet20, batch 4, bf16, eager: {DECIMAL} ms a step.* of the peak, weights apart \d", shown)
+    assert re.search(rf"FSL-SAGE's alignment: \d+ ms a client, {DECIMAL} ms a pass", shown)
+    assert re.search(r"MocoSFL: \d+ ms a round of 3 clients", shown)
+    refused = "FAILED, ConfigError: compile=true: expected false on a processor"
+    assert shown.count(refused) == 2 * (1 + len(speed.PRECISIONS)) + len(speed.PAPER)
+    data: list[speed.Dataset] = []
+    for name, more in {"fed_avg": [], "fsl_sage": ["algorithm.align_epochs=1"]}.items():
+        options = argparse.Namespace(device="cpu", set=["num_clients=2", *more])
+        found = speed.paper(options, speed.TINY, name, ("memory_format=channels_last",), data)
+        assert re.search(
+            rf"{DECIMAL} s a round, the first {DECIMAL}(, aligned {DECIMAL})?, {DECIMAL} min for 200", found
+        )
+    (held,) = data
+    assert len(held.train) == speed.TINY.images
+
+
+def test_speed_ends_when_its_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["speed", "--seconds", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.endswith("no time left") for line in lines[1:])
+    assert len(lines) == 1 + len(speed.PRECISIONS) + 4 * (1 + len(speed.PRECISIONS)) + 2 + 2 * len(speed.PAPER)
 
 
 @pytest.fixture

@@ -23,6 +23,9 @@ from tests.conftest import SMALL, play, same, weights
 MACHINE = {
     *(
         "device",
+        "deterministic",
+        "memory_format",
+        "compile",
         "threads",
         "workers",
         "engine",
@@ -54,6 +57,7 @@ OTHERS: dict[str, Any] = {
     "comm_threshold_mb": 3.0,
     "communication_by": "round",
     "cohort_order": "fixed",
+    "cohort.together": 4,
     "data_changed": "accept",
     "dataset.augment": "flip",
     "dataset.distribution": "dirichlet",
@@ -83,6 +87,7 @@ OTHERS: dict[str, Any] = {
     "model.options": {"hidden": [32]},
     "model.personal.variants": [{}],
     "model.server_norm": "group",
+    "memory_format": "channels_last",
     "monitor.features": "projector",
     "optimizer.name": "adamw",
     "personalize.part": "head",
@@ -166,7 +171,10 @@ def test_sections_by_other_choices_have_scopes_too() -> None:
     assert {each.scope for key, each in found.items() if key.startswith("transport.")} == {"machine"}
     assert {each.scope for key, each in found.items() if key.startswith("logger.")} == {"record"}
     assert len({key.split(".")[1] for key in found if key.startswith("logger.")}) == len(LOGGERS)
-    assert {key for key, use in uses_of(RunConfig).items() if use.identifies} == {"device", "transport.name"}
+    assert {key for key, use in uses_of(RunConfig).items() if use.identifies} == {
+        *("device", "deterministic", "memory_format", "compile"),
+        "transport.name",
+    }
 
 
 @pytest.mark.parametrize("name", ["centralized", "fed_avg", "fsl_sage", "fsmkd", "mhmd", "moco_sfl"])

@@ -11,7 +11,7 @@ import cutlayer.algorithms as algorithms
 from cutlayer.algorithms.splitfed import ReplicaServer
 from cutlayer.runtime.rounds.evaluator import Evaluator
 from cutlayer.runtime.rounds.federation import Federation
-from cutlayer.runtime.rounds.local_clients import Seats
+from cutlayer.runtime.rounds.seats import Seats
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.workers.clients import WorkerClients
 from tests.conftest import same, weights

@@ -120,7 +120,7 @@ class _Client:
         if self._site is not None and run == self._run and shared(self._site.setup.config) == theirs:
             return self._site
         config = client_config(self._own, cast(dict[str, Any], theirs), self._overrides)
-        prepare_process(config.torch_device())
+        prepare_process(config.torch_device(), config.arithmetic)
         folder = self._folder(config, run)
         if self._site is None or run != self._run:
             self._claim(folder)

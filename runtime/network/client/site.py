@@ -11,7 +11,7 @@ from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.network.client.kept import KeptState
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.runtime.rounds.evaluator import ApartTests
-from cutlayer.runtime.rounds.local_clients import Seats
+from cutlayer.runtime.rounds.seats import Seats
 from cutlayer.runtime.rounds.session import Session
 from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.scoring.scores import ClientScores

@@ -1,0 +1,356 @@
+"""Passes of a part that are recorded once and then replayed, so that a GPU need not be asked for each kernel.
+
+What is replayed are the same kernels on the same memory: results are those of the part itself. A call that cannot be
+replayed is computed as ever, and so is a part that cannot be recorded. What decides is what the part and the call do:
+
+- A second forward pass before the first one's backward pass takes a second recording, or none.
+- A gradient that is itself differentiated, and a backward pass whose forward pass was written over, are computed anew.
+- Other shapes, types, precisions, or parameters that learn make another recording, of which there are not many.
+- Evaluation, hooks, parameters or buffers put in the place of the part's, random numbers: no recording.
+- Copies of a part have none.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cutlayer.runtime.ground.config import ConfigError
+
+log = logging.getLogger(__name__)
+_C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+_is_wrapped: Callable[[Tensor], bool] = _C._functorch.is_functorch_wrapped_tensor
+
+_Run = Callable[[Tensor], Tensor]
+WARM_UP = 3  # passes before a recording: libraries choose their kernels and take their memory then
+_AFTER = 2  # calls of a kind that are computed as ever before one is recorded
+_KINDS, _AT_ONCE, _IN_ALL = 4, 2, 24  # recordings: kinds of a part, of a kind at once, of all parts
+
+
+class Passes(Protocol):
+    """A forward pass of a part and its backward pass; what they give is written over by the next ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
+        ...
+
+    def backward(self, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The gradients of the latest input, if it needs one, and of all parameters that learn, as `joined_gradients`.
+
+        Called once at most after each forward pass.
+        """
+        ...
+
+
+Record = Callable[[_Run, Tensor, Sequence[Tensor]], Passes]
+"""Records the passes of a function for inputs like the given one, with these parameters."""
+
+
+class GraphPasses:
+    """Passes recorded as CUDA graphs."""
+
+    def __init__(self, run: _Run, x: Tensor, parameters: Sequence[Tensor]) -> None:
+        self._x = x.detach().clone().requires_grad_(x.requires_grad)
+        stream, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                output = run(self._x)
+                self._gradient = torch.zeros_like(output)
+                joined_gradients(output, self._x, parameters, self._gradient)
+        current.wait_stream(stream)
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Other threads, which read images ahead, may go on meanwhile.
+        how: dict[str, Any] = {"stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self._forward, **how):
+            output = run(self._x)
+        with torch.cuda.graph(self._backward, pool=self._forward.pool(), **how):
+            self._own, self._joined = joined_gradients(output, self._x, parameters, self._gradient)
+        self._output = output.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Passes`."""
+        self._x.copy_(x)
+        self._forward.replay()
+        return self._output
+
+    def backward(self, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+        """See `Passes`."""
+        self._gradient.copy_(gradient)
+        self._backward.replay()
+        return self._own, self._joined
+
+
+RECORDERS: dict[str, Record] = {"cuda": GraphPasses}
+"""What records passes, by type of device."""
+
+
+def joined_gradients(
+    output: Tensor, x: Tensor, parameters: Sequence[Tensor], gradient: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients of an input, None where it needs none, and of the parameters that learn, in one row.
+
+    Raises:
+        RuntimeError: the output does not depend on one of them, which would then have no gradient at all.
+    """
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    inputs = [x, *learning] if x.requires_grad else learning
+    with torch.autocast(x.device.type, enabled=False):
+        found = list(torch.autograd.grad(output, inputs, gradient))
+    own = found.pop(0) if x.requires_grad else None
+    rows = [_row(grad, like) for grad, like in zip(found, learning, strict=True)]
+    return own, torch.cat(rows) if rows else x.new_empty(0)
+
+
+def _row(gradient: Tensor, like: Tensor) -> Tensor:
+    """The values in the order in which those of the parameter lie in memory."""
+    if gradient.stride() != like.stride():
+        gradient = torch.empty_like(like).copy_(gradient)
+    return gradient.as_strided((like.numel(),), (1,))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    steps = (stride * (size - 1) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() == 1 + sum(steps)
+
+
+class PassRecorder:
+    """Lets parts replay their passes.
+
+    Args:
+        record: records the passes of one.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._left = _IN_ALL
+        self._said: set[str] = set()
+
+    @classmethod
+    def on(cls, device: torch.device) -> PassRecorder:
+        """The recorder of a device.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if device.type not in RECORDERS:
+            expected = "false on a processor, as what is recorded are a GPU's kernels"
+            raise ConfigError("compile", True, expected)
+        return cls(RECORDERS[device.type])
+
+    def attach(self, part: nn.Module) -> None:
+        """Let a part that is fresh replay its passes, where it can be recorded."""
+        parameters = [*part.parameters()]
+        if isinstance(part.forward, ReplayedForward):
+            return
+        if parameters and len({each.dtype for each in parameters}) == 1 and all(map(_is_dense, parameters)):
+            part.forward = ReplayedForward(part, self)
+
+    def say(self, text: str) -> None:
+        """Warn of something, once."""
+        if text not in self._said:
+            self._said.add(text)
+            log.warning(text)
+
+    def record(self, run: _Run, x: Tensor, parameters: Sequence[Tensor]) -> Passes | None:
+        """The passes; None where there are enough of them."""
+        if not self._left:
+            return None
+        self._left -= 1
+        return self._record(run, x, parameters)
+
+
+class _Turn:
+    """A forward pass whose backward pass may come, as long as anyone holds it."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Recording:
+    """Passes and whose turn it is with them."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+        self._turn: weakref.ref[_Turn] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the backward pass of the latest forward pass may still come."""
+        return self._turn is not None and self._turn() is not None
+
+    def begin(self) -> _Turn:
+        turn = _Turn()
+        self._turn = weakref.ref(turn)
+        return turn
+
+    def holds(self, turn: _Turn) -> bool:
+        """Whether what a turn's backward pass needs is still there."""
+        return self._turn is not None and self._turn() is turn
+
+    def end(self) -> None:
+        self._turn = None
+
+
+class ReplayedForward:
+    """The forward pass of a part: replayed where that gives the same, else the part's own.
+
+    Args:
+        recorder: of all parts of a run.
+    """
+
+    def __init__(self, part: nn.Module, recorder: PassRecorder) -> None:
+        self._part, self._recorder = part, recorder
+        self._own = type(part).forward
+        self.parameters = [*part.parameters()]
+        self._addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self._layout = [(parameter.numel(), parameter.shape, parameter.stride()) for parameter in self.parameters]
+        modules = [*part.modules()]
+        places = _dicts(modules, "_parameters", "_buffers")
+        self._bound = [(place, name, tensor) for place in places for name, tensor in place.items()]
+        self._hooks = _dicts(modules, *(f"_{when}_hooks" for when in ("forward", "forward_pre", "backward")))
+        self._hooks += _dicts(modules, "_backward_pre_hooks")
+        self._seen: dict[Hashable, int] = {}
+        self._recordings: dict[Hashable, list[_Recording]] = {}
+        self._given_up = False
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> Any:
+        """A copy of the part computes by itself."""
+        return types.MethodType(self._own, memo[id(self._part)])
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if len(inputs) != 1 or named or not self._is_plain(inputs[0]):
+            return self._own(self._part, *inputs, **named)
+        (x,) = inputs
+        recording = self._free(x)
+        if recording is None:
+            return self._own(self._part, x)
+        return _Replay.apply(self, recording, x, *self.parameters)
+
+    def _is_plain(self, x: object) -> bool:
+        """Whether a call is one of training, of the part as it is, with nobody looking on."""
+        return (
+            type(x) is Tensor
+            and not self._given_up
+            and torch.is_grad_enabled()
+            and self._part.training
+            and all(place.get(name) is tensor for place, name, tensor in self._bound)
+            and not any(self._hooks)
+            and [parameter.data_ptr() for parameter in self.parameters] == self._addresses
+            # Casts of weights that are kept would be those of the moment of recording.
+            and not (torch.is_autocast_enabled(x.device.type) and torch.is_autocast_cache_enabled())
+            and not _is_wrapped(x)
+        )
+
+    def _free(self, x: Tensor) -> _Recording | None:
+        """A recording of such a call that is not in use."""
+        learning = tuple(parameter.requires_grad for parameter in self.parameters)
+        if not (x.requires_grad or any(learning)):
+            return None
+        kind = (x.shape, x.stride(), x.dtype, x.requires_grad, learning, _autocast(x))
+        recordings = self._recordings.get(kind)
+        if recordings is None:
+            self._seen[kind] = self._seen.get(kind, 0) + 1
+            if self._seen[kind] <= _AFTER or len(self._recordings) == _KINDS:
+                return None
+            recordings = self._recordings[kind] = []
+        for recording in recordings:
+            if not recording.busy:
+                return recording
+        if len(recordings) < _AT_ONCE:
+            passes = self._recorded(x)
+            if passes is not None:
+                recordings.append(_Recording(passes))
+                return recordings[-1]
+        return None
+
+    def _recorded(self, x: Tensor) -> Passes | None:
+        """A new recording of such a call, which leaves no trace; None where there can be none."""
+        buffers = [(buffer, buffer.clone()) for buffer in self._part.buffers()]
+        generators = _generators(x.device)
+        states = [generator.get_state() for generator in generators]
+        try:
+            passes = self._recorder.record(lambda x: self._own(self._part, x), x, self.parameters)
+            drew = any(not torch.equal(g.get_state(), s) for g, s in zip(generators, states, strict=True))
+            reason = "draws random numbers" if drew else None
+        except Exception as error:  # of whatever is in the part: then it computes as ever
+            first = next(iter(str(error).splitlines()), "")
+            passes, reason = None, f"cannot be recorded ({type(error).__name__}: {first})"
+        for buffer, before in buffers:
+            buffer.data.copy_(before)  # `data`, as another pass may wait for its backward pass and has noted no change
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        if reason is not None:
+            self._given_up = True
+            self._recorder.say(f"compile: a part {reason}, and computes without graphs")
+            return None
+        return passes
+
+    def gradients(self, joined: Tensor) -> list[Tensor | None]:
+        """The parameters' gradients, out of a row that may be kept."""
+        learning = [parameter.requires_grad for parameter in self.parameters]
+        sizes = [size for (size, _, _), learns in zip(self._layout, learning, strict=True) if learns]
+        pieces = iter(torch.split(joined, sizes) if sizes else ())
+        return [
+            next(pieces).as_strided(shape, stride) if learns else None
+            for (_, shape, stride), learns in zip(self._layout, learning, strict=True)
+        ]
+
+    def anew(self, x: Tensor, parameters: Sequence[Tensor], gradient: Tensor, how: tuple[Any, ...]) -> list[Any]:
+        """The gradients of an input and the parameters, from a forward pass of their own, which moves no statistics."""
+        differentiable = torch.is_grad_enabled()
+        self._given_up |= differentiable  # this part's gradients are differentiated: the next call is its own
+        names = {id(each): name for name, each in self._part.named_parameters()}
+        state = {names[id(own)]: each for own, each in zip(self.parameters, parameters, strict=True)}
+        state |= {name: buffer.clone() for name, buffer in self._part.named_buffers()}
+        enabled, dtype = how
+        with torch.enable_grad():
+            with torch.autocast(x.device.type, dtype, enabled=enabled, cache_enabled=False):
+                output = functional_call(self._part, state, (x,))
+            needed = [each for each in (x, *parameters) if each.requires_grad]
+            found = iter(torch.autograd.grad(output, needed, gradient, create_graph=differentiable))
+        return [next(found) if each.requires_grad else None for each in (x, *parameters)]
+
+
+class _Replay(torch.autograd.Function):
+    """A replayed forward pass in a graph of torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        replayed, recording, x, *parameters = given
+        ctx.replayed, ctx.recording, ctx.turn = replayed, recording, recording.begin()
+        ctx.how, ctx.versions = _autocast(x), [parameter._version for parameter in parameters]
+        ctx.save_for_backward(x, *parameters)
+        return recording.passes.forward(x).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        replayed: ReplayedForward = ctx.replayed
+        changed = any(p._version != v for p, v in zip(replayed.parameters, ctx.versions, strict=True))
+        if changed or torch.is_grad_enabled() or not ctx.recording.holds(ctx.turn):
+            x, *parameters = ctx.saved_tensors  # where parameters were changed since, torch raises what it always does
+            return None, None, *replayed.anew(x, parameters, gradient, ctx.how)
+        own, joined = ctx.recording.passes.backward(gradient)
+        ctx.recording.end()
+        return None, None, None if own is None else own.clone(), *replayed.gradients(joined.clone())
+
+
+def _dicts(modules: Sequence[nn.Module], *names: str) -> list[dict[str, Any]]:
+    """What torch keeps of modules under these names, to be looked at in each call without the time of an attribute."""
+    return [getattr(module, name) for module in modules for name in names]
+
+
+def _autocast(x: Tensor) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    own = [torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else []
+    return [torch.default_generator, *own]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from cutlayer.algorithms.base import cross_entropy
 
@@ -77,7 +76,8 @@ class LinearAlignmentBatch(AlignmentBatch):
         super().__init__(model, z, y, target)
         self._layer = layer
         self._rows = torch.cat([z.flatten(1), target.flatten(1)])
-        self._labels = F.one_hot(y, layer.out_features).T.to(z.dtype).contiguous()
+        # Compared, as `one_hot` reads the labels, for which a GPU would be waited.
+        self._labels = (torch.arange(layer.out_features, device=y.device)[:, None] == y).to(z.dtype)
 
     @torch.no_grad()
     def differentiate(self) -> None:

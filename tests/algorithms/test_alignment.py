@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from cutlayer.algorithms.alignment import AlignmentBatch, LinearAlignmentBatch, alignment_batch
 from cutlayer.models.layers import FeatureMean, GlobalAvgPool
 
+# Finite differences need smooth functions; norms have an eps of 1 below, without which they are all but steps.
 SMOOTH = (nn.Tanh, nn.Softplus, nn.GELU, nn.Sigmoid)
 STEP = 1e-4
 Sample = tuple[nn.Module, Tensor, Tensor, Tensor]
@@ -20,14 +21,14 @@ Sample = tuple[nn.Module, Tensor, Tensor, Tensor]
 @st.composite
 def vectors(draw: st.DrawFn, *, kink: bool) -> tuple[nn.Sequential, tuple[int, ...], int]:
     """Up to two hidden layers on [b, features], behind a flattening where there are maps: the model but its last layer,
-    the shape of a sample, and the width."""
+    the shape of a sample, and the width. Norms have an eps of 1, without which they are all but steps."""
     shape = draw(st.sampled_from([(1,), (5,), (2, 3), (3, 2, 2)]))
     width = int(torch.tensor(shape).prod())
     layers: list[nn.Module] = [nn.Flatten()] if len(shape) > 1 or draw(st.booleans()) else []
     for _ in range(draw(st.integers(0, 2))):
         wider = draw(st.integers(1, 4))
         layers.append(nn.Linear(width, wider, bias=draw(st.booleans())))
-        layers += draw(st.sampled_from([[], [nn.BatchNorm1d(wider)], [nn.LayerNorm(wider)]]))
+        layers += draw(st.sampled_from([[], [nn.BatchNorm1d(wider, eps=1)], [nn.LayerNorm(wider, eps=1)]]))
         layers.append(draw(st.sampled_from([*SMOOTH, *([nn.ReLU] if kink else [])]))())
         width = wider
     return nn.Sequential(*layers), shape, width
@@ -40,7 +41,7 @@ def maps(draw: st.DrawFn, *, kink: bool) -> tuple[nn.Sequential, tuple[int, ...]
     layers: list[nn.Module] = [
         nn.Conv2d(channels, out, draw(st.sampled_from([1, 3])), draw(st.integers(1, 2)), padding=1)
     ]
-    layers += draw(st.sampled_from([[], [nn.BatchNorm2d(out)], [nn.GroupNorm(1, out)]]))
+    layers += draw(st.sampled_from([[], [nn.BatchNorm2d(out, eps=1)], [nn.GroupNorm(1, out, eps=1)]]))
     layers.append(draw(st.sampled_from([*SMOOTH, *([nn.ReLU] if kink else [])]))())
     layers += draw(st.sampled_from([[GlobalAvgPool()], [FeatureMean()], [nn.AdaptiveAvgPool2d(1), nn.Flatten()]]))
     return nn.Sequential(*layers), (channels, side, side), out

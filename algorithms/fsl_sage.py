@@ -8,36 +8,20 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import Flow, cross_entropy
+from cutlayer.algorithms.alignment import alignment_batch, frozen, input_gradient
+from cutlayer.algorithms.base import Flow
 from cutlayer.algorithms.cse_fsl import CSEFSL, OneWayServer, check_counts, train_with_auxiliary
 from cutlayer.runtime.messages.boundary import ClientProgram, Payload, Reply, ask, flatten, tell
 from cutlayer.runtime.messages.crossing import tensor
 from cutlayer.runtime.parties.contexts import ClientContext
 
 
-def input_gradient(model: nn.Module | Any, z: Tensor, y: Tensor, *, differentiable: bool = False) -> Tensor:
-    """The gradient of the batch's mean cross-entropy with respect to the smashed data: same shape as ``z``."""
-    z = z.detach().requires_grad_()
-    return torch.autograd.grad(cross_entropy(model(z), y), z, create_graph=differentiable)[0]
-
-
 def _total(each: Iterable[Tensor]) -> Tensor:
     """The sum, to be divided and averaged in double precision."""
     return reduce(torch.add, each).double()
-
-
-def frozen(model: nn.Module) -> Any:
-    """The model as a function that computes in its present mode and leaves its running statistics untouched."""
-
-    def call(z: Tensor) -> Tensor:
-        state = {**dict(model.named_parameters()), **{name: b.clone() for name, b in model.named_buffers()}}
-        return functional_call(model, {name: value.detach() for name, value in state.items()}, (z,))
-
-    return call
 
 
 class AligningServer(OneWayServer):
@@ -69,27 +53,21 @@ class AligningServer(OneWayServer):
         with torch.autocast(buffer["z"].device.type, enabled=False):
             # Batches of nearly equal size: a remainder of one sample could not be normalised.
             count = -(-len(buffer["y"]) // size)
-            inputs, labels = buffer["z"].to(dtype).tensor_split(count), buffer["y"].tensor_split(count)
-            batches = list(zip(inputs, labels, strict=True))
-            targets = [input_gradient(server, z, y) for z, y in batches]
-            before = self._error(auxiliary, batches, targets)
+            pieces = zip(buffer["z"].to(dtype).tensor_split(count), buffer["y"].tensor_split(count), strict=True)
+            batches = [alignment_batch(auxiliary, z, y, input_gradient(server, z, y)) for z, y in pieces]
+            before = _total(batch.error() for batch in batches)
             for _ in range(config.align_epochs):
-                for (z, y), target in zip(batches, targets, strict=True):
-                    estimate = input_gradient(auxiliary, z, y, differentiable=True)
-                    optimizer.update((estimate - target).square().sum())
-            after = self._error(auxiliary, batches, targets)
-        norm = _total(target.square().sum() for target in targets)
+                for batch in batches:
+                    batch.differentiate()
+                    optimizer.step()
+            after = _total(batch.error() for batch in batches)
+        norm = _total(batch.target.square().sum() for batch in batches)
         for name, value in {"error_before": before, "error_after": after, "target": norm}.items():
             self.ctx.log(f"align/{name}", value)
         for name, value in {"before": before, "after": after}.items():
             self.ctx.log(f"align/normalised_{name}", torch.where(norm != 0, value / norm, 0.0))
         own.put("auxiliary", auxiliary.state_dict())
         return flatten("auxiliary", auxiliary.state_dict())
-
-    @staticmethod
-    def _error(auxiliary: nn.Module, batches: list[tuple[Tensor, Tensor]], targets: list[Tensor]) -> Tensor:
-        pairs = zip(batches, targets, strict=True)
-        return _total((input_gradient(frozen(auxiliary), z, y) - t).square().sum() for (z, y), t in pairs)
 
     def down(self, client: int) -> Payload:
         return self.ctx.dump(*(self.ctx.shared if not self._warming() else CSEFSL.shared))
@@ -128,6 +106,7 @@ class FSLSAGE(CSEFSL):
         def __post_init__(self) -> None:
             check_counts(self, "upload_interval", "align_interval", "buffer_size", "align_epochs", "align_batch_size")
 
+    revision = 2  # before, a linear auxiliary model was aligned by other sums, which round otherwise
     uneven = True
     shared = ("client",)
     traffic = (

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cutlayer.algorithms.fsl_sage import frozen, input_gradient
+from cutlayer.algorithms.alignment import frozen, input_gradient
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.rounds.federation import Federation
 from tests.conftest import play, same, weights

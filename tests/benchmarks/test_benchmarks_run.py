@@ -15,6 +15,7 @@ from PIL import Image
 
 from benchmarks import __main__ as listing
 from benchmarks import (
+    alignment,
     allocator,
     bare,
     checkpoint,
@@ -84,6 +85,20 @@ def test_workers_give_the_weights_of_one_process(
 def test_a_recorded_round_writes_results_and_is_compared_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert round_time.main(["--case", "tiny", "--repeats", "1", "--algorithm", "fed_avg", "--record"]) == 0
     assert "ratio" in capsys.readouterr().out
+
+
+def test_alignment_ends_with_the_weights_of_the_plain_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["--case", "tiny", "--steps", "3", "--repeats", "1", "--precision", "fp64"]
+    assert alignment.main(keys) == 0
+    shown = capsys.readouterr().out
+    spread = rf"{DECIMAL} \({DECIMAL} \.\. {DECIMAL}\)"
+    assert re.search(rf"ratio {spread}, of processor time {spread}, a step takes {DECIMAL} ms", shown)
+    assert "weights agree" in shown
+    monkeypatch.setattr(alignment, "plain_step", lambda *_: None)
+    assert alignment.main(keys) == 1
+    assert "weights DIFFER" in capsys.readouterr().out
 
 
 def test_memory_hands_each_population_to_a_process_of_its_own(

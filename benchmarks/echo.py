@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import time
 from collections.abc import Callable, Generator
@@ -143,7 +144,7 @@ CLIENTS: dict[str, Callable[[int, Path | None], contextlib.AbstractContextManage
 def call(pipe: Connection, port: int, certificates: Path | None, size: int) -> None:
     """Be both clients: for each order, a name and a number of steps, send the seconds of the steps."""
     keep_freed_memory()
-    data = bytes(size)
+    data = os.urandom(size)  # zeros would be one page of memory, which a processor always has at hand
     with contextlib.ExitStack() as stack:
         callers = {name: stack.enter_context(make(port, certificates)) for name, make in CLIENTS.items()}
         while (order := pipe.recv()) is not None:

@@ -78,7 +78,7 @@ class Unplugged(hub.Hub):
     """A hub that listens nowhere: what others do on its loop is done at once."""
 
     def __init__(self, config: Any, population: int, greeting: Any) -> None:
-        self.config, self.population, self.loop = config, population, LOOP
+        self.config, self.population, self.network = config, population, Undone(self)
         self.connections = {}
         self.seen = [hub.Seen() for _ in range(population)]
         self.changed = threading.Condition()
@@ -86,13 +86,21 @@ class Unplugged(hub.Hub):
         self.note = greeting.changed
         self._greeting = greeting
 
+
+class Undone:
+    """The loop of such a hub."""
+
+    def __init__(self, of: Unplugged) -> None:
+        self.loop, self._hub = LOOP, of
+
     def call(self, function: Any, *args: Any) -> None:
         function(*args)
-        for connection in self.connections.values():  # it takes what it is sent
-            while connection.behind:
-                connection._outbox.get_nowait()
-        for client in [client for client, connection in self.connections.items() if connection.why]:
-            del self.connections[client]
+        connections = self._hub.connections
+        for connection in connections.values():  # it takes what it is sent
+            connection._outbox.clear()
+            connection._asleep = True
+        for client in [client for client, connection in connections.items() if connection.why]:
+            del connections[client]
 
     def submit(self, work: Any) -> Any:
         done: Future[Any] = Future()

@@ -142,9 +142,9 @@ def test_one_whose_welcome_is_still_being_sent_learns_it() -> None:
         return stream.left
 
     try:
-        pieces = hub.submit(ended()).result(30)
+        pieces = hub.network.submit(ended()).result(30)
     finally:
-        hub._farewell = hub.submit(_future()).result(30)  # of those that there are when it closes
+        hub._farewell = hub.network.submit(_future()).result(30)  # of those that there are when it closes
         hub.close("the test is over")
     incoming = Incoming(Limits(message_bytes=0), (What.WELCOME, What.END))
     received = [found for piece in pieces if (found := incoming.feed(piece)) is not None]

@@ -52,9 +52,7 @@ class Hostile:
 
     def raw(self, *pieces: bytes) -> None:
         """Send bytes as they are."""
-        with self.link._changed:
-            self.link._outbox.extend(pieces)
-            self.link._changed.notify_all()
+        self.link.send_pieces(pieces)
 
     def end(self) -> dict:
         """Wait for the server's last word."""
@@ -288,7 +286,7 @@ def test_answers_that_it_does_not_read_do_not_pile_up(arena: Federation) -> None
         connection = arena.clients.hub.connections[HOSTILE]
         for _ in range(100):
             hostile.link.send(What.ASK, {"z": Z.repeat(500, 1), "y": Y.repeat(500)}, session, "smashed")
-            waiting.append(connection._outbox.qsize())
+            waiting.append(len(connection._outbox))
         hostile.link.send(What.FAILED, {"error": "as many as it liked"}, session)
 
     assert "before the answer to the one before was taken" in attack(arena, act)

@@ -45,9 +45,9 @@ def _silently(hub: Any, *_: object, **__: object) -> None:
     """The end of a server's process as clients see it."""
     if not hub.closing:
         hub.closing = True
-        hub.call(hub._care.cancel)
-        hub.submit(hub._server.stop(None)).result(30)
-        hub._stop_loop()
+        hub.network.call(hub._care.cancel)
+        hub.network.submit(hub._server.stop(None)).result(30)
+        hub.network.release()
 
 
 def test_a_server_killed_after_its_last_round_ends_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

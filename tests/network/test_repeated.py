@@ -53,18 +53,18 @@ def test_a_server_that_goes_on_finds_its_clients_as_they_were(configure, tmp_pat
 
 def test_what_the_test_sends_to_all_is_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("grpc", reason="the extra grpc is not installed")
+    from cutlayer.runtime.network.server.connection import Connection
     from cutlayer.runtime.network.wire import What
 
     sent: list[bytes] = []
     with served(tmp_path, "algorithm=fed_per", "num_clients=3", "rounds=1", "eval_interval=1") as federation:
-        hub = federation.clients.hub  # type: ignore[attr-defined]
-        call = hub.call
+        put = Connection._put
 
-        def watching(function: Any, *arguments: Any) -> None:
-            sent.extend(each for each in arguments if isinstance(each, bytes) and each[1] == What.EVALUATE)
-            call(function, *arguments)
+        def watching(self: Connection, piece: bytes | None) -> None:
+            sent.extend([piece] if piece is not None and piece[1] == What.EVALUATE else [])
+            put(self, piece)
 
-        monkeypatch.setattr(hub, "call", watching)
+        monkeypatch.setattr(Connection, "_put", watching)
         record, _ = federation.step()
     assert len(record.client_rows) == 3
     assert len(sent) == 3

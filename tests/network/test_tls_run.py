@@ -171,6 +171,6 @@ def test_other_machines_need_certificates_or_a_word(host: str, monkeypatch: pyte
     assert not is_open()
     assert threading.active_count() == threads
     hub = Hub(dataclasses.replace(config, insecure=True), 2, greeting)
-    hub._stop_loop()
+    hub.network.release()
     assert is_open()
     listeners.pop().close()

@@ -5,23 +5,21 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import CancelledError, Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from grpc import aio
 
 from cutlayer.runtime.messages.bounds import Limits, WireError
 from cutlayer.runtime.network.certificates.passports import Passport
-from cutlayer.runtime.network.links import LinkLostError
+from cutlayer.runtime.network.links import EOF, GrpcError, LinkLostError, NetworkLoop
 from cutlayer.runtime.network.server.guard import Stream
 from cutlayer.runtime.network.server.status import Doing, Seen
 from cutlayer.runtime.network.wire import Head, Incoming, Received, What, outgoing
 from cutlayer.runtime.transport import GrpcTransport
 
-T = TypeVar("T")
-GrpcError: type[Exception] = getattr(aio, "BaseError")  # noqa: B009  (as below)
-EOF: Any = getattr(aio, "EOF")  # noqa: B009  (what a stream's end reads as; the types do not know it)
 FAREWELL_S = 5.0
 """Seconds that a client has to receive the last message."""
 
@@ -33,11 +31,8 @@ class Host(Protocol):
     seen: list[Seen]
     changed: threading.Condition
     note: Callable[[], None]
-    loop: asyncio.AbstractEventLoop
+    network: NetworkLoop
     config: GrpcTransport
-
-    def call(self, function: Callable[..., object], *args: object) -> None: ...
-    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]: ...
 
 
 class Connection:
@@ -58,12 +53,13 @@ class Connection:
         self.peer = str(context.peer())
         self.session = 0
         self.seen = hub.seen[client]
-        self._hub, self._context = hub, context
+        self._hub, self._loop, self._context = hub, hub.network, context
         self._incoming = Incoming(limits, ())
-        self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: the end
+        self._outbox: deque[bytes | None] = deque()  # None: the end
+        self._asleep, self._more = False, asyncio.Event()  # the task that sends it
         self._next: Future[Received] | None = None
         self.why = ""  # the stream was ended
-        self.over: asyncio.Future[None] = hub.loop.create_future()
+        self.over: asyncio.Future[None] = hub.network.loop.create_future()
 
     # ------------------------------------------------------------------ in the main thread
 
@@ -75,13 +71,19 @@ class Connection:
         """Send a message that is encoded already, as one that goes to many."""
         for piece in pieces:
             self.seen.down += len(piece)
-            self._hub.call(self._outbox.put_nowait, piece)
+            self._put(piece)
         self._hub.note()
+
+    def _put(self, piece: bytes | None) -> None:
+        self._outbox.append(piece)
+        if self._asleep:  # else it finds the piece, and waking it would cost both threads time
+            self._asleep = False
+            self._loop.call(self._more.set)
 
     @property
     def behind(self) -> bool:
         """Whether the client has yet to take some of what it was sent."""
-        return not self._outbox.empty()
+        return bool(self._outbox)
 
     @property
     def waiting(self) -> What | None:
@@ -94,9 +96,9 @@ class Connection:
     def expect(self, *whats: What) -> None:
         """Begin to read the client's next message, one of these; a read that has begun continues, for one of these."""
         if self._next is None:
-            self._next = self._hub.submit(self._read(frozenset(whats)))
+            self._next = self._loop.submit(self._read(frozenset(whats)))
         else:
-            self._hub.call(setattr, self._incoming, "allowed", frozenset(whats))
+            self._loop.call(setattr, self._incoming, "allowed", frozenset(whats))
 
     def receive(self, seconds: float) -> Received:
         """The message that is expected.
@@ -133,7 +135,7 @@ class Connection:
     def cut(self, why: str) -> None:
         """End the stream at once."""
         self.why = self.why or why
-        self._hub.call(self.end)
+        self._loop.call(self.end)
 
     def reject(self, error: WireError) -> None:
         """End the stream of a client that sends what it should not, and report why."""
@@ -146,8 +148,8 @@ class Connection:
         """
         self.why = self.why or str(why.get("error", why.get("reason")))
         self.send(Head(What.END), why)
-        self._hub.call(self._outbox.put_nowait, None)
-        self._hub.call(self._hub.loop.call_later, FAREWELL_S, self.end)
+        self._put(None)
+        self._loop.call(self._loop.loop.call_later, FAREWELL_S, self.end)
 
     # ------------------------------------------------------------------ on the loop
 
@@ -179,13 +181,21 @@ class Connection:
                 self._next.cancel()
 
     async def _write(self) -> None:
-        patience = self._hub.config.timeout
-        while (piece := await self._outbox.get()) is not None:
-            self.stream.wait(patience)
-            try:
-                await self._context.write(piece)
-            except GrpcError:  # the link is lost, or the hub has closed
-                return
-            self.stream.rest()
-            del piece  # else each client's last piece stays while there is nothing to send
-            self.seen.last = time.time()
+        while True:
+            while self._outbox:
+                piece = self._outbox.popleft()
+                if piece is None:
+                    return
+                self.stream.wait(self._hub.config.timeout)
+                try:
+                    await self._context.write(piece)
+                except GrpcError:  # the link is lost, or the hub has closed
+                    return
+                self.stream.rest()
+                del piece  # else each client's last piece stays while there is nothing to send
+                self.seen.last = time.time()
+            self._asleep = True
+            if not self._outbox:  # looked at once more: a piece may have come before it was known to sleep
+                await self._more.wait()
+            self._asleep = False
+            self._more.clear()

@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -23,10 +22,10 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.bounds import Limits, WireError, shown
 from cutlayer.runtime.network.certificates.passports import Passport, Trust, passport
 from cutlayer.runtime.network.certificates.tls import is_loopback, server_credentials
-from cutlayer.runtime.network.links import METHOD, SERVICE, channel_options, hand_over_quickly
+from cutlayer.runtime.network.links import EOF, METHOD, SERVICE, GrpcError, NetworkLoop, channel_options
 from cutlayer.runtime.network.server import guard
 from cutlayer.runtime.network.server.audit import Audit
-from cutlayer.runtime.network.server.connection import EOF, FAREWELL_S, Connection, GrpcError
+from cutlayer.runtime.network.server.connection import FAREWELL_S, Connection
 from cutlayer.runtime.network.server.status import Seen
 from cutlayer.runtime.network.wire import Head, Incoming, What, outgoing
 from cutlayer.runtime.transport import GrpcTransport
@@ -85,7 +84,6 @@ class Hub:
     """
 
     def __init__(self, config: GrpcTransport, population: int, greeting: Greeting) -> None:
-        hand_over_quickly()
         self.config, self.population = config, population
         self.connections: dict[int, Connection] = {}
         self.seen = [Seen() for _ in range(population)]
@@ -105,13 +103,11 @@ class Hub:
         self._trust = Trust(config.certificates) if config.certificates is not None else None
         guard.hush_grpc()
         guard.raise_file_limit(population)
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="network", daemon=True)
-        self._thread.start()
+        self.network = NetworkLoop.take()
         try:
-            self.submit(self._listen()).result()
+            self.network.submit(self._listen()).result()
         except BaseException:
-            self._stop_loop()
+            self.network.release()
             raise
         self._audit.write("listening", address=self.address, clients=population, tls=self.secure)
 
@@ -123,15 +119,6 @@ class Hub:
     def _address(self, port: int) -> str:
         return f"[{self.config.host}]:{port}" if ":" in self.config.host else f"{self.config.host}:{port}"
 
-    def call(self, function: Callable[..., object], *args: object) -> None:
-        """Call on the loop; nothing happens once it is closed."""
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(function, *args)
-
-    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run on the loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
-
     def close(self, reason: str, *, later: bool = False) -> None:
         """Tell the clients why, and stop; once.
 
@@ -142,27 +129,12 @@ class Hub:
             return
         self.closing = True
         with contextlib.suppress(Exception):
-            self.submit(self._close(reason, later=later)).result(30)
-        self._stop_loop()
+            self.network.submit(self._close(reason, later=later)).result(30)
+        self.network.release()
         self._report_rest(now=True)
         self._audit.write("closed", why=reason)
 
     # ------------------------------------------------------------------ on the loop
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
-        rest = asyncio.all_tasks(self.loop)  # such as what gRPC still does for streams that have ended
-        for task in rest:
-            task.cancel()
-        if rest:
-            self.loop.run_until_complete(asyncio.wait(rest, timeout=FAREWELL_S))
-
-    def _stop_loop(self) -> None:
-        self.call(self.loop.stop)
-        self._thread.join(10)
-        if not self._thread.is_alive():
-            self.loop.close()
 
     async def _listen(self) -> None:
         options = [*channel_options(self.config), *guard.server_options(self.config, self.population)]
@@ -178,7 +150,7 @@ class Hub:
                 self.port = self._server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise ConfigError("transport.port", address, f"an address of this machine that is free ({error})") from None
-        self._farewell: asyncio.Future[dict[str, Any]] = self.loop.create_future()
+        self._farewell: asyncio.Future[dict[str, Any]] = self.network.loop.create_future()
         await self._server.start()
         self._care = asyncio.ensure_future(self._take_care())
 

@@ -250,7 +250,10 @@ def speed(options: argparse.Namespace, show: Show, sizes: Sizes | None = None) -
     for way, more in variants(options.quick):
         watch.part(f"two convolutions, {sizes.clients} clients, {way}", lambda m=more: small(options, sizes, m))
     together = (f"cohort.together={sizes.clients}",)
-    watch.part(f"two convolutions, {sizes.clients} clients, together", lambda: small(options, sizes, together))
+    for way, more in (("together", ()), ("together, compile", FAST[1:])):
+        watch.part(
+            f"two convolutions, {sizes.clients} clients, {way}", lambda m=more: small(options, sizes, together + m)
+        )
     for precision in reversed(PRECISIONS):
         for way, more in variants(options.quick):
             title, of = f"{sizes.model}, batch {sizes.batch}, {precision}, {way}", peaks.get(precision, float("nan"))

@@ -99,7 +99,7 @@ class Blueprint:
         self.device = device
         self.dtype = WEIGHT_DTYPES[precision]
         self.buffers = buffers
-        self._precision, self._recorder = precision, recorder
+        self._precision, self.recorder = precision, recorder
         made = make_parts(
             config.model, info, layout.parts, seed=config.seed, options=config.options_for, compare=compare
         )
@@ -145,8 +145,8 @@ class Blueprint:
 
     def let_replay(self, part: nn.Module) -> None:
         """Let a live part that many steps are computed with replay its passes, where ``compile`` asks for it."""
-        if self._recorder is not None:
-            self._recorder.attach(part)
+        if self.recorder is not None:
+            self.recorder.attach(part)
 
     def replica(self, module: nn.Module) -> nn.Module:
         """A copy of a live part, without gradients."""

@@ -16,7 +16,7 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,11 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.numel() == 1 + sum(steps)
 
 
+def is_recordable(parameters: Sequence[Tensor]) -> bool:
+    """Whether the gradients of these parameters can be one row."""
+    return bool(parameters) and len({each.dtype for each in parameters}) == 1 and all(map(_is_dense, parameters))
+
+
 class PassRecorder:
     """Lets parts replay their passes.
 
@@ -150,10 +155,7 @@ class PassRecorder:
 
     def attach(self, part: nn.Module) -> None:
         """Let a part that is fresh replay its passes, where it can be recorded."""
-        parameters = [*part.parameters()]
-        if isinstance(part.forward, ReplayedForward):
-            return
-        if parameters and len({each.dtype for each in parameters}) == 1 and all(map(_is_dense, parameters)):
+        if not isinstance(part.forward, ReplayedForward) and is_recordable([*part.parameters()]):
             part.forward = ReplayedForward(part, self)
 
     def say(self, text: str) -> None:
@@ -229,13 +231,17 @@ class ReplayedForward:
         return types.MethodType(self._own, memo[id(self._part)])
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        if len(inputs) != 1 or named or not self._is_plain(inputs[0]):
-            return self._own(self._part, *inputs, **named)
-        (x,) = inputs
-        recording = self._free(x)
-        if recording is None:
-            return self._own(self._part, x)
-        return _Replay.apply(self, recording, x, *self.parameters)
+        found = self.replay(inputs[0], self.parameters) if len(inputs) == 1 and not named else None
+        return self._own(self._part, *inputs, **named) if found is None else found
+
+    def replay(self, x: Any, parameters: Sequence[Tensor]) -> Tensor | None:
+        """The replayed output for an input; None where it has to be computed.
+
+        Args:
+            parameters: which gradients go to: the part's, or others in the same memory.
+        """
+        recording = self._free(x) if self._is_plain(x) else None
+        return None if recording is None else cast(Tensor, _Replay.apply(self, recording, x, *parameters))
 
     def _is_plain(self, x: object) -> bool:
         """Whether a call is one of training, of the part as it is, with nobody looking on."""

@@ -16,6 +16,7 @@ from cutlayer.runtime.parties.contexts import ClientContext, KeptOptimizers, Kep
 from cutlayer.runtime.parties.means import Means
 from cutlayer.runtime.parties.optim import PartOptimizer
 from cutlayer.runtime.parties.per_client import ApartError, PerClient, apart, repeated, stacked, whole
+from cutlayer.runtime.parties.stacked_passes import let_replay
 from cutlayer.runtime.parties.store import Row
 
 IGNORED = -100
@@ -28,8 +29,10 @@ _NOT_ELEMENTWISE = frozenset({"adafactor", "muon"})
 def stacked_seat(blueprint: Blueprint, names: Sequence[str], clients: int) -> Seat:
     """A seat for so many clients: parts whose parameters and buffers are tensors of each."""
     parts = blueprint.parts(names)
-    for part in parts.values():
+    for name, part in parts.items():
         _stack(part, clients)
+        if blueprint.recorder is not None:
+            let_replay(part, blueprint.parts([name])[name], blueprint.recorder)
     return Seat(blueprint, parts, clients=clients)
 
 

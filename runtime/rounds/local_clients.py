@@ -95,6 +95,9 @@ class LocalClients(TogetherSeats):
         asked = self.setup.config.cohort.together
         if asked == "never" or self.setup.algorithm.in_turn or cohort < 2:
             return 1
+        if self.setup.config.precision == "bf16":
+            self.note_reasons(["torch.vmap computes convolutions without autocast (precision=bf16)"])
+            return 1
         if asked != "auto":
             return asked
         if self._chosen is None:

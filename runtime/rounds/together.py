@@ -95,11 +95,15 @@ class TogetherSeats(Seats):
 
     def _note(self, round: TogetherRound) -> None:
         """After two rounds one after the other in which nothing could be computed as one, nothing is tried any more."""
-        for reason in round.reasons:
+        self.note_reasons(round.reasons)
+        self._fruitless = self._fruitless + 1 if round.reasons and not round.groups else 0
+
+    def note_reasons(self, reasons: Sequence[str]) -> None:
+        """Log each reason once."""
+        for reason in reasons:
             if reason not in self.reasons:
                 self.reasons.append(reason)
                 log.info("clients are computed one by one: %s", reason)
-        self._fruitless = self._fruitless + 1 if round.reasons and not round.groups else 0
 
 
 def windows(cohort: Sequence[int], most: int) -> list[list[int]]:

@@ -227,3 +227,18 @@ def test_a_server_that_draws_for_its_copies_keeps_their_order(configure: Configu
     keys = settings("sl_multi_server", "model=vit", "model.options.dropout=0.5", "model.options.depth=4")
     alone, several = (play(Federation(configure(*keys, f"cohort.together={each}"))) for each in ("never", 4))
     assert same(weights(several), weights(alone))
+
+
+@pytest.mark.parametrize("name", ["fed_avg", "cse_fsl"])
+def test_in_half_precision_each_is_computed_by_itself(name: str, configure: Configure) -> None:
+    """Torch's autocast does not reach convolutions under vmap: other values, and other bytes, would come of it."""
+    keys = settings(name, "model=cnn2", "precision=bf16")
+    alone, several = (play(Federation(configure(*keys, f"cohort.together={each}"))) for each in ("never", 4))
+    assert same(weights(several), weights(alone))
+    assert several.ledger.state_dict() == alone.ledger.state_dict()
+    assert reasons(several) == ["torch.vmap computes convolutions without autocast (precision=bf16)"]
+
+
+@pytest.mark.parametrize("keys", [("dataset.augment=moco", "local_epochs=2"), ("memory_format=channels_last",)])
+def test_clients_whose_images_are_augmented_or_lie_otherwise(keys: tuple[str, ...], configure: Configure) -> None:
+    check_same("fed_avg", settings("fed_avg", "model=cnn2", *keys), configure, 4)

@@ -72,23 +72,16 @@ class LocalClients(TogetherSeats):
     def train(
         self, cohort: list[int], round: int, drop: Callable[[int], None], server: Serving, ledger: Ledger
     ) -> RoundReport:
-        channel, before = Channel(ledger), self.seconds
-        if cohort and self.compute_together:
-            report = self._train_together(cohort, round, server, channel)
+        before, most = self.seconds, 0 if cohort and self.compute_together else self._most(len(cohort))
+        if not most:
+            report = self._train_equal(cohort, round, server, Channel(ledger))
+        elif most > 1:
+            report = self.train_together(cohort, round, most, drop, server, ledger)
         else:
-            report = self._train_each(cohort, round, drop, server, ledger)
+            schedule = SCHEDULES[self.setup.algorithm.schedule]
+            report = schedule(cohort, lambda client: self.open(client, round), drop, server, Channel(ledger))
         report.seconds = self.seconds - before
         return report
-
-    def _train_each(
-        self, cohort: list[int], round: int, drop: Callable[[int], None], server: Serving, ledger: Ledger
-    ) -> RoundReport:
-        """One round of clients that each have weights of their own."""
-        most = self._most(len(cohort))
-        if most > 1:
-            return self.train_together(cohort, round, most, drop, server, ledger)
-        schedule = SCHEDULES[self.setup.algorithm.schedule]
-        return schedule(cohort, lambda client: self.open(client, round), drop, server, Channel(ledger))
 
     def _most(self, cohort: int) -> int:
         """How many clients are computed as one."""
@@ -149,7 +142,7 @@ class LocalClients(TogetherSeats):
             and not any(_depends(module) for module in modules if not is_ghost(module))
         )
 
-    def _train_together(self, cohort: list[int], round: int, server: Serving, channel: Channel) -> RoundReport:
+    def _train_equal(self, cohort: list[int], round: int, server: Serving, channel: Channel) -> RoundReport:
         """One round of a cohort of equal weights, on one seat."""
         setup, algorithm, seat = self.setup, self.setup.algorithm, self.seat()
         assert issubclass(algorithm, ComputesTogether), "see compute_together"

@@ -19,7 +19,7 @@ from cutlayer.runtime.ground import rng
 from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Message, OwnPayload, Reply, Upload, owned
 from cutlayer.runtime.messages.crossing import packed
 from cutlayer.runtime.messages.ledger import Ledger
-from cutlayer.runtime.parties.blueprint import BATCH_NORM
+from cutlayer.runtime.parties.blueprint import BATCH_NORM, state_bytes
 from cutlayer.runtime.parties.contexts import Seat
 from cutlayer.runtime.parties.per_client import ApartError
 from cutlayer.runtime.parties.store import Store
@@ -30,7 +30,9 @@ from cutlayer.runtime.rounds.session import Channel, ServerParty, Serving, Sessi
 from cutlayer.runtime.rounds.setup import Setup
 
 log = logging.getLogger(__name__)
-_WINDOW = 4  # times as many as are computed as one wait to be, so that like ones are found
+# So many times as many as are computed as one wait to be, so that like ones are found, if what opens their rounds takes
+# no more memory than this.
+_WINDOW, _WINDOW_BYTES = 4, 256 << 20
 
 
 class TogetherSeats(Seats):
@@ -83,7 +85,7 @@ class TogetherSeats(Seats):
         several = TogetherRound(self, round, most, at_once=at_once)
         report = RoundReport()
         for part in windows(cohort, most) if copies else [cohort]:
-            ahead = min(len(part), _WINDOW * most) - 1 if at_once else len(part)
+            ahead = min(len(part), self._window(most)) - 1 if at_once else len(part)
             schedule = sequential if at_once else lockstep
             report.extend(schedule(part, several.open, drop, server, Channel(ledger, ahead)))
         if copies and isinstance(server, ServerParty) and server.drew:
@@ -92,6 +94,12 @@ class TogetherSeats(Seats):
         report.seconds = self.seconds - before
         self._note(several)
         return report
+
+    def _window(self, most: int) -> int:
+        """How many clients wait to be computed as one."""
+        blueprint = self.setup.blueprint
+        each = sum(state_bytes(blueprint.initial[name]) for name in self.setup.algorithm.shared)
+        return _WINDOW * most if self.uneven and _WINDOW * most * each <= _WINDOW_BYTES else most
 
     def _note(self, round: TogetherRound) -> None:
         """After two rounds one after the other in which nothing could be computed as one, nothing is tried any more."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -48,6 +48,7 @@ def tensors(draw: st.DataObject, *shape: int) -> list[Tensor]:
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", FUNCTIONS)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_a_function_and_its_gradient_are_those_of_each(name: str, data: st.DataObject) -> None:
     function, own = FUNCTIONS[name], [tensors(data, 3, 4), tensors(data, 4, 4)]

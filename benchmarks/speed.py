@@ -56,6 +56,7 @@ class Sizes:
     stem: tuple[str, ...] = ("model.options.stem=small",)
 
 
+QUICK_SECONDS = 150.0
 QUICK = Sizes(steps=10, repeats=3, rounds=3)
 TINY = Sizes(
     64, steps=2, batch=4, clients=2, moco=3, images=40, repeats=1, rounds=2, align_epochs=2, model="resnet20", stem=()
@@ -238,7 +239,7 @@ def variants(quick: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
 def speed(options: argparse.Namespace, show: Show, sizes: Sizes | None = None) -> int:
     """Measure everything; the number of parts that failed."""
     sizes = sizes or (QUICK if options.quick else Sizes())
-    watch = Stopwatch(min(options.seconds, 150) if options.quick else options.seconds, show)
+    watch = Stopwatch(min(options.seconds, QUICK_SECONDS) if options.quick else options.seconds, show)
     peaks, held = dict[str, float](), list[Dataset]()
 
     def peak(precision: str) -> str:

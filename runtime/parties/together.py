@@ -25,6 +25,9 @@ IGNORED = -100
 # What these do to an element depends on others of the tensor, so not on those of its client alone.
 _NOT_ELEMENTWISE = frozenset({"adafactor", "muon"})
 
+# What optimizers keep of the steps that they have taken, one number for a parameter of any shape.
+_COUNTS = frozenset({"step", "mu_product", "eta", "mu"})
+
 
 def stacked_seat(blueprint: Blueprint, names: Sequence[str], clients: int) -> Seat:
     """A seat for so many clients: parts whose parameters and buffers are tensors of each."""
@@ -96,11 +99,11 @@ class _OptimizerRows:
 
     def get(self, name: str) -> Row | None:
         row = self._rows.get(name)
-        return None if row is None else {key: self._of_all(tensor) for key, tensor in row.items()}
+        return None if row is None else {key: self._of_all(key, tensor) for key, tensor in row.items()}
 
-    def _of_all(self, tensor: Tensor) -> Tensor:
+    def _of_all(self, key: str, tensor: Tensor) -> Tensor:
         """A number (a count of steps) that all have in common, or what belongs to a parameter."""
-        if tensor.dim():
+        if tensor.dim() or key.rpartition("/")[2] not in _COUNTS:
             return whole(tensor)
         values = whole(tensor)
         if bool((values != values[0]).any()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from cutlayer.datasets import Partition
-from cutlayer.runtime.ground.memory import ran_out
+from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.parties.cohort import CohortConfig
-from cutlayer.runtime.rounds.schedule import RoundReport
+from cutlayer.runtime.rounds.schedule import RoundLostError, RoundReport
 from cutlayer.runtime.rounds.setup import Setup
 
 # On a processor more clients leave its cache; on a GPU as many as there is room for.
@@ -26,7 +26,10 @@ _REPEATS = 3
 class Side(Protocol):
     """One way of computing: rounds of clients and of a server of its own, which are of no run."""
 
-    reasons: Sequence[str]
+    @property
+    def groups(self) -> int:
+        """How often several clients were computed as one so far."""
+        ...
 
     def play(self, cohort: list[int], round: int) -> RoundReport: ...
 
@@ -60,11 +63,9 @@ def _gain(setup: Setup, size: int, make: MakeSide) -> float:
             order = (alone, several) if repeat % 2 else (several, alone)
             taken = {id(side): _seconds(setup.device, side, cohort, repeat) for side in order}
             ratios.append(taken[id(alone)] / taken[id(several)])
-            if several.reasons:
-                return 0.0
-    except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
-            raise
+    except (ConfigError, RoundLostError):
+        return 0.0  # no memory for so many, or a server that draws; what else is wrong is wrong one by one too
+    if not several.groups:
         return 0.0
     return statistics.median(ratios[1:])  # the first was to warm up
 

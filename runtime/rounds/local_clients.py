@@ -164,7 +164,11 @@ class TrialSide:
     def __init__(self, setup: Setup) -> None:
         self._stores = [Store(None, name, device=setup.device) for name in ("clients", "server")]
         self._clients, self._server = LocalClients(setup, self._stores[0]), make_server(setup, self._stores[1])
-        self.reasons: Sequence[str] = ()
+
+    @property
+    def groups(self) -> int:
+        """How often several clients were computed as one so far."""
+        return self._clients.groups
 
     def play(self, cohort: list[int], round: int) -> RoundReport:
         """One round (from 0)."""
@@ -176,7 +180,6 @@ class TrialSide:
         server.close_round()
         for store in self._stores:
             store.commit()
-        self.reasons = [*self._clients.reasons]
         return report
 
 

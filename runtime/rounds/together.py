@@ -39,8 +39,9 @@ class TogetherSeats(Seats):
     """Clients of this process, several of which may share a seat.
 
     Attributes:
-        reasons: why some were not computed as one. copies_apart: the server has a copy of its own for each client, and
-            none depends on another. uneven: clients with other batches than others' may be computed with them.
+        reasons: why some were not computed as one. groups: how often several were.
+        copies_apart: the server has a copy of its own for each client, and none depends on another.
+        uneven: clients with other batches than others' may be computed with them.
         counting: optimizers of theirs last for the run.
     """
 
@@ -48,6 +49,7 @@ class TogetherSeats(Seats):
         super().__init__(setup, store)
         self._free: list[Seat] = []
         self.reasons: list[str] = []
+        self.groups = 0
         self.copies_apart = issubclass(setup.algorithm.Server, CopyPerClient)
         parts = setup.blueprint.parts(setup.algorithm.layout.client).values()
         normalised = any(isinstance(module, BATCH_NORM) for part in parts for module in part.modules())
@@ -104,6 +106,7 @@ class TogetherSeats(Seats):
     def _note(self, round: TogetherRound) -> None:
         """After two rounds one after the other in which nothing could be computed as one, nothing is tried any more."""
         self.note_reasons(round.reasons)
+        self.groups += round.groups
         self._fruitless = self._fruitless + 1 if round.reasons and not round.groups else 0
 
     def note_reasons(self, reasons: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cutlayer.runtime.parties.optim import _OPTIMIZERS  # pyright: ignore[reportPrivateUsage]
+from cutlayer.runtime.parties.optim import (
+    _OPTIMIZERS,  # pyright: ignore[reportPrivateUsage]
+    load_optimizer,
+    optimizer_tensors,
+)
 from cutlayer.runtime.parties.per_client import ApartError, PerClient, apart, stacked, unfolded_conv2d, whole
-from cutlayer.runtime.parties.together import _NOT_ELEMENTWISE  # pyright: ignore[reportPrivateUsage]
+from cutlayer.runtime.parties.together import _NOT_ELEMENTWISE, RowsTogether, _OptimizerRows  # pyright: ignore[reportPrivateUsage]
 
 CLIENTS = 3
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -155,3 +160,37 @@ def test_optimizers_of_torch_work_on_elements(name: str) -> None:
 def test_the_others_do_not(name: str) -> None:
     with pytest.raises((AssertionError, ValueError)):
         test_optimizers_of_torch_work_on_elements(name)
+
+
+@pytest.mark.parametrize("name", [name for name in _OPTIMIZERS if name not in _NOT_ELEMENTWISE])
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+def test_what_an_optimizer_keeps_of_each_is_taken_up_again(name: str, shape: tuple[int, ...]) -> None:
+    """Also of a parameter that is one number, whose state looks like a count of steps."""
+    kind, rows = _OPTIMIZERS[name], [dict[str, Any]() for _ in range(CLIENTS)]
+    together = nn.Parameter(torch.randn(CLIENTS, *shape))
+    first, second = kind([together], lr=0.1), kind([together], lr=0.1)
+    together.grad = torch.ones_like(together)  # the same of each: so is what is kept
+    first.step()
+    kept = RowsTogether([Kept(row) for row in rows])
+    _OptimizerRows(kept, CLIENTS).put("part.optimizer", optimizer_tensors(first))
+    kept.stage()
+    found = _OptimizerRows(RowsTogether([Kept(row) for row in rows]), CLIENTS).get("part.optimizer")
+    load_optimizer(second, found or {})
+    for key, value in optimizer_tensors(first).items():
+        torch.testing.assert_close(optimizer_tensors(second)[key], value)
+
+
+class Kept:
+    """Rows of a client in a mapping."""
+
+    def __init__(self, rows: dict[str, Any]) -> None:
+        self._rows = rows
+
+    def get(self, name: str) -> Any:
+        return self._rows.get(name)
+
+    def put(self, name: str, row: Any) -> None:
+        self._rows[name] = row
+
+    def drop(self, name: str) -> None:
+        self._rows.pop(name, None)

@@ -152,14 +152,16 @@ def test_clients_with_other_batches_and_with_statistics(name: str, keys: tuple[s
 # ------------------------------------------------------------------ what is chosen, and what is refused
 
 
-@pytest.mark.parametrize(("faster", "chosen"), [(True, 4), (False, 1)])
+@pytest.mark.parametrize(
+    ("name", "faster", "chosen"), [("fed_avg", True, 4), ("fed_avg", False, 1), ("fsl_sage", True, 4)]
+)
 def test_auto_keeps_what_is_faster(
-    faster: bool, chosen: int, configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, faster: bool, chosen: int, configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Both ways are really run; only the clock is told what they take. The choice lasts, and its number repeats it."""
     clock = Clock(faster)
     monkeypatch.setattr(choosing, "_seconds", clock.seconds)
-    keys = settings("fed_avg", "num_clients=4", "frac=1", "cohort.together")
+    keys = settings(name, "num_clients=4", "frac=1", "cohort.together")
     auto = (*keys[:-1], "cohort.together=auto")
     federation = Federation(configure(*auto), tmp_path)
     federation.step()
@@ -192,8 +194,24 @@ class Clock:
         return 0.5 if together == self._faster else 1.0
 
 
-def test_auto_leaves_alone_what_cannot_be_computed_as_one(configure: Configure) -> None:
-    keys = settings("sl_single_server")
+DRAWS = ("sl_multi_server", "model=vit", "model.options.dropout=0.5", "model.options.depth=4")
+
+
+@pytest.mark.parametrize("method", [("sl_single_server",), DRAWS], ids=["waits", "draws"])
+def test_auto_leaves_alone_what_cannot_be_computed_as_one(method: tuple[str, ...], configure: Configure) -> None:
+    keys = settings(*method)
+    auto, never = (play(Federation(configure(*keys, f"cohort.together={each}"))) for each in ("auto", "never"))
+    assert same(weights(auto), weights(never))
+
+
+def test_auto_takes_fewer_where_there_is_no_memory(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the trial says of memory is not the end of the run."""
+    keys = settings("fed_avg")
+
+    def refused(_: TogetherContext) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(TogetherContext, "metrics", refused)
     auto, never = (play(Federation(configure(*keys, f"cohort.together={each}"))) for each in ("auto", "never"))
     assert same(weights(auto), weights(never))
 
@@ -238,7 +256,7 @@ def test_a_client_that_is_no_longer_like_the_others_goes_on_by_itself(
 
 
 def test_a_server_that_draws_for_its_copies_keeps_their_order(configure: Configure) -> None:
-    keys = settings("sl_multi_server", "model=vit", "model.options.dropout=0.5", "model.options.depth=4")
+    keys = settings(*DRAWS)
     alone, several = (play(Federation(configure(*keys, f"cohort.together={each}"))) for each in ("never", 4))
     assert same(weights(several), weights(alone))
 

@@ -11,7 +11,15 @@ from cutlayer.datasets.source import Source
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The numbers that models and partitions follow from; sizes in pixels, as batches have them."""
+    """The numbers that models and partitions follow from; sizes in pixels, as batches have them.
+
+    Attributes:
+        classes, class_names: of the labels, by which samples are divided among clients.
+        task: what the data ask of a model, by its name in `cutlayer.tasks`.
+        outputs: values that a model gives for each thing that it predicts, such as the logits of so many classes; as
+            many as there are classes if nothing else is said.
+        length: tokens of the longest sequence, where samples are text; 0 where they are images.
+    """
 
     name: str
     channels: int
@@ -19,11 +27,18 @@ class DatasetInfo:
     width: int
     classes: int
     class_names: tuple[str, ...]
+    task: str = "classification"
+    outputs: int = 0
+    length: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.outputs:
+            object.__setattr__(self, "outputs", self.classes)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one image."""
-        return self.channels, self.height, self.width
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample: (channels, height, width) of an image, (length,) of the longest text."""
+        return (self.length,) if self.length else (self.channels, self.height, self.width)
 
 
 @dataclass(frozen=True)

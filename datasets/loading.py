@@ -45,7 +45,7 @@ def load(
     train, held = _hold_out(raw.train, config.validation, seed)
     train, _ = _hold_out(train, 1 - config.fraction, seed, "fraction", config.fraction)
     sides = (height, width) if config.resize is None else (config.resize, config.resize)
-    info = DatasetInfo(config.name, channels, *sides, len(raw.class_names), raw.class_names)
+    info = DatasetInfo(config.name, channels, *sides, len(raw.class_names), raw.class_names, raw.task, raw.outputs)
     resident = _resident(raw, config, device)
     whole = _whole(train.images, config)
     if resident and whole is None:
@@ -61,7 +61,7 @@ def load(
             store = ResidentStore(_decoded(split.images, config.workers), device)
         else:
             store = StreamStore(split.images, device, config.workers, area)
-        return Source(store, split.labels, normalizer, chosen, device, config.resize, split.groups)
+        return Source(store, split.labels, normalizer, chosen, device, config.resize, split.groups, split.targets)
 
     validation = None if held is None else source(held, augmented=False)
     sources = source(train, augmented=True), source(raw.test, augmented=False)

@@ -21,6 +21,7 @@ class RawSplit:
     Attributes:
         images: uint8 [n, channels, height, width] in memory, or encoded files that decode to that.
         labels: int64 [n].
+        targets: [n, ...], what a model is to give for each image where that is not its label; None: the label.
         groups: int64 [n], which group each sample is of: those that belong together, such as a writer's, a lesion's, a
             site's. One number is the same group in the training and in the test set. None where there are none.
     """
@@ -28,6 +29,7 @@ class RawSplit:
     images: Tensor | EncodedImages
     labels: Tensor
     groups: np.ndarray | None = None
+    targets: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert len(self.images) == len(self.labels), "one label for each image"
@@ -37,18 +39,26 @@ class RawSplit:
         """The samples at `indices` (int64), in that order."""
         where = torch.from_numpy(indices)
         images = self.images[where] if isinstance(self.images, Tensor) else self.images.subset(indices)
-        return RawSplit(images, self.labels[where], None if self.groups is None else self.groups[indices])
+        groups = None if self.groups is None else self.groups[indices]
+        return RawSplit(images, self.labels[where], groups, None if self.targets is None else self.targets[where])
 
 
 @dataclass(frozen=True)
 class RawDataset:
-    """What a reader returns. `mean` and `std` are the published ones, per channel in 0..1; empty: to be computed."""
+    """What a reader returns.
+
+    Attributes:
+        mean, std: the published ones, per channel in 0..1; empty: to be computed.
+        task, outputs: see `DatasetInfo`.
+    """
 
     train: RawSplit
     test: RawSplit
     class_names: tuple[str, ...]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    task: str = "classification"
+    outputs: int = 0
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ class Source:
 
     Attributes:
         labels: int64 [n] on the CPU.
+        targets: [n, ...] on the CPU, what a model is to give: the labels unless the data say otherwise.
         groups: int64 [n], the group of each image; one number is the same group in all parts of a dataset. None: none.
         shape: (channels, height, width) of an image in a batch.
         mean, std: what images are normalised by, per channel in 0..1.
@@ -150,9 +151,11 @@ class Source:
         device: torch.device,
         resize: int | None = None,
         groups: np.ndarray | None = None,
+        targets: Tensor | None = None,
     ) -> None:
         channels, height, width = store.shape
         self.labels, self.groups = labels, groups
+        self.targets = labels if targets is None else targets
         self._size = (
             None if resize in (None, height) and resize in (None, width) else [resize or height, resize or width]
         )
@@ -209,7 +212,7 @@ class Source:
             generator: a CPU generator, the source of all randomness; needed when something is random.
 
         Yields:
-            x: [b, channels, height, width] of the source's dtype, on the device; y: int64 [b], on the device.
+            x: [b, channels, height, width] of the source's dtype, on the device; y: targets [b, ...], on the device.
 
         Raises:
             ValueError: something is random and there is no generator.
@@ -288,7 +291,7 @@ class Source:
         return {name: moved(value, self._device) for name, value in params.items()}
 
     def _epoch(self, order: Tensor, sizes: list[int], params: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        labels = moved(self.labels[order], self._device)
+        targets = moved(self.targets[order], self._device)
         batches_per_chunk = max(1, CHUNK_VALUES // (sizes[0] * self._values)) if sizes else 1
         groups = [sizes[i : i + batches_per_chunk] for i in range(0, len(sizes), batches_per_chunk)]
         lengths = [sum(group) for group in groups]
@@ -297,7 +300,7 @@ class Source:
         for x, group, length in zip(self._chunks(pieces, params), groups, lengths, strict=True):
             stop = start + length
             own = {name: value[start:stop] for name, value in on_device.items()}
-            yield from zip(self._finished(x, own).split(group), labels[start:stop].split(group), strict=True)
+            yield from zip(self._finished(x, own).split(group), targets[start:stop].split(group), strict=True)
             start = stop
 
     def _finished(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:

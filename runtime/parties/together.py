@@ -263,15 +263,16 @@ class TogetherContext(ClientContext):
         self.going, self.sizes = [True] * len(self.members), []
 
     def _filled_up(self, steps: Sequence[Drawn]) -> tuple[PerClient, PerClient]:
-        """The batches of these steps, of up to b samples, as x [b, C, H, W] and y int64 [b] of each client."""
+        """The batches of these steps, of up to b samples, as x [b, C, H, W] and y [b, ...] of each client."""
         source, most = self.data.source, max(self.sizes)
         (x,) = images(source, steps)
-        y = moved(source.labels[torch.cat([step.samples for step in steps])], x.device)
+        y = moved(source.targets[torch.cat([step.samples for step in steps])], x.device)
         if len(y) < most * len(steps):
             x = _filled(x, self.sizes, x.new_zeros(most, *x.shape[1:]))
-            y = _filled(y, self.sizes, y.new_full((most,), IGNORED))
+            y = _filled(y, self.sizes, y.new_full((most, *y.shape[1:]), IGNORED))
         clients = len(steps)
-        return x.view(clients, most, *x.shape[1:]).as_subclass(PerClient), y.view(clients, most).as_subclass(PerClient)
+        x, y = (each.view(clients, most, *each.shape[1:]) for each in (x, y))
+        return x.as_subclass(PerClient), y.as_subclass(PerClient)
 
     def _tensors(self) -> list[Tensor]:
         """All that a step changes: the parts, and what optimizers keep."""

@@ -14,6 +14,7 @@ from cutlayer.models.config import ModelConfig
 from cutlayer.models.registry import find
 from cutlayer.models.sources import error_line
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+from cutlayer.tasks import task_of
 
 if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
@@ -102,8 +103,9 @@ def _check_logits(config: ModelConfig, model: nn.Module, info: DatasetInfo) -> N
         if not isinstance(output, Tensor):
             expected = f"a model that gives one tensor of logits, not {type(output).__name__} as in {mode}"
             raise ConfigError("model.name", config.name, expected)
-        if output.shape != (count, info.classes):
-            expected = f"a model that gives logits {[count, info.classes]} for {count} images, not {list(output.shape)}"
+        wanted = task_of(info).output_shape(info, count)
+        if output.shape != wanted:
+            expected = f"a model that gives {list(wanted)} for {count} samples, not {list(output.shape)}"
             raise ConfigError("model.name", config.name, expected)
 
 

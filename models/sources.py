@@ -47,8 +47,8 @@ _TORCHVISION: Mapping[str, Callable[[DatasetInfo], dict[str, Any]]] = {
 # What your own class or function learns about the dataset, if it has a parameter of that name.
 _FROM_DATASET: Mapping[str, Callable[[DatasetInfo], Any]] = {
     "info": lambda info: info,
-    "num_classes": lambda info: info.classes,
-    "classes": lambda info: info.classes,
+    "num_classes": lambda info: info.outputs,
+    "classes": lambda info: info.outputs,
     "in_channels": lambda info: info.channels,
     "in_chans": lambda info: info.channels,
     "image_size": lambda info: _side(info),
@@ -65,7 +65,7 @@ def torchvision_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilde
     given = _TORCHVISION.get(zoo.get_model_builder(name).__module__.rpartition(".")[2], lambda _: {})
 
     def build(info: DatasetInfo) -> nn.Module:
-        settings = {"num_classes": info.classes, **given(info), **options}
+        settings = {"num_classes": info.outputs, **given(info), **options}
         return _made(f"torchvision/{name}", lambda: zoo.get_model(name, weights=None, **settings), info, options)
 
     return build
@@ -81,7 +81,7 @@ def timm_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilder:
     _check_fresh(options)
 
     def build(info: DatasetInfo) -> nn.Module:
-        settings: dict[str, Any] = {"num_classes": info.classes, "in_chans": info.channels}
+        settings: dict[str, Any] = {"num_classes": info.outputs, "in_chans": info.channels}
         if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
             settings["img_size"] = (info.height, info.width)
         settings |= options
@@ -116,7 +116,7 @@ def huggingface_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilde
             raise ConfigError.unknown_key(f"model.options.{key}", known)
 
     def build(info: DatasetInfo) -> nn.Module:
-        settings: dict[str, Any] = {"num_labels": info.classes, "architectures": []}
+        settings: dict[str, Any] = {"num_labels": info.outputs, "architectures": []}
         settings |= {"num_channels": info.channels} if "num_channels" in known else {}
         settings |= {"image_size": _side(info)} if "image_size" in known else {}
         config = transformers.AutoConfig.for_model(name, **{**settings, **options})
@@ -160,7 +160,7 @@ def _made(name: str, build: Callable[[], object], info: DatasetInfo, options: Ma
             model.train()
     except Exception as error:
         key, value = ("model.options", dict(options)) if options else ("model.name", name)
-        shape = f"{info.classes} classes of {'x'.join(map(str, info.shape))}"
+        shape = f"{info.outputs} classes of {'x'.join(map(str, info.shape))}"
         raise ConfigError(key, value, f"what {name} can be built with for {shape} ({error_line(error)})") from error
     if not isinstance(model, nn.Module):
         raise ConfigError("model.name", name, f"what makes an nn.Module, not {type(model).__name__}")

@@ -153,6 +153,7 @@ RULES: Mapping[str, Rule] = {
     "local_epochs": _SMALL,
     "batch_size": Rule(65_536),
     "lr": _MANY,
+    "label_smoothing": Rule(1),
     "seed": Rule(2**63),
     "precision": _CHOICE,
     "eval_interval": _ANY,

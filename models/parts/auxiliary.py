@@ -105,7 +105,7 @@ def build_auxiliary(config: ModelConfig, info: DatasetInfo, model: nn.Module) ->
         raise ConfigError(_KEY, size, f"a module after which one value crosses, as {len(z)} do here")
     head, z = _head(whole, end or config.cut_after, z, bare=end is None)
     last = list(children_of(whole))[-1] if isinstance(whole, nn.Sequential) else "classifier"
-    return nn.Sequential(OrderedDict([*body, *head, (last, nn.Linear(z.shape[1], info.classes))]))
+    return nn.Sequential(OrderedDict([*body, *head, (last, nn.Linear(z.shape[1], info.outputs))]))
 
 
 def _end(size: str, model: nn.Module, cut: str, info: DatasetInfo) -> str | None:

@@ -108,7 +108,7 @@ def build_auxiliary_heads(config: ModelConfig, info: DatasetInfo, body: nn.Modul
         trace(body, torch.empty(2, *info.shape, dtype=parameter.dtype, device="meta"))
     heads = [
         nn.Sequential(
-            OrderedDict(pool=FeatureMean(), fc=nn.Linear(_features(name, outputs[name]), info.classes + 1, bias=False))
+            OrderedDict(pool=FeatureMean(), fc=nn.Linear(_features(name, outputs[name]), info.outputs + 1, bias=False))
         )
         for name in blocks
     ]

@@ -13,7 +13,7 @@ import torch
 from cutlayer.algorithms.base import Flow
 from cutlayer.models.cutting import tensors
 from cutlayer.runtime.ground import rng
-from cutlayer.runtime.messages.boundary import MODEL, SCALAR_BYTES, payload_bytes
+from cutlayer.runtime.messages.boundary import MODEL, payload_bytes
 from cutlayer.runtime.parties.blueprint import state_bytes
 from cutlayer.runtime.rounds.setup import Setup
 
@@ -25,7 +25,8 @@ def expected_bytes(setup: Setup, rounds: Iterable[int]) -> dict[tuple[str, str],
 
     Nothing is trained: a run is measured by its ledger, this says beforehand what the ledger will hold.
     """
-    per_sample = {"labels": SCALAR_BYTES, **crossing_bytes(setup)}
+    labels = payload_bytes(setup.blueprint.task.targets(setup.dataset.info, 1))
+    per_sample = {"labels": labels, **crossing_bytes(setup)}
     whole, travelling = part_bytes(setup, whole=True), part_bytes(setup, whole=False)
     total: dict[tuple[str, str], int] = {}
     for flows in crossings(setup, rounds):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -25,6 +25,7 @@ from cutlayer.runtime.parties.optim import (
     learning_options,
     make_optimizer,
 )
+from cutlayer.tasks import Task, task_of
 
 BATCH_NORM: Any = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  the base of all of them
 DROPOUT = nn.modules.dropout._DropoutNd  # pyright: ignore[reportPrivateUsage]  the base of all of them
@@ -41,6 +42,8 @@ class LearningConfig(Protocol):
     def model(self) -> ModelConfig: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def label_smoothing(self) -> float: ...
     def optimizer_for(self, part: str) -> OptimizerConfig: ...
     def keeps_optimizer(self, part: str) -> bool | None: ...
     def scheduler_for(self, part: str) -> SchedulerConfig | None: ...
@@ -100,6 +103,10 @@ class Blueprint:
         self.dtype = WEIGHT_DTYPES[precision]
         self.buffers = buffers
         self._precision, self.recorder = precision, recorder
+        self.task: Task = task_of(info)
+        """What the data ask of a model."""
+        self.loss = self.task.loss(config.label_smoothing)
+        """The mean loss of a model's output for a batch and the targets."""
         made = make_parts(
             config.model, info, layout.parts, seed=config.seed, options=config.options_for, compare=compare
         )
@@ -117,12 +124,16 @@ class Blueprint:
         self.buffer_names = {name: _buffer_names(part) for name, part in self._parts.items()}
         self.varied = frozenset(name for name, modules in made.items() if len(modules) > 1)
         """The parts of which clients have variants."""
-        several = math.lcm(*(len(modules) for modules in made.values()))
-        others = [{name: made[name][i % len(made[name])] for name in self.varied} for i in range(1, several)]
-        self.variants: tuple[Blueprint, ...] = (self, *(self._variant(parts) for parts in others))
+        self.variants: tuple[Blueprint, ...] = (self, *self._others(made))
         """One blueprint for each combination of variants that clients have."""
         for blueprint in self.variants:
             blueprint.variants = self.variants
+
+    def _others(self, made: Mapping[str, Sequence[nn.Module]]) -> Iterator[Blueprint]:
+        """The blueprints of all combinations of variants but the first."""
+        several = math.lcm(*(len(modules) for modules in made.values()))
+        for i in range(1, several):
+            yield self._variant({name: made[name][i % len(made[name])] for name in self.varied})
 
     def _variant(self, parts: Parts) -> Blueprint:
         """This blueprint with other modules for some parts; everything else is shared."""

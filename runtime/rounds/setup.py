@@ -76,6 +76,10 @@ class Setup:
         dataset = load_data(config) if dataset is None else dataset
         repeated = dataset.repeated(input_channels(config.model, dataset.info))
         self.dataset: Dataset = repeated.in_format(MEMORY_FORMATS[config.memory_format])
+        tasks, task = self.algorithm.tasks, self.dataset.info.task
+        if tasks is not None and task not in tasks:
+            expected = f"another for {config.dataset.name}, whose task is {task}; this one is for {' and '.join(tasks)}"
+            raise ConfigError("algorithm", config.algorithm_name, expected)
         check_model(config.model, self.dataset.info, self.algorithm.layout.parts)
         self.personal = self.algorithm.personal
         if issubclass(self.algorithm, KeepsByConfig):

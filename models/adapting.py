@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.models.config import Bottleneck, ModelConfig
-from cutlayer.models.registry import entry
+from cutlayer.models.registry import check_input, entry
 from cutlayer.models.sources import error_line
 from cutlayer.models.splitting import check_cuts, children_of, ended, split, zeros
 from cutlayer.runtime.ground.config import ConfigError
@@ -45,6 +45,7 @@ def _groups(channels: int, size: int | None) -> int:
 
 def unadapted(config: ModelConfig, info: DatasetInfo) -> nn.Module:
     """The model as its builder gives it, with fresh weights from torch's global generator."""
+    check_input(config.name, info)
     return entry(config.name).build(info, config.typed_options())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cutlayer.models.adapting import fresh, unadapted
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.registry import find
+from cutlayer.models.shapes import sample
 from cutlayer.models.sources import error_line
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 from cutlayer.tasks import task_of
@@ -92,7 +93,7 @@ def _check_logits(config: ModelConfig, model: nn.Module, info: DatasetInfo) -> N
     """Give the model two images in training, as BatchNorm may ask for, and one in evaluation."""
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     for count, mode in ((2, "training"), (1, "evaluation")):
-        x = torch.zeros(count, *info.shape, dtype=parameter.dtype, device=parameter.device)
+        x = sample(info.shape, count, dtype=parameter.dtype, device=parameter.device)
         try:
             with torch.no_grad():
                 output: object = model.train(mode == "training")(x)

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from cutlayer.models.registry import register_source
+from cutlayer.models.shapes import sample
 from cutlayer.runtime.ground.config import ConfigError, show
 from cutlayer.runtime.ground.extras import install
 
@@ -156,7 +157,7 @@ def _made(name: str, build: Callable[[], object], info: DatasetInfo, options: Ma
         model = build()
         if isinstance(model, nn.Module) and any(is_lazy(parameter) for parameter in model.parameters()):
             with torch.no_grad():  # layers that take their width from the first images that they see
-                model.eval()(torch.zeros(1, *info.shape))
+                model.eval()(sample(info.shape, 1))
             model.train()
     except Exception as error:
         key, value = ("model.options", dict(options)) if options else ("model.name", name)

@@ -87,6 +87,9 @@ class Task:
     name: ClassVar[str] = ""
     """What the registry calls it."""
 
+    sequential: ClassVar[bool] = False
+    """There is an output at each place of a sequence."""
+
     def loss(self, smoothing: float) -> Loss:
         """The loss that is trained.
 

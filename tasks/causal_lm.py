@@ -21,6 +21,8 @@ class CausalLM(Task):
     tokens that are predicted; in a batch a long sequence counts more than a short one.
     """
 
+    sequential = True
+
     def loss(self, smoothing: float) -> Loss:
         def mean_over_tokens(output: Tensor, y: Tensor) -> Tensor:
             return F.cross_entropy(output.flatten(0, -2), y.flatten(), label_smoothing=smoothing)

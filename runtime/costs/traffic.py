@@ -12,6 +12,7 @@ import torch
 
 from cutlayer.algorithms.base import Flow
 from cutlayer.models.cutting import tensors
+from cutlayer.models.shapes import sample
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.messages.boundary import MODEL, payload_bytes
 from cutlayer.runtime.parties.blueprint import state_bytes
@@ -77,7 +78,7 @@ def crossing_bytes(setup: Setup) -> dict[str, int]:
     if not setup.algorithm.layout.cut:
         return sizes
     device, dtype = setup.device, setup.blueprint.dtype
-    x: Any = torch.zeros(_SAMPLES, *setup.dataset.info.shape, dtype=dtype, device=device)
+    x: Any = sample(setup.dataset.info.shape, _SAMPLES, dtype=dtype, device=device)
     with torch.no_grad(), setup.blueprint.autocast(), rng.TorchStream(0, device):
         for field, part in zip(sizes, setup.blueprint.parts(whole[:-1]).values(), strict=False):
             x = part(x)

@@ -33,6 +33,10 @@ def input_channels(config: ModelConfig, info: DatasetInfo) -> int:
     """
     if find(config.name, config.options) is None:
         return info.channels
+    if info.length:
+        with torch.random.fork_rng(devices=[]):
+            _check_logits(config, unadapted(config, info), info)
+        return info.channels
     try:
         return _fitted(config, info, anywhere=True)
     except ConfigError as error:
@@ -52,6 +56,9 @@ def sketch(config: ModelConfig, info: DatasetInfo) -> nn.Module:
 
     Torch's generator is left as it was.
     """
+    if config.base is not None:  # whose weights are in memory for good once they are read
+        with torch.random.fork_rng(devices=[]):
+            return fresh(config, info)
     return _drawn(lambda: fresh(config, info), anywhere=True)
 
 

@@ -20,6 +20,7 @@ import torchvision
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from cutlayer.models.pretrained import causal_model, causal_names
 from cutlayer.models.registry import register_source
 from cutlayer.models.shapes import sample
 from cutlayer.runtime.ground.config import ConfigError, show
@@ -93,9 +94,9 @@ def timm_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilder:
 
 @register_source("huggingface")
 def huggingface_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilder:
-    """A classifier of transformers by its type of model, made from a configuration: the default one with `options`.
+    """A model of transformers by its type, made from a configuration: the default one with `options`.
 
-    One of images where there is one for the type, else one of sequences.
+    A classifier of images where there is one for the type, else one of sequences; of text as `causal_model` makes it.
     """
     full = f"huggingface/{name}"
     transformers = _package("transformers", "huggingface", full)
@@ -104,7 +105,7 @@ def huggingface_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilde
         auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     )
-    _check_name("huggingface", name, [*images, *(kind for kind in sequences if kind not in images)])
+    _check_name("huggingface", name, dict.fromkeys([*images, *sequences, *causal_names()]))
     maker = (
         transformers.AutoModelForImageClassification
         if name in images
@@ -117,6 +118,8 @@ def huggingface_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilde
             raise ConfigError.unknown_key(f"model.options.{key}", known)
 
     def build(info: DatasetInfo) -> nn.Module:
+        if info.length:
+            return causal_model(name, options, info, None)
         settings: dict[str, Any] = {"num_labels": info.outputs, "architectures": []}
         settings |= {"num_channels": info.channels} if "num_channels" in known else {}
         settings |= {"image_size": _side(info)} if "image_size" in known else {}

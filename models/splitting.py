@@ -108,7 +108,7 @@ def _is_between_children(model: nn.Module, *chosen: str) -> bool:
 
 def _split_anywhere(model: nn.Module, chosen: Sequence[str], shape: Sequence[int], compare: bool) -> list[Part]:
     try:
-        parts = split_module(model, chosen, _samples(model, sample(shape, 2)), check=compare)
+        parts = split_module(model, chosen, _samples(model, _examples(shape)), check=compare)
     except CutError as error:
         expected = f"a module that the model can be cut after; {error.why}"
         raise ConfigError("model.cut", error.cut, expected, _outermost(model, shape)) from error
@@ -117,6 +117,13 @@ def _split_anywhere(model: nn.Module, chosen: Sequence[str], shape: Sequence[int
         expected = "a cut that leaves weights to each part"
         raise ConfigError("model.cut", given, expected, _outermost(model, shape))
     return parts
+
+
+def _examples(shape: Sequence[int]) -> Tensor:
+    """Images, or sequences that differ, as what a part of a model makes of all alike may seem a constant."""
+    if len(shape) > 1:
+        return sample(shape, 2)
+    return torch.randint(2, (8, *shape), generator=torch.Generator().manual_seed(0))
 
 
 def _samples(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 It is the same wherever the files lie, in a folder or a zip, whenever they were written and however they are listed. All
 labels count, all names of image files, and of these the sizes and a sample of the bytes: a second for ImageNet.
+Of texts their lengths count, a sample of the tokens, and the tokenizer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from cutlayer.datasets.config import DatasetConfig
 from cutlayer.datasets.registry import RawDataset, RawSplit, read
+from cutlayer.datasets.texts import Texts
 
 # Images in memory count with all their bytes up to this many, larger sets with evenly spaced images of as many.
 _SAMPLED_BYTES = 16 << 20
@@ -29,6 +31,8 @@ def facts(config: DatasetConfig, raw: RawDataset) -> dict[str, Any]:
         "classes": len(raw.class_names),
         "class_names": [str(name) for name in raw.class_names],
     }
+    if raw.tokenizer is not None:
+        found["tokenizer"] = f"{raw.tokenizer.name}, {raw.tokenizer.hash}"
     for split, data in zip(SPLITS, (raw.train, raw.test), strict=True):
         found |= {f"{split} {name}": value for name, value in _of_split(data, len(raw.class_names)).items()}
     return found
@@ -45,13 +49,17 @@ def read_facts(config: DatasetConfig, seed: int) -> dict[str, Any]:
 
 def _of_split(data: RawSplit, classes: int) -> dict[str, Any]:
     groups = {} if data.groups is None else {"groups": _short_sum(np.asarray(data.groups, dtype="<i8"))}
-    images = _sum_of(data.images) if isinstance(data.images, Tensor) else data.images.sum()
+    inputs = _sum_of(data.inputs) if isinstance(data.inputs, Tensor) else data.inputs.sum()
+    if isinstance(data.inputs, Texts):
+        content = {"tokens to predict": data.inputs.predicted, "texts": inputs[:16]}
+    else:
+        content = {"images": inputs[:16]}
     return {
         "samples": len(data.labels),
         "samples by class": torch.bincount(data.labels, minlength=classes).tolist(),
         "labels": _short_sum(data.labels.numpy()),
         **groups,
-        "images": images[:16],
+        **content,
     }
 
 
@@ -70,7 +78,7 @@ def _sum_of(images: Tensor) -> str:
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """How data that were something before are something else now, in words; None where they are the same."""
-    for key in ("name", "classes", "class_names"):
+    for key in ("name", "classes", "class_names", "tokenizer"):
         if before.get(key) != now.get(key):
             return f"{key} {_short(before.get(key))} before, {_short(now.get(key))} now"
     names = cast(list[str], now.get("class_names", []))
@@ -82,7 +90,10 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
             more = f", and {len(differ) - 3} more classes" if len(differ) > 3 else ""
             return f"{before.get(was)} {was} before, {is_now} now ({'; '.join(differ[:3])}{more})"
     for split in SPLITS:
-        for what in ("labels", "groups", "images"):
+        tokens = f"{split} tokens to predict"
+        if before.get(tokens) != now.get(tokens):
+            return f"{before.get(tokens)} {tokens} before, {now.get(tokens)} now"
+        for what in ("labels", "groups", "images", "texts"):
             if before.get(f"{split} {what}") != now.get(f"{split} {what}"):
                 count = now.get(f"{split} samples")
                 return f"the {split} {what} are others ({before.get(f'{split} samples')} before, {count} now)"

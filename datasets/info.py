@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from cutlayer.datasets.source import Source
+from cutlayer.datasets.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Dataset:
         train, test: the two sets.
         validation: what `dataset.validation` holds out of the training set, or None.
         facts: what distinguishes it from others, see ``cutlayer.datasets.facts``.
+        tokenizer: of texts, what made them tokens and makes them text again.
     """
 
     info: DatasetInfo
@@ -57,6 +59,7 @@ class Dataset:
     test: Source
     validation: Source | None = None
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    tokenizer: Tokenizer | None = None
 
     @property
     def groups(self) -> np.ndarray | None:
@@ -64,8 +67,8 @@ class Dataset:
         return self.train.groups
 
     def repeated(self, channels: int) -> "Dataset":
-        """The same dataset with its one channel given `channels` times; as it is where it has as many."""
-        if channels == self.info.channels:
+        """The same dataset with its one channel given `channels` times; as it is where it has as many, or is text."""
+        if channels == self.info.channels or self.info.length:
             return self
         assert self.info.channels == 1, "only grey images can be repeated"
         validation = None if self.validation is None else self.validation.repeated(channels)

@@ -1,7 +1,7 @@
-"""Loading: read the raw data, hold out a validation set, decide where images are kept."""
+"""Loading: read the raw data, hold out a validation set, decide where samples are kept."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -10,16 +10,19 @@ from torch import Tensor
 from cutlayer.datasets.augment import Augmentation, augmentation, of_whole_pictures
 from cutlayer.datasets.config import DatasetConfig
 from cutlayer.datasets.facts import facts
+from cutlayer.datasets.image_source import ImageSource, ResidentStore, StreamStore
 from cutlayer.datasets.images import EncodedImages
 from cutlayer.datasets.info import Dataset, DatasetInfo
 from cutlayer.datasets.normalize import Normalizer, moments
 from cutlayer.datasets.registry import RawDataset, RawSplit, read
 from cutlayer.datasets.seeding import derived
-from cutlayer.datasets.source import ResidentStore, Source, StreamStore
+from cutlayer.datasets.source import Source
 from cutlayer.datasets.splitting import hold_out
+from cutlayer.datasets.text_source import TextSource, TokenStore
+from cutlayer.datasets.texts import Texts
 from cutlayer.runtime.ground.config import ConfigError
 
-# storage=auto keeps all images on the device up to this many bytes.
+# storage=auto keeps all samples on the device up to this many bytes.
 RESIDENT_BYTES = 2 << 30
 
 
@@ -31,7 +34,7 @@ def load(
     Args:
         seed: decides the validation split, the fraction and the images of `synthetic`; fixed test splits do not depend
             on it.
-        device: where batches (and, if they are kept there, images) are.
+        device: where batches (and, if they are kept there, samples) are.
         dtype: of the images in a batch.
         download: fetch published files that are not there; else they are missing.
 
@@ -40,45 +43,103 @@ def load(
             nothing.
     """
     raw = read(config.name, config.root, config.options, seed, download=download)
-    channels, height, width = _checked_shape(config, raw)
+    if len(raw.train.labels) == 0 or len(raw.test.labels) == 0:
+        empty = "training" if len(raw.train.labels) == 0 else "test"
+        raise ConfigError("dataset.root", config.root, f"data with at least one {empty} sample")
     known = facts(config, raw)
     train, held = _hold_out(raw.train, config.validation, seed)
     train, _ = _hold_out(train, 1 - config.fraction, seed, "fraction", config.fraction)
+    splits = _Splits(train, raw.test, held)
+    sizes, sources = (
+        _of_texts(config, splits, device)
+        if isinstance(train.inputs, Texts)
+        else _of_images(config, raw, splits, device, dtype)
+    )
+    names = raw.class_names
+    info = DatasetInfo(config.name, **sizes, classes=len(names), class_names=names, task=raw.task, outputs=raw.outputs)
+    return Dataset(info, *sources, known, raw.tokenizer)
+
+
+class _Splits(NamedTuple):
+    train: RawSplit
+    test: RawSplit
+    validation: RawSplit | None
+
+
+_Made = tuple[dict[str, int], tuple[Source, Source, Source | None]]
+"""Sizes of `DatasetInfo`, and the source of each split."""
+
+
+def _of_images(
+    config: DatasetConfig, raw: RawDataset, splits: _Splits, device: torch.device, dtype: torch.dtype
+) -> _Made:
+    channels, height, width = _checked_shape(config, raw)
     sides = (height, width) if config.resize is None else (config.resize, config.resize)
-    info = DatasetInfo(config.name, channels, *sides, len(raw.class_names), raw.class_names, raw.task, raw.outputs)
-    resident = _resident(raw, config, device)
-    whole = _whole(train.images, config)
+    resident, train = _resident(raw, config, device), splits.train
+    whole = _whole(_images(train), config)
     if resident and whole is None:
         # Decode before measuring, which then reads memory and not files again.
-        train = replace(train, images=_decoded(train.images, config.workers))
-    mean, std = moments(config.normalize, train.images, channels, (raw.mean, raw.std))
+        train = replace(train, inputs=_decoded(train, config.workers))
+    mean, std = moments(config.normalize, _images(train), channels, (raw.mean, raw.std))
     normalizer = Normalizer(mean, std, device, dtype)
 
-    def source(split: RawSplit, augmented: bool) -> Source:
+    def source(split: RawSplit, augmented: bool = False) -> ImageSource:
         chosen = whole or augmentation(config.augment, config.moco_area, config.moco_blur) if augmented else None
         area = None if chosen is None else chosen.area
         if resident and area is None:
-            store = ResidentStore(_decoded(split.images, config.workers), device)
+            store = ResidentStore(_decoded(split, config.workers), device)
         else:
-            store = StreamStore(split.images, device, config.workers, area)
-        return Source(store, split.labels, normalizer, chosen, device, config.resize, split.groups, split.targets)
+            store = StreamStore(_images(split), device, config.workers, area)
+        return ImageSource(store, split.labels, normalizer, chosen, device, config.resize, split.groups, split.targets)
 
-    validation = None if held is None else source(held, augmented=False)
-    sources = source(train, augmented=True), source(raw.test, augmented=False)
-    if isinstance(raw.train.images, EncodedImages):
-        raw.train.images.report_depth()
-    return Dataset(info, *sources, validation, known)
+    validation = None if splits.validation is None else source(splits.validation)
+    sources = source(train, augmented=True), source(splits.test), validation
+    if isinstance(raw.train.inputs, EncodedImages):
+        raw.train.inputs.report_depth()
+    return {"channels": channels, "height": sides[0], "width": sides[1]}, sources
+
+
+def _of_texts(config: DatasetConfig, splits: _Splits, device: torch.device) -> _Made:
+    for key, given, of_images in (
+        ("augment", config.augment, config.augment != "none"),
+        ("resize", config.resize, config.resize is not None),
+        ("normalize", config.normalize, config.normalize == "imagenet"),
+    ):
+        if of_images:
+            raise ConfigError(f"dataset.{key}", given, f"nothing that is for images: dataset {config.name} is text")
+    # Splits of one file have one array.
+    arrays = {id(tokens): tokens for tokens in (_texts(split).tokens for split in splits if split is not None)}
+    held = sum(array.nbytes for array in arrays.values())
+    resident = config.storage == "device" or (config.storage == "auto" and held <= RESIDENT_BYTES)
+    stores = {key: TokenStore(tokens, device, resident=resident) for key, tokens in arrays.items()}
+
+    def source(split: RawSplit) -> TextSource:
+        texts = _texts(split)
+        return TextSource(texts, stores[id(texts.tokens)], split.labels, split.groups, device)
+
+    validation = None if splits.validation is None else source(splits.validation)
+    length = _texts(splits.train).length
+    return {"channels": 0, "height": 0, "width": 0, "length": length}, (
+        source(splits.train),
+        source(splits.test),
+        validation,
+    )
+
+
+def _texts(split: RawSplit) -> Texts:
+    return cast(Texts, split.inputs)
+
+
+def _images(split: RawSplit) -> Tensor | EncodedImages:
+    return cast("Tensor | EncodedImages", split.inputs)
 
 
 def _checked_shape(config: DatasetConfig, raw: RawDataset) -> tuple[int, int, int]:
     """(channels, height, width) of all images.
 
     Raises:
-        ConfigError: there are no samples, images of several sizes, or a configuration that does not fit them.
+        ConfigError: there are images of several sizes, or a configuration that does not fit them.
     """
-    if len(raw.train.labels) == 0 or len(raw.test.labels) == 0:
-        empty = "training" if len(raw.train.labels) == 0 else "test"
-        raise ConfigError("dataset.root", config.root, f"data with at least one {empty} sample")
     shape = image_shape(raw.train)
     if image_shape(raw.test) != shape:
         raise ConfigError("dataset.options", config.options, "training and test images of one size; give a size")
@@ -92,7 +153,7 @@ def _checked_shape(config: DatasetConfig, raw: RawDataset) -> tuple[int, int, in
 
 def image_shape(split: RawSplit) -> tuple[int, int, int]:
     """(channels, height, width) of the images of a split."""
-    channels, height, width = split.images.shape[-3:]
+    channels, height, width = _images(split).shape[-3:]
     return channels, height, width
 
 
@@ -111,13 +172,14 @@ def _resident(raw: RawDataset, config: DatasetConfig, device: torch.device) -> b
     if config.storage != "auto":
         return config.storage == "device"
     splits = (raw.train, raw.test)
-    if device.type == "cpu" and all(isinstance(split.images, Tensor) for split in splits):
+    if device.type == "cpu" and all(isinstance(split.inputs, Tensor) for split in splits):
         return True
     decoded = sum(len(split.labels) * int(np.prod(image_shape(split))) for split in splits)
     return decoded <= RESIDENT_BYTES
 
 
-def _decoded(images: Tensor | EncodedImages, workers: int) -> Tensor:
+def _decoded(split: RawSplit, workers: int) -> Tensor:
+    images = _images(split)
     return images if isinstance(images, Tensor) else images.decode_all(workers)
 
 

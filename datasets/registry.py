@@ -10,37 +10,40 @@ import torch
 from torch import Tensor
 
 from cutlayer.datasets.images import EncodedImages
+from cutlayer.datasets.texts import Texts
+from cutlayer.datasets.tokenizer import Tokenizer
 from cutlayer.runtime.ground.config import NoOptions, build
 from cutlayer.runtime.ground.registry import Registry
 
 
 @dataclass(frozen=True)
 class RawSplit:
-    """Images and labels as read.
+    """Samples and labels as read.
 
     Attributes:
-        images: uint8 [n, channels, height, width] in memory, or encoded files that decode to that.
+        inputs: images, uint8 [n, channels, height, width] in memory or encoded files that decode to that; or texts.
         labels: int64 [n].
         targets: [n, ...], what a model is to give for each image where that is not its label; None: the label.
+            Of texts it is the next tokens.
         groups: int64 [n], which group each sample is of: those that belong together, such as a writer's, a lesion's, a
             site's. One number is the same group in the training and in the test set. None where there are none.
     """
 
-    images: Tensor | EncodedImages
+    inputs: Tensor | EncodedImages | Texts
     labels: Tensor
     groups: np.ndarray | None = None
     targets: Tensor | None = None
 
     def __post_init__(self) -> None:
-        assert len(self.images) == len(self.labels), "one label for each image"
+        assert len(self.inputs) == len(self.labels), "one label for each sample"
         assert self.labels.dtype == torch.int64
 
     def subset(self, indices: np.ndarray) -> "RawSplit":
         """The samples at `indices` (int64), in that order."""
         where = torch.from_numpy(indices)
-        images = self.images[where] if isinstance(self.images, Tensor) else self.images.subset(indices)
+        inputs = self.inputs[where] if isinstance(self.inputs, Tensor) else self.inputs.subset(indices)
         groups = None if self.groups is None else self.groups[indices]
-        return RawSplit(images, self.labels[where], groups, None if self.targets is None else self.targets[where])
+        return RawSplit(inputs, self.labels[where], groups, None if self.targets is None else self.targets[where])
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class RawDataset:
     Attributes:
         mean, std: the published ones, per channel in 0..1; empty: to be computed.
         task, outputs: see `DatasetInfo`.
+        tokenizer: of texts, what made them tokens.
     """
 
     train: RawSplit
@@ -59,6 +63,7 @@ class RawDataset:
     std: tuple[float, ...] = ()
     task: str = "classification"
     outputs: int = 0
+    tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True)

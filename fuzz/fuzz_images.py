@@ -82,8 +82,8 @@ def target(data: bytes) -> None:
             ARCHIVE.write_bytes(data[1:])
             found = image_folder(ReadContext(ARCHIVE, options))
             for split in (found.train, found.test):
-                assert isinstance(split.images, images.EncodedImages)
-                check(split.images, options)
+                assert isinstance(split.inputs, images.EncodedImages)
+                check(split.inputs, options)
     except ConfigError as error:
         text = str(error)
         assert 0 < len(text) < 1000, text

@@ -22,7 +22,7 @@ _PACKAGES = ("algorithms", "datasets", "distributions", "evaluations", "models",
 # Sections whose choice sets many keys; on a client's command line only the name is compared.
 _GROUPS = ("algorithm", "model", "dataset", "optimizer", "scheduler")
 # Of the facts of a data set those that hold for one that each client has its own of.
-_OF_ALL = ("name", "shape", "classes", "class_names")
+_OF_ALL = ("name", "shape", "classes", "class_names", "tokenizer")
 
 
 @cache
@@ -118,7 +118,7 @@ def data_facts(dataset: Dataset, *, divided: bool) -> dict[str, Any]:
 
     Args:
         divided: all have the whole set, so that its labels have to be equal; else each has its own, and only what an
-            image is and what the classes are.
+            image is, or which tokens there are, and what the classes are.
     """
     known = {**dataset.facts, "shape": list(dataset.info.shape)}
     split = ("training", "test") if divided else ()

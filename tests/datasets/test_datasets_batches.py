@@ -16,8 +16,8 @@ from torchvision.transforms.v2 import functional as reference
 
 from cutlayer.datasets import Dataset, DatasetConfig, Source, batch_count, batch_sizes, load
 from cutlayer.datasets.augment import augmentation, crop, flip, resized_crop
+from cutlayer.datasets.image_source import CHUNK_VALUES, ImageSource, ResidentStore, StreamStore
 from cutlayer.datasets.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalizer, channel_statistics
-from cutlayer.datasets.source import CHUNK_VALUES, ResidentStore, StreamStore
 from cutlayer.runtime.ground.config import ConfigError
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def pixels(n: int, channels: int = 3, height: int = 32, width: int = 32) -> Tens
 
 def make(store: Any, n: int, augment: Any = "none", dtype: torch.dtype = torch.float32) -> Source:
     plain = Normalizer((0.0,) * store.shape[0], (1 / 255,) * store.shape[0], CPU, dtype)
-    return Source(store, torch.arange(n), plain, augmentation(augment), CPU)
+    return ImageSource(store, torch.arange(n), plain, augmentation(augment), CPU)
 
 
 @given(n=st.integers(0, 300), size=st.integers(1, 50), drop=st.sampled_from(["auto", "always", "never", True, False]))
@@ -139,7 +139,7 @@ def test_batches_equal_a_plain_loop(
     indices = torch.randperm(80, generator=rng(seed))[:k]
     source = make(ResidentStore(images, CPU), 80, "crop_flip")
     options: dict[str, Any] = {"shuffle": shuffle, "augment": augment, "drop_last": drop, "generator": rng(seed)}
-    with patch("cutlayer.datasets.source.CHUNK_VALUES", chunk):
+    with patch("cutlayer.datasets.image_source.CHUNK_VALUES", chunk):
         found = list(source.batches(indices, batch_size=size, epochs=epochs, **options))
     generator, expected = rng(seed), []
     recipe = augmentation("crop_flip")

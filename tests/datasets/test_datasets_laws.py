@@ -15,14 +15,14 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from cutlayer.datasets import DatasetConfig, Partition, Source, apply_partition, partition, partition_files
+from cutlayer.datasets import DatasetConfig, Partition, apply_partition, partition, partition_files
 from cutlayer.datasets.augment import augmentation, flip, moco_parameters, of_whole_pictures
 from cutlayer.datasets.colour import greyscale, hue, jitter_
+from cutlayer.datasets.image_source import ImageSource, ResidentStore, StreamStore
 from cutlayer.datasets.images import EncodedImages, Shape
 from cutlayer.datasets.normalize import Normalizer, channel_statistics, moments
 from cutlayer.datasets.partition_files import save_partition
 from cutlayer.datasets.seeding import derived
-from cutlayer.datasets.source import ResidentStore, StreamStore
 from cutlayer.datasets.trees import FolderTree
 from cutlayer.runtime.ground.config import ConfigError
 
@@ -168,7 +168,7 @@ def test_more_pixels_than_a_float_can_count_are_measured() -> None:
 def test_pixels_are_what_was_normalised(dtype: torch.dtype, channels: int) -> None:
     images = torch.randint(0, 256, (5, channels, 4, 3), dtype=torch.uint8, generator=rng())
     normalizer = Normalizer((0.2, 0.4, 0.6)[:channels], (0.3, 0.2, 0.5)[:channels], CPU, dtype)
-    source = Source(ResidentStore(images, CPU), torch.arange(5), normalizer, None, CPU)
+    source = ImageSource(ResidentStore(images, CPU), torch.arange(5), normalizer, None, CPU)
     ((x, _),) = source.batches(torch.arange(5), batch_size=5)
     exact = 1e-14 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(source.pixels(x), images.to(dtype) / 255, atol=exact, rtol=0)
@@ -181,7 +181,7 @@ def test_pixels_are_what_was_normalised(dtype: torch.dtype, channels: int) -> No
 
 def test_what_a_source_was_not_made_for_is_said_in_full() -> None:
     store = ResidentStore(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), CPU)
-    source = Source(store, torch.arange(2), Normalizer((0.0,), (1.0,), CPU, torch.float32), None, CPU)
+    source = ImageSource(store, torch.arange(2), Normalizer((0.0,), (1.0,), CPU, torch.float32), None, CPU)
     with pytest.raises(ValueError, match="^shuffle and augment need a generator$"):
         next(source.batches(torch.arange(2), batch_size=1, shuffle=True))
     with pytest.raises(ValueError, match="^parameters of an augmentation, but this source has none$"):
@@ -220,9 +220,9 @@ def test_a_piece_is_divided_among_all_workers(samples: int, workers: int) -> Non
 @pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("limit", [1, 23, 24, 25, 100, 10**6])
 def test_a_chunk_is_as_many_whole_batches_as_fit(monkeypatch: pytest.MonkeyPatch, limit: int, drop: bool) -> None:
-    monkeypatch.setattr("cutlayer.datasets.source.CHUNK_VALUES", limit)
+    monkeypatch.setattr("cutlayer.datasets.image_source.CHUNK_VALUES", limit)
     store = Recorded(torch.zeros(31, 1, 2, 2, dtype=torch.uint8), workers=0)
-    source = Source(store, torch.arange(31), Normalizer((0.0,), (1.0,), CPU, torch.float32), None, CPU)
+    source = ImageSource(store, torch.arange(31), Normalizer((0.0,), (1.0,), CPU, torch.float32), None, CPU)
     sizes = [len(x) for x, _ in source.batches(torch.arange(31), batch_size=3, drop_last=drop)]
     assert sizes == [3] * 10 + [1] * (not drop)
     whole = max(1, limit // (3 * 4))

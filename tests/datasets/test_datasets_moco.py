@@ -16,8 +16,8 @@ from torchvision.transforms.v2 import functional as reference
 from cutlayer.datasets import DatasetConfig, Source, load
 from cutlayer.datasets.augment import augmentation, flip, moco_parameters, resized_crop
 from cutlayer.datasets.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION, greyscale, jitter_
+from cutlayer.datasets.image_source import ImageSource, ResidentStore, StreamStore
 from cutlayer.datasets.normalize import Normalizer
-from cutlayer.datasets.source import ResidentStore, StreamStore
 from cutlayer.runtime.ground.config import ConfigError
 
 CPU = torch.device("cpu")
@@ -236,7 +236,7 @@ def make(
 ) -> Source:
     channels = store.shape[0]
     normalizer = Normalizer((0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.25)[:channels], CPU, dtype)
-    return Source(store, torch.arange(50), normalizer, augmentation(augment), CPU, resize)
+    return ImageSource(store, torch.arange(50), normalizer, augmentation(augment), CPU, resize)
 
 
 def concatenated(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ def picture(path: Path, height: int = 8, width: int = 8, mode: str = "RGB", seed
 def test_all_datasets_are_registered() -> None:
     assert set(names()) == {
         "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "femnist", "ham10000", "tinyimagenet",
-        "imagenet", "image_folder", "synthetic",
+        "imagenet", "image_folder", "synthetic", "shakespeare", "e2e", "jsonl",
     }  # fmt: skip
 
 

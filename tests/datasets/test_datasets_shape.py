@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
 from cutlayer.datasets import Dataset, DatasetConfig, Source, load
-from cutlayer.datasets.source import CHUNK_VALUES
+from cutlayer.datasets.image_source import CHUNK_VALUES
 from cutlayer.runtime.ground.config import ConfigError, build
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def test_what_is_resized_at_once_stays_bounded(monkeypatch: pytest.MonkeyPatch) 
         sizes.append(y.numel())
         return y
 
-    monkeypatch.setattr("cutlayer.datasets.source.functional.interpolate", counted)
+    monkeypatch.setattr("cutlayer.datasets.image_source.functional.interpolate", counted)
     assert all_of(synthetic(resize=300).train, size=1).shape == (41, 1, 300, 300)
     assert max(sizes) <= CHUNK_VALUES < sum(sizes)
 
@@ -80,7 +80,7 @@ def test_grey_images_are_repeated_in_the_memory_of_one() -> None:
 
 
 def test_nothing_is_done_where_nothing_is_to_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cutlayer.datasets.source.functional.interpolate", None)
+    monkeypatch.setattr("cutlayer.datasets.image_source.functional.interpolate", None)
     square = DatasetConfig("synthetic", options={**OPTIONS, "width": 12}, resize=12)
     data = load(square, seed=1, device=CPU, dtype=torch.float32)
     assert data.repeated(1) is data

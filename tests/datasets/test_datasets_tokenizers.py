@@ -1,0 +1,98 @@
+"""Tokenizers: bytes, and one of Hugging Face that is made here, from its files."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cutlayer.datasets.tokenizer import ByteTokenizer, find_tokenizer
+from cutlayer.runtime.ground.config import ConfigError
+
+TEXTS = ["the cat sat on the mat", "a cat can't sit on £ 20 notes", "  two  spaces\nand a line"] * 5
+
+
+def save_tokenizer(folder: Path, *, end: str | None = "<end>", merges: int = 320) -> Any:
+    """Make a byte-level BPE tokenizer of the texts and save it as transformers does."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=merges, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(TEXTS, trainer)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end)
+    wrapped.save_pretrained(folder)
+    return made
+
+
+@given(text=st.text(max_size=40))
+def test_bytes_give_the_text_back(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    tokens = tokenizer.encode(text)
+    assert tokens == [*text.encode()]
+    assert tokenizer.decode([*tokens, tokenizer.end]) == text
+    assert max(tokens, default=0) < tokenizer.end < tokenizer.size
+
+
+def test_half_a_character_is_shown_as_such() -> None:
+    assert ByteTokenizer().decode([*"é".encode()][:1]) == "\ufffd"
+    assert ByteTokenizer().encode("\ud800") == [ord("?")], "what JSON may have and UTF-8 does not"
+
+
+def test_a_folder_s_tokens_are_those_of_its_tokenizer(tmp_path: Path) -> None:
+    made = save_tokenizer(tmp_path)
+    found = find_tokenizer(str(tmp_path))
+    assert found.size == made.get_vocab_size() + 1
+    assert found.end == found.size - 1
+    for text in TEXTS[:3]:
+        assert found.encode(text) == made.encode(text).ids
+        assert found.decode([*found.encode(text), found.end]) == text
+    assert found.encode_all(TEXTS) == [made.encode(text).ids for text in TEXTS]
+    assert found.encode_all([]) == []
+
+
+def test_the_hash_is_of_what_the_tokenizer_does(tmp_path: Path) -> None:
+    for name, values in {"one": {}, "same": {}, "other": {"merges": 262}, "end": {"end": "."}}.items():
+        save_tokenizer(tmp_path / name, **values)
+    one, same, other, end = (find_tokenizer(str(tmp_path / name)).hash for name in ("one", "same", "other", "end"))
+    assert one == same
+    assert len({one, other, end, ByteTokenizer().hash}) == 4
+
+
+def test_what_is_missing_is_one_line(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "endless", end=None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    for name, message in {
+        "endless": "a token that ends a text",
+        "empty": "files are on this machine",
+        "broken": "files are on this machine",
+        "nowhere": "files are on this machine",
+    }.items():
+        with pytest.raises(ConfigError, match=rf"dataset\.options\.tokenizer=.*{name}.*{message}") as caught:
+            find_tokenizer(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+def test_bytes_need_no_package_and_others_name_it() -> None:
+    program = """
+import sys
+sys.modules["transformers"] = None
+from cutlayer.datasets.tokenizer import find_tokenizer
+print(find_tokenizer("bytes").size)
+try:
+    find_tokenizer("gpt2")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    size, line = done.stdout.splitlines()
+    assert size == "257"
+    assert "dataset.options.tokenizer=gpt2" in line
+    assert "huggingface" in line

@@ -113,7 +113,7 @@ def _found(name: str) -> Any:
         expected = (
             f"{BYTES}, or a Hugging Face tokenizer, by folder or name, whose files are on this machine ({reason})"
         )
-        raise ConfigError(_KEY, name, f"{BYTES}, or {files} ({reason})") from None
+        raise ConfigError(_KEY, name, expected) from None
     finally:
         quiet.setLevel(level)
 

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
-from cutlayer.algorithms.base import cross_entropy
+from cutlayer.tasks import Loss
 
 
-def input_gradient(model: nn.Module | Any, z: Tensor, y: Tensor, *, differentiable: bool = False) -> Tensor:
-    """The gradient of the batch's mean cross-entropy with respect to the smashed data: same shape as ``z``."""
+def input_gradient(
+    model: nn.Module | Any, z: Tensor, y: Tensor, loss: Loss = F.cross_entropy, *, differentiable: bool = False
+) -> Tensor:
+    """The gradient of the batch's mean loss with respect to the smashed data: same shape as ``z``."""
     z = z.detach().requires_grad_()
-    return torch.autograd.grad(cross_entropy(model(z), y), z, create_graph=differentiable)[0]
+    return torch.autograd.grad(loss(model(z), y), z, create_graph=differentiable)[0]
 
 
 def frozen(model: nn.Module) -> Any:
@@ -36,21 +39,22 @@ class AlignmentBatch:
     """A batch of smashed data, and the gradient of it that an auxiliary model is to give.
 
     Args:
-        model: the auxiliary model, which learns: z -> logits [b, classes].
-        z: smashed data [b, ...]. y: labels int64 [b]. target: the gradient to be met, of the shape of ``z``.
+        model: the auxiliary model, which learns: z -> the model's output [b, ...].
+        z: smashed data [b, ...]. y: targets [b, ...]. target: the gradient to be met, of the shape of ``z``.
+        loss: of output and targets, of which it is the gradient.
     """
 
-    def __init__(self, model: nn.Module, z: Tensor, y: Tensor, target: Tensor) -> None:
-        self.model, self.z, self.y, self.target = model, z, y, target
+    def __init__(self, model: nn.Module, z: Tensor, y: Tensor, target: Tensor, loss: Loss = F.cross_entropy) -> None:
+        self.model, self.z, self.y, self.target, self.loss = model, z, y, target, loss
 
     def error(self) -> Tensor:
         """The squared distance of the model's gradient from the target, summed; the model is left as it is."""
-        return (input_gradient(frozen(self.model), self.z, self.y) - self.target).square().sum()
+        return (input_gradient(frozen(self.model), self.z, self.y, self.loss) - self.target).square().sum()
 
     def differentiate(self) -> None:
         """Put the gradient of the error into the ``grad`` of the model's weights, in place of what was there."""
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        estimate = input_gradient(self.model, self.z, self.y, differentiable=True)
+        estimate = input_gradient(self.model, self.z, self.y, self.loss, differentiable=True)
         along = (estimate.detach() - self.target).mul_(2)
         # To the weights alone: none of z, which `backward` would compute too.
         slopes = torch.autograd.grad(estimate, weights, along, allow_unused=True)
@@ -59,7 +63,7 @@ class AlignmentBatch:
 
 
 class LinearAlignmentBatch(AlignmentBatch):
-    """The same for a model that is one linear layer, logits = W z + c: in closed form, without a graph.
+    """The same for cross-entropy and one linear layer as the model, logits = W z + c: in closed form, without a graph.
 
     Of the softmax P [classes, b] and the one-hot labels Y, let R = Y - P; then g = -R^T W / b, a matrix [b, features]
     that is never made::
@@ -97,11 +101,13 @@ class LinearAlignmentBatch(AlignmentBatch):
         bias.grad = v.sum(1).mul_(2 / size)
 
 
-def alignment_batch(model: nn.Module, z: Tensor, y: Tensor, target: Tensor) -> AlignmentBatch:
-    """A batch in the quickest way that serves the model; see `AlignmentBatch`."""
-    layer = _only_layer(model, z)
+def alignment_batch(
+    model: nn.Module, z: Tensor, y: Tensor, target: Tensor, loss: Loss = F.cross_entropy
+) -> AlignmentBatch:
+    """A batch in the quickest way that serves model and loss; see `AlignmentBatch`."""
+    layer = _only_layer(model, z) if loss is F.cross_entropy else None
     if layer is None:
-        return AlignmentBatch(model, z, y, target)
+        return AlignmentBatch(model, z, y, target, loss)
     return LinearAlignmentBatch(model, layer, z, y, target)
 
 

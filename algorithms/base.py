@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, Upload, unflatten
 from cutlayer.runtime.messages.crossing import crossed, gradients, require_gradients, tensor
@@ -15,9 +14,6 @@ from cutlayer.runtime.parties.aggregate import Average
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
 from cutlayer.runtime.parties.optim import PartOptimizer
-
-cross_entropy = F.cross_entropy
-"""Mean cross-entropy over a batch: logits [b, classes], labels int64 [b]."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +156,7 @@ class SplitServer(Server):
     def train(self, model: nn.Module, optimizer: PartOptimizer, message: Payload) -> Fields:
         """One step of a server model on (z, y); gives the gradient of z."""
         z = require_gradients(crossed(message, "z"))
-        loss = cross_entropy(model(z), tensor(message, "y"))
+        loss = self.ctx.loss(model(z), tensor(message, "y"))
         optimizer.update(loss)
         self.ctx.log("loss", loss)
         return {"grad": gradients(z)}
@@ -222,8 +218,11 @@ class Algorithm:
     """Clients whose batches differ in number and size can be computed as one.
 
     For that a client's program takes one step for each batch and does not count them, and its losses leave out samples
-    that are labelled -100, as ``cross_entropy`` does. A method that is based on one says it for itself.
+    that are labelled -100, as ``ctx.loss`` does. A method that is based on one says it for itself.
     """
+
+    tasks: ClassVar[tuple[str, ...] | None] = None
+    """The tasks that the method is defined for; None: any, as it asks ``ctx.loss`` alone."""
 
     pooled: ClassVar[bool] = False
     """One client holds all the data."""

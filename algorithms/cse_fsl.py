@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import Algorithm, Flow, SplitServer, cross_entropy
+from cutlayer.algorithms.base import Algorithm, Flow, SplitServer
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, tell
 from cutlayer.runtime.parties.blueprint import Layout
@@ -37,7 +37,7 @@ def train_with_auxiliary(ctx: ClientContext, down: Payload) -> ClientProgram:
         z = model(x)
         if step % ctx.config.upload_interval == 0:
             yield tell("smashed", z=z, y=y)
-        loss = cross_entropy(auxiliary(z), y)
+        loss = ctx.loss(auxiliary(z), y)
         optimizer.update(loss)
         ctx.log("auxiliary_loss", loss)
     return ctx.dump("client", "auxiliary")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import Algorithm, Flow, cross_entropy
+from cutlayer.algorithms.base import Algorithm, Flow
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.blueprint import Layout
@@ -24,7 +24,7 @@ def train(ctx: ClientContext) -> None:
     """Local epochs on the model by cross-entropy."""
     model, optimizer = ctx.part("model"), ctx.optimizer("model")
     for x, y in ctx.batches():
-        loss = cross_entropy(model(x), y)
+        loss = ctx.loss(model(x), y)
         optimizer.update(loss)
         ctx.log("loss", loss)
 
@@ -39,7 +39,7 @@ def train_near(
     """
     model, optimizer = ctx.part("model"), ctx.optimizer("model", label=label)
     for x, y in ctx.batches():
-        loss = cross_entropy(model(x), y)
+        loss = ctx.loss(model(x), y)
         distance = sum((w - a).square().sum() for w, a in zip(model.parameters(), anchor, strict=True))
         optimizer.update(loss + pull / 2 * distance)
         ctx.log(log, loss)

@@ -62,6 +62,7 @@ class FLMoco(Algorithm):
     revision = 1  # before, momentum copies and optimizers began anew in each round
     keeps_optimizer = _NAMES
     unread = ("dataset.shuffle",)
+    tasks = ("classification",)  # by which its features are tested
     evaluates_features = True
     traffic = (Flow("down", "model", _NAMES), Flow("up", "model", _NAMES))
 

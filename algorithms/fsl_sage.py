@@ -54,7 +54,8 @@ class AligningServer(OneWayServer):
             # Batches of nearly equal size: a remainder of one sample could not be normalised.
             count = -(-len(buffer["y"]) // size)
             pieces = zip(buffer["z"].to(dtype).tensor_split(count), buffer["y"].tensor_split(count), strict=True)
-            batches = [alignment_batch(auxiliary, z, y, input_gradient(server, z, y)) for z, y in pieces]
+            loss = self.ctx.loss
+            batches = [alignment_batch(auxiliary, z, y, input_gradient(server, z, y, loss), loss) for z, y in pieces]
             before = _total(batch.error() for batch in batches)
             for _ in range(config.align_epochs):
                 for batch in batches:
@@ -141,5 +142,5 @@ class FSLSAGE(CSEFSL):
             if step == 0 and due:
                 ctx.load((yield ask("align")))
                 ctx.keep("auxiliary")
-            optimizer.update(z, input_gradient(ctx.part("auxiliary"), z, y))
+            optimizer.update(z, input_gradient(ctx.part("auxiliary"), z, y, ctx.loss))
         return ctx.dump("client")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import Algorithm, Flow, Server, cross_entropy
+from cutlayer.algorithms.base import Algorithm, Flow, Server
 from cutlayer.algorithms.mixins import KeepsByConfig
 from cutlayer.models.cutting import Crossing
 from cutlayer.runtime.ground.config import ConfigError, scoped
@@ -20,6 +20,7 @@ from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, a
 from cutlayer.runtime.messages.crossing import crossed, detached, floating, gradients, require_gradients
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
+from cutlayer.tasks import Loss
 
 _DISTILLING = scoped(read_if=lambda own, _: own.distillation_weight > 0)
 
@@ -63,7 +64,9 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(p, q, reduction="batchmean", log_target=True)
 
 
-def mutual_losses(local: Tensor, shared: Tensor, y: Tensor, config: FSMKDConfig) -> tuple[Tensor, Tensor]:
+def mutual_losses(
+    local: Tensor, shared: Tensor, y: Tensor, config: FSMKDConfig, cross_entropy: Loss = F.cross_entropy
+) -> tuple[Tensor, Tensor]:
     """The losses of the local path and of the global one: each its cross-entropy, and w times KL(other || own).
 
     Args:
@@ -167,6 +170,7 @@ class FSMKD(KeepsByConfig, Algorithm):
     """
 
     Config = FSMKDConfig
+    tasks = ("classification",)  # its distillation is of classes' probabilities
     revision = 1  # before, client parts and tails were averaged in the last of every ``aggregate_interval`` rounds
     layout = Layout(client=("client", "personal", "tail"), server=("client", "server", "tail"))
     shared = ("client", "tail")
@@ -201,7 +205,7 @@ class FSMKD(KeepsByConfig, Algorithm):
             output = require_gradients(crossed((yield ask("smashed", z=z)), "output"))
             own, local = path.forward(step, x, z)
             shared = tail(output)
-            local_loss, loss = mutual_losses(local, shared, y, config)
+            local_loss, loss = mutual_losses(local, shared, y, config, ctx.loss)
             along, of_local = torch.autograd.grad(loss + local_loss, (shared, local))
             optimizer.zero_grad()
             torch.autograd.backward(shared, along, inputs=[*floating(output), *tail.parameters()])

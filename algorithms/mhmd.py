@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import cross_entropy
 from cutlayer.algorithms.mixins import OwnLoss
 from cutlayer.algorithms.personal import FedBABU
 from cutlayer.models import AuxiliaryHeads
@@ -20,6 +19,7 @@ from cutlayer.runtime.ground.devices import queued
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext
+from cutlayer.tasks import Loss
 
 _DISTILLING = scoped(read_if=lambda own, _: own.distill != "none")
 
@@ -86,7 +86,9 @@ def _weighed_divergence(student: Tensor, teacher: Tensor, right: Tensor, reducti
     return total if over is None else total / (over * right.sum().clamp(min=1))
 
 
-def mhmd_loss(final: Tensor, auxiliary: Sequence[Tensor], y: Tensor, config: MHMDConfig) -> dict[str, Tensor]:
+def mhmd_loss(
+    final: Tensor, auxiliary: Sequence[Tensor], y: Tensor, config: MHMDConfig, cross_entropy: Loss = F.cross_entropy
+) -> dict[str, Tensor]:
     """The terms of the loss: cross-entropy ``loss`` of the final head, ``auxiliary_loss``, ``distillation``, and their
     weighted sum ``total``.
 
@@ -107,11 +109,11 @@ def mhmd_loss(final: Tensor, auxiliary: Sequence[Tensor], y: Tensor, config: MHM
 
 
 def terms_of(
-    body: nn.Module, head: nn.Module, heads: AuxiliaryHeads, x: Tensor, y: Tensor, config: MHMDConfig
+    body: nn.Module, head: nn.Module, heads: AuxiliaryHeads, x: Tensor, y: Tensor, config: MHMDConfig, loss: Loss
 ) -> dict[str, Tensor]:
     """The terms of the loss of a batch, as ``mhmd_loss`` gives them: x [b, C, H, W], y int64 [b]."""
     z, auxiliary = heads.attached(body, x)
-    return mhmd_loss(head(z), auxiliary, y, config)
+    return mhmd_loss(head(z), auxiliary, y, config, loss)
 
 
 @register("mhmd")
@@ -126,13 +128,14 @@ class MHMD(OwnLoss, FedBABU):
     unread = FedBABU.unread
     layout = Layout(client=("body", "head", "auxiliary_heads"), server=("body", "head"))
     beside = ("auxiliary_heads",)
+    tasks = ("classification",)  # its distillation is of classes' probabilities
 
     @staticmethod
     def loss_of(
-        body: nn.Module, head: nn.Module, beside: Sequence[nn.Module], x: Tensor, y: Tensor, config: Any
+        body: nn.Module, head: nn.Module, beside: Sequence[nn.Module], x: Tensor, y: Tensor, config: Any, loss: Loss
     ) -> Tensor:
         """The weighted sum of all terms."""
-        return terms_of(body, head, cast(AuxiliaryHeads, beside[0]), x, y, config)["total"]
+        return terms_of(body, head, cast(AuxiliaryHeads, beside[0]), x, y, config, loss)["total"]
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:
@@ -142,7 +145,7 @@ class MHMD(OwnLoss, FedBABU):
         heads = cast(AuxiliaryHeads, ctx.part("auxiliary_heads").requires_grad_(False))
         optimizer = ctx.optimizer("body")
         for x, y in ctx.batches():
-            terms = terms_of(body, head, heads, x, y, ctx.config)
+            terms = terms_of(body, head, heads, x, y, ctx.config, ctx.loss)
             optimizer.update(terms.pop("total"))
             for name, value in terms.items():
                 ctx.log(name, value)

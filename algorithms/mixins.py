@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cutlayer.runtime.messages.boundary import Fields, Payload, Reply
 from cutlayer.runtime.parties.optim import OptimizerConfig
+from cutlayer.tasks import Loss
 
 if TYPE_CHECKING:
     from cutlayer.runtime.parties.cohort import Asked, Cohort
@@ -73,12 +74,13 @@ class OwnLoss:
 
     @staticmethod
     def loss_of(
-        body: nn.Module, head: nn.Module, beside: Sequence[nn.Module], x: Tensor, y: Tensor, config: Any
+        body: nn.Module, head: nn.Module, beside: Sequence[nn.Module], x: Tensor, y: Tensor, config: Any, loss: Loss
     ) -> Tensor:
         """The loss of a batch: x [b, C, H, W], y int64 [b].
 
         Args:
             beside: the parts that ``beside`` names, in its order.
+            loss: of the dataset's task.
         """
         raise NotImplementedError
 

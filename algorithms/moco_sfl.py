@@ -191,6 +191,7 @@ class MocoSFL(OwnSteps, MocoTogether, Algorithm):
     schedule = "lockstep"
     evaluates_features = True
     unread = ("dataset.shuffle", "local_epochs")
+    tasks = ("classification",)  # by which its features are tested
     traffic = (
         Flow("down", "model", ("client", "client_momentum")),
         Flow("up", "smashed", ("smashed", "smashed"), per="batch"),

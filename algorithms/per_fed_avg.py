@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import cross_entropy
 from cutlayer.algorithms.fed_avg import FedAvg, copies
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload
@@ -52,11 +51,11 @@ class PerFedAvg(FedAvg):
         weights = list(model.parameters())
         for (x, y), (x2, y2) in pairs(ctx.batches()):
             start = copies(model)
-            gradients = torch.autograd.grad(cross_entropy(model(x), y), weights)
+            gradients = torch.autograd.grad(ctx.loss(model(x), y), weights)
             with torch.no_grad():
                 for w, g in zip(weights, gradients, strict=True):
                     w -= ctx.config.inner_lr * g
-            loss = cross_entropy(model(x2), y2)
+            loss = ctx.loss(model(x2), y2)
             gradients = torch.autograd.grad(loss, weights)
             with torch.no_grad():
                 for w, before, g in zip(weights, start, gradients, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import Algorithm, Flow, cross_entropy
+from cutlayer.algorithms.base import Algorithm, Flow
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.blueprint import Layout
@@ -27,7 +27,7 @@ def take_steps(ctx: ClientContext, optimizer: PartOptimizer, stream: str, epochs
     """Local epochs by cross-entropy of the whole model, on what the optimizer holds."""
     body, head = ctx.part("body"), ctx.part("head")
     for x, y in ctx.batches(stream, epochs):
-        loss = cross_entropy(head(body(x)), y)
+        loss = ctx.loss(head(body(x)), y)
         optimizer.update(loss)
         ctx.log("loss", loss)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import Algorithm, cross_entropy
+from cutlayer.algorithms.base import Algorithm
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.blueprint import Layout
 from cutlayer.runtime.parties.contexts import ClientContext
@@ -25,7 +25,7 @@ class LocalOnly(Algorithm):
         ctx.restore("model")
         model, optimizer = ctx.part("model"), ctx.optimizer("model")
         for x, y in ctx.batches():
-            loss = cross_entropy(model(x), y)
+            loss = ctx.loss(model(x), y)
             optimizer.update(loss)
             ctx.log("loss", loss)
         ctx.keep("model")

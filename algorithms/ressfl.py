@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import Algorithm, cross_entropy
+from cutlayer.algorithms.base import Algorithm
 from cutlayer.algorithms.mixins import ConfiguresParts
 from cutlayer.models.similarity import ssim
 from cutlayer.runtime.ground.config import ConfigError
@@ -93,7 +93,7 @@ class ResSFL(ConfiguresParts, Algorithm):
             attacking.update(1 - ssim(attacker(detached(z)), images, padded=padded).mean())
             attacker.requires_grad_(False)
             likeness = ssim(attacker(z), images, padded=padded).mean()
-            loss = cross_entropy(server(z), y)
+            loss = ctx.loss(server(z), y)
             optimizer.update(loss + config.alpha * (likeness - config.target_ssim).clamp(min=0))
             attacker.requires_grad_(True)
             ctx.log("loss", loss)

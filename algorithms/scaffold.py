@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import Algorithm, Flow, Server, cross_entropy
+from cutlayer.algorithms.base import Algorithm, Flow, Server
 from cutlayer.algorithms.mixins import ChecksOptimizer
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload, Upload, flatten, unflatten
@@ -89,7 +89,7 @@ class Scaffold(ChecksOptimizer, Algorithm):
         correction = [c[name] - own[name] for name in names]
         steps = 0
         for x, y in ctx.batches():
-            loss = cross_entropy(model(x), y)
+            loss = ctx.loss(model(x), y)
             gradients = torch.autograd.grad(loss, weights)
             for w, g, d in zip(weights, gradients, correction, strict=True):
                 w.grad = g + d

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cutlayer.datasets import DatasetInfo
 from cutlayer.runtime.ground import forking
 from cutlayer.runtime.ground.allocator import keep_freed_memory
 from cutlayer.runtime.messages.boundary import Payload, Reply
@@ -20,10 +21,12 @@ from cutlayer.runtime.network.server.hub import Greeting, Hub
 from cutlayer.runtime.network.server.remote_session import RemoteSession
 from cutlayer.runtime.network.wire import What
 from cutlayer.runtime.transport import GrpcTransport
+from cutlayer.tasks import TASKS
 
 WAIT_S = 120.0
 HOST = "127.0.0.1"
 CLASSES, BATCH = 10, 100
+INFO = DatasetInfo("any", 1, 8, 8, CLASSES, ())
 KIND = "smashed"
 
 
@@ -62,7 +65,7 @@ def listening(clients: int, certificates: Path | None, keepalive: float = 10.0) 
 
 def check(_: str, fields: Payload) -> None:
     """What a run checks of each message."""
-    check_values(fields, classes=CLASSES)
+    check_values(fields, lambda y: TASKS["classification"].wrong(y, INFO))
 
 
 def open_session(hub: Hub, client: int) -> RemoteSession:

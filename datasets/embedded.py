@@ -1,7 +1,7 @@
 """Datasets that need no files: scikit-learn's digits, and images made from the seed."""
 
 import base64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,6 +34,26 @@ def digits(_: ReadContext) -> RawDataset:
     return RawDataset(
         whole.subset(np.flatnonzero(~is_test)), whole.subset(np.flatnonzero(is_test)), tuple("0123456789")
     )
+
+
+DIGIT_FACTS = {
+    "even": (0, 2, 4, 6, 8),
+    "prime": (2, 3, 5, 7),
+    "square": (0, 1, 4, 9),
+    "above four": (5, 6, 7, 8, 9),
+}
+
+
+@register("digit_facts")
+def digit_facts(context: ReadContext) -> RawDataset:
+    """The same digits, of which a model is to say what is true: a sample for multi-label classification.
+
+    Labels, by which they are divided among clients, are the digits; targets are `DIGIT_FACTS`, float32 [n, 4].
+    """
+    table = torch.tensor([[float(digit in those) for those in DIGIT_FACTS.values()] for digit in range(10)])
+    raw = digits(context)
+    train, test = (replace(split, targets=table[split.labels]) for split in (raw.train, raw.test))
+    return replace(raw, train=train, test=test, task="multi_label", outputs=len(DIGIT_FACTS))
 
 
 def _digits() -> np.ndarray:

@@ -12,50 +12,10 @@ if __name__ != "cutlayer.evaluations":
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-
-from torch import Tensor
 
 from cutlayer.datasets import DatasetInfo
 from cutlayer.runtime.ground.registry import Registry, import_modules
-
-
-@dataclass(frozen=True)
-class Score:
-    """Samples that were tested, on the CPU: their cross-entropies (float64 [n]), and what was and is their class.
-
-    Attributes:
-        predicted, labels: int64 [n].
-    """
-
-    losses: Tensor
-    predicted: Tensor
-    labels: Tensor
-
-    @property
-    def correct(self) -> Tensor:
-        """Which samples were right, bool [n]."""
-        return self.predicted == self.labels
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the samples that were right, in [0, 1]."""
-        return float(self.correct.double().mean())
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy."""
-        return float(self.losses.mean())
-
-    @property
-    def both(self) -> tuple[float, float]:
-        """Accuracy and loss."""
-        return self.accuracy, self.loss
-
-    def of(self, samples: Tensor) -> Score:
-        """The score on some of the samples: int64 [k], positions among those that were tested."""
-        return Score(self.losses[samples], self.predicted[samples], self.labels[samples])
-
+from cutlayer.tasks import Score, task_of
 
 Evaluate = Callable[[Score, DatasetInfo], Mapping[str, float]]
 """Gives figures by name, of samples that were tested: at least one, perhaps of some of the classes only."""
@@ -78,8 +38,8 @@ def register(name: str) -> Callable[[Evaluate], Evaluate]:
 
 
 def measure(names: Iterable[str], score: Score, info: DatasetInfo) -> dict[str, float]:
-    """The metrics of these evaluations, on samples that were tested."""
-    found: dict[str, float] = {}
+    """The metrics of the task and of these evaluations, on samples that were tested."""
+    found = {**task_of(info).figures(score)}
     for name in names:
         found |= {f"{name}/{key}": float(value) for key, value in EVALUATIONS[name](score, info).items()}
     return {name: value for name, value in found.items() if math.isfinite(value)}

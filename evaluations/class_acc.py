@@ -3,7 +3,8 @@
 import torch
 
 from cutlayer.datasets import DatasetInfo
-from cutlayer.evaluations import Score, register
+from cutlayer.evaluations import register
+from cutlayer.tasks import Score
 
 _MOST = 200
 
@@ -14,10 +15,12 @@ def class_acc(score: Score, info: DatasetInfo) -> dict[str, float]:
 
     Of the classes that samples were tested of.
     """
-    counts = torch.bincount(score.labels, minlength=info.classes)
-    right = torch.bincount(score.labels[score.correct], minlength=info.classes)
-    present = counts.nonzero().flatten()
-    shares = right[present].double() / counts[present]
+    right, asked = (
+        torch.zeros(info.classes, dtype=torch.int64).index_add(0, score.labels, each)
+        for each in (score.right, score.asked)
+    )
+    present = asked.nonzero().flatten()
+    shares = right[present].double() / asked[present]
     found = {"mean": float(shares.mean()), "worst": float(shares.min())}
     if info.classes <= _MOST:
         found |= {str(int(label)): float(share) for label, share in zip(present, shares, strict=True)}

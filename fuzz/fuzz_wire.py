@@ -10,6 +10,7 @@ ends the run and leaves its input in ``crash-...``; ``python -m fuzz.fuzz_wire c
 
 import json
 import struct
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -17,6 +18,8 @@ import atheris
 import safetensors
 import torch
 
+from cutlayer.datasets import DatasetInfo
+from cutlayer.tasks import TASKS
 from fuzz.harness import join, json_of, mutate_json, pairs_of, recut, run, split
 
 with atheris.instrument_imports(include=["cutlayer.runtime.network"]):
@@ -93,9 +96,10 @@ def accepted(received: wire.Received, raw: bytes) -> None:
             name: (entry["dtype"], entry["shape"], bytes(entry["data"])) for name, entry in safetensors.deserialize(raw)
         }
         assert library == content, f"{library} to the library, {content} here"
-    for classes in (None, 10):
+    info = DatasetInfo("any", 1, 8, 8, 10, (), length=16)
+    for task in TASKS.values():
         try:
-            check.check_values(received.body, classes=classes)
+            check.check_values(received.body, partial(task.wrong, info=info))
         except bounds.WireError as error:
             one_line(error)
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.models.config import Bottleneck, ModelConfig
-from cutlayer.models.registry import entry
+from cutlayer.models.lora import add_lora
+from cutlayer.models.pretrained import causal_model
+from cutlayer.models.registry import check_input, entry
+from cutlayer.models.shared import thaw
 from cutlayer.models.sources import error_line
 from cutlayer.models.splitting import check_cuts, children_of, ended, split, zeros
 from cutlayer.runtime.ground.config import ConfigError
@@ -44,8 +47,19 @@ def _groups(channels: int, size: int | None) -> int:
 
 
 def unadapted(config: ModelConfig, info: DatasetInfo) -> nn.Module:
-    """The model as its builder gives it, with fresh weights from torch's global generator."""
-    return entry(config.name).build(info, config.typed_options())
+    """The model as its builder gives it: fresh weights from torch's global generator, or its base's and adapters."""
+    check_input(config.name, info)
+    if config.base is not None and not info.length:
+        raise ConfigError("model.base", str(config.base), f"null for the images of {info.name}")
+    if config.base is not None:
+        model = causal_model(config.name.partition("/")[2], config.options, info, config.base)
+    else:
+        model = entry(config.name).build(info, config.typed_options())
+    if config.lora.r:
+        add_lora(model, config.lora)
+    elif config.base is not None:
+        thaw(model)
+    return model
 
 
 def fresh(config: ModelConfig, info: DatasetInfo) -> nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
+from cutlayer.models.lora import LoraConfig
 from cutlayer.models.part_registry import SLOTS, PartConfig, config_class, refinable
 from cutlayer.models.registry import choices, default_cut, entry, is_known
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, join, plain, scoped
@@ -82,7 +83,9 @@ class ModelConfig:
     safetensors file, or a run's folder with a model.safetensors in it, and None means fresh weights; `initialisation`
     is where these come from; `client_norm` and `server_norm` are how the model normalises up to the cut and behind it,
     `group_channels` the channels of a group where it does so by groups, None for a number of groups that the channels
-    decide, and `bottleneck` narrows what crosses (see `models/adapting.py`); `parts` are the
+    decide, and `bottleneck` narrows what crosses (see `models/adapting.py`); `base` is a folder with trained weights
+    of a language model, `lora` the adapters that are then trained in their place (see `models/pretrained.py` and
+    `models/lora.py`); `parts` are the
     sections of registered parts, by name, of which those as by default are left out; `options` are the model's own
     (see its builder), checked when this is made, or when a model from a source is built.
     """
@@ -95,6 +98,8 @@ class ModelConfig:
     server_norm: Literal["own", "group"] = "own"
     group_channels: int | None = field(default=None, metadata=scoped(read_if=_has_groups))
     bottleneck: str | None = None
+    base: Path | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parts: Mapping[str, PartConfig] = field(default_factory=dict[str, PartConfig], metadata={"sections": True})
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -106,6 +111,8 @@ class ModelConfig:
         _ = self.budget  # it is checked by being read
         if self.group_channels is not None and self.group_channels < 1:
             raise ConfigError("group_channels", self.group_channels, "null, or an integer >= 1")
+        if self.base is not None and not self.name.startswith("huggingface/"):
+            raise ConfigError("base", str(self.base), f"null with model={self.name}; it is of model=huggingface/<name>")
         if self.bottleneck is not None:
             Bottleneck.read(self.bottleneck)
             if isinstance(self.cut, tuple):
@@ -188,6 +195,9 @@ class ModelConfig:
         mapping = cast(dict[str, Any], plain(self))
         options = mapping.pop("options")
         del mapping["parts"]
+        for key, default in (("base", None), ("lora", plain(LoraConfig()))):
+            if mapping[key] == default:
+                del mapping[key]
         for name in refinable():
             default = plain(config_class(name)())
             section = {

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from cutlayer.models.adapting import fresh, unadapted
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.registry import find
+from cutlayer.models.shapes import sample
 from cutlayer.models.sources import error_line
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+from cutlayer.tasks import task_of
 
 if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
@@ -30,6 +32,10 @@ def input_channels(config: ModelConfig, info: DatasetInfo) -> int:
     a size that it would take if there is one, or if it gives something else than logits [b, classes].
     """
     if find(config.name, config.options) is None:
+        return info.channels
+    if info.length:
+        with torch.random.fork_rng(devices=[]):
+            _check_logits(config, unadapted(config, info), info)
         return info.channels
     try:
         return _fitted(config, info, anywhere=True)
@@ -50,6 +56,9 @@ def sketch(config: ModelConfig, info: DatasetInfo) -> nn.Module:
 
     Torch's generator is left as it was.
     """
+    if config.base is not None:  # whose weights are in memory for good once they are read
+        with torch.random.fork_rng(devices=[]):
+            return fresh(config, info)
     return _drawn(lambda: fresh(config, info), anywhere=True)
 
 
@@ -91,7 +100,7 @@ def _check_logits(config: ModelConfig, model: nn.Module, info: DatasetInfo) -> N
     """Give the model two images in training, as BatchNorm may ask for, and one in evaluation."""
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     for count, mode in ((2, "training"), (1, "evaluation")):
-        x = torch.zeros(count, *info.shape, dtype=parameter.dtype, device=parameter.device)
+        x = sample(info.shape, count, dtype=parameter.dtype, device=parameter.device)
         try:
             with torch.no_grad():
                 output: object = model.train(mode == "training")(x)
@@ -102,8 +111,9 @@ def _check_logits(config: ModelConfig, model: nn.Module, info: DatasetInfo) -> N
         if not isinstance(output, Tensor):
             expected = f"a model that gives one tensor of logits, not {type(output).__name__} as in {mode}"
             raise ConfigError("model.name", config.name, expected)
-        if output.shape != (count, info.classes):
-            expected = f"a model that gives logits {[count, info.classes]} for {count} images, not {list(output.shape)}"
+        wanted = task_of(info).output_shape(info, count)
+        if output.shape != wanted:
+            expected = f"a model that gives {list(wanted)} for {count} samples, not {list(output.shape)}"
             raise ConfigError("model.name", config.name, expected)
 
 

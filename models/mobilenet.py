@@ -73,5 +73,5 @@ def mobilenet_cifar(info: DatasetInfo, options: MobileNetOptions) -> nn.Sequenti
     for i, (multiple, stride) in enumerate(_BLOCKS, start=1):
         children.append((f"block{i}", SeparableBlock(channels, width * multiple, stride)))
         channels = width * multiple
-    children += [("avgpool", GlobalAvgPool()), ("fc", nn.Linear(channels, info.classes, bias=options.head_bias))]
+    children += [("avgpool", GlobalAvgPool()), ("fc", nn.Linear(channels, info.outputs, bias=options.head_bias))]
     return nn.Sequential(OrderedDict(children))

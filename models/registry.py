@@ -33,7 +33,8 @@ class Entry:
     client part by default, None where the model has none; `options` is None where the source checks them; `blocks` are
     the modules that auxiliary heads are attached to by default, None where a general rule finds them. `cuts` are the
     two cuts into three parts, None for `cut` and the child before the classifier; `variants` are the options, over the
-    configured ones, of the models whose bodies are the clients' personal ones by default.
+    configured ones, of the models whose bodies are the clients' personal ones by default; `text` says that it takes
+    tokens, not images.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Entry:
     blocks: Blocks | None = None
     cuts: Cuts | None = None
     variants: tuple[Mapping[str, Any], ...] = ({},)
+    text: bool = False
 
     @property
     def is_foreign(self) -> bool:
@@ -70,17 +72,18 @@ def register(
     blocks: Blocks | None = None,
     cuts: Cuts | None = None,
     variants: tuple[Mapping[str, Any], ...] = ({},),
+    text: bool = False,
 ) -> Callable[[Builder], Builder]:
     """Register `build(info, options) -> nn.Sequential` as model `name`, cut after its child `cut` by default.
 
     `options` is the frozen dataclass that `model.options` is checked against, `blocks` the modules that have an
     auxiliary head by default (see `models/parts/auxiliary_heads.py`), or a function that gives them for the model's
-    options. `cuts` and `variants` are of methods that cut the model in three (see `models/three.py` and
-    `models/parts/personal.py`).
+    options; `text` of a model that takes tokens. `cuts` and `variants` are of methods that cut the model in three (see
+    `models/three.py` and `models/parts/personal.py`).
     """
 
     def add(build: Builder) -> Builder:
-        _ENTRIES.add(name, Entry(name, build, cut, options, blocks, cuts, variants))
+        _ENTRIES.add(name, Entry(name, build, cut, options, blocks, cuts, variants, text))
         return build
 
     return add
@@ -115,6 +118,14 @@ def choices() -> tuple[str, ...]:
 def sources() -> tuple[str, ...]:
     """The registered sources of further models, sorted."""
     return _SOURCES.names()
+
+
+def check_input(name: str, info: DatasetInfo) -> None:
+    """Raise the `ConfigError` of a registered model that takes images where samples are text, or text for images."""
+    if name in _ENTRIES and _ENTRIES[name].text != bool(info.length):
+        kind, fitting = "text" if info.length else "images", bool(info.length)
+        names = [each for each in _ENTRIES if _ENTRIES[each].text == fitting]
+        raise ConfigError("model.name", name, f"a model that takes {kind}, of which {info.name} is", names)
 
 
 def entry(name: str) -> Entry:

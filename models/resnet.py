@@ -68,7 +68,7 @@ def resnet(block: type[Block], blocks: tuple[int, ...], info: DatasetInfo, optio
         planes = width * 2**i
         children.append((f"layer{i + 1}", stage(block, channels, planes, count, stride=1 if i == 0 else 2)))
         channels = planes * block.expansion
-    children += [("avgpool", GlobalAvgPool()), ("fc", nn.Linear(channels, info.classes))]
+    children += [("avgpool", GlobalAvgPool()), ("fc", nn.Linear(channels, info.outputs))]
     model = nn.Sequential(OrderedDict(children))
     initialise(model)
     return model
@@ -95,7 +95,7 @@ def cifar_resnet(depth: int, info: DatasetInfo, options: CifarResNetOptions) -> 
             (f"layer{i + 1}", stage(BasicBlock, channels, planes, blocks, 1 if i == 0 else 2, shortcut=_pad_shortcut))
         )
         channels = planes
-    children += [("avgpool", GlobalAvgPool()), ("fc", nn.Linear(channels, info.classes))]
+    children += [("avgpool", GlobalAvgPool()), ("fc", nn.Linear(channels, info.outputs))]
     model = nn.Sequential(OrderedDict(children))
     initialise(model)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,6 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cutlayer.models.cutting import Crossing
+
+
+def sample(
+    shape: Sequence[int], count: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """Zeros as a model takes them: images [count, c, h, w] of this dtype, or tokens, int64 [count, l]."""
+    return torch.zeros(count, *shape, dtype=torch.int64 if len(shape) == 1 else dtype, device=device)
 
 
 def trace(module: nn.Module, x: Crossing) -> Any:

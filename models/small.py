@@ -60,7 +60,7 @@ def simple_conv(info: DatasetInfo, _: NoOptions) -> nn.Sequential:
         ("relu3", nn.ReLU()),
         ("fc2", nn.Linear(384, 192)),
         ("relu4", nn.ReLU()),
-        ("fc3", nn.Linear(192, info.classes)),
+        ("fc3", nn.Linear(192, info.outputs)),
     ]
     return nn.Sequential(OrderedDict(children))
 
@@ -87,7 +87,7 @@ def cnn2(info: DatasetInfo, _: NoOptions) -> nn.Sequential:
         *_to_vector(height, width),
         ("fc1", nn.Linear(_vector_size(64, height, width), 128)),
         ("relu3", nn.ReLU()),
-        ("fc2", nn.Linear(128, info.classes)),
+        ("fc2", nn.Linear(128, info.outputs)),
     ]
     return nn.Sequential(OrderedDict(children))
 
@@ -127,7 +127,7 @@ def cnn4(info: DatasetInfo, options: Cnn4Options) -> nn.Sequential:
         )
         children.append((f"block{i}", nn.Sequential(block)))
         channels, height, width = options.width, height // kernel[0], width // kernel[1]
-    children += [("flatten", nn.Flatten()), ("fc", nn.Linear(channels * height * width, info.classes))]
+    children += [("flatten", nn.Flatten()), ("fc", nn.Linear(channels * height * width, info.outputs))]
     return nn.Sequential(OrderedDict(children))
 
 
@@ -148,5 +148,5 @@ def mlp(info: DatasetInfo, options: MlpOptions) -> nn.Sequential:
     children: list[tuple[str, nn.Module]] = [("flatten", nn.Flatten())]
     for i, (before, after) in enumerate(pairwise((prod(info.shape), *options.hidden)), start=1):
         children += [(f"fc{i}", nn.Linear(before, after)), (f"relu{i}", nn.ReLU())]
-    children.append((f"fc{len(options.hidden) + 1}", nn.Linear(options.hidden[-1], info.classes)))
+    children.append((f"fc{len(options.hidden) + 1}", nn.Linear(options.hidden[-1], info.outputs)))
     return nn.Sequential(OrderedDict(children))

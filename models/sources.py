@@ -20,7 +20,9 @@ import torchvision
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from cutlayer.models.pretrained import causal_model, causal_names
 from cutlayer.models.registry import register_source
+from cutlayer.models.shapes import sample
 from cutlayer.runtime.ground.config import ConfigError, show
 from cutlayer.runtime.ground.extras import install
 
@@ -47,8 +49,8 @@ _TORCHVISION: Mapping[str, Callable[[DatasetInfo], dict[str, Any]]] = {
 # What your own class or function learns about the dataset, if it has a parameter of that name.
 _FROM_DATASET: Mapping[str, Callable[[DatasetInfo], Any]] = {
     "info": lambda info: info,
-    "num_classes": lambda info: info.classes,
-    "classes": lambda info: info.classes,
+    "num_classes": lambda info: info.outputs,
+    "classes": lambda info: info.outputs,
     "in_channels": lambda info: info.channels,
     "in_chans": lambda info: info.channels,
     "image_size": lambda info: _side(info),
@@ -65,7 +67,7 @@ def torchvision_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilde
     given = _TORCHVISION.get(zoo.get_model_builder(name).__module__.rpartition(".")[2], lambda _: {})
 
     def build(info: DatasetInfo) -> nn.Module:
-        settings = {"num_classes": info.classes, **given(info), **options}
+        settings = {"num_classes": info.outputs, **given(info), **options}
         return _made(f"torchvision/{name}", lambda: zoo.get_model(name, weights=None, **settings), info, options)
 
     return build
@@ -81,7 +83,7 @@ def timm_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilder:
     _check_fresh(options)
 
     def build(info: DatasetInfo) -> nn.Module:
-        settings: dict[str, Any] = {"num_classes": info.classes, "in_chans": info.channels}
+        settings: dict[str, Any] = {"num_classes": info.outputs, "in_chans": info.channels}
         if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
             settings["img_size"] = (info.height, info.width)
         settings |= options
@@ -92,9 +94,9 @@ def timm_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilder:
 
 @register_source("huggingface")
 def huggingface_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilder:
-    """A classifier of transformers by its type of model, made from a configuration: the default one with `options`.
+    """A model of transformers by its type, made from a configuration: the default one with `options`.
 
-    One of images where there is one for the type, else one of sequences.
+    A classifier of images where there is one for the type, else one of sequences; of text as `causal_model` makes it.
     """
     full = f"huggingface/{name}"
     transformers = _package("transformers", "huggingface", full)
@@ -103,7 +105,7 @@ def huggingface_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilde
         auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     )
-    _check_name("huggingface", name, [*images, *(kind for kind in sequences if kind not in images)])
+    _check_name("huggingface", name, dict.fromkeys([*images, *sequences, *causal_names()]))
     maker = (
         transformers.AutoModelForImageClassification
         if name in images
@@ -116,7 +118,9 @@ def huggingface_model(name: str, options: Mapping[str, Any]) -> ConfiguredBuilde
             raise ConfigError.unknown_key(f"model.options.{key}", known)
 
     def build(info: DatasetInfo) -> nn.Module:
-        settings: dict[str, Any] = {"num_labels": info.classes, "architectures": []}
+        if info.length:
+            return causal_model(name, options, info, None)
+        settings: dict[str, Any] = {"num_labels": info.outputs, "architectures": []}
         settings |= {"num_channels": info.channels} if "num_channels" in known else {}
         settings |= {"image_size": _side(info)} if "image_size" in known else {}
         config = transformers.AutoConfig.for_model(name, **{**settings, **options})
@@ -156,11 +160,11 @@ def _made(name: str, build: Callable[[], object], info: DatasetInfo, options: Ma
         model = build()
         if isinstance(model, nn.Module) and any(is_lazy(parameter) for parameter in model.parameters()):
             with torch.no_grad():  # layers that take their width from the first images that they see
-                model.eval()(torch.zeros(1, *info.shape))
+                model.eval()(sample(info.shape, 1))
             model.train()
     except Exception as error:
         key, value = ("model.options", dict(options)) if options else ("model.name", name)
-        shape = f"{info.classes} classes of {'x'.join(map(str, info.shape))}"
+        shape = f"{info.outputs} classes of {'x'.join(map(str, info.shape))}"
         raise ConfigError(key, value, f"what {name} can be built with for {shape} ({error_line(error)})") from error
     if not isinstance(model, nn.Module):
         raise ConfigError("model.name", name, f"what makes an nn.Module, not {type(model).__name__}")

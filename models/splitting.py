@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cutlayer.models.cutting import CutError, Part, split_module
 from cutlayer.models.cutting.recording import called_modules
+from cutlayer.models.shapes import sample
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
 
@@ -107,7 +108,7 @@ def _is_between_children(model: nn.Module, *chosen: str) -> bool:
 
 def _split_anywhere(model: nn.Module, chosen: Sequence[str], shape: Sequence[int], compare: bool) -> list[Part]:
     try:
-        parts = split_module(model, chosen, _images(model, torch.zeros(2, *shape)), check=compare)
+        parts = split_module(model, chosen, _samples(model, _examples(shape)), check=compare)
     except CutError as error:
         expected = f"a module that the model can be cut after; {error.why}"
         raise ConfigError("model.cut", error.cut, expected, _outermost(model, shape)) from error
@@ -118,8 +119,15 @@ def _split_anywhere(model: nn.Module, chosen: Sequence[str], shape: Sequence[int
     return parts
 
 
-def _images(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Images by the name of the model's first input."""
+def _examples(shape: Sequence[int]) -> Tensor:
+    """Images, or sequences that differ, as what a part of a model makes of all alike may seem a constant."""
+    if len(shape) > 1:
+        return sample(shape, 2)
+    return torch.randint(2, (8, *shape), generator=torch.Generator().manual_seed(0))
+
+
+def _samples(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Samples by the name of the model's first input."""
     return {next(iter(signature(model.forward).parameters)): x}
 
 
@@ -133,16 +141,16 @@ def ended(model: nn.Module, shape: Sequence[int]) -> list[str]:
     mode = model.training
     try:
         with torch.random.fork_rng(devices=[]):
-            return called_modules(model.eval(), _images(model, zeros(model, shape)))
+            return called_modules(model.eval(), _samples(model, zeros(model, shape)))
     finally:
         model.train(mode)
 
 
 def zeros(model: nn.Module, shape: Sequence[int]) -> Tensor:
-    """One image [1, c, h, w] of zeros, where the model is and in its precision."""
+    """One sample of zeros, an image [1, c, h, w] or tokens [1, l], where the model is and in its precision."""
     floating = (parameter for parameter in model.parameters() if parameter.is_floating_point())
     like = next(floating, torch.empty(0))
-    return torch.zeros(1, *shape, dtype=like.dtype, device=like.device)
+    return sample(shape, 1, dtype=like.dtype, device=like.device)
 
 
 def _once(calls: Sequence[str]) -> list[str]:

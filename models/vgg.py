@@ -104,7 +104,7 @@ def vgg(info: DatasetInfo, options: VggOptions) -> nn.Sequential:
             block["pool"] = nn.MaxPool2d(kernel)
             height, width = height // kernel[0], width // kernel[1]
         children.append((name, nn.Sequential(block) if out else block["pool"]))
-    model = nn.Sequential(OrderedDict([*children, *_classifier(channels, options.classifier, info.classes)]))
+    model = nn.Sequential(OrderedDict([*children, *_classifier(channels, options.classifier, info.outputs)]))
     if not options.batch_norm:
         model.apply(_draw)
     return model

@@ -116,6 +116,6 @@ def vit(info: DatasetInfo, options: VitOptions) -> nn.Sequential:
     children += [
         ("norm", nn.LayerNorm(options.hidden, eps=_EPS)),
         ("token", ClassToken()),
-        ("fc", nn.Linear(options.hidden, info.classes)),
+        ("fc", nn.Linear(options.hidden, info.outputs)),
     ]
     return nn.Sequential(OrderedDict(children))

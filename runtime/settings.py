@@ -63,6 +63,7 @@ class RunConfig:
             workers computes with so many; auto divides among them what there is.
         workers: that a round's clients are divided among; auto is one for each core, or for each GPU.
         engine: what workers are: processes of this machine, or actors of a Ray cluster.
+        label_smoothing: share of each target that is spread evenly over all outputs, in training.
         eval_interval: rounds from one evaluation to the next. eval_batch_size: samples per evaluation batch.
         comm_threshold_mb: stop after the round in which the payload of training passes this many MB (10^6 bytes).
         checkpoint_interval: rounds from one checkpoint to the next.
@@ -124,6 +125,9 @@ class RunConfig:
         default="drawn", metadata=scoped(read_if=lambda _, method: not method.pooled)
     )
 
+    label_smoothing: float = field(
+        default=0.0, metadata=scoped(read_if=lambda _, method: not method.evaluates_features)
+    )
     cohort: CohortConfig = field(
         default_factory=CohortConfig,
         metadata=scoped(read_if=lambda _, method: not method.pooled and not method.in_turn),
@@ -137,6 +141,8 @@ class RunConfig:
         if not 0 < self.frac <= 1:
             raise ConfigError("frac", self.frac, "a number > 0 and <= 1")
         _check_lr(self.lr)
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError("label_smoothing", self.label_smoothing, "a number >= 0 and < 1")
         if not 0 <= self.seed < 2**63:
             raise ConfigError("seed", self.seed, "an integer >= 0 and < 2^63")
         if self.comm_threshold_mb is not None and self.comm_threshold_mb <= 0:

@@ -38,7 +38,7 @@ DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SHAPES = {"digits": (1, 8, 10), "mnist": (1, 28, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100)}
 FOLDERS = (
     *("algorithms", "attacks", "cutlayer", "datasets", "distributions", "evaluations", "hydra_config", "hydra_plugins"),
-    *("models", "plotting", "runtime", "tests"),
+    *("models", "plotting", "runtime", "tasks", "tests"),
 )
 SMALL = ("rounds=1", "num_clients=2", "batch_size=8", "local_epochs=1", "device=cpu")
 
@@ -198,6 +198,7 @@ REGISTRIES = {
     "evaluations": "evaluations.EVALUATIONS",
     "models": "models.registry._ENTRIES",
     "plotting/figures": "plotting.figures.FIGURES",
+    "tasks": "tasks.TASKS",
     "runtime/records/loggers": "runtime.records.loggers.LOGGERS",
 }
 """By folder of the examples the mapping that they are registered in."""

@@ -16,6 +16,7 @@ FLOORS = (
     ("runtime.ground",),
     ("distributions",),
     ("datasets",),
+    ("tasks",),
     ("evaluations",),
     ("models",),
     ("runtime.messages",),
@@ -126,7 +127,7 @@ PACKAGES = (
     "hydra_config",
     "hydra_plugins",
 )
-PACKAGES += ("models", "plotting", "runtime", "tests")
+PACKAGES += ("models", "plotting", "runtime", "tasks", "tests")
 
 
 def places(text: str) -> set[str]:

@@ -20,42 +20,51 @@ class Reached(Exception):
     """The forward pass of a part has come to its cut."""
 
 
+Sizes = tuple[int, int]
+"""A batch's number of samples, and the length of its sequences: 0 where there are none."""
+
+
 @dataclass(frozen=True)
 class Extent:
-    """A tensor's shape as a function of the batch size b: per dimension a * b + c, as pairs (a, c)."""
+    """A tensor's shape as a function of batch size b and length l: per dimension a * b + k * l + c, as (a, k, c)."""
 
-    dims: tuple[tuple[int, int], ...]
+    dims: tuple[tuple[int, int, int], ...]
 
     @classmethod
-    def of(cls, few: Sequence[int], many: Sequence[int], batches: tuple[int, int]) -> Extent:
-        """From the shapes at two batch sizes."""
-        if len(few) != len(many):
-            raise ValueError(f"a value has {len(few)} dimensions at one batch size and {len(many)} at another")
-        dims: list[tuple[int, int]] = []
-        for one, other in zip(few, many, strict=True):
-            slope, rest = divmod(other - one, batches[1] - batches[0])
-            if rest:
-                raise ValueError(f"a side of {one} at batch size {batches[0]} and {other} at {batches[1]}")
-            dims.append((slope, one - slope * batches[0]))
+    def of(cls, shapes: Sequence[Sequence[int]], sizes: Sequence[Sizes]) -> Extent:
+        """From the shapes at (b, l), at (b + 1, l) and, where there are sequences, at (b, l + 1)."""
+        counts = {len(shape) for shape in shapes}
+        if len(counts) > 1:
+            raise ValueError(f"a value has {' and '.join(map(str, sorted(counts)))} dimensions at different sizes")
+        (batch, length), dims = sizes[0], list[tuple[int, int, int]]()
+        for first, *others in zip(*shapes, strict=True):
+            a, k = [other - first for other in others] + [0] * (2 - len(others))
+            dims.append((a, k, first - a * batch - k * length))
         return cls(tuple(dims))
 
-    def shape(self, batch: int) -> tuple[int, ...]:
-        """The shape at a batch size."""
-        return tuple(slope * batch + constant for slope, constant in self.dims)
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """The shape at a batch size and a length."""
+        return tuple(a * sizes[0] + k * sizes[1] + c for a, k, c in self.dims)
 
-    def batch(self, shape: Sequence[int]) -> int | None:
-        """The batch size at which a tensor has this shape; None where it has the same at every one.
+    def sizes(self, shape: Sequence[int]) -> tuple[int | None, int | None]:
+        """The batch size and the length at which a tensor has this shape; None for one that it does not tell.
 
         Raises:
             ValueError: at none.
         """
-        found = {(side - c) / a for side, (a, c) in zip(shape, self.dims, strict=True) if a}
-        fixed = all(side == c for side, (a, c) in zip(shape, self.dims, strict=True) if not a)
-        if not fixed or len(found) > 1 or any(value != int(value) for value in found):
-            raise ValueError(
-                f"{list(shape)} is no shape that crosses this cut; the model was cut for inputs of one size"
-            )
-        return int(found.pop()) if found else None
+        wrong = f"{list(shape)} is no shape that crosses this cut; the model was cut for inputs of one size"
+        if len(shape) != len(self.dims):
+            raise ValueError(wrong)
+        pairs = [*zip(shape, self.dims, strict=True)]
+        batch = next(((side - c) // a for side, (a, k, c) in pairs if a and not k), None)
+        length = next(((side - c) // k for side, (a, k, c) in pairs if k and not a), None)
+        if self.shape((batch or 0, length or 0)) != tuple(shape) and not self._mixed(pairs):
+            raise ValueError(wrong)
+        return batch, length
+
+    def _mixed(self, pairs: Sequence[tuple[int, tuple[int, int, int]]]) -> bool:
+        """Whether a side depends on batch size and length, so that they are told by other tensors."""
+        return any(a and k for _, (a, k, _) in pairs)
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Plan:
         same: values that are the object of another.
         copied_out: values copied when they appear, as the model writes into them later.
         copied_in: received values that the part writes into.
+        length: of the sequences that it was recorded with, for a part to which nothing that crosses tells it.
     """
 
     first: bool
@@ -93,6 +103,7 @@ class Plan:
     same: dict[Origin, Origin]
     copied_out: frozenset[Origin]
     copied_in: frozenset[Origin]
+    length: int
 
     def __deepcopy__(self, _: Any) -> Plan:
         """Itself: nothing in it changes, and a copied part has the same plan."""
@@ -117,10 +128,12 @@ class Wire:
         self.plan = plan
         self.counts = {}
         self.values = dict(zip(plan.takes, received, strict=True))
-        batches = {plan.extents[value].batch(tensor.shape) for value, tensor in self.values.items()} - {None}
-        if len(batches) > 1:
-            raise ValueError(f"the tensors that crossed are of different batch sizes: {sorted(map(str, batches))}")
-        self.batch = next(iter(batches), None) or 0
+        found = [plan.extents[value].sizes(tensor.shape) for value, tensor in self.values.items()]
+        batches, lengths = ({*each} - {None} for each in zip(*found, (None, None), strict=True))
+        if len(batches) > 1 or len(lengths) > 1:
+            told = sorted(map(str, batches if len(batches) > 1 else lengths))
+            raise ValueError(f"the tensors that crossed are of different batch sizes or lengths: {told}")
+        self.sizes = next(iter(batches), None) or 0, next(iter(lengths), None) or plan.length
         self.like = next((tensor for tensor in received if tensor.is_floating_point()), None)
         for value in plan.copied_in & self.values.keys():
             self.values[value] = self.values[value].clone()
@@ -130,7 +143,7 @@ class Wire:
         self.plan: Plan | None = None
         self.values: dict[Origin, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.batch = 0
+        self.sizes: Sizes = (0, 0)
         self.like: Tensor | None = None
 
     def next_call(self, path: str) -> int:
@@ -142,9 +155,9 @@ class Wire:
     def blank(self, extent: Extent, dtype: torch.dtype) -> Tensor:
         """A stand-in for a value that nothing here depends on, only its shape."""
         if self.like is None:
-            return torch.zeros(extent.shape(self.batch), dtype=dtype)
+            return torch.zeros(extent.shape(self.sizes), dtype=dtype)
         dtype = self.like.dtype if dtype.is_floating_point else dtype
-        return torch.zeros(extent.shape(self.batch), dtype=dtype, device=self.like.device)
+        return torch.zeros(extent.shape(self.sizes), dtype=dtype, device=self.like.device)
 
     def answer(self, path: str, call: int) -> Any:
         """What the unit gave in the part that it belongs to."""

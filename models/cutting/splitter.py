@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cutlayer.models.cutting.parts import Answer, Capture, Extent, Part, Plan, Stub, Wire, ghost, shell, shells
+from cutlayer.models.cutting.parts import (
+    Answer,
+    Capture,
+    Extent,
+    Part,
+    Plan,
+    Sizes,
+    Stub,
+    Wire,
+    ghost,
+    shell,
+    shells,
+)
 from cutlayer.models.cutting.recording import (
     BARE,
     INPUT,
@@ -43,36 +55,52 @@ class CutError(Exception):
 
 @dataclass(frozen=True)
 class Recording:
-    """A model's passes at its cuts: by mode (training or not) at each of `BATCHES`."""
+    """A model's passes at its cuts: by mode (training or not) at each of the sizes."""
 
     cuts: tuple[str, ...]
     skeleton: frozenset[str]
-    passes: dict[bool, tuple[Pass, Pass]]
+    passes: dict[bool, tuple[Pass, ...]]
+    sizes: tuple[Sizes, ...]
     constant: frozenset[str]
     constants: dict[str, Any]
 
     def part_of(self, path: str) -> set[int]:
         """The parts that a unit is called in, in either mode."""
-        return {call.part for few, _ in self.passes.values() for call in few.calls.get(path, ())}
+        return {call.part for few, *_ in self.passes.values() for call in few.calls.get(path, ())}
 
     @property
     def bare(self) -> dict[str, set[int]]:
         """Parts that use each parameter and buffer of the skeleton itself."""
         found: dict[str, set[int]] = {}
-        for few, _ in self.passes.values():
+        for few, *_ in self.passes.values():
             for name, parts in few.bare.items():
                 found.setdefault(name, set()).update(parts)
         return found
 
 
-def example(inputs: Mapping[str, Any], batch: int, seed: int = 0) -> dict[str, Any]:
-    """Inputs of another batch size: each tensor's samples drawn again from its own, floating ones with other values."""
+def length_of(inputs: Mapping[str, Any]) -> int:
+    """The length of the sequences among a model's inputs, tokens [b, l]; 0 where there are none."""
+    return next((value.shape[1] for value in inputs.values() if _is_text(value)), 0)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+
+def example(inputs: Mapping[str, Any], batch: int, seed: int = 0, *, length: int = 0) -> dict[str, Any]:
+    """Inputs of another batch size: each tensor's samples drawn again from its own, floating ones with other values.
+
+    Args:
+        length: of sequences, up to that of the inputs'; 0 for theirs.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def sized(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         chosen = value[torch.randint(len(value), (batch,), generator=generator)]
+        if length and _is_text(value):
+            chosen = chosen[:, :length]
         if chosen.is_floating_point():
             return torch.randn(chosen.shape, generator=generator, dtype=chosen.dtype)
         return chosen
@@ -93,17 +121,28 @@ def record_modes(model: nn.Module, cuts: Sequence[str], inputs: Mapping[str, Any
         for mode in _MODES:
             called.update(called_modules(twin.train(mode), example(inputs, BATCHES[0])))
         skeleton = skeleton_paths(model, cuts, called)
-        passes: dict[bool, tuple[Pass, Pass]] = {}
+        passes: dict[bool, tuple[Pass, ...]] = {}
+        sizes = _sizes(length_of(inputs))
         try:
-            other = record(twin.eval(), cuts, skeleton, example(inputs, BATCHES[0], seed=1))
+            other = record(twin.eval(), cuts, skeleton, example(inputs, BATCHES[0], seed=1, length=sizes[0][1]))
             for mode in _MODES:
-                few, many = (record(twin.train(mode), cuts, skeleton, example(inputs, batch)) for batch in BATCHES)
-                passes[mode] = few, many
+                passes[mode] = tuple(
+                    record(twin.train(mode), cuts, skeleton, example(inputs, batch, length=length))
+                    for batch, length in sizes
+                )
         except UnreachedError as error:
             raise CutError(error.cut, error.why) from error
     constant = _constant(model, skeleton, passes[False][0], other)
     given = {name: value for name, value in inputs.items() if not all_tensors(value)}
-    return Recording(tuple(cuts), frozenset(skeleton), passes, frozenset(constant), given)
+    return Recording(tuple(cuts), frozenset(skeleton), passes, sizes, frozenset(constant), given)
+
+
+def _sizes(length: int) -> tuple[Sizes, ...]:
+    """Batch sizes and lengths that a model is recorded at, for inputs of this length."""
+    if not length:
+        return tuple((batch, 0) for batch in BATCHES)
+    shorter = max(1, length - 1)
+    return (*((batch, shorter) for batch in BATCHES), (BATCHES[0], shorter + 1))
 
 
 def _constant(model: nn.Module, skeleton: set[str], one: Pass, other: Pass) -> set[str]:
@@ -134,7 +173,7 @@ def _plans(recording: Recording) -> list[dict[bool, Plan]]:
 
 def _crossing(recording: Recording, mode: bool, boundary: int) -> tuple[Origin, ...]:
     """The values that go over the cut number ``boundary``: made before it, used after it, each object once."""
-    few, _ = recording.passes[mode]
+    few = recording.passes[mode][0]
     wanted = [
         few.same.get(value, value)
         for needs in few.needs[boundary + 1 :]
@@ -155,56 +194,60 @@ def _crossing(recording: Recording, mode: bool, boundary: int) -> tuple[Origin, 
 
 
 def _answers(
-    recording: Recording, mode: bool, part: int, extent: Callable[[Sequence[int], Sequence[int]], Extent]
+    recording: Recording, mode: bool, part: int, extent: Callable[..., Extent]
 ) -> dict[str, tuple[Answer | None, ...]]:
     """What calls of modules before a part gave, by path, for those whose shape or constants it may ask for."""
-    few, many = recording.passes[mode]
+    few, *others = recording.passes[mode]
     answers: dict[str, tuple[Answer | None, ...]] = {}
     for path, calls in few.calls.items():
         if path in recording.constant or not any(call.part < part for call in calls):
             continue
-        if len(many.calls.get(path, ())) != len(calls):
+        if any(len(other.calls.get(path, ())) != len(calls) for other in others):
             raise CutError(recording.cuts[part - 1], f"{path} is called more often with a larger batch")
-        pairs = zip(calls, many.calls[path], strict=True)
+        pairs = zip(calls, *(other.calls[path] for other in others), strict=True)
         answers[path] = tuple(
             Answer(
                 call.tree,
                 tuple(call.constants),
-                {index: extent(shape, twin.shapes[index]) for index, shape in call.shapes.items()},
+                {index: extent(shape, *(twin.shapes[index] for twin in twins)) for index, shape in call.shapes.items()},
                 call.dtypes,
             )
             if call.part < part
             else None
-            for call, twin in pairs
+            for call, *twins in pairs
         )
     return answers
 
 
 def _plan(recording: Recording, mode: bool, part: int) -> Plan:
-    few, many = recording.passes[mode]
+    few, *others = recording.passes[mode]
     takes = _crossing(recording, mode, part - 1) if part else ()
     gives = _crossing(recording, mode, part) if part < len(recording.cuts) else ()
 
-    def extent(one: Sequence[int], other: Sequence[int]) -> Extent:
+    def extent(*shapes: Sequence[int]) -> Extent:
         try:
-            return Extent.of(one, other, BATCHES)
+            return Extent.of(shapes, recording.sizes)
         except ValueError as error:
             raise CutError(
                 recording.cuts[max(0, part - 1)], f"{error}: shapes that the batch does not determine"
             ) from error
 
-    inputs = {name: (extent(shape, many.inputs[name][0]), dtype) for name, (shape, dtype) in few.inputs.items()}
+    inputs = {
+        name: (extent(shape, *(other.inputs[name][0] for other in others)), dtype)
+        for name, (shape, dtype) in few.inputs.items()
+    }
     return Plan(
         first=part == 0,
         takes=takes,
         gives=gives,
-        extents={value: extent(few.values[value].shape, many.values[value].shape) for value in takes},
+        extents={value: extent(*(each.values[value].shape for each in recording.passes[mode])) for value in takes},
         inputs={**inputs},
         constants=recording.constants,
         answers=_answers(recording, mode, part, extent),
         same=dict(few.same),
         copied_out=frozenset(few.rewritten),
         copied_in=frozenset(few.overwritten),
+        length=recording.sizes[-1][1],
     )
 
 

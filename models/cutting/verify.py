@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.models.cutting.recording import all_tensors
-from cutlayer.models.cutting.splitter import BATCHES, CutError, Recording, build_parts, example
+from cutlayer.models.cutting.splitter import BATCHES, CutError, Recording, build_parts, example, length_of
 
 _TOLERANCE = 1e-9  # relative, in double precision; what is wrong is wrong by far more
 
@@ -33,8 +33,11 @@ def verify(model: nn.Module, recording: Recording, inputs: Mapping[str, Any]) ->
         torch.manual_seed(1)
         whole = _disturbed(model)
         parts = build_parts(whole, recording, untie=True)
-        for mode, batch in ((False, 1), (True, BATCHES[0])):  # normalisation may refuse to train on one sample
-            given = {name: _double(value) for name, value in example(inputs, batch, seed=batch).items()}
+        length = length_of(inputs)
+        # Normalisation may refuse to train on one sample.
+        for mode, batch, shorter in ((False, 1, 0), (True, BATCHES[0], length // 2)):
+            drawn = example(inputs, batch, seed=batch, length=length - shorter)
+            given = {name: _double(value) for name, value in drawn.items()}
             buffers = {name: tensor.clone() for name, tensor in whole.named_buffers()}
             expected = _outcome([whole.train(mode)], whole, given)
             for name, tensor in whole.named_buffers():

@@ -21,10 +21,11 @@ from cutlayer.models.adapting import fresh
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.layers import FeatureMean
 from cutlayer.models.part_registry import WHOLE, Making, PartConfig, part
-from cutlayer.models.shapes import trace
+from cutlayer.models.shapes import sample, trace
 from cutlayer.models.splitting import candidates, children_of, classifier, split, split_in_three
 from cutlayer.models.vit import ClassToken
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.tasks import task_of
 
 if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
@@ -89,7 +90,7 @@ def build_auxiliary(config: ModelConfig, info: DatasetInfo, model: nn.Module) ->
     size = config.part("auxiliary", AuxiliaryConfig).size
     parameter = next(client.parameters())
     # Two images: BatchNorm in training mode refuses one value a channel.
-    z = trace(client, torch.empty(2, *info.shape, dtype=parameter.dtype, device="meta"))
+    z = trace(client, sample(info.shape, 2, dtype=parameter.dtype, device="meta"))
     if isinstance(z, tuple):
         expected = f"a cut that one value crosses, as {len(z)} do here: an auxiliary model takes one"
         raise ConfigError("model.cut", config.cut_after, expected)
@@ -103,9 +104,9 @@ def build_auxiliary(config: ModelConfig, info: DatasetInfo, model: nn.Module) ->
         z = trace(module, z)
     if isinstance(z, tuple):
         raise ConfigError(_KEY, size, f"a module after which one value crosses, as {len(z)} do here")
-    head, z = _head(whole, end or config.cut_after, z, bare=end is None)
+    head, z = _head(whole, end or config.cut_after, z, bare=end is None, places=task_of(info).sequential)
     last = list(children_of(whole))[-1] if isinstance(whole, nn.Sequential) else "classifier"
-    return nn.Sequential(OrderedDict([*body, *head, (last, nn.Linear(z.shape[1], info.classes))]))
+    return nn.Sequential(OrderedDict([*body, *head, (last, nn.Linear(z.shape[-1], info.outputs))]))
 
 
 def _end(size: str, model: nn.Module, cut: str, info: DatasetInfo) -> str | None:
@@ -160,13 +161,17 @@ def _up_to(sequence: nn.Sequential, end: str) -> nn.Sequential | None:
     return nn.Sequential(kept)
 
 
-def _head(model: nn.Module, end: str, z: Tensor, *, bare: bool) -> tuple[list[Named], Tensor]:
+def _head(model: nn.Module, end: str, z: Tensor, *, bare: bool, places: bool) -> tuple[list[Named], Tensor]:
     """What makes a vector of `z`, which the module `end` gives: what a sequence has for it, else a mean.
 
-    `bare` says that no block is before it. The vector comes with it, on the meta device.
+    `bare` says that no block is before it, `places` that there is a vector at each place of a sequence, which stays so.
+    The vector comes with it, on the meta device.
     """
     layers: list[Named] = []
     rest = _behind(model, end)[:-1] if isinstance(model, nn.Sequential) else [("pool", FeatureMean())]
+    if places:
+        layers += [(name, copy.deepcopy(module)) for name, module in rest[-1:] if isinstance(module, nn.LayerNorm)]
+        return layers, z
     skipped = max((i for i, (_, module) in enumerate(rest) if _has_matrix(module)), default=-1)
     for i, (name, module) in enumerate(rest):
         if isinstance(module, ClassToken) and bare:

@@ -16,7 +16,7 @@ from cutlayer.models.cutting import is_ghost
 from cutlayer.models.layers import FeatureMean
 from cutlayer.models.part_registry import Making, PartConfig, part
 from cutlayer.models.registry import entry
-from cutlayer.models.shapes import output_width, trace
+from cutlayer.models.shapes import output_width, sample, trace
 from cutlayer.models.splitting import body_and_head, children_of
 from cutlayer.runtime.ground.config import ConfigError
 
@@ -105,10 +105,10 @@ def build_auxiliary_heads(config: ModelConfig, info: DatasetInfo, body: nn.Modul
     parameter = next(body.parameters())
     with _recorded(body, blocks) as outputs:
         # Two images: BatchNorm in training mode refuses one value a channel.
-        trace(body, torch.empty(2, *info.shape, dtype=parameter.dtype, device="meta"))
+        trace(body, sample(info.shape, 2, dtype=parameter.dtype, device="meta"))
     heads = [
         nn.Sequential(
-            OrderedDict(pool=FeatureMean(), fc=nn.Linear(_features(name, outputs[name]), info.classes + 1, bias=False))
+            OrderedDict(pool=FeatureMean(), fc=nn.Linear(_features(name, outputs[name]), info.outputs + 1, bias=False))
         )
         for name in blocks
     ]

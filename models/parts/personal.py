@@ -14,7 +14,7 @@ from cutlayer.models.config import ModelConfig
 from cutlayer.models.cutting import Crossing, tensors
 from cutlayer.models.part_registry import Making, PartConfig, part
 from cutlayer.models.registry import entry
-from cutlayer.models.shapes import trace
+from cutlayer.models.shapes import sample, trace
 from cutlayer.models.splitting import children_of, split_in_three
 from cutlayer.models.three import Thirds, divide, two_cuts
 from cutlayer.runtime.ground.config import ConfigError, build
@@ -91,7 +91,7 @@ def build_personal(config: ModelConfig, info: DatasetInfo, thirds: Thirds) -> li
     """
     client, server, tail = thirds
     # Two images: BatchNorm in training mode refuses one value a channel.
-    z = trace(client, torch.empty(2, *info.shape, dtype=next(client.parameters()).dtype, device="meta"))
+    z = trace(client, sample(info.shape, 2, dtype=next(client.parameters()).dtype, device="meta"))
     output = trace(server, z)
     logits = _shapes(trace(tail, output))
     bodies: list[nn.Module] = []

@@ -120,8 +120,12 @@ def probe(federation: Federation, config: ProbeConfig, run: Path, shown: StageSh
     augmentation. The same federation gives the same bits again; a failure leaves nothing.
 
     Raises:
-        ConfigError: each client has a model of its own, or features are not finite.
+        ConfigError: each client has a model of its own, features are not finite, or samples have no class.
     """
+    task = federation.setup.dataset.info.task
+    if task != "classification":
+        expected = f"false for a dataset whose task is {task}: kNN and linear classifiers find classes"
+        raise ConfigError("probe.after", NO_VALUE, expected)
     modules, where = feature_parts(federation)
     dataset, classes, knn = federation.setup.dataset, federation.setup.dataset.info.classes, None
     train = _features(federation, modules, "training", dataset.train, config.train_samples, shown)

@@ -22,6 +22,7 @@ import cutlayer.algorithms as algorithms
 from cutlayer.datasets import Dataset, load
 from cutlayer.models import build_model, candidates, input_channels
 from cutlayer.models.cutting import tensors
+from cutlayer.models.shapes import sample
 from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.screen import Screen
@@ -141,7 +142,7 @@ def within_budget(config: RunConfig, dataset: Dataset) -> RunConfig:
 
 def _cost(name: str, setup: Setup) -> Cut:
     blueprint = setup.blueprint
-    x: Any = torch.zeros(1, *setup.dataset.info.shape, dtype=blueprint.dtype)
+    x: Any = sample(setup.dataset.info.shape, 1, dtype=blueprint.dtype)
     flops: dict[str, int] = {}
     shapes: list[tuple[int, ...]] = []
     for part, module in blueprint.parts(_TWO).items():

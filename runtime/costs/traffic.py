@@ -12,8 +12,9 @@ import torch
 
 from cutlayer.algorithms.base import Flow
 from cutlayer.models.cutting import tensors
+from cutlayer.models.shapes import sample
 from cutlayer.runtime.ground import rng
-from cutlayer.runtime.messages.boundary import MODEL, SCALAR_BYTES, payload_bytes
+from cutlayer.runtime.messages.boundary import MODEL, payload_bytes
 from cutlayer.runtime.parties.blueprint import state_bytes
 from cutlayer.runtime.rounds.setup import Setup
 
@@ -25,7 +26,8 @@ def expected_bytes(setup: Setup, rounds: Iterable[int]) -> dict[tuple[str, str],
 
     Nothing is trained: a run is measured by its ledger, this says beforehand what the ledger will hold.
     """
-    per_sample = {"labels": SCALAR_BYTES, **crossing_bytes(setup)}
+    labels = payload_bytes(setup.blueprint.task.targets(setup.dataset.info, 1))
+    per_sample = {"labels": labels, **crossing_bytes(setup)}
     whole, travelling = part_bytes(setup, whole=True), part_bytes(setup, whole=False)
     total: dict[tuple[str, str], int] = {}
     for flows in crossings(setup, rounds):
@@ -76,7 +78,7 @@ def crossing_bytes(setup: Setup) -> dict[str, int]:
     if not setup.algorithm.layout.cut:
         return sizes
     device, dtype = setup.device, setup.blueprint.dtype
-    x: Any = torch.zeros(_SAMPLES, *setup.dataset.info.shape, dtype=dtype, device=device)
+    x: Any = sample(setup.dataset.info.shape, _SAMPLES, dtype=dtype, device=device)
     with torch.no_grad(), setup.blueprint.autocast(), rng.TorchStream(0, device):
         for field, part in zip(sizes, setup.blueprint.parts(whole[:-1]).values(), strict=False):
             x = part(x)

@@ -8,7 +8,7 @@ gradient: a mask, or indices. A method that uses these functions runs at every c
     optimizer.update(z, crossed(reply, "grad"))
 
     z = require_gradients(crossed(message, "z"))               # the server, on the other side
-    optimizer.update(cross_entropy(model(z), y))
+    optimizer.update(ctx.loss(model(z), y))
     return {"grad": gradients(z)}
 
 What treats several as one tensor (``z + noise``, ``z.detach()``) ends in one line that names the cut, never in other

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -15,30 +15,35 @@ from cutlayer.runtime.messages.bounds import WireError, shown
 Kind: TypeAlias = torch.dtype | type[bool] | type[int] | type[float]
 """A tensor's dtype, or the type of a plain number."""
 
-LABELS = "y"
-"""The field of class labels."""
+TARGETS = "y"
+"""The field of what a model is to give."""
 
 LARGEST = 1e18
 """The largest value that is taken: squares and sums of such are finite in float32."""
 
 
-def check_values(payload: Payload, *, classes: int | None) -> None:
-    """Values that training can use: up to ``LARGEST``, and labels (field ``y``) from 0 to ``classes - 1``, if known.
+def check_values(payload: Payload, wrong: Callable[[Tensor], str | None] | None = None) -> None:
+    """Values that training can use: up to ``LARGEST``, and targets (field ``y``) that the task has.
+
+    Args:
+        wrong: gives what is wrong with targets, see `Task.wrong`; None where there are none.
 
     Raises:
-        WireError: at a NaN, an infinity, a value that is too large or a label out of range.
+        WireError: at a NaN, an infinity, a value that is too large or targets that the task does not have.
     """
     for name, value in payload.items():
-        labels = classes is not None and field_of(name) == LABELS
-        if not labels and not _may_be_infinite(value):
+        if wrong is not None and field_of(name) == TARGETS:
+            reason = wrong(value.detach()) if isinstance(value, Tensor) else "a plain number"
+            if reason is not None:
+                raise WireError(f"{shown(name)} has {reason}")
+            continue
+        if not _may_be_infinite(value):
             continue
         least, most = _range(value)
         if not (math.isfinite(least) and math.isfinite(most)):
             raise WireError(f"{shown(name)} has values that are not finite")
-        if not labels and not -LARGEST <= least <= most <= LARGEST:
+        if not -LARGEST <= least <= most <= LARGEST:
             raise WireError(f"{shown(name)} has values from {least:.3g} to {most:.3g}; {LARGEST:.0e} is the largest")
-        if labels and classes is not None and not 0 <= least <= most <= classes - 1:
-            raise WireError(f"{shown(name)} has values from {least} to {most}; classes are 0 to {classes - 1}")
 
 
 def _may_be_infinite(value: Value) -> bool:

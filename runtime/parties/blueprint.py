@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cutlayer.datasets import DatasetInfo
 from cutlayer.models import ModelConfig, division_of, make_parts, refinable
+from cutlayer.models.shared import Shared, replace_shared, shared_in
 from cutlayer.runtime.ground.config import ConfigError, join
 from cutlayer.runtime.parties.aggregate import BufferPolicy
 from cutlayer.runtime.parties.graphs import PassRecorder
@@ -25,6 +26,7 @@ from cutlayer.runtime.parties.optim import (
     learning_options,
     make_optimizer,
 )
+from cutlayer.tasks import Task, task_of
 
 BATCH_NORM: Any = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  the base of all of them
 DROPOUT = nn.modules.dropout._DropoutNd  # pyright: ignore[reportPrivateUsage]  the base of all of them
@@ -41,6 +43,8 @@ class LearningConfig(Protocol):
     def model(self) -> ModelConfig: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def label_smoothing(self) -> float: ...
     def optimizer_for(self, part: str) -> OptimizerConfig: ...
     def keeps_optimizer(self, part: str) -> bool | None: ...
     def scheduler_for(self, part: str) -> SchedulerConfig | None: ...
@@ -100,12 +104,17 @@ class Blueprint:
         self.dtype = WEIGHT_DTYPES[precision]
         self.buffers = buffers
         self._precision, self.recorder = precision, recorder
+        self.task: Task = task_of(info)
+        """What the data ask of a model."""
+        self.loss = self.task.loss(config.label_smoothing)
+        """The mean loss of a model's output for a batch and the targets."""
         made = make_parts(
             config.model, info, layout.parts, seed=config.seed, options=config.options_for, compare=compare
         )
+        moved = dict[int, Shared]()
         for modules in made.values():
             for module in modules:
-                _place(module, self.device, self.dtype, MEMORY_FORMATS[memory_format])
+                _place(module, self.device, self.dtype, MEMORY_FORMATS[memory_format], moved)
         _make_ready(config.model, made)
         self._general = config.optimizer_for("model")
         self._optimizers = {name: config.optimizer_for(name) for name in made}
@@ -117,12 +126,16 @@ class Blueprint:
         self.buffer_names = {name: _buffer_names(part) for name, part in self._parts.items()}
         self.varied = frozenset(name for name, modules in made.items() if len(modules) > 1)
         """The parts of which clients have variants."""
-        several = math.lcm(*(len(modules) for modules in made.values()))
-        others = [{name: made[name][i % len(made[name])] for name in self.varied} for i in range(1, several)]
-        self.variants: tuple[Blueprint, ...] = (self, *(self._variant(parts) for parts in others))
+        self.variants: tuple[Blueprint, ...] = (self, *self._others(made))
         """One blueprint for each combination of variants that clients have."""
         for blueprint in self.variants:
             blueprint.variants = self.variants
+
+    def _others(self, made: Mapping[str, Sequence[nn.Module]]) -> Iterator[Blueprint]:
+        """The blueprints of all combinations of variants but the first."""
+        several = math.lcm(*(len(modules) for modules in made.values()))
+        for i in range(1, several):
+            yield self._variant({name: made[name][i % len(made[name])] for name in self.varied})
 
     def _variant(self, parts: Parts) -> Blueprint:
         """This blueprint with other modules for some parts; everything else is shared."""
@@ -213,10 +226,23 @@ def _make_ready(config: ModelConfig, made: Mapping[str, Sequence[nn.Module]]) ->
             raise error.within(join("model", name)) from None
 
 
-def _place(module: Any, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    """Put a fresh module on a device, in training mode; its weights of four dimensions lie there in this order."""
+def _place(
+    module: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    moved: dict[int, Shared],
+) -> None:
+    """Put a fresh module on a device, in training mode; its weights of four dimensions lie there in this order.
+
+    Args:
+        moved: what shared tensors became, of all modules that were placed so far.
+    """
+    shared = shared_in(module)
     ordered = {} if memory_format == torch.preserve_format else {"memory_format": memory_format}
     module.to(device, dtype, **ordered).train()
+    for each in shared:
+        replace_shared(each, moved)
 
 
 def copied_state(module: nn.Module) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from cutlayer.runtime.parties.client_data import ClientData, Drawn, views
 from cutlayer.runtime.parties.means import Means
 from cutlayer.runtime.parties.optim import PartOptimizer, load_optimizer, optimizer_tensors
 from cutlayer.runtime.parties.store import Row, Store
+from cutlayer.tasks import Loss
 
 
 class KeptRows(Protocol):
@@ -159,6 +160,11 @@ class ClientContext:
         """Number of the client's training samples."""
         return len(self.data)
 
+    @property
+    def loss(self) -> Loss:
+        """The loss of the dataset's task: ``ctx.loss(output, y)`` is its mean over a batch, a scalar."""
+        return self._blueprint.loss
+
     def part(self, name: str) -> nn.Module:
         """A part of the model, in training mode: as loaded in this round, else in its initial state."""
         if name not in self._ready:
@@ -204,7 +210,8 @@ class ClientContext:
         self._blueprint.schedule(optimizer, names, at)
 
     def batches(self, stream: str = "batches", epochs: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The round's batches, ``local_epochs`` passes unless given: x [b, C, H, W] on the device, y int64 [b].
+        """The round's batches, ``local_epochs`` passes unless given: x [b, C, H, W] on the device, and the
+        targets y, for ``ctx.loss``: of images with one class each int64 [b].
 
         A method that goes through the data twice names another ``stream`` of randomness for the second time.
         """
@@ -289,6 +296,11 @@ class ServerContext:
                 if self.blueprint.keeps_optimizer[name] is False:
                     optimizer.renew(number)
             self.blueprint.schedule(optimizer, names, round)
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of the dataset's task, as clients have it."""
+        return self.blueprint.loss
 
     def part(self, name: str) -> nn.Module:
         """A part that the server holds; parts that it only averages are here too."""

@@ -18,9 +18,7 @@ from cutlayer.runtime.parties.optim import PartOptimizer
 from cutlayer.runtime.parties.per_client import ApartError, PerClient, apart, repeated, stacked, whole
 from cutlayer.runtime.parties.stacked_passes import let_replay
 from cutlayer.runtime.parties.store import Row
-
-IGNORED = -100
-"""The label of a sample that no loss counts: torch's ``cross_entropy`` leaves it out of its mean, as others do."""
+from cutlayer.tasks import IGNORED
 
 # What these do to an element depends on others of the tensor, so not on those of its client alone.
 _NOT_ELEMENTWISE = frozenset({"adafactor", "muon"})

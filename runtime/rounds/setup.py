@@ -18,6 +18,7 @@ from cutlayer.algorithms import Algorithm
 from cutlayer.algorithms.mixins import ChecksOptimizer, KeepsByConfig, OwnSteps
 from cutlayer.datasets import Dataset, Partition, batch_sizes, load, own_partition, partition
 from cutlayer.models import check_model, input_channels
+from cutlayer.models.shapes import sample
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.memory import memory_told
@@ -76,6 +77,10 @@ class Setup:
         dataset = load_data(config) if dataset is None else dataset
         repeated = dataset.repeated(input_channels(config.model, dataset.info))
         self.dataset: Dataset = repeated.in_format(MEMORY_FORMATS[config.memory_format])
+        tasks, task = self.algorithm.tasks, self.dataset.info.task
+        if tasks is not None and task not in tasks:
+            expected = f"another for {config.dataset.name}, whose task is {task}; this one is for {' and '.join(tasks)}"
+            raise ConfigError("algorithm", config.algorithm_name, expected)
         check_model(config.model, self.dataset.info, self.algorithm.layout.parts)
         self.personal = self.algorithm.personal
         if issubclass(self.algorithm, KeepsByConfig):
@@ -237,7 +242,7 @@ class Setup:
         parts = blueprint.parts(layout.parts)
         several = self.algorithm.Server.gathers and max(self.config.batch_size, self.config.frac * self.population) > 1
         for path in (layout.whole, *self.algorithm.paths.values()):
-            x: Any = torch.zeros(1, *self.dataset.info.shape, dtype=blueprint.dtype, device=self.device)
+            x: Any = sample(self.dataset.info.shape, 1, dtype=blueprint.dtype, device=self.device)
             z = x
             for name in path:
                 z = joined([x, x]) if several and name not in layout.client else x

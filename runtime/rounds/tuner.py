@@ -96,6 +96,7 @@ class Tuner:
             setup.blueprint.fine_tuner(trained, config.lr),
             lambda: setup.epoch(client, generator),
             keep_statistics=not any(self._evaluator.batch_statistics),
+            criterion=setup.blueprint.loss,
             loss=self._loss() if config.loss == "method" else None,
         )
 
@@ -103,7 +104,8 @@ class Tuner:
         """The method's own loss of a batch."""
         method, beside, options = self._setup.algorithm, list(self._beside.values()), self._setup.config.algorithm
         assert issubclass(method, OwnLoss), "checked by `tunable`"
-        return lambda x, y: method.loss_of(self._body, self._head, beside, x, y, options)
+        loss = self._setup.blueprint.loss
+        return lambda x, y: method.loss_of(self._body, self._head, beside, x, y, options, loss)
 
 
 def tunable(setup: Setup, config: PersonalizeConfig) -> tuple[Parts, nn.Module, nn.Module]:

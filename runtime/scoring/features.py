@@ -61,4 +61,5 @@ class KnnMonitor:
         bank, labels = features(modules, self._train, blueprint, **{**how, "samples": self._bank})
         config = self._config
         scores = knn_scores(bank, labels, queries, self._classes, k=config.k, temperature=config.temperature)
-        return Score(entropies(scores, wanted).double().cpu(), scores.argmax(1).cpu(), wanted.cpu())
+        losses, predicted, wanted = entropies(scores, wanted).double().cpu(), scores.argmax(1).cpu(), wanted.cpu()
+        return Score(losses, (predicted == wanted).long(), wanted.new_ones(len(wanted)), wanted, predicted)

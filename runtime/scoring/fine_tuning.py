@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.parties.optim import PartOptimizer
+from cutlayer.tasks import Loss
 
 TunedPart = Literal["body", "head", "full"]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -63,9 +63,10 @@ def fine_tune(
     epoch: Callable[[], Batches],
     *,
     keep_statistics: bool,
+    criterion: Loss,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[int]:
-    """Train a part of the model by mean cross-entropy; yields the number of epochs done: 0, 1, 2, and so on for ever.
+    """Train a part of the model; yields the number of epochs done: 0, 1, 2, and so on for ever.
 
     The other part does not change, its running statistics included. Between epochs the caller may put the modules into
     any mode.
@@ -73,17 +74,17 @@ def fine_tune(
     Args:
         body, head: images -> features -> logits [b, classes]; left in training mode.
         optimizer: over the parameters of ``part``.
-        epoch: gives the batches of one more epoch: x [b, C, H, W], y int64 [b].
+        epoch: gives the batches of one more epoch, x and y.
         keep_statistics: whether a body that is not trained normalises by its running statistics; otherwise
             by the batch's own.
-        loss: of the batch, in the place of the cross-entropy.
+        criterion: the loss of the model's output and the targets. loss: of a batch x and y, in its place.
     """
     trains_body, trains_head = part != "head", part != "body"
 
-    def cross_entropy(x: Tensor, y: Tensor) -> Tensor:
+    def usual(x: Tensor, y: Tensor) -> Tensor:
         with torch.set_grad_enabled(trains_body):
             z = body(x)
-        return F.cross_entropy(head(z), y)
+        return criterion(head(z), y)
 
     done = 0
     while True:
@@ -91,5 +92,5 @@ def fine_tune(
         body.train(trains_body or not keep_statistics)
         head.train(trains_head)
         for x, y in epoch():
-            optimizer.update(loss(x, y) if loss is not None else cross_entropy(x, y))
+            optimizer.update(loss(x, y) if loss is not None else usual(x, y))
         done += 1

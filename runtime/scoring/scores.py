@@ -10,14 +10,13 @@ from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cutlayer.datasets import Source
-from cutlayer.evaluations import Score
 from cutlayer.runtime.ground import rng
 from cutlayer.runtime.ground.devices import moved, queued
 from cutlayer.runtime.parties.blueprint import BATCH_NORM, Blueprint
 from cutlayer.runtime.records.history import ClientRow
+from cutlayer.tasks import Score
 
 _FILLING_VALUES = 1 << 23  # of images; 2,730 of 3x32x32
 Forward = Callable[[Tensor], Tensor]
@@ -102,16 +101,11 @@ def evaluate(
     """Test the composed modules on a whole source, or on some of it.
 
     Args:
-        modules: applied one after the other; the last gives logits [b, classes].
+        modules: applied one after the other; the last gives what the blueprint's task tests.
     """
-    losses, predicted = gather(
-        lambda logits, y: (F.cross_entropy(logits, y, reduction="none"), logits.argmax(1)),
-        modules,
-        source,
-        blueprint,
-        **how,
-    )
-    return Score(losses.double().cpu(), predicted.cpu(), tested_labels(source, how.get("samples")))
+    losses, counts = gather(blueprint.task.each, modules, source, blueprint, **how)
+    right, asked, *predicted = counts.cpu().unbind(1)
+    return Score(losses.double().cpu(), right, asked, tested_labels(source, how.get("samples")), *predicted)
 
 
 def tested_labels(source: Source, samples: Tensor | None) -> Tensor:
@@ -133,8 +127,8 @@ def gather(
     """Two tensors [n, ...] of what the composed modules give for a source, or for some of it, in the samples' order.
 
     Args:
-        take: from the modules' output for a batch (float32, float64 under ``precision=fp64``) and the labels
-            int64 [b] to two tensors [b, ...].
+        take: from the modules' output for a batch (float32, float64 under ``precision=fp64``) and the targets
+            [b, ...] to two tensors [b, ...].
         batch_size, batch_statistics, samples: see ``How``.
     """
     own = batch_statistics or [False] * len(modules)

@@ -10,12 +10,13 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from cutlayer.datasets import DatasetInfo
-from cutlayer.evaluations import EVALUATIONS, Score, measure
+from cutlayer.evaluations import EVALUATIONS, measure
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.network.server.remote_clients import RemoteClients
 from cutlayer.runtime.network.wire import WireError
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.scoring.scores import Measured, mean_values
+from cutlayer.tasks import Score
 
 INFO = DatasetInfo("made", 1, 8, 8, 10, tuple("abcdefghij"))
 EVERY = EVALUATIONS.names()
@@ -24,7 +25,8 @@ EVERY = EVALUATIONS.names()
 def score(samples: int, classes: int = 10, seed: int = 0) -> Score:
     generator = torch.Generator().manual_seed(seed)
     predicted, labels = (torch.randint(classes, (samples,), generator=generator) for _ in range(2))
-    return Score(torch.rand(samples, generator=generator, dtype=torch.float64), predicted, labels)
+    losses = torch.rand(samples, generator=generator, dtype=torch.float64)
+    return Score(losses, (predicted == labels).long(), torch.ones_like(labels), labels, predicted)
 
 
 @pytest.mark.parametrize("name", EVERY)

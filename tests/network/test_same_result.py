@@ -27,6 +27,7 @@ def totals(federation: Federation) -> list[list]:
 
 CASES = {name: (name, ()) for name in algorithms.names()}
 CASES |= {"clients without data": ("fed_avg", DATALESS), "clients by group": ("fed_avg", BY_GROUP)}
+CASES |= {"several labels": ("fsl_sage", ("dataset=digit_facts",))}
 CASES |= {"evaluations": ("fed_babu", ("evaluations=[class_acc]", "dataset.local_test=true"))}
 
 

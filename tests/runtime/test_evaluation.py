@@ -48,9 +48,10 @@ def test_losses_and_hits_in_the_order_of_the_samples(trained: Federation, size: 
             logits = whole(x)[index]
         whole.train()
         torch.testing.assert_close(found.losses, F.cross_entropy(logits, y[index], reduction="none").double())
-        assert torch.equal(found.correct, logits.argmax(1) == y[index])
+        assert torch.equal(found.right.bool(), logits.argmax(1) == y[index])
+        assert torch.equal(found.predicted, logits.argmax(1))
         assert torch.equal(found.labels, y[index])
-        assert found.both == (float(found.correct.sum()) / len(index), float(found.losses.sum()) / len(index))
+        assert found.both == (float(found.right.sum()) / len(index), float(found.losses.sum()) / len(index))
 
 
 @pytest.mark.parametrize("size", [90, 100])  # in four batches of equal size either way

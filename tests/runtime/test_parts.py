@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cutlayer import algorithms
-from cutlayer.algorithms.base import Algorithm, cross_entropy
+from cutlayer.algorithms.base import Algorithm
 from cutlayer.models import AuxiliaryHeads, Making, in_order, make_parts, part, part_registry, refinable
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.part_registry import MODEL_KEYS
@@ -152,7 +152,7 @@ def train_all(ctx: ClientContext, down: Payload) -> Payload:
     assert isinstance(heads, AuxiliaryHeads)
     for x, y in ctx.batches():
         z, outputs = heads.attached(body, x)
-        optimizer.update(cross_entropy(head(z), y) + sum(cross_entropy(each, y) for each in outputs))
+        optimizer.update(ctx.loss(head(z), y) + sum(ctx.loss(each, y) for each in outputs))
     return ctx.dump("body", "head", "auxiliary_heads")
 
 
@@ -294,7 +294,7 @@ class Turned(Algorithm):
         for x, y in ctx.batches():
             turns = torch.randint(4, (1,)).item()
             turned = F.cross_entropy(rotation(body(x.rot90(int(turns), (2, 3)))), torch.full_like(y, int(turns)))
-            optimizer.update(cross_entropy(head(body(x)), y) + ctx.config.weight * turned)
+            optimizer.update(ctx.loss(head(body(x)), y) + ctx.config.weight * turned)
         ctx.keep("rotation")
         return ctx.dump("body", "head")
 

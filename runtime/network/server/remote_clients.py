@@ -249,7 +249,7 @@ class RemoteClients:
         if kind != MODEL and (not handled or kind.endswith("_cohort")):
             raise WireError(f"message of kind {kind!r}, which this method does not have")
         self._expected.check(kind, fields)
-        check_values(fields, classes=self._setup.dataset.info.classes)
+        check_values(fields, lambda y: self._setup.blueprint.task.wrong(y, self._setup.dataset.info))
 
     def _blame(self, client: int, reason: str) -> None:
         """Disconnect a client whose message the server could not use, for the exception that is handled now."""

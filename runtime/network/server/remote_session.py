@@ -123,7 +123,7 @@ class RemoteSession:
             if len(self._names | fields.keys()) > _METRICS:
                 raise WireError(f"more than {_METRICS} metrics in its rounds")
             self._names.update(fields)
-            check_values(fields, classes=None)
+            check_values(fields)
         return fields
 
     def _next(self) -> tuple[What, str, dict[str, Any]]:

@@ -1,0 +1,78 @@
+"""Low-rank adapters on a frozen model (Hu et al. 2022), by PEFT: they alone are trained, sent, kept and saved."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from cutlayer.models.shared import share_frozen, unshare
+from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.extras import install
+
+ADAPTER = "default"
+"""PEFT's name of the one adapter that a model has."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters on linear layers: W x + alpha / r B A x, of which W is frozen.
+
+    Attributes:
+        r: rank; 0 means none, and every weight of the model is trained.
+        alpha: scale. dropout: probability that an input of A is left out, in training.
+        targets: names of the layers, as they end; none takes those that PEFT has for the model.
+        train: which of the two matrices learn. With ``B`` alone (FFA-LoRA, Sun et al. 2024) A stays as it is drawn.
+    """
+
+    r: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    train: Literal["both", "A", "B"] = "both"
+
+    def __post_init__(self) -> None:
+        if self.r < 0:
+            raise ConfigError("r", self.r, "an integer >= 0")
+        if not 0 < self.alpha < float("inf"):
+            raise ConfigError("alpha", self.alpha, "a finite number > 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("dropout", self.dropout, "a number >= 0 and < 1")
+
+
+def add_lora(model: nn.Module, config: LoraConfig) -> None:
+    """Put adapters into a model, in place; all other weights are shared by its copies from then on.
+
+    A starts at random, B at zero, so that the model begins as what it was.
+
+    Raises:
+        ConfigError: PEFT is missing, or the model has no such layers.
+    """
+    peft = _peft()
+    unshare(model)
+    model.requires_grad_(False)
+    settings: dict[str, Any] = {"r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+    settings["target_modules"] = [*config.targets] or None
+    try:
+        peft.inject_adapter_in_model(peft.LoraConfig(**settings), model, adapter_name=ADAPTER)
+    except ValueError as error:
+        layers = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_layer(module)})
+        expected = f"names of layers of the model ({str(error).splitlines()[0][:120]})"
+        raise ConfigError("model.lora.targets", list(config.targets), expected, layers) from error
+    for name, parameter in model.named_parameters():
+        matrix = "A" if ".lora_A." in name else "B" if ".lora_B." in name else ""
+        parameter.requires_grad_(bool(matrix) and config.train in ("both", matrix))
+    share_frozen(model)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return not any(True for _ in module.children()) and getattr(getattr(module, "weight", None), "dim", int)() == 2
+
+
+def _peft() -> Any:
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise ConfigError("model.lora.r", 1, f"0, as peft is missing: {install('huggingface')}") from error

@@ -1,0 +1,128 @@
+"""Causal language models of transformers: from a configuration, or with the trained weights of a folder."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cutlayer.models.shared import share_frozen
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+
+if TYPE_CHECKING:
+    from cutlayer.datasets import DatasetInfo
+
+_KEY = "model.base"
+# What they are called in a configuration of transformers that has them under other names too.
+_POSITIONS = ("n_positions", "max_position_embeddings", "max_seq_len")
+
+
+def causal_names() -> list[str]:
+    """The types of causal language models that transformers has."""
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    return [*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+
+
+def causal_model(name: str, options: Mapping[str, Any], info: DatasetInfo, base: Path | None) -> nn.Module:
+    """A model of this type: tokens, int64 [b, l] -> logits [b, l, tokens].
+
+    Args:
+        options: of its configuration. base: a folder with trained weights and their configuration, or None: fresh ones.
+
+    Raises:
+        ConfigError: the folder's weights are not those of the model, or it has too few tokens or positions.
+    """
+    transformers = importlib.import_module("transformers")
+    settings = {"use_cache": False, **options}
+    if base is None:
+        size = {"vocab_size": info.outputs, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        config = transformers.AutoConfig.for_model(name, **{**size, **settings})
+        _check_size(config, info, NO_VALUE)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    else:
+        model = copy.deepcopy(_loaded(name, base.expanduser().resolve(), json.dumps(settings, sort_keys=True)))
+        _check_size(model.config, info, str(base))
+    model.register_forward_hook(_first_logits(info.outputs))
+    return model
+
+
+def _first_logits(tokens: int) -> Callable[[nn.Module, object, Any], Any]:
+    """What a hook makes of a model's output: the logits of the tokens that the data have, of a larger vocabulary."""
+
+    def logits(_model: nn.Module, _args: object, output: Any) -> Any:
+        return output.logits[..., :tokens]
+
+    return logits
+
+
+def _check_size(config: Any, info: DatasetInfo, base: Any) -> None:
+    key = "model.options.vocab_size" if base is NO_VALUE else _KEY
+    tokens = config.get_text_config().vocab_size
+    if tokens < info.outputs:
+        expected = f"a model of at least the {info.outputs} tokens of the tokenizer; it has {tokens}"
+        raise ConfigError(key, base, expected)
+    positions = next((getattr(config, each) for each in _POSITIONS if getattr(config, each, None)), None)
+    if positions is not None and positions < info.length:
+        key = "dataset.length"
+        raise ConfigError(key, info.length, f"at most {positions}, the positions of the model")
+
+
+@lru_cache(maxsize=2)
+def _loaded(name: str, folder: Path, settings: str) -> nn.Module:
+    """The model with the folder's weights, which all copies share.
+
+    Raises:
+        ConfigError: there is no such model, or weights are missing, too many or of another shape.
+    """
+    transformers = importlib.import_module("transformers")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            _KEY, str(folder), "a folder with config.json and model.safetensors, as save_pretrained writes"
+        )
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, use_safetensors=True, **json.loads(settings)
+        )
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise ConfigError(_KEY, str(folder), f"a folder that transformers can read ({reason})") from error
+    if model.config.model_type != name:
+        raise ConfigError(_KEY, str(folder), f"weights of a {name}; these are of a {model.config.model_type}")
+    wrong = [
+        f"{kind} {', '.join(sorted(map(_first, keys))[:3])}"
+        for kind, keys in (
+            ("missing", found.get("missing_keys", ())),
+            ("unexpected", found.get("unexpected_keys", ())),
+            ("of another shape", found.get("mismatched_keys", ())),
+        )
+        if keys
+    ]
+    if wrong:
+        raise ConfigError(_KEY, str(folder), f"the weights of this model; {'; '.join(wrong)}")
+    model.float().requires_grad_(False)
+    share_frozen(model)
+    return model
+
+
+def _first(key: Any) -> str:
+    return key if isinstance(key, str) else str(key[0])
+
+
+@lru_cache(maxsize=8)
+def base_hash(folder: Path) -> str:
+    """What tells a base's weights and configuration from others, wherever they lie: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    folder = folder.expanduser()
+    for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
+        digest.update(file.name.encode())
+        if file.is_file():
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]

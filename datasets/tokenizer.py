@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.extras import install
 
@@ -42,9 +44,9 @@ class Tokenizer(ABC):
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; of those that only mark something, such as the end, nothing."""
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each of several texts."""
-        return [self.encode(text) for text in texts]
+    @abstractmethod
+    def encode_all(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]:
+        """The tokens of each of several texts, faster."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -55,11 +57,20 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """As many tokens as the text has bytes."""
-        return list(text.encode(errors="replace"))
+        return [*_utf8(text)]
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As uint8 each."""
+        return [np.frombuffer(_utf8(text), np.uint8) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """What is no UTF-8 is shown as the replacement character."""
         return bytes(token for token in tokens if token < self.end).decode(errors="replace")
+
+
+def _utf8(text: str) -> bytes:
+    """Half of a surrogate pair, which JSON may have, is a question mark."""
+    return text.encode(errors="replace")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -86,7 +97,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """All at once, which is faster."""
+        """All at once, on several threads."""
         return cast("list[list[int]]", self._own([*texts], add_special_tokens=False)["input_ids"]) if texts else []
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -110,10 +121,8 @@ def _found(name: str) -> Any:
         return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name, **options)
     except Exception as error:  # of files that are missing, damaged or of another kind it raises what it likes
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        expected = (
-            f"{BYTES}, or a Hugging Face tokenizer, by folder or name, whose files are on this machine ({reason})"
-        )
-        raise ConfigError(_KEY, name, expected) from None
+        files = "a Hugging Face tokenizer, by folder or name, whose files are on this machine"
+        raise ConfigError(_KEY, name, f"{BYTES}, or {files} ({reason})") from None
     finally:
         quiet.setLevel(level)
 

@@ -21,7 +21,9 @@ with quick_imports():
     from cutlayer.runtime.launching.hydra_support import load_config
     from cutlayer.runtime.rounds.federation import Federation
     from cutlayer.runtime.settings import RunConfig
-    from tests.composing import quick_composition
+    from tests.composing import Known, quick_composition
+    from tests.forked import Forks, server
+    from tests.places import ROOT
 
 # How long an example takes says nothing on a shared machine.
 settings.register_profile("house", deadline=None)
@@ -52,6 +54,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def compositions(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one test process has composed, those beside it need not compose again."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        Known.folder = tmp_path_factory.getbasetemp().parent / "composed"
+        Known.folder.mkdir(exist_ok=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def pictures_of_partitions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Runs in this process whose clients have the same data draw that once, as the jobs of a sweep do."""
     drawn = tmp_path_factory.mktemp("pictures")
@@ -62,6 +72,14 @@ def pictures_of_partitions(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "save_partition", saved)
         yield
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts a program, but no sweeps, without the seconds that each new process loads the libraries."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
+    with server(ROOT, tmp_path_factory.mktemp("forked"), environment) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ SMALL = (
 
 
 # What starts many processes and waits for them goes first, so that one test process is not left alone with it.
-WAITING = ("test_sweep.py", "test_hosts.py", "test_kill.py", "test_main.py", "test_readme.py")
+WAITING = ("test_sweep.py", "test_hosts.py", "test_kill.py", "test_main.py", "test_readme.py", "test_wheel.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -44,12 +44,13 @@ SMALL = (
 )
 
 
-# What starts many processes and waits for them goes first, so that one test process is not left alone with it.
+# What starts many processes and waits for them goes first, the longest before all others, so that one test process is
+# not left alone with it.
 WAITING = ("test_sweep.py", "test_hosts.py", "test_kill.py", "test_main.py", "test_readme.py", "test_wheel.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in WAITING)
+    items.sort(key=lambda item: WAITING.index(item.path.name) if item.path.name in WAITING else len(WAITING))
     gc.freeze()  # thousands of tests and all that they import stay to the end
 
 

@@ -173,7 +173,7 @@ LEARNS = {
     "client": ("algorithm=sl_single_server",),
     "head": ("algorithm=fed_per",),
     "personal": ("algorithm=fsmkd",),
-    "projector": ("algorithm=fl_moco",),
+    "projector": ("algorithm=fl_moco", "dataset.fraction=0.2"),
     "server": ("algorithm=sl_single_server",),
     "tail": ("algorithm=fsmkd",),
 }

@@ -55,9 +55,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compositions(tmp_path_factory: pytest.TempPathFactory) -> None:
+def compositions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
     """What one test process has composed, those beside it need not compose again."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(request.config, "workerinput"):  # else what is above the folder is not this session's
         Known.folder = tmp_path_factory.getbasetemp().parent / "composed"
         Known.folder.mkdir(exist_ok=True)
 

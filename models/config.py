@@ -98,7 +98,7 @@ class ModelConfig:
     server_norm: Literal["own", "group"] = "own"
     group_channels: int | None = field(default=None, metadata=scoped(read_if=_has_groups))
     bottleneck: str | None = None
-    base: Path | None = None
+    base: Path | None = field(default=None, metadata=scoped("machine", identifies=True, later=True))
     lora: LoraConfig = field(default_factory=LoraConfig)
     parts: Mapping[str, PartConfig] = field(default_factory=dict[str, PartConfig], metadata={"sections": True})
     options: dict[str, Any] = field(default_factory=dict)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from cutlayer.models.shared import share_frozen, unshare
 from cutlayer.runtime.ground.config import ConfigError
@@ -65,6 +68,27 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
         matrix = "A" if ".lora_A." in name else "B" if ".lora_B." in name else ""
         parameter.requires_grad_(bool(matrix) and config.train in ("both", matrix))
     share_frozen(model)
+
+
+def save_adapters(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig, base: Path | None) -> None:
+    """Write adapters as PEFT does: `adapter_config.json` and `adapter_model.safetensors`, for `PeftModel`.
+
+    Args:
+        tensors: of a model with adapters, by its names; what is no adapter is left out.
+        base: the folder that they were trained on.
+    """
+    adapters = {name: tensor for name, tensor in tensors.items() if ".lora_A." in name or ".lora_B." in name}
+    layers = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in adapters})
+    settings = {"r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": layers}
+    settings |= {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base and str(base)}
+    _peft().LoraConfig(**settings).save_pretrained(str(folder))
+    named = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": each for name, each in adapters.items()}
+    save_file({name: each.contiguous() for name, each in named.items()}, folder / "adapter_model.safetensors")
+
+
+def frozen_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Those of a model's adapters that nothing trains, by name; no state has them."""
+    return {name: buffer.as_subclass(Tensor) for name, buffer in model.named_buffers() if ".lora_" in name}
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -29,7 +29,18 @@ MOMENTUM = "_momentum"
 SLOTS = ("optimizer", "scheduler")
 # Keys under `model` that are no parts.
 MODEL_KEYS = (
-    *("name", "cut", "init", "initialisation", "client_norm", "server_norm", "group_channels", "bottleneck"),
+    *(
+        "name",
+        "cut",
+        "init",
+        "initialisation",
+        "client_norm",
+        "server_norm",
+        "group_channels",
+        "bottleneck",
+        "base",
+        "lora",
+    ),
     *("options", "parts"),
 )
 

@@ -85,6 +85,7 @@ def _loaded(name: str, folder: Path, settings: str) -> nn.Module:
         raise ConfigError(
             _KEY, str(folder), "a folder with config.json and model.safetensors, as save_pretrained writes"
         )
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, use_safetensors=True, **json.loads(settings)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cutlayer.datasets.partition_files import save_partition
+from cutlayer.models.lora import frozen_adapters, save_adapters
 from cutlayer.plotting import first_picture
 from cutlayer.runtime.after.personalize import Personalized, personalize
 from cutlayer.runtime.after.probe import Probed, feature_parts, probe
 from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.files import BEST_MODEL_FILE, MODEL_FILE, make_folder
+from cutlayer.runtime.ground.files import ADAPTERS, BEST_MODEL_FILE, MODEL_FILE, make_folder
 from cutlayer.runtime.ground.memory import memory_told
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.serial import save_tensors
@@ -26,6 +29,7 @@ from cutlayer.runtime.records.loggers import build_loggers
 from cutlayer.runtime.records.results import Results, RunSummary
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.place import ClientsPlace
+from cutlayer.runtime.rounds.setup import Setup
 from cutlayer.runtime.rounds.tuner import tunable
 from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.settings import RunConfig
@@ -76,6 +80,7 @@ def run(config: RunConfig, folder: RunFolder, drawn: Path | None = None) -> RunS
     model = federation.full_model()
     if model is not None:
         save_tensors(folder.path / MODEL_FILE, model, {"format": "pt"})
+        _save_adapters(federation.setup, folder.path, model)
     if federation.best is not None:
         save_tensors(folder.path / BEST_MODEL_FILE, federation.best.whole(), {"format": "pt"})
     summary = results.finish()
@@ -84,6 +89,16 @@ def run(config: RunConfig, folder: RunFolder, drawn: Path | None = None) -> RunS
     sections = [found.section() for found in (personal, probed) if found is not None]
     show_summary(summary, files, config.title, config.progress, sections=sections)
     return summary
+
+
+def _save_adapters(setup: Setup, folder: Path, model: Mapping[str, Tensor]) -> None:
+    """Write the adapters of a model that has such as PEFT does, in a folder of their own."""
+    config = setup.config.model
+    if config.lora.r:
+        parts = setup.blueprint.parts(setup.algorithm.layout.whole).values()
+        frozen = {name: tensor for part in parts for name, tensor in frozen_adapters(part).items()}
+        (folder / ADAPTERS).mkdir(exist_ok=True)
+        save_adapters(folder / ADAPTERS, {**frozen, **model}, config.lora, config.base)
 
 
 def _check_after(federation: Federation) -> None:

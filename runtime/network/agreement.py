@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 from cutlayer import HOME
 from cutlayer.datasets import Dataset
+from cutlayer.models.pretrained import base_hash
 from cutlayer.runtime.ground.config import ConfigError, show
 from cutlayer.runtime.keys import keys_of, pruned, scope_of
 from cutlayer.runtime.messages.bounds import shown
@@ -17,7 +19,7 @@ from cutlayer.runtime.settings import RunConfig, setting_in
 from cutlayer.runtime.trust import check, check_made, covered
 
 PROTOCOL = 1
-_PACKAGES = ("algorithms", "datasets", "distributions", "evaluations", "models", "runtime")
+_PACKAGES = ("algorithms", "datasets", "distributions", "evaluations", "models", "runtime", "tasks")
 
 # Sections whose choice sets many keys; on a client's command line only the name is compared.
 _GROUPS = ("algorithm", "model", "dataset", "optimizer", "scheduler")
@@ -113,16 +115,20 @@ def _shown(value: object) -> str:
         return shown(value)
 
 
-def data_facts(dataset: Dataset, *, divided: bool) -> dict[str, Any]:
+def data_facts(dataset: Dataset, *, divided: bool, base: Path | None = None) -> dict[str, Any]:
     """What is reported about a data set, so that both parties know that theirs go together.
 
+    What is frozen of a language model does not travel either, so it is reported too.
+
     Args:
+        base: the folder of its trained weights.
         divided: all have the whole set, so that its labels have to be equal; else each has its own, and only what an
             image is, or which tokens there are, and what the classes are.
     """
     known = {**dataset.facts, "shape": list(dataset.info.shape)}
     split = ("training", "test") if divided else ()
-    return {key: known[key] for key in known if key in _OF_ALL or key.startswith(split)}
+    found = {key: known[key] for key in known if key in _OF_ALL or key.startswith(split)}
+    return found if base is None else {**found, "base weights": base_hash(base)}
 
 
 def compare_data(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:

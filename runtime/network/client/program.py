@@ -104,7 +104,7 @@ class _Client:
             "config": fingerprint(shared(config)),
             "samples": site.samples,
             "trains": site.setup.has_batches(self._id),
-            "data": data_facts(site.setup.dataset, divided=config.dataset.divided),
+            "data": data_facts(site.setup.dataset, divided=config.dataset.divided, base=config.model.base),
         }
         link.send(What.HELLO, facts)
         samples, title = site.samples, config.title

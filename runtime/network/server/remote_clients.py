@@ -94,7 +94,7 @@ class RemoteClients:
             ConfigError: the address cannot be listened on, or needs certificates.
         """
         self._round, setup = round, self._setup
-        self._data = data_facts(setup.dataset, divided=self._divided)
+        self._data = data_facts(setup.dataset, divided=self._divided, base=setup.config.model.base)
         self._expected = rehearse(setup.config, setup.dataset)
         greeting = Greeting(self._welcome, self._admit, lambda: self.watch(), Audit(self._folder))
         self.hub = Hub(self._config, setup.population, greeting)

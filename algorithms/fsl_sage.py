@@ -15,8 +15,9 @@ from cutlayer.algorithms.alignment import alignment_batch, frozen, input_gradien
 from cutlayer.algorithms.base import Flow
 from cutlayer.algorithms.cse_fsl import CSEFSL, OneWayServer, check_counts, train_with_auxiliary
 from cutlayer.runtime.messages.boundary import ClientProgram, Payload, Reply, ask, flatten, tell
-from cutlayer.runtime.messages.crossing import tensor
+from cutlayer.runtime.messages.crossing import appended, tensor
 from cutlayer.runtime.parties.contexts import ClientContext
+from cutlayer.tasks import IGNORED
 
 
 def _total(each: Iterable[Tensor]) -> Tensor:
@@ -35,8 +36,11 @@ class AligningServer(OneWayServer):
     def _collect(self, client: int, message: Payload) -> None:
         own, size = self.ctx.state(client), self.ctx.config.buffer_size
         kept = own.get("buffer") or {}
-        new = {name: tensor(message, name) for name in ("z", "y")}
-        own.put("buffer", {name: torch.cat([kept[name], t])[-size:] if kept else t[-size:] for name, t in new.items()})
+        fill = {"z": 0, "y": IGNORED}
+        new = {name: tensor(message, name) for name in fill}
+        if kept:
+            new = {name: appended(kept[name], new[name], fill[name]) for name in fill}
+        own.put("buffer", {name: t[-size:] for name, t in new.items()})
 
     def on_align(self, client: int, message: Payload) -> Reply:
         """Fit the client's auxiliary model to the server's gradients over the buffer, and send it down.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -12,14 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cutlayer.algorithms import register
-from cutlayer.algorithms.base import Algorithm, Flow, Server
+from cutlayer.algorithms.base import Algorithm, Flow
 from cutlayer.algorithms.mixins import KeepsByConfig
+from cutlayer.algorithms.u_shape import BodyServer
 from cutlayer.models.cutting import Crossing
 from cutlayer.runtime.ground.config import ConfigError, scoped
 from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, ask
 from cutlayer.runtime.messages.crossing import crossed, detached, floating, gradients, require_gradients
 from cutlayer.runtime.parties.blueprint import Layout
-from cutlayer.runtime.parties.contexts import ClientContext, ServerContext
+from cutlayer.runtime.parties.contexts import ClientContext
 from cutlayer.tasks import Loss
 
 _DISTILLING = scoped(read_if=lambda own, _: own.distillation_weight > 0)
@@ -109,20 +109,8 @@ class LocalPath:
         torch.autograd.backward(logits, along, inputs=[*self._body.parameters(), *others])
 
 
-class SharedBodyServer(Server):
-    """Holds the large body that all clients' batches go through, and averages client parts and tails.
-
-    It sees no labels: what it learns from is the gradient of its output.
-    """
-
-    def __init__(self, ctx: ServerContext) -> None:
-        super().__init__(ctx)
-        self._passes: dict[int, tuple[Crossing, Crossing]] = {}
-        self._turn: int | None = None
-
-    def open_round(self, cohort: Sequence[int]) -> None:
-        super().open_round(cohort)
-        self._passes.clear()
+class SharedBodyServer(BodyServer):
+    """Averages client parts and tails, and sends them to those who have not had them yet."""
 
     def down(self, client: int) -> Fields:
         """The averaged parts, unless the client has had them since the last averaging and continues with its own."""
@@ -134,29 +122,6 @@ class SharedBodyServer(Server):
                 return {}
             own.put("period", {"period": torch.tensor(period)})
         return super().down(client)
-
-    def on_smashed(self, client: int, message: Payload) -> Fields:
-        """The body's output for z; its graph waits for the gradient."""
-        z = require_gradients(crossed(message, "z"))
-        output: Crossing = self.ctx.part("server")(z)
-        self._passes[client] = z, output
-        return {"output": output}
-
-    def on_gradient(self, client: int, message: Payload) -> Fields:
-        """One optimizer step along the gradient of the body's output; replies with the gradient of z.
-
-        Where the optimizer is said to live for a round, it is for a client's.
-        """
-        z, output = self._passes.pop(client)
-        optimizer = self.ctx.optimizer("server")
-        if client != self._turn and self.ctx.blueprint.keeps_optimizer["server"] is False:
-            optimizer.renew(0)
-        self._turn = client
-        optimizer.update(output, crossed(message, "grad"))
-        return {"grad": gradients(z)}
-
-    def forget(self, client: int) -> None:
-        self._passes.pop(client, None)
 
 
 @register("fsmkd")

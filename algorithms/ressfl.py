@@ -60,6 +60,7 @@ class ResSFL(ConfiguresParts, Algorithm):
     personal = ("client", "server")
     keeps_optimizer = ("client", "server", "attacker")
     pooled = True
+    tasks = ("classification", "multi_label")  # of images, which its attacker makes again
     unread = (
         "aggregate.weights",
         "comm_threshold_mb",

@@ -112,6 +112,10 @@ class Source(ABC):
         """Whether there is an augmentation to draw."""
         return False
 
+    def places(self, samples: Tensor) -> int:
+        """How many places a batch of these samples, int64 [b], has: one a sample, of text as many as tokens given."""
+        return len(samples)
+
     def draw(self, samples: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Parameters of the configured augmentation for so many samples, CPU, [samples, ...] each; none without one.
 

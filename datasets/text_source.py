@@ -63,6 +63,9 @@ class TextSource(Source):
         """
         raise TypeError("texts have no pixels")
 
+    def places(self, samples: Tensor) -> int:
+        return len(samples) * (int(self._lengths[samples].max()) - 1) if len(samples) else 0
+
     def pairs(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         """x and y of samples, int64 [k]: int64 [k, l] each, on the device."""
         starts, lengths, prompts = (each[samples, None] for each in (self._starts, self._lengths, self._prompts))

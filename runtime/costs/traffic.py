@@ -26,26 +26,30 @@ def expected_bytes(setup: Setup, rounds: Iterable[int]) -> dict[tuple[str, str],
 
     Nothing is trained: a run is measured by its ledger, this says beforehand what the ledger will hold.
     """
-    labels = payload_bytes(setup.blueprint.task.targets(setup.dataset.info, 1))
-    per_sample = {"labels": labels, **crossing_bytes(setup)}
+    info = setup.dataset.info
+    labels = payload_bytes(setup.blueprint.task.targets(info, 1)) // max(1, info.length)
+    per_place = {"labels": labels, **crossing_bytes(setup)}
     whole, travelling = part_bytes(setup, whole=True), part_bytes(setup, whole=False)
     total: dict[tuple[str, str], int] = {}
     for flows in crossings(setup, rounds):
         for flow, sizes in flows:
             size = sum(sizes) if flow.per == "batch" else 1
-            each = per_sample if flow.per == "batch" else (travelling if flow.kind == MODEL else whole)
+            each = per_place if flow.per == "batch" else (travelling if flow.kind == MODEL else whole)
             key = flow.direction, flow.kind
             total[key] = total.get(key, 0) + size * sum(each[field] for field in flow.fields)
     return total
 
 
 def crossings(setup: Setup, rounds: Iterable[int]) -> Iterator[list[tuple[Flow, list[int]]]]:
-    """For each client's round its arrows, each with the sizes of the batches that cross, or [1] for one a round."""
+    """For each client's round its arrows, each with the places of the batches that cross, or [1] for one a round.
+
+    Of images they are samples; of text tokens, see `Setup.places`.
+    """
     config = setup.config
     seen: dict[int, int] = {}
     for round in rounds:
         for client in setup.cohort(round):
-            sizes = setup.steps(client)
+            sizes = setup.places(client, round)
             flows = setup.algorithm.arrows(config.algorithm, round, before=seen.get(client))
             yield [(flow, sizes[:: flow.interval(config.algorithm)] if flow.per == "batch" else [1]) for flow in flows]
             seen[client] = round
@@ -69,7 +73,9 @@ def part_bytes(setup: Setup, *, whole: bool) -> dict[str, int]:
 
 
 def crossing_bytes(setup: Setup) -> dict[str, int]:
-    """Bytes for one sample of what comes out at each cut: ``smashed`` at the first, ``body_output`` at the second.
+    """Bytes for one sample, or of text for one token, of what comes out at each cut.
+
+    ``smashed`` is at the first, ``body_output`` at the second.
 
     A cut that the model does not have gives 0.
     """
@@ -82,5 +88,6 @@ def crossing_bytes(setup: Setup) -> dict[str, int]:
     with torch.no_grad(), setup.blueprint.autocast(), rng.TorchStream(0, device):
         for field, part in zip(sizes, setup.blueprint.parts(whole[:-1]).values(), strict=False):
             x = part(x)
-            sizes[field] = sum(payload_bytes(value) for value in tensors(x)) // _SAMPLES
+            places = _SAMPLES * max(1, setup.dataset.info.length)
+            sizes[field] = sum(payload_bytes(value) for value in tensors(x)) // places
     return sizes

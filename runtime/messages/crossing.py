@@ -84,6 +84,18 @@ def joined(crossings: Sequence[Crossing]) -> Crossing:
     return as_crossing(tuple(torch.cat(each) for each in zip(*rows, strict=True)))
 
 
+def appended(one: Tensor, other: Tensor, fill: float) -> Tensor:
+    """Samples [b, ...] and more of them, as one tensor; where sequences [b, l, ...] differ in length, filled up."""
+    length = max((each.shape[1] for each in (one, other) if each.dim() > 1), default=0)
+    rows = [
+        each
+        if each.dim() == 1 or each.shape[1] == length
+        else torch.cat([each, each.new_full((len(each), length - each.shape[1], *each.shape[2:]), fill)], 1)
+        for each in (one, other)
+    ]
+    return torch.cat(rows)
+
+
 def divided(crossing: Crossing, sizes: Sequence[int]) -> list[Crossing]:
     """The inverse of `joined`: of ``sizes`` samples each."""
     pieces: list[tuple[Tensor, ...]] = [torch.split(each, [*sizes]) for each in tensors(crossing)]

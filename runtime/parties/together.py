@@ -263,6 +263,8 @@ class TogetherContext(ClientContext):
     def _filled_up(self, steps: Sequence[Drawn]) -> tuple[PerClient, PerClient]:
         """The batches of these steps, of up to b samples, as x [b, C, H, W] and y [b, ...] of each client."""
         source, most = self.data.source, max(self.sizes)
+        if len({source.places(step.samples) / len(step.samples) for step in steps}) > 1:
+            raise ApartError("clients' texts differ in length")
         (x,) = images(source, steps)
         y = moved(source.targets[torch.cat([step.samples for step in steps])], x.device)
         if len(y) < most * len(steps):

@@ -178,6 +178,13 @@ class Setup:
             return self.algorithm.steps(config.algorithm, client, self.population, sizes)
         return [*sizes]
 
+    def places(self, client: int, round: int) -> list[int]:
+        """Places in each batch of a round of the client: of images as many as samples, of texts tokens, padding too."""
+        if not self.dataset.info.length:
+            return self.steps(client)
+        generator = rng.torch_generator(self.config.seed, round=round, client=client, stream="batches")
+        return [self.dataset.train.places(step.samples) for step in self.data(client).steps(generator)]
+
     def report_idle(self) -> None:
         """Log how many clients have no batch to train on, if any."""
         idle = self.partition.sizes[~self._able]

@@ -30,6 +30,7 @@ APART = {
     "mhmd": "__getitem__: vmap",
     "sl": None,
     "sl_single_server": WAITS,
+    "sl_u_shape": WAITS,
 }
 TOGETHER = (
     *(

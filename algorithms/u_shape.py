@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow, Server
 from cutlayer.models.cutting import Crossing
@@ -84,7 +86,7 @@ class UShape(Algorithm):
             output = require_gradients(crossed((yield ask("smashed", z=z)), "output"))
             loss = ctx.loss(tail(output), y)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             reply = yield ask("gradient", grad=gradients(output))
             optimizer.update(z, crossed(reply, "grad"), reset=False)
             ctx.log("loss", loss)

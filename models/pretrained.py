@@ -70,8 +70,7 @@ def _check_size(config: Any, info: DatasetInfo, base: Any) -> None:
         raise ConfigError(key, base, expected)
     positions = next((getattr(config, each) for each in _POSITIONS if getattr(config, each, None)), None)
     if positions is not None and positions < info.length:
-        key = "dataset.length"
-        raise ConfigError(key, info.length, f"at most {positions}, the positions of the model")
+        raise ConfigError("dataset.options.length", info.length, f"at most {positions}, the positions of the model")
 
 
 @lru_cache(maxsize=2)

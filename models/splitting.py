@@ -106,13 +106,35 @@ def _is_between_children(model: nn.Module, *chosen: str) -> bool:
     return isinstance(model, nn.Sequential) and children_of(model).keys() >= {*chosen}
 
 
-def _split_anywhere(model: nn.Module, chosen: Sequence[str], shape: Sequence[int], compare: bool) -> list[Part]:
+def blocks_behind(model: nn.Module, cut: str, shape: Sequence[int]) -> list[str]:
+    """The modules behind `cut` that are of its kind, in the order in which they run: the blocks of a transformer."""
+    kind, order = type(model.get_submodule(cut)), candidates(model, shape)
+    after = order[order.index(cut) + 1 :] if cut in order else []
+    return [name for name in after if type(model.get_submodule(name)) is kind]
+
+
+def without_blocks(model: nn.Module, cut: str, kept: Sequence[str], shape: Sequence[int]) -> nn.Module:
+    """What is behind `cut` with only the first of the `blocks_behind` it, those that are `kept`: at least one.
+
+    It is made of the model's own tensors. Where several values cross, a cut there is a `ConfigError`.
+    """
+    last = blocks_behind(model, cut, shape)[-1]
+    if kept[-1] == last:
+        return split(model, cut, shape, compare=False)[1]
+    parts = _split_anywhere(model, [cut, kept[-1], last], shape, compare=False, bare=True)
+    return nn.Sequential(OrderedDict(body=parts[1], tail=parts[3]))
+
+
+def _split_anywhere(
+    model: nn.Module, chosen: Sequence[str], shape: Sequence[int], compare: bool, *, bare: bool = False
+) -> list[Part]:
+    """The parts at the cuts; `bare` says that some may have no weights that learn."""
     try:
         parts = split_module(model, chosen, _samples(model, _examples(shape)), check=compare)
     except CutError as error:
         expected = f"a module that the model can be cut after; {error.why}"
         raise ConfigError("model.cut", error.cut, expected, _outermost(model, shape)) from error
-    if not all(any(True for _ in part.parameters()) for part in parts):
+    if not bare and not all(any(True for _ in part.parameters()) for part in parts):
         given = chosen[0] if len(chosen) == 1 else [*chosen]
         expected = "a cut that leaves weights to each part"
         raise ConfigError("model.cut", given, expected, _outermost(model, shape))

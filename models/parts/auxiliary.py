@@ -22,7 +22,15 @@ from cutlayer.models.config import ModelConfig
 from cutlayer.models.layers import FeatureMean
 from cutlayer.models.part_registry import WHOLE, Making, PartConfig, part
 from cutlayer.models.shapes import sample, trace
-from cutlayer.models.splitting import candidates, children_of, classifier, split, split_in_three
+from cutlayer.models.splitting import (
+    blocks_behind,
+    candidates,
+    children_of,
+    classifier,
+    split,
+    split_in_three,
+    without_blocks,
+)
 from cutlayer.models.vit import ClassToken
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.tasks import task_of
@@ -78,6 +86,8 @@ def build_auxiliary(config: ModelConfig, info: DatasetInfo, model: nn.Module) ->
     - a module of the server part: all up to and with this one.
     - `full`: the server part's architecture, whole.
 
+    Of a language model of another library it is the server part itself with fewer blocks, of its base's weights.
+
     For ResNet-18 cut after layer2 these are the four of FSL-SAGE (Nair et al. 2025): nothing, one block of layer3,
     layer3, everything. A model that is no `nn.Sequential` names no blocks: `half` and `default` are `linear` there, and
     the pool is the mean over pixels or tokens. Weights come from torch's global generator; `model` is neither changed
@@ -86,8 +96,10 @@ def build_auxiliary(config: ModelConfig, info: DatasetInfo, model: nn.Module) ->
     Raises:
         ConfigError: several values cross the cut or the end, or the server part has no such module.
     """
-    client, _ = split(model, config.cut_after, info.shape)
     size = config.part("auxiliary", AuxiliaryConfig).size
+    if task_of(info).sequential and not isinstance(model, nn.Sequential):
+        return _of_blocks(config, info, size)
+    client, _ = split(model, config.cut_after, info.shape)
     parameter = next(client.parameters())
     # Two images: BatchNorm in training mode refuses one value a channel.
     z = trace(client, sample(info.shape, 2, dtype=parameter.dtype, device="meta"))
@@ -107,6 +119,28 @@ def build_auxiliary(config: ModelConfig, info: DatasetInfo, model: nn.Module) ->
     head, z = _head(whole, end or config.cut_after, z, bare=end is None, places=task_of(info).sequential)
     last = list(children_of(whole))[-1] if isinstance(whole, nn.Sequential) else "classifier"
     return nn.Sequential(OrderedDict([*body, *head, (last, nn.Linear(z.shape[-1], info.outputs))]))
+
+
+def _of_blocks(config: ModelConfig, info: DatasetInfo, size: str) -> nn.Module:
+    """The server part of a language model with fewer blocks: those of the base, and its own head.
+
+    As many blocks as come nearest to the size's share of them, or up to the one that it names, but at least one, as
+    without adapters or other weights there would be nothing to align.
+    """
+    model, cut = fresh(config, info), config.cut_after
+    behind = blocks_behind(model, cut, info.shape)
+    if size == "full":
+        return split(model, cut, info.shape)[1]
+    if not behind:
+        raise ConfigError(
+            "model.cut", cut, "a block of the model with others behind it, for an auxiliary model of these"
+        )
+    if size not in (*_SHARES, *behind):
+        raise ConfigError(
+            _KEY, size, "a size of auxiliary model, or the block that ends it", (*_SHARES, "full", *behind)
+        )
+    count = behind.index(size) + 1 if size in behind else max(1, round(_SHARES[size] * len(behind)))
+    return without_blocks(model, cut, behind[:count], info.shape)
 
 
 def _end(size: str, model: nn.Module, cut: str, info: DatasetInfo) -> str | None:

@@ -55,8 +55,9 @@ class DatasetConfig:
             clients are groups (natural). With `only`, what is tested
             is each client's model (of most methods the global one) on its own share alone, and the accuracy is the
             mean over clients.
-        storage: `device` holds all images as uint8 on the device, `stream` reads them when needed, `auto` chooses
-            `device` up to 2 GiB of decoded images. Training pictures that random boxes are cut out of are always read.
+        storage: `device` holds all images as uint8, and tokens of text, on the device, `stream` reads them when needed,
+            `auto` chooses `device` up to 2 GiB of decoded images or tokens. Training pictures that random boxes are cut
+            out of are always read.
         workers: threads that read and decode images; 0 reads them in the caller's thread.
         options: the dataset's own options.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from cutlayer.datasets.registry import RawDataset, ReadContext, register
 from cutlayer.datasets.splitting import fixed_test
 from cutlayer.datasets.tokenizer import BYTES, Tokenizer, find_tokenizer
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ _FIELDS = {
     "family": "family friendly",
     "near": "near",
 }
-_ATTRIBUTE = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]\s*(?:,|$)")
 
 
 @dataclass(frozen=True)
@@ -151,14 +150,20 @@ def _published(file: Path) -> Iterator[tuple[int, dict[str, str], str]]:
     """Rows with columns mr, such as `name[Aromi], area[riverside]`, and ref: line, attributes, sentence."""
     with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
         rows = csv.DictReader(lines)
-        if not {"mr", "ref"} <= {*(rows.fieldnames or ())}:
-            raise ConfigError("dataset.root", file, f"a table with columns mr and ref; it has {rows.fieldnames}")
-        for row in rows:
-            found: list[tuple[str, str]] = _ATTRIBUTE.findall(row["mr"] or "")
-            meaning: dict[str, str] = {}
-            for name, value in found:
-                meaning[_SPELLED.get(name.strip(), name.strip())] = value.strip()
-            yield rows.line_num, meaning, (row["ref"] or "").strip()
+        try:
+            if not {"mr", "ref"} <= {*(rows.fieldnames or ())}:
+                has = printable(", ".join(rows.fieldnames or ())[:80])
+                raise ConfigError("dataset.root", file, f"a table with columns mr and ref; it has {has or 'none'}")
+            for row in rows:
+                meaning: dict[str, str] = {}
+                for attribute in (row["mr"] or "").split("]"):
+                    name, mark, value = attribute.strip(" ,").partition("[")
+                    if mark:
+                        meaning[_SPELLED.get(name.strip(), name.strip())] = value.strip()
+                yield rows.line_num, meaning, (row["ref"] or "").strip()
+        except csv.Error as error:
+            expected = f"a table with commas; line {rows.line_num} is none ({error})"
+            raise ConfigError("dataset.root", file, expected) from None
 
 
 def _by_length(train: Examples, test: Examples) -> tuple[Examples, Examples]:

@@ -32,7 +32,7 @@ def facts(config: DatasetConfig, raw: RawDataset) -> dict[str, Any]:
         "class_names": [str(name) for name in raw.class_names],
     }
     if raw.tokenizer is not None:
-        found["tokenizer"] = f"{raw.tokenizer.name}, {raw.tokenizer.hash}"
+        found["tokenizer"] = f"{raw.tokenizer.size} tokens, {raw.tokenizer.hash}"
     for split, data in zip(SPLITS, (raw.train, raw.test), strict=True):
         found |= {f"{split} {name}": value for name, value in _of_split(data, len(raw.class_names)).items()}
     return found

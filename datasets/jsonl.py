@@ -18,6 +18,7 @@ from cutlayer.datasets.splitting import fixed_test
 from cutlayer.datasets.token_cache import examples_of
 from cutlayer.datasets.tokenizer import BYTES, find_tokenizer
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.ground.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,9 @@ class _Line:
     def _value(self, option: str) -> Any:
         field = getattr(self.options, option)
         if field not in self.values:
-            raise self.refused(option, f"a field of each line; it has {', '.join(self.values)[:80] or 'none'}")
+            raise self.refused(
+                option, f"a field of each line; it has {printable(', '.join(self.values)[:80]) or 'none'}"
+            )
         return self.values[field]
 
     def refused(self, option: str, expected: str) -> ConfigError:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 # Smaller files are made tokens each time, in memory.
 CACHED_BYTES = 32 << 20
-FOLDER = "tokens"
+_FOLDER = "tokens"
 _FORMAT = "1"
 
 
@@ -41,7 +41,7 @@ def examples_of(file: Path, rows: Callable[[], Iterable[Example]], how: str, tok
     if file.stat().st_size <= CACHED_BYTES:
         return read_examples(rows(), tokenizer)
     name = _digest(file, how, tokenizer)
-    tokens, index = (file.parent / FOLDER / f"{name}.{suffix}" for suffix in ("tokens", "npz"))
+    tokens, index = (file.parent / _FOLDER / f"{name}.{suffix}" for suffix in ("tokens", "npz"))
     found = _open(tokens, index, tokenizer)
     if found is None:
         log.info("%s is made tokens, which are kept in %s", file, tokens.parent)

@@ -15,7 +15,9 @@ def natural(request: Request) -> np.ndarray:
     those with at least `min_samples`, and leaves the others out.
     """
     if request.groups is None:
-        expected = "a dataset with natural groups, such as femnist, or image_folder with dataset.options.group"
+        expected = (
+            "a dataset with natural groups, such as femnist, shakespeare, or image_folder with dataset.options.group"
+        )
         raise ConfigError("dataset.distribution", "natural", expected)
     _, group = np.unique(request.groups, return_inverse=True)
     sizes = np.bincount(group)

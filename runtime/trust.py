@@ -138,6 +138,7 @@ RULES: Mapping[str, Rule] = {
     "dataset.options.test": Rule(text=FOLDER_PATTERN),
     "dataset.options.group": Rule(1024, GROUP),
     "dataset.options.classes": Rule(65_536, NAME_PATTERN, 65_536),
+    **{f"dataset.options.{key}": Rule(text=NAME_PATTERN, length=1000) for key in ("plays", "roles")},
     **{f"dataset.options.{key}": Rule(1024) for key in ("size", "resize", "height", "width", "channels")},
     "dataset.options.n_train": _MANY,
     "dataset.options.n_test": _MANY,

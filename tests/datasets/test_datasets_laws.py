@@ -384,8 +384,8 @@ def iid(samples: int, clients: int, least: int = 1) -> Partition:
         (lambda: iid(11, 3, 4), "dataset.min_samples=4: expected at most 3: 11 samples, 3 clients"),
         (
             lambda: natural(None, 2),
-            "dataset.distribution=natural: expected a dataset with natural groups, such as femnist, or image_folder "
-            "with dataset.options.group",
+            "dataset.distribution=natural: expected a dataset with natural groups, such as femnist, shakespeare, or "
+            "image_folder with dataset.options.group",
         ),
         (lambda: natural([1, 1, 2, 2], 3), "num_clients=3: expected at most 2, the natural groups"),
         (

@@ -56,6 +56,7 @@ def test_all_datasets_are_registered() -> None:
     assert set(names()) == {
         "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "femnist", "ham10000", "tinyimagenet",
         "imagenet", "image_folder", "synthetic", "shakespeare", "e2e", "jsonl",
+        "digit_facts",
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cutlayer.datasets import Dataset, DatasetConfig, load, partition
+from cutlayer.datasets import Dataset, DatasetConfig, load, partition, partition_by_group
 from cutlayer.datasets.facts import changed
 from cutlayer.datasets.shakespeare import _plays  # pyright: ignore[reportPrivateUsage]
 from cutlayer.datasets.text_source import TextSource
@@ -147,6 +147,10 @@ def test_clients_are_roles_and_together_have_all_of_the_text() -> None:
     parts = partition(data.train.labels, 40, config, seed=0, groups=data.groups)
     assert data.groups is not None
     assert all(len(np.unique(data.groups[parts.indices(client).numpy()])) == 1 for client in range(40))
+    assert data.test.groups is not None
+    tested = partition_by_group(parts, data.groups, data.test.groups)
+    assert tested.sizes.min() >= 1, "each has text of its own to be tested on"
+    assert tested.sizes.sum() == len(data.test)
     predicted = 0
     for client in range(40):
         predicted += sum(int((y != -100).sum()) for _, y in data.train.batches(parts.indices(client), batch_size=5))

@@ -213,3 +213,14 @@ def test_texts_are_not_images() -> None:
         source.take(torch.tensor([0]), [{"mirrored": torch.tensor([True])}])
     with pytest.raises(ValueError, match="need a generator"):
         next(source.batches(torch.tensor([0]), batch_size=1, shuffle=True))
+
+
+def test_tokens_that_are_on_a_device_are_read_the_same() -> None:
+    tokens = np.arange(300, dtype=np.uint16)
+    places = torch.tensor([[0, 299, 7], [1, 1, 2]])
+    store = TokenStore(tokens, CPU, resident=True)
+    expected = store.read(places)
+    assert torch.equal(expected, places)
+    store._tokens = torch.from_numpy(tokens.astype(np.int32))  # pyright: ignore[reportPrivateUsage]  as on a GPU
+    assert torch.equal(store.read(places), expected)
+    assert store.read(places).dtype == torch.int64

@@ -1,16 +1,20 @@
 """Tokenizers: bytes, and one of Hugging Face that is made here, from its files."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cutlayer.datasets import DatasetConfig, load
 from cutlayer.datasets.tokenizer import ByteTokenizer, find_tokenizer
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.network.agreement import compare_data, data_facts
 
 TEXTS = ["the cat sat on the mat", "a cat can't sit on £ 20 notes", "  two  spaces\nand a line"] * 5
 
@@ -54,6 +58,7 @@ def test_a_folder_s_tokens_are_those_of_its_tokenizer(tmp_path: Path) -> None:
         assert found.decode([*found.encode(text), found.end]) == text
     assert found.encode_all(TEXTS) == [made.encode(text).ids for text in TEXTS]
     assert found.encode_all([]) == []
+    assert pickle.loads(pickle.dumps(found)).encode(TEXTS[0]) == found.encode(TEXTS[0]), "as workers get it"
 
 
 def test_the_hash_is_of_what_the_tokenizer_does(tmp_path: Path) -> None:
@@ -84,6 +89,7 @@ def test_bytes_need_no_package_and_others_name_it() -> None:
     program = """
 import sys
 sys.modules["transformers"] = None
+from cutlayer.datasets import DatasetConfig, load
 from cutlayer.datasets.tokenizer import find_tokenizer
 print(find_tokenizer("bytes").size)
 try:
@@ -96,3 +102,20 @@ except ValueError as error:
     assert size == "257"
     assert "dataset.options.tokenizer=gpt2" in line
     assert "huggingface" in line
+
+
+def test_parties_with_other_tokenizers_do_not_work_together(tmp_path: Path) -> None:
+    """Also where each has data of its own, of which neither knows the other's."""
+    for name, merges in (("one", 320), ("same", 320), ("other", 262)):
+        save_tokenizer(tmp_path / name, merges=merges)
+
+    def facts(tokenizer: str) -> dict[str, Any]:
+        config = DatasetConfig("shakespeare", options={"tokenizer": tokenizer, "plays": ["Macbeth"], "length": 16})
+        data = load(config, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+        assert data.info.outputs == find_tokenizer(tokenizer).size
+        return data_facts(data, divided=False)
+
+    one, same, other = (facts(str(tmp_path / name)) for name in ("one", "same", "other"))
+    assert compare_data(one, same) is None, "wherever it lies"
+    assert "the client's data have tokenizer" in str(compare_data(one, other))
+    assert "the client's data have tokenizer" in str(compare_data(one, facts("bytes")))

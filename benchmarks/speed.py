@@ -173,10 +173,10 @@ def small(options: argparse.Namespace, sizes: Sizes, more: Sequence[str]) -> str
     return f"{1e3 * ours:.1f} ms a round, bare {1e3 * theirs:.1f}, {ratio}"
 
 
-def alignment(options: argparse.Namespace, sizes: Sizes) -> str:
+def alignment(options: argparse.Namespace, sizes: Sizes, more: Sequence[str]) -> str:
     """FSL-SAGE's alignment: what a client's takes, by rounds with and without its passes over the buffer."""
-    arrange(options, "fp32")
-    setting = ["algorithm=fsl_sage", f"model={sizes.model}", "num_clients=2", f"batch_size={sizes.batch}"]
+    arrange(options, "fp32", more)
+    setting = ["algorithm=fsl_sage", f"model={sizes.model}", "num_clients=2", f"batch_size={sizes.batch}", *more]
     setting += [*images(2 * 5 * sizes.batch), *keys_of_machine(options, "fp32"), "algorithm.align_interval=1"]
     seconds: list[float] = []
     for epochs in (sizes.align_epochs, 1):
@@ -259,7 +259,8 @@ def speed(options: argparse.Namespace, show: Show, sizes: Sizes | None = None) -
         for way, more in variants(options.quick):
             title, of = f"{sizes.model}, batch {sizes.batch}, {precision}, {way}", peaks.get(precision, float("nan"))
             watch.part(title, lambda p=precision, m=more, of=of: resnet(options, sizes, p, m, of))
-    watch.part("FSL-SAGE's alignment", lambda: alignment(options, sizes))
+    for way, more in (("eager", ()), ("compile", FAST[1:])):
+        watch.part(f"FSL-SAGE's alignment, {way}", lambda m=more: alignment(options, sizes, m))
     watch.part("MocoSFL", lambda: moco(options, sizes))
     for precision in ("bf16",) if options.quick else ("bf16", "tf32"):
         for name in PAPER:

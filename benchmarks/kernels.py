@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,12 +70,9 @@ def stepping(model: nn.Module, case: Case, way: Way) -> Callable[[], None]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.batch, case.channels, case.side, case.side, generator=generator)
     y = torch.randint(10, (case.batch,), generator=generator)
-    own = copy.deepcopy(model)
+    own: Any = copy.deepcopy(model)
     if way.memory_format != torch.preserve_format:
-        x = x.contiguous(memory_format=way.memory_format)
-        for module in own.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.data = module.weight.data.contiguous(memory_format=way.memory_format)
+        x, own = x.contiguous(memory_format=way.memory_format), own.to(memory_format=way.memory_format)
     optimizer = getattr(torch.optim, way.optimizer)(own.parameters(), lr=1e-3, **dict(way.options))
 
     def turn() -> None:

@@ -132,7 +132,8 @@ def recordable(optimizers: Sequence[torch.optim.Optimizer]) -> Generator[None]:
     Afterwards parameters hold the gradients that they held, and optimizers keep what they kept.
 
     Raises:
-        RuntimeError: a step puts other tensors in the place of those that an optimizer keeps, or hooks look on.
+        RuntimeError: a step puts other tensors in the place of those that an optimizer keeps; what it keeps is not
+            where its parameters are, so that a replay would not change it; or hooks look on.
     """
     held = [(parameter, parameter.grad) for each in optimizers for parameter in parameters_of(each)]
     states = [StateInPlace(each) for each in optimizers]
@@ -140,6 +141,9 @@ def recordable(optimizers: Sequence[torch.optim.Optimizer]) -> Generator[None]:
     fused = [g for each in optimizers for g in each.param_groups if g.get("fused") and g.get("capturable") is False]
     if any(each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks for each in optimizers):  # pyright: ignore[reportPrivateUsage]  there is no other way to know
         raise RuntimeError("an optimizer has hooks")
+    for each in optimizers:
+        if {kept.device for kept in _tensors(each)} - {parameter.device for parameter in parameters_of(each)}:
+            raise RuntimeError("an optimizer keeps tensors elsewhere than its parameters are")
     try:
         for group in fused:
             group["capturable"] = True

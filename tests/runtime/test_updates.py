@@ -134,6 +134,30 @@ def test_a_state_that_is_made_anew_is_not_recorded(caplog: Any) -> None:
     assert "made anew in each step" in caplog.text
 
 
+def test_what_an_optimizer_keeps_elsewhere_is_not_recorded(caplog: Any) -> None:
+    """As Adagrad does on a GPU: the numbers of its steps are on the processor, and no recording counts them."""
+
+    class Elsewhere(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for parameter in self.param_groups[0]["params"]:
+                self.state[parameter].setdefault("steps", torch.zeros((), device="meta"))
+            return super().step(closure)
+
+    pair = Pair()
+    optimizers = pair.optimizers(Elsewhere)
+    for side, optimizer in zip(pair.sides, optimizers, strict=True):
+        for seed in range(6):
+            descend(optimizer, *side, seed)
+    _equal(*(side[0].state_dict() for side in pair.sides))
+    assert "keeps tensors elsewhere" in caplog.text
+    batches = {part: aligned(part, 1) for side in pair.sides for part in side}
+    other = PartOptimizer([optimizers[1].of(0)], pair.recorder)
+    Stream.recorded = 0
+    for _ in range(5):
+        other.step(batches[pair.others[0]].differentiate)
+    assert Stream.recorded == 0
+
+
 @pytest.mark.parametrize("name", ["momentum", "adam, fused"])
 def test_rates_and_states_that_change(name: str) -> None:
     pair, (kind, options) = Pair(), OPTIMIZERS[name]

@@ -39,6 +39,7 @@ from benchmarks import (
 )
 from cutlayer.runtime.parties.graphs import PassRecorder
 from cutlayer.runtime.parties.optim import PartOptimizer
+from tests.runtime.stand_ins import TapeStream
 
 DECIMAL = r"\d+\.\d+"
 
@@ -337,11 +338,23 @@ def test_speed_is_measured_part_by_part(monkeypatch: pytest.MonkeyPatch, capsys:
     assert len(held.train) == speed.TINY.images
 
 
+def test_a_whole_step_of_a_bare_loop_is_timed_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = argparse.Namespace(device="cpu", set=[])
+    assert speed.whole_step(options, speed.TINY, "fp32", ()) == "no graphs on this device"
+    monkeypatch.setitem(speed.STREAMS, "cpu", TapeStream)
+    monkeypatch.setattr(TapeStream, "replayed", 0)
+    assert re.fullmatch(rf"{DECIMAL} ms a step", speed.whole_step(options, speed.TINY, "fp32", speed.FAST[:1]))
+    assert TapeStream.replayed == speed.TINY.steps
+
+
 def test_speed_ends_when_its_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["speed", "--seconds", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.endswith("no time left") for line in lines[1:])
-    assert len(lines) == 1 + len(speed.PRECISIONS) + 5 * (1 + len(speed.PRECISIONS)) + 5 + 2 * len(speed.PAPER)
+    by_precision = 1 + 5 + 1  # the peak, the ways to compute, a step as one graph
+    assert len(lines) == 1 + by_precision * len(speed.PRECISIONS) + 5 + 5 + 2 * len(speed.PAPER)
+        speed.PRECISIONS
+    ) + 5 + 2 * len(speed.PAPER)
 
 
 @pytest.fixture

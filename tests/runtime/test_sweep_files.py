@@ -23,6 +23,7 @@ from cutlayer.runtime.ground import process
 from cutlayer.runtime.ground.process import SMALL_MODEL
 from cutlayer.runtime.launching import hydra_support
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
+from cutlayer.runtime.launching.sweeps import supervise
 from cutlayer.runtime.launching.sweeps.display import Display, outcome, shared_overrides, show_table, tally
 from cutlayer.runtime.launching.sweeps.slots import VISIBLE, Gpu, gpu_slot
 from cutlayer.runtime.launching.sweeps.supervise import start_job, threads_of
@@ -216,6 +217,30 @@ def start_loading(folder: str) -> None:
     process = start_job(JobFolder(Path(folder)), load)
     process.join(120)
     assert process.exitcode == 0
+
+
+class Ended:
+    """A job's process that has ended."""
+
+    def __init__(self, exitcode: int) -> None:
+        self.exitcode = exitcode
+
+    def join(self) -> None: ...
+
+
+@pytest.mark.parametrize(("status", "waits"), [(-9, True), (255, True), (-11, False), (1, False)])
+def test_a_job_killed_together_with_its_worker_is_not_a_failed_job(
+    tmp_path: Path, status: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """joblib kills a worker's job before the worker, which may not call the job killed in between."""
+    job = job_folder(tmp_path, 0, state="running")
+    meanwhile: list[str] = []
+    monkeypatch.setattr(supervise.time, "sleep", lambda _: meanwhile.append(job.read().state))
+    monkeypatch.setattr(supervise, "_end_with_launcher", lambda: None)
+    monkeypatch.setattr(supervise, "start_job", lambda *_: Ended(status))
+    supervise._attend(job)
+    assert meanwhile == ["running"] * waits
+    assert job.read().state == "killed"
 
 
 @pytest.mark.parametrize(

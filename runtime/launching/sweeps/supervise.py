@@ -27,6 +27,9 @@ from cutlayer.runtime.launching.sweeps.sweep import JOB_OUTPUT, PATIENT, JobFold
 LAUNCHER, TRACEBACKS = "CUTLAYER_LAUNCHER", "CUTLAYER_TRACEBACKS"
 _POLL_S = 1.0
 _GRACE_S = 30.0
+# When a worker of joblib's dies, joblib kills each of the others after the processes that it started: its job first.
+_AFTER_ITS_JOB_S = 5.0
+_SERVER_GONE = 255  # what multiprocessing says of a process whose server of forks ended before it
 
 
 def supervise(composed: DictConfig, plain_values: Callable[[DictConfig], dict[str, Any]]) -> float | None:
@@ -81,6 +84,8 @@ def _attend(job: JobFolder) -> None:
     try:
         process = start_job(job, enter)
         process.join()
+        if process.exitcode in (-signal.SIGKILL, _SERVER_GONE):
+            time.sleep(_AFTER_ITS_JOB_S)  # killed itself now, this one leaves the job unfinished: it is run again
     except BaseException:  # an interrupt, or submitit's SystemExit when Slurm takes the task away and queues it again
         if process is not None:  # else it ends with this one
             _stop(process)

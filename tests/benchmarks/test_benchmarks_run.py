@@ -353,8 +353,6 @@ def test_speed_ends_when_its_time_is_over(capsys: pytest.CaptureFixture[str]) ->
     assert all(line.endswith("no time left") for line in lines[1:])
     by_precision = 1 + 5 + 1  # the peak, the ways to compute, a step as one graph
     assert len(lines) == 1 + by_precision * len(speed.PRECISIONS) + 5 + 5 + 2 * len(speed.PAPER)
-        speed.PRECISIONS
-    ) + 5 + 2 * len(speed.PAPER)
 
 
 @pytest.fixture

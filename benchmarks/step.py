@@ -29,6 +29,8 @@ from cutlayer.runtime.rounds.setup import Setup
 
 T = TypeVar("T")
 SYNTHETIC = ("dataset=synthetic", "dataset.options.n_train=20", "dataset.options.n_test=10")
+MODELS = {"resnet18": ("model.options.width=2",), "cnn2": ()}
+"""By name, with keys that leave the parameters' number and little of their size."""
 
 
 class Idle:
@@ -95,8 +97,7 @@ def question(times: int, repeats: int) -> dict[str, Spread]:
 
 def recorded(model: str, times: int, repeats: int) -> dict[str, Spread]:
     """Steps whose passes are recorded, with an optimizer that steps by itself and with one that is recorded too."""
-    keys = [f"model={model}", *(["model.options.width=2"] if model == "resnet18" else [])]
-    setup = Setup(load_config([*SYNTHETIC, "algorithm=fed_avg", *keys]))
+    setup = Setup(load_config([*SYNTHETIC, "algorithm=fed_avg", f"model={model}", *MODELS[model]]))
     recorder = PassRecorder(Idle)
     x, y = torch.randn(2, *setup.dataset.info.shape), torch.zeros(2, dtype=torch.int64)
 
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--times", type=int, default=200, help="of each piece of work in a turn (default: 200)")
     parser.add_argument("--repeats", type=int, default=11, help="turns (default: 11)")
-    parser.add_argument("--model", nargs="+", default=["resnet18", "cnn2"], help="default: resnet18 cnn2")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=[*MODELS], help="default: both")
     machine_options(parser)
     options = parser.parse_args(arguments)
     show(f"{set_up(options)}; {options.repeats} turns of {options.times}, us of processor time, median (min .. max)")

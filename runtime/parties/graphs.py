@@ -123,6 +123,7 @@ class PassRecorder:
 
     Attributes:
         waits: parts compute by themselves for now, as inside of work that is recorded with them.
+        refused: optimizers whose steps could not be recorded.
     """
 
     def __init__(self, make_stream: Callable[[torch.device], RecordingStream]) -> None:
@@ -130,7 +131,7 @@ class PassRecorder:
         self._made: weakref.WeakSet[Passes] = weakref.WeakSet()
         self._said: set[str] = set()
         self._steps: RecordingStream | None = None
-        self.waits = False
+        self.waits, self.refused = False, set[Hashable]()
 
     def __reduce__(self) -> Any:
         return PassRecorder, (self._make_stream,)  # recordings are of one process

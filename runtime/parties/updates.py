@@ -12,7 +12,7 @@ part, and not for each parameter's gradient and step. What is not certain to giv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class ReplayedSteps:
         self._before: list[Any] = [None] * len(optimizers)
         self._due: list[tuple[int, Any]] = []
         self._closures: dict[Closure, int | _RecordedClosure] = {}
-        self._given_up = False
+        self._given_up = any(_way(optimizer) in recorder.refused for optimizer in optimizers)
 
     def update(self, outputs: Sequence[Tensor], along: Sequence[Tensor | None]) -> bool:
         """A step down outputs, whose parameters hold no gradients; False where nothing has been done.
@@ -126,6 +126,7 @@ class ReplayedSteps:
             try:
                 self._record(optimizer, node.replayed, recording)
             except Exception as error:  # of whatever the optimizer is: then it computes as ever
+                self._recorder.refused.add(_way(optimizer))
                 self._give_up(f"cannot be recorded ({explained(error)})")
 
     def _record(self, optimizer: torch.optim.Optimizer, replayed: ReplayedForward, recording: HeldPasses) -> None:
@@ -257,6 +258,11 @@ def _reached(outputs: Sequence[Tensor]) -> tuple[list[Any], list[Tensor]] | None
         else:
             waiting += [each for each, _ in node.next_functions]
     return (replays, leaves) if replays else None
+
+
+def _way(optimizer: torch.optim.Optimizer) -> Hashable:
+    """An optimizer's kind, and how it takes its steps."""
+    return type(optimizer), *(optimizer.param_groups[0].get(way) for way in ("fused", "foreach", "capturable"))
 
 
 def _same(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -406,7 +406,7 @@ APART = {"scaffold", "per_fed_avg", "fed_prox", "fl_moco", "mhmd", "moco_sfl"}
 )
 def test_methods_come_to_the_same(configure, monkeypatch: pytest.MonkeyPatch, name: str, optimizer: str) -> None:
     setting = (f"algorithm={name}", *quick(name), *CONVOLUTIONS, "batch_size=20", "num_clients=2", "rounds=3")
-    setting += ("dataset.fraction=0.4", *f"optimizer={optimizer}".split(), "lr=0.01", "+optimizer.fused=true")
+    setting += ("dataset.fraction=0.25", *f"optimizer={optimizer}".split(), "lr=0.01", "+optimizer.fused=true")
     plain = play(Federation(configure(*setting)))
     monkeypatch.setitem(recording.STREAMS, "cpu", TapeStream)
     for count in ("recorded", "replayed", "passes"):

@@ -46,7 +46,8 @@ def caption_tokens(text: str) -> list[str]:
     for entity, sign in _ENTITIES:
         text = text.replace(entity, sign)
     found: list[str] = []
-    for token in _TOKEN.findall(text):
+    for match in _TOKEN.finditer(text):
+        token = match[0]
         half = _HALVES.get(token, 0)
         found += [token[:half], token[half:]] if half else [_SIGNS.get(token, token)]
     return [token for token in found if token not in _PUNCTUATION]

@@ -2,7 +2,7 @@
 
 python -m tests.text_metrics.submissions E2E_DATASET E2E_EVAL [system ...]
 
-E2E_DATASET is github.com/tuetschek/e2e-dataset, E2E_EVAL is github.com/tuetschek/e2e-eval. Systems are the primary ones.
+E2E_DATASET is github.com/tuetschek/e2e-dataset, E2E_EVAL github.com/tuetschek/e2e-eval, of which the primary systems.
 """
 
 import csv

@@ -7,7 +7,6 @@ which every client fine-tunes the model and is tested, with what it writes. Each
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,11 +20,13 @@ import torch
 
 from benchmarks.measure import Spread, machine_options, set_up, timed
 from cutlayer.runtime.after.personalize import Personalized, personalize
+from cutlayer.runtime.ground import forking
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.rounds.local_clients import LocalClients
 from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
+from cutlayer.runtime.workers import processes
 from cutlayer.runtime.workers.clients import WorkerClients
 
 CASES = {
@@ -100,14 +101,14 @@ def _bare(case: str, options: argparse.Namespace, ready: Barrier, seconds: Queue
 
 def ceiling(case: str, count: int, options: argparse.Namespace) -> float:
     """How many times the rounds of one run ``count`` runs that have nothing in common give on this machine at once."""
-    context, took = multiprocessing.get_context("spawn"), dict[int, float]()
+    context, took = forking.server(processes.__name__), dict[int, float]()
     for runs in (1, count):
         ready, seconds = context.Barrier(runs), context.Queue()
-        processes = [context.Process(target=_bare, args=(case, options, ready, seconds)) for _ in range(runs)]
-        for process in processes:
+        started = [context.Process(target=_bare, args=(case, options, ready, seconds)) for _ in range(runs)]
+        for process in started:
             process.start()
-        took[runs] = max(seconds.get() for _ in processes)
-        for process in processes:
+        took[runs] = max(seconds.get() for _ in started)
+        for process in started:
             process.join()
     return count * took[1] / took[count]
 

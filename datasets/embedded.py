@@ -2,6 +2,7 @@
 
 import base64
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def digits(_: ReadContext) -> RawDataset:
     )
 
 
+@cache
 def _digits() -> np.ndarray:
     """Grey levels 0..16 of 64 pixels and the label [1797, 65], from scikit-learn's file where it is as we know it."""
     package = find_spec("sklearn")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cutlayer.models.adapting import fresh, unadapted
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.registry import find
+from cutlayer.models.shapes import QuickShapes
 from cutlayer.models.sources import error_line
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
@@ -93,7 +94,7 @@ def _check_logits(config: ModelConfig, model: nn.Module, info: DatasetInfo) -> N
     for count, mode in ((2, "training"), (1, "evaluation")):
         x = torch.zeros(count, *info.shape, dtype=parameter.dtype, device=parameter.device)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), QuickShapes():
                 output: object = model.train(mode == "training")(x)
         except Exception as error:
             shape = "x".join(map(str, info.shape))

@@ -4,9 +4,12 @@ Only of the project's own `hydra_config`, which no test changes. `tests/test_com
 """
 
 import copy
+import hashlib
+import os
 import pickle
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import omegaconf._utils
@@ -21,6 +24,36 @@ from hydra.core.override_parser.types import Override
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
 
 OWN = str(CONFIG_DIR)
+
+
+class Known:
+    """What was made before for a key, as bytes, so that each caller has a copy of its own.
+
+    Attributes:
+        folder: where test processes that run side by side share it, if there are any.
+    """
+
+    folder: Path | None = None
+
+    def __init__(self, name: str) -> None:
+        self._name, self._here = name, dict[str, bytes]()
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """What is known for the key, or else what `make` gives; None is not kept."""
+        if key not in self._here:
+            file = self.folder and self.folder / hashlib.sha256(f"{self._name} {key}".encode()).hexdigest()
+            if file is None or not file.is_file():
+                found = make()
+                if found is None:
+                    return None
+                self._here[key] = pickle.dumps(found)
+                if file is not None:
+                    mine = file.with_suffix(f".{os.getpid()}")
+                    mine.write_bytes(self._here[key])
+                    mine.replace(file)
+            else:
+                self._here[key] = file.read_bytes()
+        return pickle.loads(self._here[key])
 
 
 def quick_composition() -> Callable[[], None]:
@@ -46,18 +79,17 @@ def _is_own(repo: Any) -> bool:
 
 
 def _defaults(create: Callable[..., DefaultsList]) -> Callable[..., DefaultsList]:
-    known: dict[object, DefaultsList] = {}
+    known = Known("defaults")
 
     def made(repo: Any, config_name: str, overrides_list: Sequence[Override], **more: bool) -> DefaultsList:
+        def make() -> DefaultsList:
+            return create(repo=repo, config_name=config_name, overrides_list=overrides_list, **more)
+
+        if not _is_own(repo):
+            return make()
         given = Overrides(repo=repo, overrides_list=[*overrides_list])
         groups = (given.override_choices, given.append_group_defaults, given.deletions)
-        key = repr((config_name, more, groups))
-        if not _is_own(repo) or key not in known:
-            found = create(repo=repo, config_name=config_name, overrides_list=overrides_list, **more)
-            if not _is_own(repo):
-                return found
-            known[key] = found
-        found = copy.copy(known[key])
+        found = known.get(repr((config_name, more, groups)), make)
         found.config_overrides = given.config_overrides
         return found
 
@@ -65,29 +97,23 @@ def _defaults(create: Callable[..., DefaultsList]) -> Callable[..., DefaultsList
 
 
 def _composed(compose: Callable[..., Any]) -> Callable[..., Any]:
-    known: dict[str, bytes] = {}
+    known = Known("composed")
 
     def made(self: Any, defaults: Sequence[object], repo: Any) -> Any:
         if not _is_own(repo):
             return compose(self, defaults, repo)
-        key = repr(defaults)
-        if key not in known:
-            known[key] = pickle.dumps(compose(self, defaults, repo))
-        return pickle.loads(known[key])
+        return known.get(repr(defaults), lambda: compose(self, defaults, repo))
 
     return made
 
 
 def _loaded(load: Callable[..., Any]) -> Callable[..., Any]:
-    known: dict[str, bytes] = {}
+    known = Known("loaded")
 
     def made(self: Any, config_path: str) -> Any:
-        found = pickle.loads(known[config_path]) if config_path in known and _is_own(self) else None
-        if found is None:
-            found = load(self, config_path)
-            if found is not None and _is_own(self):
-                known[config_path] = pickle.dumps(found)
-        return found
+        if not _is_own(self):
+            return load(self, config_path)
+        return known.get(config_path, lambda: load(self, config_path))
 
     return made
 

@@ -21,7 +21,9 @@ with quick_imports():
     from cutlayer.runtime.launching.hydra_support import load_config
     from cutlayer.runtime.rounds.federation import Federation
     from cutlayer.runtime.settings import RunConfig
-    from tests.composing import quick_composition
+    from tests.composing import Known, quick_composition
+    from tests.forked import Forks, server
+    from tests.places import ROOT
 
 # How long an example takes says nothing on a shared machine.
 settings.register_profile("house", deadline=None)
@@ -42,13 +44,22 @@ SMALL = (
 )
 
 
-# What starts many processes and waits for them goes first, so that one test process is not left alone with it.
-WAITING = ("test_sweep.py", "test_hosts.py", "test_kill.py", "test_main.py", "test_readme.py")
+# What starts many processes and waits for them goes first, the longest before all others, so that one test process is
+# not left alone with it.
+WAITING = ("test_sweep.py", "test_hosts.py", "test_kill.py", "test_main.py", "test_readme.py", "test_wheel.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in WAITING)
+    items.sort(key=lambda item: WAITING.index(item.path.name) if item.path.name in WAITING else len(WAITING))
     gc.freeze()  # thousands of tests and all that they import stay to the end
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compositions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one test process has composed, those beside it need not compose again."""
+    if hasattr(request.config, "workerinput"):  # else what is above the folder is not this session's
+        Known.folder = tmp_path_factory.getbasetemp().parent / "composed"
+        Known.folder.mkdir(exist_ok=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,6 +73,14 @@ def pictures_of_partitions(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "save_partition", saved)
         yield
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts a program, but no sweeps, without the seconds that each new process loads the libraries."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
+    with server(ROOT, tmp_path_factory.mktemp("forked"), environment) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

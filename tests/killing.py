@@ -1,6 +1,6 @@
 """Runs a small experiment again and again, killed with SIGKILL at each kind of moment, and compares what is left.
 
-Started as a process of its own by test_kill.py: it forks before torch has computed anything.
+Started by test_kill.py in a process that has computed nothing: it forks before torch has computed anything.
 """
 
 import csv

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from cutlayer.runtime.job import choose_folder
 from cutlayer.runtime.launching.hydra_errors import check_flags, explain
 from cutlayer.runtime.launching.hydra_support import load_config, preprocess
 from cutlayer.runtime.run_folder import RunFolder, is_owned, read_status
-from tests.forked import Forks, server
+from tests.forked import Forks
 from tests.places import ROOT, program
 
 SMALL = ["dataset=digits", "model=mlp", "progress=none"]
@@ -44,13 +44,6 @@ def call(save_dir: Path, *arguments: str, **more: str) -> subprocess.CompletedPr
 
 
 Forked = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Starts `main.py`, but no sweeps, without the seconds that each new process loads the libraries."""
-    with server(ROOT, tmp_path_factory.mktemp("forked"), environment()) as made:
-        yield made
 
 
 def given(save_dir: Path, *arguments: str) -> list[str]:

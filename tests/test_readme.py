@@ -31,7 +31,7 @@ from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.text_metrics import TEXT_METRICS
 from tests.forked import Forks, server
-from tests.places import checkout, program
+from tests.places import checkout
 
 ROOT = checkout()
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -162,10 +162,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
 
 
-def test_a_run_prints_what_the_readme_shows_and_its_results_can_be_drawn(tmp_path: Path) -> None:
+def test_a_run_prints_what_the_readme_shows_and_its_results_can_be_drawn(forks: Forks, tmp_path: Path) -> None:
     saves, figures = tmp_path / "saves", tmp_path / "figures"
-    command = [*program("main"), "rounds=2", "num_clients=2", "algorithm.align_epochs=1", f"save_dir={saves}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    done = forks(["rounds=2", "num_clients=2", "algorithm.align_epochs=1", f"save_dir={saves}"])
     assert done.returncode == 0, done.stderr
     (shown,) = [block for block in blocks(ROOT / "README.md", "text") if "final accuracy" in block]
     labels = re.findall(r"^\| +(\w[\w: ]*?) +\|", shown, re.MULTILINE)

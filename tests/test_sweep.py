@@ -30,6 +30,7 @@ SETTING = (
 )
 SWEEP = ("algorithm=fed_avg,cse_fsl", "seed=0,1")
 JOBS = 4
+ONE = "hydra.launcher.n_jobs=1"  # where no test needs two workers, each of which loads everything
 
 
 def start(saves: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -180,7 +181,7 @@ def test_whatever_dies_the_same_command_resumes_to_the_same_bits(
     nothing_runs_on_after_the_launcher_was_killed(tmp_path)
     an_interrupted_sweep_ends_cleanly_and_says_how_to_go_on(tmp_path)
     victim = a_killed_job_and_a_killed_worker_stop_nothing_else(tmp_path)
-    code, _, err = finish(start(tmp_path))
+    code, _, err = finish(start(tmp_path, *SWEEP, ONE))
     assert (code, err) == (0, "")
     rows = table(tmp_path)
     assert [row["state"] for row in rows] == [
@@ -268,7 +269,7 @@ def test_two_sweeps_of_the_same_instant_share_the_work(tmp_path: Path, undisturb
 
 
 def test_no_job_begins_for_a_launcher_that_was_killed_before_its_first_one(tmp_path: Path) -> None:
-    process = start(tmp_path)
+    process = start(tmp_path, *SWEEP, ONE)
     try:
         # A worker has been given its job by now, and takes seconds to load what that needs.
         wait_for(lambda: list(tmp_path.glob("multirun/*/jobs/*/state.json")), process)
@@ -345,7 +346,7 @@ def test_a_sweep_personalises_and_probes_what_an_earlier_one_trained(
     before = {path: path.stat().st_mtime_ns for path in saves.rglob("model.safetensors")}
     tune = ("algorithm=fed_avg", "seed=0,1", "personalize.part=head,full", "personalize.epochs=[0,1]")
     tune = (*tune, "probe.after=true", "probe.train_samples=100", "probe.labels=[1.0]")
-    code, out, err = finish(start(saves, *tune))
+    code, out, err = finish(start(saves, *tune, ONE))
     assert (code, err) == (0, "")
     assert out.count("finished") >= JOBS
     written = {path: path.stat().st_mtime_ns for path in saves.rglob("*/summary.json")}

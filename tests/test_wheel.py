@@ -144,7 +144,7 @@ def test_a_run_a_sweep_a_figure_and_a_measurement(installed: Environment) -> Non
     own = (
         "model=import/my_package.net.Net",
         "lr=0.1,0.01",
-        "hydra.launcher.n_jobs=2",
+        "hydra.launcher.n_jobs=1",
     )  # found in the folder it is run in
     installed.run("-m", "cutlayer.main", "-m", *SETTING, *own)
     runs = sorted(mark.parent for mark in (installed.work / "saves").rglob("identity"))

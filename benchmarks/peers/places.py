@@ -47,13 +47,14 @@ def environment(side: str, folder: Path) -> str:
     if made.is_file() and json.loads(made.read_text()) == asked:
         return str(python)
     shutil.rmtree(own, ignore_errors=True)
-    venv.create(own, with_pip=True)
+    venv.create(own)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(own)}))
     (packages / "seen.pth").write_text("\n".join(dict.fromkeys(site.getsitepackages())) + "\n")
     constraints = own / "constraints.txt"
     constraints.write_text(f"torch=={asked['torch']}\n")
     # pip takes several: what the user's own configuration says holds too.
-    command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), asked["package"]]
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    command += ["--constraint", str(constraints), asked["package"]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(own, ignore_errors=True)

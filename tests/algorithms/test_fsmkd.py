@@ -211,7 +211,7 @@ PATHS = {
 )
 def test_all_parts_against_one_graph(configure, setting: tuple[str, ...], weight: int, gradient: str) -> None:
     federation = Federation(configure("algorithm=fsmkd", "num_clients=2", "precision=fp64", "batch_size=150",
-                                      "dataset.distribution=dirichlet", "dataset.alpha=1.0",
+                                      "dataset.fraction=0.5", "dataset.distribution=dirichlet", "dataset.alpha=1.0",
                                       f"algorithm.distillation_weight={weight}",
                                       *PATHS[gradient], *setting))  # fmt: skip
     bare = Bare(federation)

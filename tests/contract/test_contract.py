@@ -100,7 +100,7 @@ QUICK = {
     "fsl_sage": ("algorithm.align_epochs=2", "algorithm.align_interval=2"),
     "moco_sfl": ("algorithm.together=never",),  # computed as one, clients are no programs of their own
     "fl_moco": ("algorithm.symmetric=false", "algorithm.queue=64", "dataset.augment=none"),
-    "ressfl": ("algorithm.attacker_width=4",),
+    "ressfl": ("algorithm.attacker_width=4", "dataset.fraction=0.3"),  # as many batches as a client of others has
 }
 
 

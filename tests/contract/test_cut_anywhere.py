@@ -30,7 +30,8 @@ from tests.contract.elsewhere import Net, Skipping
 Configure = Callable[..., RunConfig]
 NET = ("model=import/tests.contract.elsewhere.Net", "model.cut=norm")
 SKIPPING = ("model=import/tests.contract.elsewhere.Skipping", "model.cut=inner")
-INSIDE = ("model=resnet20", "model.options.width=4", "model.cut=layer1.0.conv1", "batch_size=400")
+INSIDE = ("model=resnet20", "model.options.width=4", "model.cut=layer1.0.conv1", "batch_size=100")
+SOME = "dataset.fraction=0.25"
 MODELS = (NET, SKIPPING, INSIDE)
 SPLIT = ("sl", "sl_single_server", "sl_multi_server")
 CROSSING = {NET: 6 * 64, SKIPPING: 2 * 6 * 64, INSIDE: 2 * 4 * 64}  # values of a sample of 8x8 pixels
@@ -39,7 +40,7 @@ CROSSING = {NET: 6 * 64, SKIPPING: 2 * 6 * 64, INSIDE: 2 * 4 * 64}  # values of 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", SPLIT)
 def test_bytes_of_several_values_equal_the_closed_form(configure: Configure, name: str, model: tuple[str, ...]) -> None:
-    federation = play(Federation(configure(f"algorithm={name}", *model, "num_clients=2", "rounds=1")))
+    federation = play(Federation(configure(f"algorithm={name}", *model, SOME, "num_clients=2", "rounds=1")))
     measured: dict[tuple[str, str], int] = {}
     for direction, kind, _, count in federation.ledger.totals():
         if kind not in CONTROL_KINDS:
@@ -52,7 +53,7 @@ def test_bytes_of_several_values_equal_the_closed_form(configure: Configure, nam
 
 @pytest.mark.parametrize("model", MODELS)
 def test_one_client_is_centralized_training(configure: Configure, model: tuple[str, ...]) -> None:
-    one = (*model, "num_clients=1", "rounds=2", "precision=fp64", "optimizer=sgd", "lr=0.05")
+    one = (*model, SOME, "num_clients=1", "rounds=2", "precision=fp64", "optimizer=sgd", "lr=0.05")
     # Dropout draws from each party's own stream of randomness, so without it.
     one = (*one, "model.options.dropout=0") if model is SKIPPING else one
     expected = play(Federation(configure("algorithm=centralized", *one))).full_model()
@@ -69,7 +70,7 @@ def test_one_client_is_centralized_training(configure: Configure, model: tuple[s
 def test_an_interrupted_run_resumes_to_the_same_bits(
     configure: Configure, tmp_path: Path, model: tuple[str, ...]
 ) -> None:
-    config = configure("algorithm=sl_multi_server", *model, "rounds=2", "num_clients=2")
+    config = configure("algorithm=sl_multi_server", *model, SOME, "rounds=2", "num_clients=2")
     through = play(Federation(config))
     first = play(Federation(config, tmp_path), 1)
     first.checkpoint({})
@@ -216,7 +217,7 @@ THIRDS = {
 def test_three_parts_of_any_model_train_and_resume(
     configure: Configure, tmp_path: Path, model: tuple[str, ...]
 ) -> None:
-    config = configure("algorithm=fsmkd", *model, "num_clients=2", "rounds=2")
+    config = configure("algorithm=fsmkd", *model, SOME, "num_clients=2", "rounds=2")
     federation = play(Federation(config))
     measured: dict[tuple[str, str], int] = {}
     for direction, kind, _, count in federation.ledger.totals():
@@ -240,7 +241,7 @@ def test_a_body_that_is_the_servers_teaches_nothing(configure: Configure, model:
 
     The global path's gradients are then those of the whole model under cross-entropy, and with both paths twice those.
     """
-    one = (*model, "num_clients=1", "rounds=1", "batch_size=2000", "precision=fp64", "optimizer=sgd", "lr=0.05")
+    one = (*model, SOME, "num_clients=1", "rounds=1", "batch_size=2000", "precision=fp64", "optimizer=sgd", "lr=0.05")
     one = (*one, "model.options.dropout=0") if SKIPPING[0] in model else one
     federation = Federation(configure("algorithm=fsmkd", *one, f"algorithm.shared_gradient={shared}"))
     start = {**federation.setup.blueprint.initial}

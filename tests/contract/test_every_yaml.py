@@ -83,6 +83,8 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if config.model.options.get("classifier"):
         options["classifier"] = [8]
     config = replace(config, model=replace(config.model, options={**config.model.options, **options}))
+    if getattr(config.algorithm, "local_steps", 2) > 2:  # a round of MocoSFL's experiments is as many steps
+        config = replace(config, algorithm=replace(config.algorithm, local_steps=2))
     if config.dataset.distribution.endswith("shards"):  # the two clients hold the ten classes of the noise
         config = replace(config, dataset=replace(config.dataset, classes_per_client=5))
     record, traffic = Federation(config).step()

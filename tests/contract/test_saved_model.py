@@ -14,14 +14,14 @@ from cutlayer.runtime.experiment import MODEL_FILE, run
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.settings import RunConfig
+from tests.contract.test_contract import quick
 
-QUICK = {"ressfl": ("algorithm.attacker_width=4",), "fl_moco": ("algorithm.symmetric=false", "algorithm.queue=64")}
 WHOLE = [n for n in algorithms.names() if not algorithms.get(n).personal or algorithms.get(n).pooled]
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_it_loads_into_the_whole_model_with_the_recorded_accuracy(configure, tmp_path: Path, name: str) -> None:
-    small = ("model=cnn4", "model.options.width=4", "batch_size=100", *QUICK.get(name, ()))
+    small = ("model=cnn4", "model.options.width=4", "batch_size=100", *quick(name))
     config = configure(f"algorithm={name}", *small, "progress=none", "threads=1")
     with RunFolder.claim(tmp_path / "run") as folder:
         run(config, folder)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -39,20 +40,28 @@ def grown(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
 
 
+Outcome = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
+
+
+def outcome(parts: Sequence[nn.Module], inputs: dict[str, Any], mode: bool) -> Outcome:
+    """The output of copies of the parts, one after another, all their gradients, and all their state afterwards."""
+    modules = [copy.deepcopy(part).train(mode) for part in parts]
+    torch.manual_seed(7)
+    output = composed(modules, **inputs)
+    output = output if isinstance(output, Tensor) else output[0]
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    gradients = {name: value for module in modules for name, value in grown(module).items()}
+    buffers = {name: value for module in modules for name, value in module.state_dict().items()}
+    return output.detach(), gradients, buffers
+
+
 def same_as_the_model(model: nn.Module, parts: Sequence[nn.Module], inputs: dict[str, Any], mode: bool) -> None:
     """Outputs and gradients to the bit of one thread's order of sums, running statistics to the bit."""
-    whole = copy.deepcopy(model).train(mode)
-    halves = [copy.deepcopy(part).train(mode) for part in parts]
-    outcomes: list[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]] = []
-    for modules in ([whole], halves):
-        torch.manual_seed(7)
-        output = composed(modules, **inputs)
-        output = output if isinstance(output, Tensor) else output[0]
-        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
-        gradients = {name: value for module in modules for name, value in grown(module).items()}
-        buffers = {name: value for module in modules for name, value in module.state_dict().items()}
-        outcomes.append((output.detach(), gradients, buffers))
-    (expected, gradients, state), (found, of_parts, after) = outcomes
+    same_outcome(outcome([model], inputs, mode), outcome(parts, inputs, mode))
+
+
+def same_outcome(of_model: Outcome, of_them: Outcome) -> None:
+    (expected, gradients, state), (found, of_parts, after) = of_model, of_them
     assert torch.equal(found, expected)
     assert of_parts.keys() == gradients.keys()
     for name, value in gradients.items():
@@ -61,13 +70,21 @@ def same_as_the_model(model: nn.Module, parts: Sequence[nn.Module], inputs: dict
     assert all(torch.equal(after[name], value) for name, value in state.items())
 
 
-@pytest.mark.parametrize(("name", "cut"), [(name, cut) for name, cuts in IMAGES.items() for cut in cuts])
-def test_two_parts_are_the_model(name: str, cut: str) -> None:
+@lru_cache(maxsize=1)
+def of_images(name: str) -> tuple[nn.Module, list[tuple[bool, dict[str, Any], Outcome]]]:
+    """A model, and what it comes to by itself in training and in evaluation."""
     torch.manual_seed(0)
     model = image_model(name)
+    given = [(True, {"x": torch.randn(4, 3, 32, 32)}), (False, {"x": torch.randn(3, 3, 32, 32)})]
+    return model, [(mode, inputs, outcome([model], inputs, mode)) for mode, inputs in given]
+
+
+@pytest.mark.parametrize(("name", "cut"), [(name, cut) for name, cuts in IMAGES.items() for cut in cuts])
+def test_two_parts_are_the_model(name: str, cut: str) -> None:
+    model, expected = of_images(name)
     parts = split_module(model, [cut], {"x": torch.randn(2, 3, 32, 32)}, check=False)
-    for mode, batch in ((True, 4), (False, 3)):  # of other sizes than the one that the model was cut with
-        same_as_the_model(model, parts, {"x": torch.randn(batch, 3, 32, 32)}, mode)
+    for mode, inputs, of_model in expected:  # of other sizes than the one that the model was cut with
+        same_outcome(of_model, outcome(parts, inputs, mode))
     assert sorted(name for part in parts for name in part.state_dict()) == sorted(model.state_dict())
     first = parts[0].state_dict()
     assert cut.split(".")[0] in {key.split(".")[0] for key in first} or not list(

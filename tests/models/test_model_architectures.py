@@ -9,6 +9,7 @@ from torch import nn
 from cutlayer.models import ModelConfig, build_model, check_model, default_cut, names
 from cutlayer.models.layers import GlobalAvgPool, LocalResponseNorm, PadShortcut
 from cutlayer.models.registry import entry
+from cutlayer.models.shapes import QuickShapes
 from cutlayer.models.vit import VitOptions
 from cutlayer.runtime.ground.config import ConfigError
 
@@ -243,7 +244,7 @@ def test_every_model_runs_on_every_dataset(name: str, dataset: str) -> None:
     deep = name in DEEP and shape.height > 64
     # The deepest on large images: shapes only.
     device = "meta" if deep else "cpu"
-    with torch.device(device), torch.no_grad():
+    with torch.device(device), torch.no_grad(), QuickShapes():
         torch.manual_seed(0)
         model = entry(name).build(shape, config(name).typed_options())
         settle(model)

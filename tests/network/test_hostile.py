@@ -211,8 +211,8 @@ OUT_OF_PLACE: dict[str, tuple[tuple[str, ...], Callable[[Hostile, int], None], s
         "'smashed_cohort', which this method does not have",
     ),
     "one sample, which cannot be normalised": (
-        ("algorithm=sl_single_server", "model=vgg"),
-        asks("smashed", z=torch.zeros(1, 64, 4, 4), y=Y[:1]),
+        ("algorithm=sl_single_server", "model=vgg", "model.options.width=4"),
+        asks("smashed", z=torch.zeros(1, 4, 4, 4), y=Y[:1]),
         "ValueError: Expected more than 1 value",
     ),
 }

@@ -120,7 +120,7 @@ def line(axes: Axes, label: str) -> Line2D:
 
 
 def drawn_texts(figure: Figure, monkeypatch: Any) -> list[tuple[str, Bbox]]:
-    """What a reader can read, with its place in pixels: every text that would be rendered."""
+    """What a reader can read, with its place in pixels: every text that would be rendered, laid out as it is saved."""
     found: list[tuple[str, Bbox]] = []
     draw: Callable[..., None] = Text.draw
 
@@ -131,7 +131,9 @@ def drawn_texts(figure: Figure, monkeypatch: Any) -> list[tuple[str, Bbox]]:
 
     with monkeypatch.context() as patch:
         FigureCanvasAgg(figure)
-        figure.draw_without_rendering()  # which settles the layout
+        if (engine := figure.get_layout_engine()) is not None:
+            engine.execute(figure)
+        figure.set_layout_engine("none")
         patch.setattr(Text, "draw", record)
         figure.draw_without_rendering()
     return found

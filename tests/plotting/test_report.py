@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -359,7 +360,7 @@ write_report(Path(sys.argv[2]), curves, options, table_rows(curves, options))
     for seed in ("1", "2"):
         path = tmp_path / f"{seed}.html"
         command = [sys.executable, "-c", code, str(tmp_path / "saves"), str(path)]
-        subprocess.run(command, cwd=ROOT, env={"PYTHONHASHSEED": seed}, check=True, timeout=120)
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, timeout=120)
         contents.append(path.read_bytes())
     assert contents[0] == contents[1]
 

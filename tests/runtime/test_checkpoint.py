@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,10 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.serial import load_state, save_state, save_tensors
 from cutlayer.runtime.records.results import Results
 from cutlayer.runtime.rounds.federation import Federation
+from tests import damage, full_disk
 from tests.conftest import same, weights
+from tests.forked import Forks
 from tests.full_disk import disk
-from tests.places import ROOT
 
 SETTING = ("algorithm=scaffold", "model=mlp", "num_clients=3", "rounds=3", "lr=0.05")
 
@@ -254,22 +253,18 @@ def test_a_state_with_a_flipped_bit_is_reported(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ the same from outside, in a process of its own
 
 
-def outside(*arguments: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+def test_damaged_files_end_in_the_same_bits_or_in_one_line(forks: Forks) -> None:
+    done = forks(["1", "25", "fsl_sage"], damage.__file__)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.stdout.splitlines()[-1] == "25 damages: 0 wrong"
 
 
-def test_damaged_files_end_in_the_same_bits_or_in_one_line() -> None:
-    assert outside("tests.damage", "1", "25", "fsl_sage").splitlines()[-1] == "25 damages: 0 wrong"
-
-
-def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(forks: Forks, tmp_path: Path) -> None:
     try:
         with disk(tmp_path / "disk", 1):
             pass
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         pytest.skip(f"a file system cannot be mounted here: {error}")
-    assert outside("tests.full_disk", "4").startswith("full 4 times")
+    done = forks(["4"], full_disk.__file__)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("full 4 times")

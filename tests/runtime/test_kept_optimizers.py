@@ -79,7 +79,7 @@ def test_a_client_against_a_loop_with_one_optimizer_or_with_many(configure: Conf
 @pytest.mark.parametrize("name", algorithms.names())
 def test_every_part_of_every_method(configure: Configure, name: str, keep: str) -> None:
     """A key for all, refined for one part after another: what the methods do not say themselves."""
-    setting = (f"algorithm={name}", *quick(name), "num_clients=2")
+    setting = (f"algorithm={name}", *quick(name), "num_clients=2", "dataset.fraction=0.25")
     layout = algorithms.get(name).layout
     plain = _kept_parts(configure(*setting))
     assert plain == OWN_CHOICE.get(name, set())

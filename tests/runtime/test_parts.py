@@ -173,7 +173,7 @@ LEARNS = {
     "client": ("algorithm=sl_single_server",),
     "head": ("algorithm=fed_per",),
     "personal": ("algorithm=fsmkd",),
-    "projector": ("algorithm=fl_moco",),
+    "projector": ("algorithm=fl_moco", "dataset.fraction=0.2"),
     "server": ("algorithm=sl_single_server",),
     "tail": ("algorithm=fsmkd",),
 }
@@ -191,9 +191,9 @@ def test_each_part_is_tried_and_has_its_section() -> None:
     assert LEARNS.keys() == {*refinable()} == {*hydra_errors.parts()}
 
 
-def learnt(overrides: tuple[str, ...]) -> list[dict[str, dict[str, torch.Tensor]]]:
+def learnt(config: RunConfig) -> list[dict[str, dict[str, torch.Tensor]]]:
     """After each of two rounds, by part what its copies at the server and at the clients have come to."""
-    federation = Federation(load_config([*SMALL, *ONE_STEP, *overrides]))
+    federation = Federation(config)
     rounds: list[dict[str, dict[str, torch.Tensor]]] = []
     for _ in range(2):
         found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in federation.setup.algorithm.layout.parts}
@@ -209,15 +209,15 @@ def learnt(overrides: tuple[str, ...]) -> list[dict[str, dict[str, torch.Tensor]
 @pytest.mark.parametrize("name", LEARNS)
 def test_a_refinement_reaches_the_part_and_no_other(name: str) -> None:
     algorithms.register("heads")(Heads)
-    before = learnt(LEARNS[name])
-    assert all(found[name] for found in before), "the part is somewhere"
     plain = load_config([*SMALL, *ONE_STEP, *LEARNS[name]])
+    before = learnt(plain)
+    assert all(found[name] for found in before), "the part is somewhere"
     for text, beside, first in REFINED:
         overrides = (*LEARNS[name], *(f"model.{name}.{each}" for each in (*beside, text)))
         config = load_config([*SMALL, *ONE_STEP, *overrides])
         assert (config.optimizer_for(name) != plain.optimizer_for(name)) == text.startswith("optimizer"), text
         assert (config.scheduler_for(name) is not None) == text.startswith("scheduler"), text
-        after = learnt(overrides)
+        after = learnt(config)
         for round in range(first):
             changed = {part for part in before[round] if not same(after[round][part], before[round][part])}
             assert changed == ({name} if round == first - 1 else set()), (text, round)

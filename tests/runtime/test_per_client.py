@@ -4,10 +4,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,15 +42,12 @@ FUNCTIONS: dict[str, Function] = {
     "in place": lambda x, w: (x @ w).mul_(2).add_(x, alpha=3).lerp_(x, 0.25),
     "gradient": lambda x, w: torch.autograd.grad((x @ w).square().sum(), x, create_graph=True)[0],
 }
-values = st.floats(-2, 2, width=32).map(lambda value: round(value, 3))
+THOUSANDTHS = st.integers(-2000, 2000)
 
 
 def tensors(draw: st.DataObject, *shape: int) -> list[Tensor]:
-    count = int(torch.tensor(shape).prod())
-    return [
-        torch.tensor(draw.draw(st.lists(values, min_size=count, max_size=count)), dtype=torch.float64).view(shape)
-        for _ in range(CLIENTS)
-    ]
+    drawn = draw.draw(arrays(np.int64, (CLIENTS, *shape), elements=THOUSANDTHS))
+    return [*torch.from_numpy(drawn / 1000)]
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -19,6 +19,7 @@ from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.run_folder import RunFolder
 from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from tests.conftest import play, same, weights
+from tests.contract.test_contract import quick
 
 SETTING = ("dataset.distribution=shards", "dataset.classes_per_client=3", "rounds=2", "optimizer=sgd", "lr=0.1")
 TUNE = ("personalize.part=full", "personalize.epochs=[0,2]", "personalize.lr=0.05", "progress=none", "threads=1")
@@ -36,7 +37,7 @@ WITH_CLASSIFIER = [name for name in algorithms.names() if not algorithms.get(nam
 
 @pytest.mark.parametrize("name", WITH_CLASSIFIER)
 def test_every_algorithm_can_be_personalised_and_is_left_as_it_was(configure, tmp_path: Path, name: str) -> None:
-    federation = play(Federation(configure(f"algorithm={name}", "dataset.local_test=true", *SETTING)))
+    federation = play(Federation(configure(f"algorithm={name}", *quick(name), "dataset.local_test=true", *SETTING)))
     before, evaluation = weights(federation), federation.evaluate()
     found = personalize(federation, PersonalizeConfig("full", (0, 3), 0.05), tmp_path)
     assert same(before, weights(federation))

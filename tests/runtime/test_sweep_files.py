@@ -5,8 +5,6 @@ import csv
 import io
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict
@@ -28,7 +26,7 @@ from cutlayer.runtime.launching.sweeps.display import Display, outcome, shared_o
 from cutlayer.runtime.launching.sweeps.slots import VISIBLE, Gpu, gpu_slot
 from cutlayer.runtime.launching.sweeps.supervise import start_job, threads_of
 from cutlayer.runtime.launching.sweeps.sweep import DONE, Job, JobFolder, JobProgress, Sweep, read_progress
-from tests.places import ROOT
+from tests.forked import Forks
 
 HEADER = "round,test_acc,test_loss,train_loss,comm_load,comm_up,comm_down,comm_framed,clients,time_wall\n"
 
@@ -203,12 +201,21 @@ def load(folder: str) -> None:
     (Path(folder) / "total").write_text(str(total))
 
 
+LOADING = """
+if __name__ == "__main__":
+    import sys, tempfile
+    tempfile.tempdir = None  # what the environment says now
+    from tests.runtime.test_sweep_files import start_loading
+    start_loading(sys.argv[1])
+"""
+
+
 @pytest.mark.parametrize("folder", ["short", "a-long-name-for-a-folder-of-temporary-files-" * 3])
-def test_a_job_may_have_data_workers_of_its_own(tmp_path: Path, folder: str) -> None:
+def test_a_job_may_have_data_workers_of_its_own(forks: Forks, tmp_path: Path, folder: str) -> None:
     (tmp_path / folder).mkdir()
-    code = f"from tests.runtime.test_sweep_files import start_loading; start_loading({str(tmp_path)!r})"
-    environment = {**os.environ, "TMPDIR": str(tmp_path / folder), "PYTHONPATH": "."}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=200)
+    (tmp_path / "script.py").write_text(LOADING)
+    done = forks([str(tmp_path)], str(tmp_path / "script.py"), TMPDIR=str(tmp_path / folder))
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "total").read_text() == str(sum(range(100)))
 
 

@@ -120,7 +120,7 @@ def test_none_of_them_runs_by_itself(name: str, configure: Configure, monkeypatc
     assert federation.ledger.training().payload > 0 or name == "local_only"
 
 
-DIFFERENT = ("dataset.distribution=dirichlet", "dataset.alpha=0.5", "batch_size=10", "dataset.drop_last=never")
+DIFFERENT = ("dataset.distribution=dirichlet", "dataset.alpha=0.5", "batch_size=20", "dataset.drop_last=never")
 # Not Adam, which makes a large step of what only rounding tells from zero, as a bias before BatchNorm.
 NORMALISED = (
     "model=cnn4",

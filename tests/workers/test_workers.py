@@ -59,9 +59,10 @@ def test_several_workers_give_the_bits_and_the_ledger_of_one_process(
         assert same(weights(made), weights(alone))
 
 
-@pytest.mark.parametrize(
-    "keys", [(), ("model.server.optimizer.keep=round", "aggregate.buffers=average", "model=resnet18")]
-)
+RESNET = ("model=resnet18", "model.options.width=4")
+
+
+@pytest.mark.parametrize("keys", [(), ("model.server.optimizer.keep=round", "aggregate.buffers=average", *RESNET)])
 def test_a_copy_of_the_server_computes_beside_its_client(
     keys: tuple[str, ...], configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ Ngrams = list[dict[tuple[str, ...], float]]
 
 
 class Vectors(NamedTuple):
-    """TF-IDF of a text's n-grams by order, the norm of each order, and how many pairs of neighbours the text has."""
+    """TF-IDF of a text's n-grams by order, the norm of each order, and how many words the text has."""
 
     weights: Ngrams
     norms: list[float]
@@ -51,7 +51,7 @@ def _vectors(counts: Ngrams, rarity: dict[tuple[str, ...], float], unseen: float
     """`unseen` is the inverse document frequency of n-grams that no reference has."""
     weights = [{ngram: count * rarity.get(ngram, unseen) for ngram, count in order.items()} for order in counts]
     norms = [math.sqrt(sum(weight**2 for weight in order.values())) for order in weights]
-    return Vectors(weights, norms, int(sum(counts[1].values())))
+    return Vectors(weights, norms, int(sum(counts[0].values())))
 
 
 def _similarity(hypothesis: Vectors, reference: Vectors) -> float:

@@ -53,6 +53,10 @@ def test_nist_weighs_words_by_how_rare_they_are() -> None:
     assert figure("nist", ["a b"], [["a b c d"]]) == pytest.approx(math.log2(4) * penalty(2 / 4))
     # a, b: 1 bit; a a, a b, b b: 1 bit, as each follows in one of two places; no more than that of three and four.
     assert figure("nist", ["a a b b"], [["a a b b"]]) == pytest.approx(1 + 1)
+    # Pairs "a a", twice, have 1 bit, "a b" and "a c" 2; the triples after "a a" 1 bit; a text of one word has neither.
+    texts = ["a a b a a c", "x"]
+    wanted = (4 * math.log2(7 / 4) + 3 * math.log2(7)) / 7 + (2 * 1 + 2 * 2) / 5 + 2 / 4
+    assert figure("nist", texts, [[text] for text in texts]) == pytest.approx(wanted)
     # Words that no reference has count for the length only; a repeated one as often as in a reference.
     assert figure("nist", ["a x x x"], [["a b c d"]]) == pytest.approx(math.log2(4) / 4)
     assert figure("nist", ["a a a a"], [["a b c d", "a b c d"]]) == pytest.approx(math.log2(8 / 2) / 4)

@@ -16,7 +16,7 @@ FLOORS = (
     ("runtime.ground",),
     ("distributions",),
     ("datasets",),
-    ("evaluations",),
+    ("evaluations", "text_metrics"),
     ("models",),
     ("runtime.messages",),
     ("runtime.parties",),
@@ -126,7 +126,7 @@ PACKAGES = (
     "hydra_config",
     "hydra_plugins",
 )
-PACKAGES += ("models", "plotting", "runtime", "tests")
+PACKAGES += ("models", "plotting", "runtime", "tests", "text_metrics")
 
 
 def places(text: str) -> set[str]:

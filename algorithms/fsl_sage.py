@@ -63,8 +63,7 @@ class AligningServer(OneWayServer):
             before = _total(batch.error() for batch in batches)
             for _ in range(config.align_epochs):
                 for batch in batches:
-                    batch.differentiate()
-                    optimizer.step()
+                    optimizer.step(batch.differentiate)
             after = _total(batch.error() for batch in batches)
         norm = _total(batch.target.square().sum() for batch in batches)
         for name, value in {"error_before": before, "error_after": after, "target": norm}.items():

@@ -6,6 +6,8 @@ BENCHMARKS = {
     "round_time": "wall time of a round against a bare PyTorch loop that does the same arithmetic on the same batches",
     "workers": "rounds with several workers against those of one process in the same time, to the same bits",
     "peers": "rounds against those of pfl and of Flower in the same time, each installed in an environment of its own",
+    "step": "what surrounds a step: a question to the server and its answer, and a step whose kernels are recorded",
+    "kernels": "steps of a bare loop with channels_last, in bf16 and with fused optimizers against torch's defaults",
     "alignment": "steps of FSL-SAGE's alignment against the plain double backward pass from the same weights",
     "memory": "peak resident memory with 1,000 and with 100,000 clients, 50 of them in each round",
     "cohort": "time of a round of 100 clients of whom 10 take part against a round of 10 clients",

@@ -12,10 +12,12 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import Seconds, Spread, machine_options, set_up, timed
 from cutlayer.algorithms.alignment import alignment_batch
@@ -46,6 +48,12 @@ CASES = {
         (*_CIFAR, "model=resnet18", "model.options.width=16", "model.cut=layer2", "model.auxiliary.size=half"),
         200,
         0.1,
+    ),
+    "paper": Case(
+        "the paper's setting, with synthetic images of CIFAR's shape",
+        ("experiment=fsl_sage/cifar10_iid", *_CIFAR, "dataset.normalize=imagenet"),
+        1000,
+        0.02,
     ),
     "layers": Case(
         "the default run with the whole server part, two linear layers", ("model.auxiliary.size=full",), 1000
@@ -79,6 +87,18 @@ def buffered(case: Case, options: argparse.Namespace) -> tuple[Setup, Data]:
     return setup, (z, y, target)
 
 
+class Operations(TorchDispatchMode):
+    """Counts those of torch that are computed inside; a view of a tensor is one too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 def compare(case: Case, options: argparse.Namespace) -> tuple[str, bool]:
     """Measure one case; returns the text to print, and whether both sides reached the same weights."""
     setup, data = buffered(case, options)
@@ -102,6 +122,8 @@ def compare(case: Case, options: argparse.Namespace) -> tuple[str, bool]:
     for index in range(options.repeats + 1):
         seconds = {side: timed(setup.device, side)[0] for side in ((ours, theirs) if index % 2 else (theirs, ours))}
         turns.append((seconds[ours], seconds[theirs]))
+    with Operations() as counted:
+        alignment_batch(models[0], *data).differentiate()
     del turns[0]  # it lets caches and the allocator settle
     wall = Spread.of([a.wall / b.wall for a, b in turns]).show()
     spent = Spread.of([a.processor / b.processor for a, b in turns]).show()
@@ -109,7 +131,8 @@ def compare(case: Case, options: argparse.Namespace) -> tuple[str, bool]:
     apart = _distance(models[0], models[1], start)
     same = apart < TOLERANCE[options.precision]
     agreed = f"weights {'agree' if same else 'DIFFER'}, apart by {apart:.0e} of their way"
-    return f"ratio {wall}, of processor time {spent}, a step takes {took}\n  {agreed}", same
+    made = f"{counted.count} operations give its gradient"
+    return f"ratio {wall}, of processor time {spent}, a step takes {took}, {made}\n  {agreed}", same
 
 
 def _distance(one: nn.Module, other: nn.Module, start: nn.Module) -> float:
@@ -122,7 +145,7 @@ def _distance(one: nn.Module, other: nn.Module, start: nn.Module) -> float:
 def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = print) -> int:
     """Measure the cases that the options name; exit status 1 if the weights of any differ."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.alignment", description=(__doc__ or "").split("\n")[0])
-    usual = [name for name in CASES if name != "tiny"]
+    usual = [name for name in CASES if name not in ("tiny", "paper")]
     parser.add_argument("--case", nargs="+", choices=CASES, default=usual, help=f"default: {' '.join(usual)}")
     parser.add_argument("--steps", type=int, default=50, help="of a side before the other's turn (default: 50)")
     parser.add_argument("--repeats", type=int, default=11, help="turns of each side (default: 11)")

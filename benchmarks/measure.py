@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import statistics
@@ -76,6 +77,22 @@ def processor_seconds(process: int) -> float:
     """What another process has computed so far, by its number, in steps of a hundredth or so; Linux only."""
     spent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(spent[11]) + int(spent[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def thread_seconds(process: int | str = "self") -> dict[str, float]:
+    """What a process's threads have computed so far: ``main``, ``others`` of the same name, ``libraries``; Linux only.
+
+    Threads that Python starts have the process's name, those of a library that names its threads another one.
+    """
+    folder = Path(f"/proc/{process}/task")
+    own, main = Path(f"/proc/{process}/comm").read_text(), Path(f"/proc/{process}").resolve().name
+    found = {"main": 0.0, "others": 0.0, "libraries": 0.0}
+    for thread in folder.iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            same = (thread / "comm").read_text() == own
+            kind = "main" if thread.name == main else "others" if same else "libraries"
+            found[kind] += int((thread / "schedstat").read_text().split()[0]) / 1e9
+    return found
 
 
 def machine_options(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 from benchmarks import echo
 from benchmarks.crowd import Crowd, echo_mb, platform_mb
 from benchmarks.links import WAIT_S, listening, open_session, processes, smashed, take_steps
-from benchmarks.measure import Spread, machine_options, processor_seconds, set_up
+from benchmarks.measure import Spread, machine_options, processor_seconds, set_up, thread_seconds
 from cutlayer.runtime.ground import forking
 from cutlayer.runtime.ground.allocator import keep_freed_memory
 from cutlayer.runtime.network.certificates.authority import Order, make_certificates
@@ -50,11 +51,20 @@ class RoundTrips:
         self._session.send(self._gradient)
         self._session.receive()
 
+        self.threads = {"server": Counter[str](), "client": Counter[str]()}
+        """Processor seconds of the platform's threads at each end, in all of its blocks."""
+
     def take(self, name: str, times: int) -> tuple[float, float]:
         """A block of so many steps of a side: median seconds of one, and processor seconds of all."""
-        before = self._processor(name)
+        before, threads = self._processor(name), self._threads()
         found = self._platform(times) if name == "platform" else self._echo(name, times)
+        if name == "platform":
+            for end, seconds in self._threads().items():
+                self.threads[end].update({kind: value - threads[end][kind] for kind, value in seconds.items()})
         return statistics.median(found), self._processor(name) - before
+
+    def _threads(self) -> dict[str, dict[str, float]]:
+        return {"server": thread_seconds(), "client": thread_seconds(self._client)}
 
     def _processor(self, name: str) -> float:
         if name == "platform":
@@ -87,6 +97,7 @@ def measure(options: argparse.Namespace, certificates: Path | None, show: Callab
         for _ in range(options.repeats + 1):
             for name, taken in blocks.items():
                 taken.append(trips.take(name, options.steps))
+        threads = trips.threads
     taken = {name: [seconds for seconds, _ in each[1:]] for name, each in blocks.items()}
     spreads = {name: Spread.of(each) for name, each in taken.items()}
     steps = options.repeats * options.steps
@@ -97,6 +108,9 @@ def measure(options: argparse.Namespace, certificates: Path | None, show: Callab
     labels = {name: f"gRPC alone, {name} client" for name in echo.CLIENTS} | {"platform": "the platform"}
     for name, label in labels.items():
         show(f"  {label:<24} {spreads[name].show(1e3, 1, ' ms')}, processor {1e3 * processor[name]:.1f} ms")
+    for end, seconds in threads.items():
+        main, others, grpc = (1e3 * seconds[kind] / (steps + options.steps) for kind in ("main", "others", "libraries"))
+        show(f"    of it at the {end}: main thread {main:.1f} ms, Python's others {others:.1f}, gRPC's {grpc:.1f}")
     verdict = "met" if ratio.median <= TARGET else "MISSED"
     spent = processor["platform"] / processor[quicker] if processor[quicker] else math.nan  # less than can be told
     against = f"target {TARGET:.2f} {verdict}; of processor time {spent:.2f}"

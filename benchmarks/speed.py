@@ -23,8 +23,12 @@ from benchmarks.round_time import Race
 from cutlayer.datasets import Dataset
 from cutlayer.runtime.ground.process import Arithmetic, prepare_process
 from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.parties.blueprint import MEMORY_FORMATS
+from cutlayer.runtime.parties.optim import make_optimizer
+from cutlayer.runtime.parties.recording import STREAMS
+from cutlayer.runtime.parties.steps import recordable
 from cutlayer.runtime.rounds.federation import Federation
-from cutlayer.runtime.rounds.setup import load_data
+from cutlayer.runtime.rounds.setup import Setup, load_data
 
 PAPER = ("fed_avg", "sl_single_server", "sl_multi_server", "cse_fsl", "fsl_sage")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -163,6 +167,35 @@ def resnet(options: argparse.Namespace, sizes: Sizes, precision: str, more: Sequ
     )
 
 
+def whole_step(options: argparse.Namespace, sizes: Sizes, precision: str, more: Sequence[str]) -> str:
+    """A whole step of a bare loop as one graph, the images at hand: what no round can fall below."""
+    device = arrange(options, precision, more)
+    if device.type not in STREAMS:
+        return "no graphs on this device"
+    keys = ["algorithm=fed_avg", f"model={sizes.model}", *images(20), "optimizer=sgd", "optimizer.momentum=0.9"]
+    setup = Setup(load_config([*keys, *keys_of_machine(options, precision), *more]))
+    (model,) = setup.blueprint.parts(["model"]).values()
+    optimizer = make_optimizer(setup.config.optimizer_for("model"), model.parameters())
+    x = torch.zeros(sizes.batch, *setup.dataset.info.shape, device=device)
+    x = x.contiguous(memory_format=MEMORY_FORMATS[setup.config.memory_format])
+    y = torch.zeros(sizes.batch, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with setup.blueprint.autocast():
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+
+    stream = STREAMS[device.type](device)
+    for _ in range(3):
+        stream.run(step)
+    with recordable([optimizer]):
+        replay, _ = stream.record(step, large=True)
+    seconds = [timed(device, lambda: [replay() for _ in range(sizes.steps)])[0].wall for _ in range(sizes.repeats)]
+    return f"{1e3 * statistics.median(seconds) / sizes.steps:.2f} ms a step"
+
+
 def small(options: argparse.Namespace, sizes: Sizes, more: Sequence[str]) -> str:
     """FedAvg with the network of two convolutions and many clients of 50 images, batch 10."""
     arrange(options, "fp32", more)
@@ -173,10 +206,10 @@ def small(options: argparse.Namespace, sizes: Sizes, more: Sequence[str]) -> str
     return f"{1e3 * ours:.1f} ms a round, bare {1e3 * theirs:.1f}, {ratio}"
 
 
-def alignment(options: argparse.Namespace, sizes: Sizes) -> str:
+def alignment(options: argparse.Namespace, sizes: Sizes, more: Sequence[str]) -> str:
     """FSL-SAGE's alignment: what a client's takes, by rounds with and without its passes over the buffer."""
-    arrange(options, "fp32")
-    setting = ["algorithm=fsl_sage", f"model={sizes.model}", "num_clients=2", f"batch_size={sizes.batch}"]
+    arrange(options, "fp32", more)
+    setting = ["algorithm=fsl_sage", f"model={sizes.model}", "num_clients=2", f"batch_size={sizes.batch}", *more]
     setting += [*images(2 * 5 * sizes.batch), *keys_of_machine(options, "fp32"), "algorithm.align_interval=1"]
     seconds: list[float] = []
     for epochs in (sizes.align_epochs, 1):
@@ -259,7 +292,10 @@ def speed(options: argparse.Namespace, show: Show, sizes: Sizes | None = None) -
         for way, more in variants(options.quick):
             title, of = f"{sizes.model}, batch {sizes.batch}, {precision}, {way}", peaks.get(precision, float("nan"))
             watch.part(title, lambda p=precision, m=more, of=of: resnet(options, sizes, p, m, of))
-    watch.part("FSL-SAGE's alignment", lambda: alignment(options, sizes))
+        title = f"{sizes.model}, batch {sizes.batch}, {precision}, a bare step as one graph, channels_last"
+        watch.part(title, lambda p=precision: whole_step(options, sizes, p, FAST[:1]))
+    for way, more in (("eager", ()), ("compile", FAST[1:])):
+        watch.part(f"FSL-SAGE's alignment, {way}", lambda m=more: alignment(options, sizes, m))
     watch.part("MocoSFL", lambda: moco(options, sizes))
     for precision in ("bf16",) if options.quick else ("bf16", "tf32"):
         for name in PAPER:

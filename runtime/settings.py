@@ -57,7 +57,7 @@ class RunConfig:
             tf32.
         deterministic: a GPU's kernels give the same bits each time; else each layer takes the fastest.
         memory_format: order of the values of images, feature maps and convolutions' weights in memory.
-        compile: record the passes of a GPU's parts as graphs and replay them.
+        compile: record the passes of a GPU's parts, and optimizers' steps, as graphs and replay them.
         jobs_per_gpu: jobs of sweeps that share a GPU.
         threads: of one run on the processor; auto is one for a small model, else what torch takes. Each of several
             workers computes with so many; auto divides among them what there is.

@@ -14,7 +14,18 @@ from cutlayer.names import TAKEN
 from tests.places import checkout
 
 ROOT = checkout()
-OURS = ("algorithms", "attacks", "datasets", "distributions", "evaluations", "models", "plotting", "runtime", "tasks")
+OURS = (
+    "algorithms",
+    "attacks",
+    "datasets",
+    "distributions",
+    "evaluations",
+    "models",
+    "plotting",
+    "runtime",
+    "tasks",
+    "text_metrics",
+)
 # Hugging Face's, as far as it matters here, with a module below it.
 STAND_IN = {"__init__.py": "from datasets.features import ours\n__version__ = '1'\n", "features.py": "ours = False\n"}
 THEIRS = "import datasets, datasets.features; assert not hasattr(datasets, 'own_partition'), datasets.__file__"

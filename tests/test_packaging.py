@@ -25,7 +25,7 @@ PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(en
 PROJECT = PYPROJECT["project"]
 PACKAGES = (
     *("algorithms", "attacks", "benchmarks", "datasets", "distributions", "evaluations", "hydra_plugins", "models"),
-    *("plotting", "runtime", "tasks", "cutlayer"),
+    *("plotting", "runtime", "tasks", "text_metrics", "cutlayer"),
 )
 PROGRAMS = ("attack.py", "certificates.py", "main.py", "personalize.py", "plot_results.py", "probe.py", "status.py")
 # Import names that are not the distribution's own.

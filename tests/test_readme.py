@@ -29,6 +29,7 @@ from cutlayer.runtime.launching.hydra_support import load_config, plain_values, 
 from cutlayer.runtime.records.loggers import LOGGERS
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.settings import RunConfig
+from cutlayer.text_metrics import TEXT_METRICS
 from tests.forked import Forks, server
 from tests.places import checkout
 
@@ -38,7 +39,7 @@ DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SHAPES = {"digits": (1, 8, 10), "mnist": (1, 28, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100)}
 FOLDERS = (
     *("algorithms", "attacks", "cutlayer", "datasets", "distributions", "evaluations", "hydra_config", "hydra_plugins"),
-    *("models", "plotting", "runtime", "tasks", "tests"),
+    *("models", "plotting", "runtime", "tasks", "tests", "text_metrics"),
 )
 SMALL = ("rounds=1", "num_clients=2", "batch_size=8", "local_epochs=1", "device=cpu")
 
@@ -199,6 +200,7 @@ REGISTRIES = {
     "plotting/figures": "plotting.figures.FIGURES",
     "tasks": "tasks.TASKS",
     "runtime/records/loggers": "runtime.records.loggers.LOGGERS",
+    "text_metrics": "text_metrics.TEXT_METRICS",
 }
 """By folder of the examples the mapping that they are registered in."""
 GUIDED = [words for words in commands(GUIDE) if words[1] == "main.py"]
@@ -296,6 +298,7 @@ def test_the_examples_pass_the_tests_of_their_kind(extended: Path) -> None:
         "sl_noise": ("tests/contract/test_contract.py", 8),
         "geometric": ("tests/contract/test_distributions.py", 4),
         "f_score": ("tests/contract/test_evaluations.py", 1),
+        "distinct_2": ("tests/contract/test_text_metrics.py", 2),
         "best_round": ("tests/plotting/test_figures_all.py", 2),
         "narrow": ("tests/models/test_model_auxiliary.py", 5),
         "halves": ("tests/contract/test_every_yaml.py", 1),
@@ -436,6 +439,7 @@ def shown_value(text: str) -> Any:
         ("docs/configuration.md", models.names()),
         ("docs/configuration.md", EVALUATIONS.names()),
         ("docs/privacy.md", ATTACKS.names()),
+        ("docs/text_metrics.md", TEXT_METRICS.names()),
         ("docs/reproducing.md", options("experiment")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

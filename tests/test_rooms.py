@@ -17,7 +17,7 @@ FLOORS = (
     ("distributions",),
     ("datasets",),
     ("tasks",),
-    ("evaluations",),
+    ("evaluations", "text_metrics"),
     ("models",),
     ("runtime.messages",),
     ("runtime.parties",),
@@ -127,7 +127,7 @@ PACKAGES = (
     "hydra_config",
     "hydra_plugins",
 )
-PACKAGES += ("models", "plotting", "runtime", "tasks", "tests")
+PACKAGES += ("models", "plotting", "runtime", "tasks", "tests", "text_metrics")
 
 
 def places(text: str) -> set[str]:

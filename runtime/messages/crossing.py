@@ -60,8 +60,8 @@ def gradients(crossing: Crossing) -> Crossing:
     return as_crossing(tuple(torch.zeros_like(each) if each.grad is None else each.grad for each in floating(crossing)))
 
 
-def backward(crossing: Crossing, along: Crossing) -> None:
-    """A backward pass from what crossed, ``along`` the gradients that came back for it.
+def differentiable(crossing: Crossing, along: Crossing) -> tuple[list[Tensor], list[Tensor]]:
+    """What a backward pass from what crossed begins with: tensors, and ``along`` the gradients that came back for them.
 
     There is one for each of the `floating` tensors. Those that need none, as of a frozen part, are left out.
 
@@ -70,8 +70,14 @@ def backward(crossing: Crossing, along: Crossing) -> None:
     """
     pairs = zip(floating(crossing), tensors(along), strict=True)
     used = [(each, gradient) for each, gradient in pairs if each.requires_grad]
-    if used:
-        torch.autograd.backward([each for each, _ in used], [gradient for _, gradient in used])
+    return [each for each, _ in used], [gradient for _, gradient in used]
+
+
+def backward(crossing: Crossing, along: Crossing) -> None:
+    """A backward pass from what crossed; see `differentiable`."""
+    outputs, gradients = differentiable(crossing, along)
+    if outputs:
+        torch.autograd.backward(outputs, gradients)
 
 
 def joined(crossings: Sequence[Crossing]) -> Crossing:

@@ -170,7 +170,7 @@ class Blueprint:
     def optimizer(self, modules: Sequence[tuple[str, nn.Module]], round: int) -> PartOptimizer:
         """A fresh optimizer over the given parts, as configured for each, at the round's learning rate."""
         optimizer = PartOptimizer(
-            [make_optimizer(self._optimizers[name], module.parameters()) for name, module in modules]
+            [make_optimizer(self._optimizers[name], module.parameters()) for name, module in modules], self.recorder
         )
         self.schedule(optimizer, [name for name, _ in modules], round)
         return optimizer

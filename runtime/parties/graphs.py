@@ -16,13 +16,15 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.runtime.parties.recording import STREAMS, RecordingStream, explained, generators
+from cutlayer.runtime.parties.steps import RecordedStep, StepState
 
 log = logging.getLogger(__name__)
 _C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
@@ -31,65 +33,52 @@ _is_wrapped: Callable[[Tensor], bool] = _C._functorch.is_functorch_wrapped_tenso
 _Run = Callable[[Tensor], Tensor]
 WARM_UP = 3  # passes before a recording: libraries choose their kernels and take their memory then
 _AFTER = 2  # calls of a kind that are computed as ever before one is recorded
+_ATTEMPTS = 2  # at a recording of a part
 _KINDS, _AT_ONCE, _IN_ALL = 4, 2, 16  # recordings: kinds of a part, of a kind at once, of all parts
 
 
-class Passes(Protocol):
-    """A forward pass of a part and its backward pass; what they give is written over by the next ones."""
+class Passes:
+    """A forward pass of a part and its backward pass, recorded; what they give is written over by the next ones.
+
+    Args:
+        stream: that they are recorded on, and nothing else, as feature maps wait for the backward pass.
+        run: the forward pass. x: an input of the kind. parameters: which gradients go to, as far as they learn.
+
+    Attributes:
+        row: the gradients of the latest backward pass, as `joined_gradients`.
+    """
+
+    def __init__(self, stream: RecordingStream, run: _Run, x: Tensor, parameters: Sequence[Tensor]) -> None:
+        self._x = x.detach().clone().requires_grad_(x.requires_grad)
+
+        def warm_up() -> Tensor:
+            output = run(self._x)
+            gradient = torch.zeros_like(output)
+            joined_gradients(output, self._x, parameters, gradient)
+            return gradient
+
+        for _ in range(WARM_UP):
+            self._gradient = stream.run(warm_up)
+        self._forward, output = stream.record(lambda: run(self._x), large=True)
+        self._backward, (self._own, self.row) = stream.record(
+            lambda: joined_gradients(output, self._x, parameters, self._gradient)
+        )
+        self._output = output.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """The output."""
-        ...
+        self._x.copy_(x)
+        self._forward()
+        return self._output
 
     def backward(self, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
         """The gradients of the latest input, if it needs one, and of all parameters that learn, as `joined_gradients`.
 
         Called once at most after each forward pass.
         """
-        ...
-
-
-Record = Callable[[_Run, Tensor, Sequence[Tensor]], Passes]
-"""Records the passes of a function for inputs like the given one, with these parameters."""
-
-
-class GraphPasses:
-    """Passes recorded as CUDA graphs."""
-
-    def __init__(self, run: _Run, x: Tensor, parameters: Sequence[Tensor]) -> None:
-        self._x = x.detach().clone().requires_grad_(x.requires_grad)
-        stream, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                output = run(self._x)
-                self._gradient = torch.zeros_like(output)
-                joined_gradients(output, self._x, parameters, self._gradient)
-        current.wait_stream(stream)
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads, which read images ahead, may go on meanwhile.
-        how: dict[str, Any] = {"stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self._forward, **how):
-            output = run(self._x)
-        with torch.cuda.graph(self._backward, pool=self._forward.pool(), **how):
-            self._own, self._joined = joined_gradients(output, self._x, parameters, self._gradient)
-        self._output = output.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See `Passes`."""
-        self._x.copy_(x)
-        self._forward.replay()
-        return self._output
-
-    def backward(self, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
-        """See `Passes`."""
         self._gradient.copy_(gradient)
-        self._backward.replay()
-        return self._own, self._joined
-
-
-RECORDERS: dict[str, Record] = {"cuda": GraphPasses}
-"""What records passes, by type of device."""
+        self._backward()
+        return self._own, self.row
 
 
 def joined_gradients(
@@ -127,19 +116,25 @@ def is_recordable(parameters: Sequence[Tensor]) -> bool:
 
 
 class PassRecorder:
-    """Lets parts replay their passes.
+    """Lets parts replay their passes, and optimizers their steps.
 
     Args:
-        record: records the passes of one.
+        make_stream: that one recording after another is made on, on a device.
+
+    Attributes:
+        waits: parts compute by themselves for now, as inside of work that is recorded with them.
+        refused: optimizers whose steps could not be recorded.
     """
 
-    def __init__(self, record: Record) -> None:
-        self._record = record
+    def __init__(self, make_stream: Callable[[torch.device], RecordingStream]) -> None:
+        self._make_stream = make_stream
         self._made: weakref.WeakSet[Passes] = weakref.WeakSet()
         self._said: set[str] = set()
+        self._steps: RecordingStream | None = None
+        self.waits, self.refused = False, set[Hashable]()
 
     def __reduce__(self) -> Any:
-        return PassRecorder, (self._record,)  # recordings are of one process
+        return PassRecorder, (self._make_stream,)  # recordings are of one process
 
     @classmethod
     def on(cls, device: torch.device) -> PassRecorder:
@@ -148,10 +143,10 @@ class PassRecorder:
         Raises:
             ConfigError: it has none.
         """
-        if device.type not in RECORDERS:
+        if device.type not in STREAMS:
             expected = "false on a processor, as what is recorded are a GPU's kernels"
             raise ConfigError("compile", True, expected)
-        return cls(RECORDERS[device.type])
+        return cls(STREAMS[device.type])
 
     def attach(self, part: nn.Module) -> None:
         """Let a part that is fresh replay its passes, where it can be recorded."""
@@ -168,35 +163,53 @@ class PassRecorder:
         """The passes; None where there are enough of them."""
         if len(self._made) >= _IN_ALL:
             return None
-        passes = self._record(run, x, parameters)
+        passes = Passes(self._make_stream(x.device), run, x, parameters)
         self._made.add(passes)
         return passes
 
+    def stream_of_steps(self, device: torch.device) -> RecordingStream:
+        """The one that all steps are recorded on."""
+        if self._steps is None:
+            self._steps = self._make_stream(device)
+        return self._steps
 
-class _Turn:
-    """A forward pass whose backward pass may come, as long as anyone holds it."""
 
-    __slots__ = ("__weakref__",)
+class Turn:
+    """A forward pass whose backward pass may come, as long as anyone holds it.
+
+    Attributes:
+        only_row: the parameters' gradients are left in the row of the passes, and nobody else is given them.
+    """
+
+    __slots__ = ("__weakref__", "only_row")
+
+    def __init__(self) -> None:
+        self.only_row = False
 
 
-class _Recording:
-    """Passes and whose turn it is with them."""
+class HeldPasses:
+    """Passes and whose turn it is with them.
 
-    def __init__(self, passes: Passes) -> None:
-        self.passes = passes
-        self._turn: weakref.ref[_Turn] | None = None
+    Attributes:
+        learning: of each parameter, whether it learns in these passes. steps: that go along their gradients.
+    """
+
+    def __init__(self, passes: Passes, learning: tuple[bool, ...]) -> None:
+        self.passes, self.learning = passes, learning
+        self.steps: list[RecordedStep] = []
+        self._turn: weakref.ref[Turn] | None = None
 
     @property
     def busy(self) -> bool:
         """Whether the backward pass of the latest forward pass may still come."""
         return self._turn is not None and self._turn() is not None
 
-    def begin(self) -> _Turn:
-        turn = _Turn()
+    def begin(self) -> Turn:
+        turn = Turn()
         self._turn = weakref.ref(turn)
         return turn
 
-    def holds(self, turn: _Turn) -> bool:
+    def holds(self, turn: Turn) -> bool:
         """Whether what a turn's backward pass needs is still there."""
         return self._turn is not None and self._turn() is turn
 
@@ -223,8 +236,9 @@ class ReplayedForward:
         self._hooks = _dicts(modules, *(f"_{when}_hooks" for when in ("forward", "forward_pre", "backward")))
         self._hooks += _dicts(modules, "_backward_pre_hooks")
         self._seen: dict[Hashable, int] = {}
-        self._recordings: dict[Hashable, list[_Recording]] = {}
-        self._given_up = False
+        self._recordings: dict[Hashable, list[HeldPasses]] = {}
+        self.states: list[StepState] = []
+        self._given_up, self._failed = False, 0
 
     def __deepcopy__(self, memo: Mapping[int, Any]) -> Any:
         """A copy of the part computes by itself."""
@@ -241,24 +255,29 @@ class ReplayedForward:
             parameters: which gradients go to: the part's, or others in the same memory.
         """
         recording = self._free(x) if self._is_plain(x) else None
-        return None if recording is None else cast(Tensor, _Replay.apply(self, recording, x, *parameters))
+        return None if recording is None else cast(Tensor, ReplayedPass.apply(self, recording, x, *parameters))
 
     def _is_plain(self, x: object) -> bool:
         """Whether a call is one of training, of the part as it is, with nobody looking on."""
         return (
             type(x) is Tensor
-            and not self._given_up
+            and not (self._given_up or self._recorder.waits)
             and torch.is_grad_enabled()
             and self._part.training
             and all(place.get(name) is tensor for place, name, tensor in self._bound)
             and not any(self._hooks)
-            and [parameter.data_ptr() for parameter in self.parameters] == self._addresses
+            and self.in_place
             # Casts of weights that are kept would be those of the moment of recording.
             and not (torch.is_autocast_enabled(x.device.type) and torch.is_autocast_cache_enabled())
             and not _is_wrapped(x)
         )
 
-    def _free(self, x: Tensor) -> _Recording | None:
+    @property
+    def in_place(self) -> bool:
+        """Whether the parameters are in the memory that they were in."""
+        return [parameter.data_ptr() for parameter in self.parameters] == self._addresses
+
+    def _free(self, x: Tensor) -> HeldPasses | None:
         """A recording of such a call that is not in use."""
         learning = tuple(parameter.requires_grad for parameter in self.parameters)
         if not (x.requires_grad or any(learning)):
@@ -277,39 +296,41 @@ class ReplayedForward:
         if len(recordings) < _AT_ONCE:
             passes = self._recorded(x)
             if passes is not None:
-                recordings.append(_Recording(passes))
+                recordings.append(HeldPasses(passes, learning))
                 return recordings[-1]
         return None
 
     def _recorded(self, x: Tensor) -> Passes | None:
         """A new recording of such a call, which leaves no trace; None where there can be none."""
         buffers = [(buffer, buffer.clone()) for buffer in self._part.buffers()]
-        generators = _generators(x.device)
-        states = [generator.get_state() for generator in generators]
+        drawing = generators(x.device)
+        states = [generator.get_state() for generator in drawing]
         try:
             passes = self._recorder.record(lambda x: self._own(self._part, x), x, self.parameters)
-            drew = any(not torch.equal(g.get_state(), s) for g, s in zip(generators, states, strict=True))
+            drew = any(not torch.equal(g.get_state(), s) for g, s in zip(drawing, states, strict=True))
             reason = "draws random numbers" if drew else None
         except Exception as error:  # of whatever is in the part: then it computes as ever
-            first = next(iter(str(error).splitlines()), "")
-            passes, reason = None, f"cannot be recorded ({type(error).__name__}: {first})"
+            passes, reason = None, f"cannot be recorded ({explained(error)})"
+            self._failed += 1
         for buffer, before in buffers:
             buffer.data.copy_(before)  # `data`, as another pass may wait for its backward pass and has noted no change
-        for generator, state in zip(generators, states, strict=True):
+        for generator, state in zip(drawing, states, strict=True):
             generator.set_state(state)
         if reason is not None:
-            self._given_up = True
-            self._recorder.say(f"compile: a part {reason}, and computes without graphs")
+            # Once more, as what a library does when it is first used may be what cannot be recorded.
+            self._given_up = passes is not None or self._failed == _ATTEMPTS
+            if self._given_up:
+                self._recorder.say(f"compile: a part {reason}, and computes without graphs")
             return None
         return passes
 
-    def gradients(self, joined: Tensor) -> list[Tensor | None]:
-        """The parameters' gradients, out of a row that may be kept."""
+    def gradients(self, joined: Tensor, learning: Sequence[bool]) -> list[Tensor | None]:
+        """The parameters' gradients, views of a row; None of those that did not learn."""
         found: list[Tensor | None] = []
         start = 0
-        for parameter, (size, shape, stride) in zip(self.parameters, self._layout, strict=True):
-            found.append(joined.as_strided(shape, stride, start) if parameter.requires_grad else None)
-            start += size if parameter.requires_grad else 0
+        for learns, (size, shape, stride) in zip(learning, self._layout, strict=True):
+            found.append(joined.as_strided(shape, stride, start) if learns else None)
+            start += size if learns else 0
         return found
 
     def anew(self, x: Tensor, gradient: Tensor, how: tuple[bool, torch.dtype]) -> list[Any]:
@@ -326,7 +347,7 @@ class ReplayedForward:
         return [next(found) if each.requires_grad else None for each in (x, *self.parameters)]
 
 
-class _Replay(torch.autograd.Function):
+class ReplayedPass(torch.autograd.Function):
     """A replayed forward pass in a graph of torch's."""
 
     @staticmethod
@@ -348,7 +369,9 @@ class _Replay(torch.autograd.Function):
             return None, None, *replayed.anew(x, gradient, ctx.how)
         own, joined = ctx.recording.passes.backward(gradient)
         ctx.recording.end()
-        return None, None, None if own is None else own.clone(), *replayed.gradients(joined.clone())
+        learning = ctx.recording.learning
+        of_parameters = [None] * len(learning) if ctx.turn.only_row else replayed.gradients(joined.clone(), learning)
+        return None, None, None if own is None else own.clone(), *of_parameters
 
 
 def _dicts(modules: Sequence[nn.Module], *names: str) -> list[dict[str, Any]]:
@@ -358,8 +381,3 @@ def _dicts(modules: Sequence[nn.Module], *names: str) -> list[dict[str, Any]]:
 
 def _autocast(x: Tensor) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    own = [torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else []
-    return [torch.default_generator, *own]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -14,7 +14,9 @@ from torch.optim import lr_scheduler
 
 from cutlayer.models.cutting import Crossing, SeveralError
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.messages.crossing import backward
+from cutlayer.runtime.messages.crossing import differentiable
+from cutlayer.runtime.parties.graphs import PassRecorder
+from cutlayer.runtime.parties.updates import ReplayedSteps
 
 _OPTIMIZERS = {
     name.lower(): kind
@@ -174,11 +176,16 @@ def check_schedule(optimizer: OptimizerConfig, scheduler: SchedulerConfig | None
 
 
 class PartOptimizer:
-    """The optimizers of one or several parts, stepped together."""
+    """The optimizers of one or several parts, stepped together.
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    Args:
+        recorder: of the parts' passes, where steps are replayed.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], recorder: PassRecorder | None = None) -> None:
         self._optimizers = optimizers
         self._device = optimizers[0].param_groups[0]["params"][0].device
+        self._replayed = None if recorder is None else ReplayedSteps(recorder, optimizers)
 
     def update(
         self,
@@ -194,14 +201,15 @@ class PartOptimizer:
         """
         if reset:
             self.zero_grad()
+        outputs, along = _beginning(output, gradient)
         with self._without_autocast():
-            if gradient is not None:
-                backward(output, gradient)
-            elif isinstance(output, Tensor):
-                torch.autograd.backward(output)
-            else:
-                raise SeveralError.by("a loss", len(output))
-        self.step()
+            if reset and self._replayed is not None and self._replayed.update(outputs, along):
+                return
+            if outputs:
+                torch.autograd.backward(outputs, along)
+            self.step()
+            if self._replayed is not None:
+                self._replayed.settle()
 
     def _without_autocast(self) -> AbstractContextManager[Any]:
         kind = self._device.type
@@ -214,13 +222,26 @@ class PartOptimizer:
                 for parameter in group["params"]:
                     parameter.grad = None
 
-    def step(self) -> None:
-        """One step along the gradients that the parameters hold."""
+    def step(self, closure: Callable[[], object] | None = None) -> None:
+        """One step along the gradients that the parameters hold.
+
+        Args:
+            closure: puts them there first. It computes the same on the same memory whenever it is called, and may be
+                recorded with the step (``compile``); its gradients are then written over by its next step.
+        """
         with self._without_autocast():
-            for optimizer in self._optimizers:
-                if optimizer.param_groups[0].get("fused"):
-                    _align_gradients(optimizer)
-                optimizer.step()
+            if closure is not None and self._replayed is not None:
+                self._replayed.follow(closure, self._step)
+            else:
+                if closure is not None:
+                    closure()
+                self._step()
+
+    def _step(self) -> None:
+        for optimizer in self._optimizers:
+            if optimizer.param_groups[0].get("fused"):
+                _align_gradients(optimizer)
+            optimizer.step()
 
     def set(self, options: Iterable[Mapping[str, Any]]) -> None:
         """Set the options of each part's parameter group, such as the round's learning rate."""
@@ -254,6 +275,15 @@ class PartOptimizer:
     def renew(self, part: int) -> None:
         """Forget the state of a part's optimizer; the options stay as they are."""
         self._optimizers[part].state.clear()
+
+
+def _beginning(output: Crossing, gradient: Crossing | None) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """The tensors that a backward pass begins with, and a gradient for each; None for that of a loss."""
+    if gradient is not None:
+        return differentiable(output, gradient)
+    if not isinstance(output, Tensor):
+        raise SeveralError.by("a loss", len(output))
+    return [output], [None]
 
 
 def _align_gradients(optimizer: torch.optim.Optimizer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -136,7 +136,9 @@ class _StackedOptimizer(PartOptimizer):
         for parameter in self._parameters:
             parameter.grad = None
 
-    def step(self) -> None:
+    def step(self, closure: Callable[[], object] | None = None) -> None:
+        if closure is not None:
+            closure()
         for own, ordinary in zip(self._parameters, self._ordinary, strict=True):
             ordinary.grad = None if own.grad is None else whole(own.grad)
         super().step()

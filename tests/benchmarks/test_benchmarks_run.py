@@ -6,8 +6,11 @@ import importlib
 import itertools
 import re
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,16 +25,21 @@ from benchmarks import (
     cohort,
     evaluation,
     gpu,
+    kernels,
     measure,
     memory,
     plotting,
     round_time,
     speed,
+    step,
     sweep,
     together,
     traffic,
     workers,
 )
+from cutlayer.runtime.parties.graphs import PassRecorder
+from cutlayer.runtime.parties.optim import PartOptimizer
+from tests.runtime.stand_ins import TapeStream
 
 DECIMAL = r"\d+\.\d+"
 
@@ -99,6 +107,36 @@ def test_alignment_ends_with_the_weights_of_the_plain_steps(
     monkeypatch.setattr(alignment, "plain_step", lambda *_: None)
     assert alignment.main(keys) == 1
     assert "weights DIFFER" in capsys.readouterr().out
+
+
+def test_what_surrounds_a_step_is_timed_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert step.main(["--times", "2", "--repeats", "1", "--model", "cnn2"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("question and answer", "stream, precision, clock", "ledger", "copies", "message"):
+        assert re.search(rf"  {name} +{DECIMAL} \({DECIMAL} \.\. {DECIMAL}\)", shown)
+    assert re.search(r"  passes recorded +\d+ .*\n  steps too +\d+ ", shown)
+
+
+def test_steps_on_recordings_that_do_nothing_are_replayed() -> None:
+    made: list[bool] = []
+
+    class Counting(step.Idle):
+        def record(self, work: Callable[[], Any], *, large: bool = False) -> Any:
+            made.append(large)
+            return super().record(work, large=large)
+
+    part = torch.nn.Linear(3, 2)
+    recorder = PassRecorder(Counting)
+    recorder.attach(part)
+    optimizer = PartOptimizer([torch.optim.SGD(part.parameters(), 0.1)], recorder)
+    step._settled(part, optimizer, torch.ones(4, 3), torch.zeros(4, dtype=torch.int64))
+    assert made == [True, False, False], "a forward pass, its backward pass, and the optimizer's step"
+
+
+def test_every_way_to_compute_is_compared_with_the_plain_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels.main(["--case", "tiny", "--repeats", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"  {name} +{DECIMAL} \(", shown) for name in kernels.WAYS)
 
 
 def test_memory_hands_each_population_to_a_process_of_its_own(
@@ -237,7 +275,19 @@ def test_a_round_trip_is_measured_beside_the_echo(capsys: pytest.CaptureFixture[
     assert "0.01 MB each way, with TLS" in shown
     for line in ("gRPC alone, sync client", "gRPC alone, aio client", "the platform"):
         assert re.search(rf"{line} +{DECIMAL} ms \({DECIMAL} \.\. {DECIMAL}\), processor {DECIMAL} ms", shown)
+    for end in ("server", "client"):
+        each = rf"main thread {DECIMAL} ms, Python's others {DECIMAL}, gRPC's {DECIMAL}"
+        assert re.search(f"of it at the {end}: {each}", shown)
     assert re.search(rf"ratio to the (sync|aio) client {DECIMAL} ", shown)
+
+
+def test_threads_are_told_apart_by_their_names() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(sum, range(3_000_000)).result()
+        found = measure.thread_seconds()
+    assert found["main"] > 0
+    assert found["others"] > 0
+    assert sum(found.values()) <= 1.1 * time.process_time()
 
 
 def test_a_crowd_is_served_and_the_servers_memory_told() -> None:
@@ -273,10 +323,10 @@ def test_speed_is_measured_part_by_part(monkeypatch: pytest.MonkeyPatch, capsys:
     )
     assert re.search(rf"two convolutions, 2 clients, together: {DECIMAL} ms a round", shown)
     assert re.search(rf"resnet20, batch 4, bf16, eager: {DECIMAL} ms a step.* of the peak, weights apart \d", shown)
-    assert re.search(rf"FSL-SAGE's alignment: -?\d+ ms a client, -?{DECIMAL} ms a pass", shown)
+    assert re.search(rf"FSL-SAGE's alignment, eager: -?\d+ ms a client, -?{DECIMAL} ms a pass", shown)
     assert re.search(r"MocoSFL: \d+ ms a round of 3 clients", shown)
     refused = "FAILED, ConfigError: compile=true: expected false on a processor"
-    assert shown.count(refused) == 1 + 2 * (1 + len(speed.PRECISIONS)) + len(speed.PAPER)
+    assert shown.count(refused) == 2 + 2 * (1 + len(speed.PRECISIONS)) + len(speed.PAPER)
     data: list[speed.Dataset] = []
     for name, more in {"fed_avg": [], "fsl_sage": ["algorithm.align_epochs=1"]}.items():
         options = argparse.Namespace(device="cpu", set=["num_clients=2", *more])
@@ -288,11 +338,21 @@ def test_speed_is_measured_part_by_part(monkeypatch: pytest.MonkeyPatch, capsys:
     assert len(held.train) == speed.TINY.images
 
 
+def test_a_whole_step_of_a_bare_loop_is_timed_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = argparse.Namespace(device="cpu", set=[])
+    assert speed.whole_step(options, speed.TINY, "fp32", ()) == "no graphs on this device"
+    monkeypatch.setitem(speed.STREAMS, "cpu", TapeStream)
+    monkeypatch.setattr(TapeStream, "replayed", 0)
+    assert re.fullmatch(rf"{DECIMAL} ms a step", speed.whole_step(options, speed.TINY, "fp32", speed.FAST[:1]))
+    assert TapeStream.replayed == speed.TINY.steps
+
+
 def test_speed_ends_when_its_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["speed", "--seconds", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.endswith("no time left") for line in lines[1:])
-    assert len(lines) == 1 + len(speed.PRECISIONS) + 5 * (1 + len(speed.PRECISIONS)) + 4 + 2 * len(speed.PAPER)
+    by_precision = 1 + 5 + 1  # the peak, the ways to compute, a step as one graph
+    assert len(lines) == 1 + by_precision * len(speed.PRECISIONS) + 5 + 5 + 2 * len(speed.PAPER)
 
 
 @pytest.fixture

@@ -1,0 +1,60 @@
+"""Files of generated text and of references: those of the E2E script, and lines of `meaning||reference`."""
+
+from pathlib import Path
+
+from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+
+_BETWEEN = "||"
+
+
+def read_hypotheses(path: str | Path) -> list[str]:
+    """One text a line, [n]; an empty line is an empty text.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no UTF-8.
+    """
+    return [line.strip() for line in _lines(path)]
+
+
+def read_references(path: str | Path) -> list[list[str]]:
+    """Groups of lines, [n]: a text a line, an empty line between groups. A file without one has a group in each line.
+
+    Raises:
+        ConfigError: the file cannot be read, is no UTF-8, or has a group without any text.
+    """
+    groups: list[list[str]] = [[]]
+    for number, line in enumerate("\n".join(_lines(path)).rstrip().split("\n"), 1):
+        if line.strip():
+            groups[-1].append(line.strip())
+        elif groups[-1]:
+            groups.append([])
+        else:
+            raise ConfigError("references", NO_VALUE, f"{path}: an empty group, as line {number} is empty too")
+    return groups if len(groups) > 1 else [[text] for text in groups[0]]
+
+
+def read_meanings(path: str | Path) -> dict[str, list[str]]:
+    """References by meaning, from lines `meaning||reference`: meanings in the order in which they first come.
+
+    Raises:
+        ConfigError: the file cannot be read, is no UTF-8, or has a line that lacks a meaning or a reference.
+    """
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(_lines(path), 1):
+        meaning, _, text = (part.strip() for part in line.partition(_BETWEEN))
+        if not meaning or not text:
+            raise ConfigError("references", NO_VALUE, f"{path}: line {number}; expected meaning{_BETWEEN}reference")
+        found.setdefault(meaning, []).append(text)
+    return found
+
+
+def _lines(path: str | Path) -> list[str]:
+    """Without line ends; only line feeds end lines, as other signs may be part of a text."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError("file", str(path), f"a file that can be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("file", str(path), f"text in UTF-8, which it is not at byte {error.start}") from None
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]

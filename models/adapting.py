@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.models.config import Bottleneck, ModelConfig
+from cutlayer.models.frozen import thaw
 from cutlayer.models.lora import add_lora
 from cutlayer.models.pretrained import causal_model
 from cutlayer.models.registry import check_input, entry
-from cutlayer.models.shared import thaw
 from cutlayer.models.sources import error_line
 from cutlayer.models.splitting import check_cuts, children_of, ended, split, zeros
 from cutlayer.runtime.ground.config import ConfigError

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cutlayer.models.shared import share_frozen, unshare
-from cutlayer.runtime.ground.config import ConfigError
+from cutlayer.models.frozen import share_frozen, unshare
+from cutlayer.runtime.ground.config import ConfigError, scoped
 from cutlayer.runtime.ground.extras import install
 
 ADAPTER = "default"
 """PEFT's name of the one adapter that a model has."""
+_WITH_ADAPTERS = scoped(read_if=lambda own, _: own.r > 0)
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class LoraConfig:
     """
 
     r: int = 0
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ()
-    train: Literal["both", "A", "B"] = "both"
+    alpha: float = field(default=16.0, metadata=_WITH_ADAPTERS)
+    dropout: float = field(default=0.0, metadata=_WITH_ADAPTERS)
+    targets: tuple[str, ...] = field(default=(), metadata=_WITH_ADAPTERS)
+    train: Literal["both", "A", "B"] = field(default="both", metadata=_WITH_ADAPTERS)
 
     def __post_init__(self) -> None:
         if self.r < 0:

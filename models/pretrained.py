@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cutlayer.models.shared import share_frozen
+from cutlayer.models.frozen import share_frozen
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
 if TYPE_CHECKING:

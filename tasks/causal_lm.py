@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from torch.nn import functional as F
 
 from cutlayer.datasets import DatasetInfo
 from cutlayer.tasks import IGNORED, Loss, Score, Task, register
+
+
+def _mean_over_tokens(output: Tensor, y: Tensor, smoothing: float) -> Tensor:
+    return F.cross_entropy(output.flatten(0, -2), y.flatten(), label_smoothing=smoothing)
 
 
 @register("causal_lm")
@@ -24,10 +29,7 @@ class CausalLM(Task):
     sequential = True
 
     def loss(self, smoothing: float) -> Loss:
-        def mean_over_tokens(output: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(output.flatten(0, -2), y.flatten(), label_smoothing=smoothing)
-
-        return mean_over_tokens
+        return partial(_mean_over_tokens, smoothing=smoothing)
 
     def each(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         losses = F.cross_entropy(output.flatten(0, -2), y.flatten(), reduction="none").view(y.shape).sum(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,13 @@ from torch.nn import functional as F
 
 from cutlayer.datasets import DatasetInfo
 from cutlayer.tasks import Loss, Score, Task, register
+
+
+def _mean_over_labels(output: Tensor, y: Tensor, smoothing: float) -> Tensor:
+    known = (y >= 0).to(output.dtype)
+    wanted = y.to(output.dtype).clamp(min=0) * (1 - smoothing) + smoothing / 2
+    losses = F.binary_cross_entropy_with_logits(output, wanted, reduction="none")
+    return (losses * known).sum() / known.sum()
 
 
 @register("multi_label")
@@ -21,13 +29,7 @@ class MultiLabel(Task):
     """
 
     def loss(self, smoothing: float) -> Loss:
-        def mean_over_labels(output: Tensor, y: Tensor) -> Tensor:
-            known = (y >= 0).to(output.dtype)
-            wanted = y.to(output.dtype).clamp(min=0) * (1 - smoothing) + smoothing / 2
-            losses = F.binary_cross_entropy_with_logits(output, wanted, reduction="none")
-            return (losses * known).sum() / known.sum()
-
-        return mean_over_labels
+        return partial(_mean_over_labels, smoothing=smoothing)
 
     def each(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         known, wanted = y >= 0, y.clamp(min=0).to(output.dtype)

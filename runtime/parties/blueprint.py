@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cutlayer.datasets import DatasetInfo
 from cutlayer.models import ModelConfig, division_of, make_parts, refinable
-from cutlayer.models.shared import Shared, replace_shared, shared_in
+from cutlayer.models.frozen import FrozenTensor, frozen_in, share_again
 from cutlayer.runtime.ground.config import ConfigError, join
 from cutlayer.runtime.parties.aggregate import BufferPolicy
 from cutlayer.runtime.parties.graphs import PassRecorder
@@ -111,7 +111,7 @@ class Blueprint:
         made = make_parts(
             config.model, info, layout.parts, seed=config.seed, options=config.options_for, compare=compare
         )
-        moved = dict[int, Shared]()
+        moved = dict[int, FrozenTensor]()
         for modules in made.values():
             for module in modules:
                 _place(module, self.device, self.dtype, MEMORY_FORMATS[memory_format], moved)
@@ -231,18 +231,18 @@ def _place(
     device: torch.device,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
-    moved: dict[int, Shared],
+    moved: dict[int, FrozenTensor],
 ) -> None:
     """Put a fresh module on a device, in training mode; its weights of four dimensions lie there in this order.
 
     Args:
         moved: what shared tensors became, of all modules that were placed so far.
     """
-    shared = shared_in(module)
+    shared = frozen_in(module)
     ordered = {} if memory_format == torch.preserve_format else {"memory_format": memory_format}
     module.to(device, dtype, **ordered).train()
     for each in shared:
-        replace_shared(each, moved)
+        share_again(each, moved)
 
 
 def copied_state(module: nn.Module) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ from torch import nn
 
 from cutlayer.datasets import DatasetInfo
 from cutlayer.models import ModelConfig, build_auxiliary, build_model, split
+from cutlayer.models.frozen import frozen_in
 from cutlayer.models.lora import LoraConfig
 from cutlayer.models.pretrained import base_hash
-from cutlayer.models.shared import shared_in
 from cutlayer.models.splitting import split_in_three
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
@@ -115,12 +115,12 @@ def test_only_adapters_are_in_a_state_and_all_copies_have_one_memory_for_the_res
     model = build_model(config(base=base), INFO)
     assert all(".lora_" in name for name in model.state_dict())
     assert all(".lora_" in name for name, _ in model.named_parameters())
-    places = {id(buffer): buffer.data_ptr() for _, _, buffer in shared_in(model)}
+    places = {id(buffer): buffer.data_ptr() for _, _, buffer in frozen_in(model)}
     assert len(places) > 20
     twins: list[nn.Module] = [copy.deepcopy(model), build_model(config(base=base), INFO)]
     twins += [*split(model, "transformer.h.0", INFO.shape), build_auxiliary(config(base=base), INFO, model)]
     for twin in twins:
-        found = {buffer.data_ptr() for _, _, buffer in shared_in(twin)}
+        found = {buffer.data_ptr() for _, _, buffer in frozen_in(twin)}
         assert found
         assert found <= {*places.values()}
     plain = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
@@ -132,10 +132,10 @@ def test_parts_of_a_run_share_it_too(configure, base: Path) -> None:
     federation = Federation(configure("algorithm=fsl_sage", *run_settings(base)))
     blueprint = federation.setup.blueprint
     copies = [blueprint.parts(blueprint.initial) for _ in range(2)]
-    memory = [{b.data_ptr() for part in parts.values() for _, _, b in shared_in(part)} for parts in copies]
+    memory = [{b.data_ptr() for part in parts.values() for _, _, b in frozen_in(part)} for parts in copies]
     assert memory[0] == memory[1]
     whole = {
-        b.data_ptr() for _, _, b in shared_in(build_model(federation.setup.config.model, federation.setup.dataset.info))
+        b.data_ptr() for _, _, b in frozen_in(build_model(federation.setup.config.model, federation.setup.dataset.info))
     }
     assert memory[0] <= whole
 

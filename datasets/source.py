@@ -112,6 +112,10 @@ class Source(ABC):
         """Whether there is an augmentation to draw."""
         return False
 
+    def shortened(self, length: int) -> Self:
+        """The same samples, none longer than so many places, where they have a length: texts lose their ends."""
+        return self
+
     def places(self, samples: Tensor) -> int:
         """How many places a batch of these samples, int64 [b], has: one a sample, of text as many as tokens given."""
         return len(samples)

@@ -1,6 +1,7 @@
 """Texts that give out ready batches on the device: tokens, and for each of them the next."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -62,6 +63,12 @@ class TextSource(Source):
             TypeError: always.
         """
         raise TypeError("texts have no pixels")
+
+    def shortened(self, length: int) -> "TextSource":
+        lengths = np.minimum(self.texts.lengths, length + 1)
+        prompts = np.minimum(self.texts.prompts, lengths - 1)
+        texts = replace(self.texts, lengths=lengths, prompts=prompts)
+        return TextSource(texts, self._store, self.labels, self.groups, self._device)
 
     def places(self, samples: Tensor) -> int:
         return len(samples) * (int(self._lengths[samples].max()) - 1) if len(samples) else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import logging
 from abc import ABC, abstractmethod
@@ -108,7 +109,7 @@ class HuggingFaceTokenizer(Tokenizer):
 def _found(name: str) -> Any:
     """The tokenizer of `transformers` by this name."""
     try:
-        from transformers import AutoTokenizer  # late: it takes seconds
+        transformers = importlib.import_module("transformers")  # late: it takes seconds
     except ImportError:
         raise ConfigError(_KEY, name, f"{BYTES}, or the packages for others: {install('huggingface')}") from None
     folder = Path(name).expanduser()
@@ -118,7 +119,7 @@ def _found(name: str) -> Any:
     level = quiet.level
     quiet.setLevel(logging.CRITICAL)
     try:
-        return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name, **options)
+        return transformers.AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name, **options)
     except Exception as error:  # of files that are missing, damaged or of another kind it raises what it likes
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         files = "a Hugging Face tokenizer, by folder or name, whose files are on this machine"

@@ -128,7 +128,7 @@ def test_every_logger_has_an_extra_that_brings_its_packages() -> None:
 
 
 def test_every_library_of_models_has_an_extra_of_its_sources_name() -> None:
-    assert (EXTRAS["timm"], EXTRAS["huggingface"]) == ({"timm"}, {"transformers"})
+    assert (EXTRAS["timm"], EXTRAS["huggingface"]) == ({"timm"}, {"peft", "transformers"})
     assert {"timm", "huggingface"} <= set(SOURCES)
 
 

@@ -298,6 +298,7 @@ def test_the_examples_pass_the_tests_of_their_kind(extended: Path) -> None:
         "sl_noise": ("tests/contract/test_contract.py", 8),
         "geometric": ("tests/contract/test_distributions.py", 4),
         "f_score": ("tests/contract/test_evaluations.py", 1),
+        "regression": ("tests/contract/test_tasks.py", 2),
         "distinct_2": ("tests/contract/test_text_metrics.py", 2),
         "best_round": ("tests/plotting/test_figures_all.py", 2),
         "narrow": ("tests/models/test_model_auxiliary.py", 5),

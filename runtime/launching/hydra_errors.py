@@ -148,7 +148,9 @@ def unknown_key(key: str, overrides: Sequence[str] = ()) -> ConfigError:
     if nearest(key.rpartition(".")[2], choices):
         return ConfigError.unknown_key(key, choices)
     last = key.rpartition(".")[2]
-    close = next((known for known in keys if known.rpartition(".")[2] == last), None)
+    close = min(
+        (known for known in keys if known.rpartition(".")[2] == last), key=lambda known: known.count("."), default=""
+    )
     hint = f"; did you mean {close}?" if close else ""
     return _say(key, f"no such key{hint} (choices: {', '.join(choices)})")
 

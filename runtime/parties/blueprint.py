@@ -111,10 +111,7 @@ class Blueprint:
         made = make_parts(
             config.model, info, layout.parts, seed=config.seed, options=config.options_for, compare=compare
         )
-        moved = dict[int, FrozenTensor]()
-        for modules in made.values():
-            for module in modules:
-                _place(module, self.device, self.dtype, MEMORY_FORMATS[memory_format], moved)
+        _place(chain.from_iterable(made.values()), self.device, self.dtype, MEMORY_FORMATS[memory_format])
         _make_ready(config.model, made)
         self._general = config.optimizer_for("model")
         self._optimizers = {name: config.optimizer_for(name) for name in made}
@@ -227,22 +224,19 @@ def _make_ready(config: ModelConfig, made: Mapping[str, Sequence[nn.Module]]) ->
 
 
 def _place(
-    module: Any,
-    device: torch.device,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-    moved: dict[int, FrozenTensor],
+    modules: Iterable[Any], device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
-    """Put a fresh module on a device, in training mode; its weights of four dimensions lie there in this order.
+    """Put fresh modules on a device, in training mode; their weights of four dimensions lie there in this order.
 
-    Args:
-        moved: what shared tensors became, of all modules that were placed so far.
+    What they share stays shared.
     """
-    shared = frozen_in(module)
     ordered = {} if memory_format == torch.preserve_format else {"memory_format": memory_format}
-    module.to(device, dtype, **ordered).train()
-    for each in shared:
-        share_again(each, moved)
+    moved = dict[int, FrozenTensor]()
+    for module in modules:
+        shared = frozen_in(module)
+        module.to(device, dtype, **ordered).train()
+        for each in shared:
+            share_again(each, moved)
 
 
 def copied_state(module: nn.Module) -> dict[str, Tensor]:

@@ -43,7 +43,9 @@ SMALL = (
 def tiny(
     config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch.dtype, download: bool = True
 ) -> Dataset:
-    """Noise in place of a dataset's files, in the shape that most of them have, with natural groups."""
+    """Noise in place of a dataset's files, in the shape that most of them have, with natural groups; text as it is."""
+    if config.name == "shakespeare":
+        return load_dataset(replace(config, fraction=0.2), seed=seed, device=device, dtype=dtype)
     options = {"n_train": 24, "n_test": 8, "channels": 3, "height": 32, "width": 32, "groups": 3}
     if config.name == "digits":
         options |= {"channels": 1, "height": 8, "width": 8}
@@ -73,6 +75,8 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
         overrides.append("role=server")  # over a network it is tried in tests/network
     elif not choice.startswith(("algorithm", *OWN)):
         overrides.append("algorithm=cse_fsl")
+    if choice == "model=gpt":
+        overrides += ["dataset=shakespeare", "model.options={hidden:8,heads:2,depth:3}"]
     config = load_config(overrides)
     group, _, name = choice.partition("=")
     if group in ("algorithm", "model", "dataset"):

@@ -1,5 +1,6 @@
 """Over the network every algorithm gives the bits that it gives in one process: weights, ledger, accuracy."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from cutlayer import algorithms
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.rounds.federation import Federation
-from tests.conftest import same, weights
+from tests.conftest import play, same, weights
 from tests.contract.test_contract import quick
 from tests.network.serving import kept_rows, served
 
@@ -27,6 +28,11 @@ def totals(federation: Federation) -> list[list]:
 
 CASES = {name: (name, ()) for name in algorithms.names()}
 CASES |= {"clients without data": ("fed_avg", DATALESS), "clients by group": ("fed_avg", BY_GROUP)}
+TEXT = (
+    *("dataset=shakespeare", "dataset.options.length=24", "dataset.fraction=0.02", "dataset.distribution=iid"),
+    *("batch_size=16", "model=gpt", "model.options={hidden:16,heads:2,depth:3}"),
+)
+CASES |= {f"text, {name}": (name, TEXT) for name in ("fed_avg", "sl_single_server", "sl_u_shape", "fsl_sage")}
 CASES |= {"several labels": ("fsl_sage", ("dataset=digit_facts",))}
 CASES |= {"evaluations": ("fed_babu", ("evaluations=[class_acc]", "dataset.local_test=true"))}
 
@@ -54,6 +60,19 @@ def test_weights_ledger_and_accuracy(configure, name: str, more: tuple[str, ...]
     assert remote.ledger.state_dict() == local.ledger.state_dict() or sorted(remote.ledger.totals()) == sorted(
         local.ledger.totals()
     )
+
+
+@pytest.mark.parametrize("name", ["sl_u_shape", "cse_fsl"])
+def test_batches_of_texts_of_any_length(configure, name: str, tmp_path: Path) -> None:
+    """As long as its longest text each: a server that knows its clients' shapes takes them all."""
+    lines = [json.dumps({"prompt": f"say {n}", "completion": "abc " * (1 + 7 * n % 11)}) for n in range(60)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    setting = (*SETTING, f"algorithm={name}", *quick(name), *TEXT, "dataset=jsonl", f"dataset.root={tmp_path}")
+    setting += ("dataset.options.length=40", "dataset.options.test=null", "dataset.fraction=1", "batch_size=3")
+    local = play(Federation(configure(*setting)))
+    with served(tmp_path / "network", *setting) as remote:
+        assert same(weights(play(remote)), weights(local))
+        assert sorted(remote.ledger.totals()) == sorted(local.ledger.totals())
 
 
 def test_clients_of_their_own_data_of_whom_none_can_train(configure, tmp_path: Path) -> None:

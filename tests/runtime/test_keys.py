@@ -36,7 +36,7 @@ MACHINE = {
         "client_id",
         "transport.name",
     ),
-    *("dataset.root", "dataset.storage", "dataset.workers"),
+    *("dataset.root", "dataset.storage", "dataset.workers", "model.base"),
 }
 RECORD = {"save_dir", "resume", "data_changed", "checkpoint_interval", "communication_by", "progress", "logger.csv"}
 AFTER = ("personalize.", "probe.")
@@ -81,6 +81,8 @@ OTHERS: dict[str, Any] = {
     "model.bottleneck": "C4S2",
     "model.client_norm": "group",
     "model.cut": "relu2",
+    "model.lora.targets": ["c_attn"],
+    "model.lora.train": "B",
     "model.init": "weights.safetensors",
     "model.initialisation": "xavier",
     "model.name": "simple_conv",
@@ -106,7 +108,7 @@ OTHERS: dict[str, Any] = {
     "engine": "ray",
 }
 # They depend on each other.
-APART = {"role", "server", "client_id", "transport.name", "dataset.name", "dataset.options", "model.name"}
+APART = {"role", "server", "client_id", "transport.name", "dataset.name", "dataset.options", "model.name", "model.base"}
 APART |= {"dataset.distribution_options"}
 APART |= {"algorithm.name", "algorithm.rich_share"}
 

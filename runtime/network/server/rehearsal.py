@@ -1,7 +1,8 @@
 """What a client's messages look like, found out before any client comes: two rounds in miniature, in this process.
 
-Each is played twice, with batches of two and of three samples: what then differs is a size of the batch and may be
-anything, what is equal is what every client's message has to have.
+Each is played twice, with batches of two and of three samples, and of text with shorter ones the second time: what then
+differs is a size of the batch or the length of its texts and may be anything, what is equal is what every client's
+message has to have.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ def rehearse(config: RunConfig, dataset: Dataset) -> Expected:
     divided = replace(config.dataset.evenly(), drop_last="auto")
     local = replace(config, transport=LocalTransport(), role=None, comm_threshold_mb=None, dataset=divided)
     try:
-        for batch in _BATCHES:
+        for batch, length in zip(_BATCHES, (dataset.info.length, max(1, dataset.info.length - 1)), strict=True):
             setting = replace(local, batch_size=batch, local_epochs=1)
-            seen.append(_play(setting, dataset))
+            seen.append(_play(setting, replace(dataset, train=dataset.train.shortened(length))))
     except Exception as error:
         log.warning("messages of clients are not checked for their shapes: %s: %s", type(error).__name__, error)
         return Expected({})

@@ -65,14 +65,17 @@ def test_weights_ledger_and_accuracy(configure, name: str, more: tuple[str, ...]
 @pytest.mark.parametrize("name", ["sl_u_shape", "cse_fsl"])
 def test_batches_of_texts_of_any_length(configure, name: str, tmp_path: Path) -> None:
     """As long as its longest text each: a server that knows its clients' shapes takes them all."""
-    lines = [json.dumps({"prompt": f"say {n}", "completion": "abc " * (1 + 7 * n % 11)}) for n in range(60)]
+    lines = [
+        json.dumps({"prompt": f"say {n}", "completion": "abc " * (1 + n % 5 if n > 29 else 20)}) for n in range(60)
+    ]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     setting = (*SETTING, f"algorithm={name}", *quick(name), *TEXT, "dataset=jsonl", f"dataset.root={tmp_path}")
-    setting += ("dataset.options.length=40", "dataset.options.test=null", "dataset.fraction=1", "batch_size=3")
+    setting += ("dataset.options.length=40", "dataset.options.test=null", "dataset.fraction=1", "batch_size=1")
     local = play(Federation(configure(*setting)))
-    with served(tmp_path / "network", *setting) as remote:
-        assert same(weights(play(remote)), weights(local))
+    with served(tmp_path / "network", *setting, of_clients=[f"dataset.root={tmp_path}"]) as remote:
+        here = weights(play(remote))
         assert sorted(remote.ledger.totals()) == sorted(local.ledger.totals())
+    assert same(here | kept_rows(tmp_path / "network", local.setup.population), weights(local))
 
 
 def test_clients_of_their_own_data_of_whom_none_can_train(configure, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def draw(file: Path, parts: Partition, labels: np.ndarray, class_names: Sequence
         interpolation="nearest",
         cmap="Blues",
         vmin=0,
-        vmax=min(1, max(float(shares.max()), 3 / classes)),
+        vmax=_darkest(shares),
     )
     if classes <= _NAMED_CLASSES:
         lower.set_yticks(range(classes), [_short(name) for name in class_names], fontsize=7)
@@ -162,8 +162,13 @@ def _draw_sizes(axes: Axes, sizes: np.ndarray, parts: Partition) -> None:
         axes.spines[side].set_visible(False)
 
 
+def _darkest(shares: np.ndarray) -> float:
+    """The share that the darkest colour stands for: shares are [classes, clients]."""
+    return min(1.0, max(float(shares.max()), 3 / len(shares)))
+
+
 def _write_counts(axes: Axes, shares: np.ndarray, sizes: np.ndarray) -> None:
-    strong = max(shares.max(), 3 / len(shares)) * 0.6
+    strong = 0.6 * _darkest(shares)
     for (row, column), share in np.ndenumerate(shares):
         if share > 0:
             colour = "white" if share > strong else "#333333"

@@ -86,8 +86,8 @@ def make_curves(
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether more of a metric is better: not for losses, errors and how much clients differ."""
-    return not metric.endswith(("loss", "/std")) and "error" not in metric
+    """Whether more of a metric is better: not for losses, perplexities, errors and how much clients differ."""
+    return not metric.endswith(("loss", "perplexity", "/std")) and "error" not in metric
 
 
 def _average(runs: Sequence[Run], metric: str, without_fields: tuple[str, ...], link: Link) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cutlayer.datasets import DatasetConfig, Partition, partition, partition_files
@@ -89,3 +90,13 @@ def test_a_picture_is_drawn_once_for_runs_whose_clients_have_the_same_data(
 def test_lines_are_what_str_writes(rows: np.ndarray) -> None:
     expected = "".join(",".join(map(str, row)) + "\n" for row in rows.tolist())
     assert csv_lines(rows).decode() == expected
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 10])
+def test_counts_can_be_read_on_their_colour(classes: int) -> None:
+    """White on the darkest, dark on the lightest, however few classes there are."""
+    axes = Figure().subplots()
+    shares = np.zeros((classes, 3))
+    shares[0] = [1.0, 0.9, 0.1]
+    partition_files._write_counts(axes, shares, np.array([10, 10, 10]))
+    assert [text.get_color() for text in axes.texts] == ["white", "white", "#333333"]

@@ -219,6 +219,7 @@ def test_the_budget_is_the_smallest_total_of_those_that_communicate(write_run: W
         ("local_acc/mean", True),
         ("test_loss", False),
         ("val_loss", False),
+        ("perplexity", False),
         ("align/error_after", False),
         ("align/target", True),
     ],

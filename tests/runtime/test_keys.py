@@ -174,7 +174,7 @@ def test_sections_by_other_choices_have_scopes_too() -> None:
     assert {each.scope for key, each in found.items() if key.startswith("logger.")} == {"record"}
     assert len({key.split(".")[1] for key in found if key.startswith("logger.")}) == len(LOGGERS)
     assert {key for key, use in uses_of(RunConfig).items() if use.identifies} == {
-        *("device", "deterministic", "memory_format", "compile"),
+        *("device", "deterministic", "memory_format", "compile", "model.base"),
         "transport.name",
     }
 

@@ -113,7 +113,8 @@ def _check_logits(config: ModelConfig, model: nn.Module, info: DatasetInfo) -> N
             raise ConfigError("model.name", config.name, expected)
         wanted = task_of(info).output_shape(info, count)
         if output.shape != wanted:
-            expected = f"a model that gives {list(wanted)} for {count} samples, not {list(output.shape)}"
+            kind = "texts" if info.length else "images"
+            expected = f"a model that gives logits {list(wanted)} for {count} {kind}, not {list(output.shape)}"
             raise ConfigError("model.name", config.name, expected)
 
 

@@ -77,19 +77,21 @@ def _talk(process: subprocess.Popen[str], pairs: TextPairs) -> float:
     Raises:
         OSError, ValueError: the program has ended, or has said something else.
     """
-    assert process.stdin is not None
-    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin is not None
+    assert stdout is not None
 
     def say(word: str, *parts: str) -> None:
-        print(word, *parts, sep=_BETWEEN, file=process.stdin, flush=True)
+        stdin.write(_BETWEEN.join((word, *parts)) + "\n")
+        stdin.flush()
 
     counts: list[str] = []
     for hypothesis, references in pairs.captions:
         say("SCORE", *map(_line, references), _line(hypothesis))
-        counts.append(process.stdout.readline().strip())
+        counts.append(stdout.readline().strip())
     say("EVAL", *counts)
-    process.stdin.close()
-    *each, total = map(float, process.stdout.read().split())
+    stdin.close()
+    *each, total = map(float, stdout.read().split())
     if len(each) != len(counts):
         raise ValueError(f"{len(each)} figures of {len(counts)} texts")
     return total

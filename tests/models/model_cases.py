@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cutlayer.datasets.info import DatasetInfo
 from cutlayer.models import AuxiliaryConfig, ModelConfig, build_model, names
+from cutlayer.models.registry import entry
 
 SHAPES = {
     "digits": (1, 8, 8, 10),
@@ -31,7 +32,8 @@ NARROW: dict[str, dict[str, Any]] = {
     "vgg": {"width": 4},
     "vit": {"hidden": 16, "heads": 2, "mlp": 32, "depth": 4},
 }
-MODELS = names()
+MODELS = [name for name in names() if not entry(name).text]
+"""Those that take images; `test_language.py` is of the others."""
 DEEP = ("resnet110", "resnet1202", "resnet152")
 """They differ from the others of their kind in depth alone."""
 QUICK = [name for name in MODELS if name not in DEEP]

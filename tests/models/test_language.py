@@ -236,3 +236,22 @@ def test_auxiliary_models_are_the_server_part_with_fewer_blocks(base: Path, size
     shorter = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
     shorter.transformer.h = shorter.transformer.h[: 1 + blocks]
     torch.testing.assert_close(auxiliary(client(x)), shorter(x).logits[..., :40])
+
+
+@pytest.mark.parametrize("cut", ["embedding", "block1", "block2", "block3", "norm"])
+@pytest.mark.parametrize("training", [True, False])
+def test_our_gpt_is_cut_anywhere(cut: str, training: bool) -> None:
+    torch.manual_seed(0)
+    made = ModelConfig("gpt", options={"hidden": 16, "heads": 2, "depth": 3, "dropout": 0.2})
+    model = build_model(made, INFO).train(training)
+    client, server = split(model, cut, INFO.shape)
+    assert client.state_dict().keys() | server.state_dict().keys() == model.state_dict().keys()
+    assert not client.state_dict().keys() & server.state_dict().keys()
+    for length in (20, 3):
+        x = torch.randint(40, (2, length))
+        torch.manual_seed(1)
+        whole = model(x)
+        torch.manual_seed(1)
+        assert torch.equal(server(client(x)), whole)
+    later = model.eval()(x)
+    assert torch.allclose(model(x[:, :2]), later[:, :2], atol=1e-6), "a place knows nothing of what comes after it"

@@ -26,6 +26,7 @@ def test_registered_names_and_their_default_cuts() -> None:
         "cnn4": "block2",
         "mobilenet_cifar": "block5",
         "vit": "block3",
+        "gpt": "block1",
         "vgg": "block2",
         **dict.fromkeys(("resnet18", "resnet50", "resnet152"), "layer2"),
         **dict.fromkeys(("resnet20", "resnet32", "resnet56", "resnet110", "resnet1202"), "layer1"),

@@ -89,6 +89,8 @@ def compose_with_hydra(*overrides: str) -> Any:
 def scaled(job: list[str]) -> list[str]:
     """The same job in one round of two clients, on a few made-up images of its dataset's shape."""
     config = load_config(job)
+    if config.dataset.name == "shakespeare":
+        return [*job, "dataset.fraction=0.2", *SMALL]
     channels, side, classes = SHAPES[config.dataset.name]
     shape = {"channels": channels, "height": side, "width": side, "classes": classes, "n_train": 32, "n_test": 16}
     # A value given twice is an error for a config group only; for a key the last one counts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,11 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
     settings: dict[str, Any] = {"r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     settings["target_modules"] = [*config.targets] or None
     try:
-        peft.inject_adapter_in_model(peft.LoraConfig(**settings), model, adapter_name=ADAPTER)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="fan_in_fan_out"
+            )  # of GPT-2's transposed layers, which PEFT knows
+            peft.inject_adapter_in_model(peft.LoraConfig(**settings), model, adapter_name=ADAPTER)
     except ValueError as error:
         layers = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_layer(module)})
         expected = f"names of layers of the model ({str(error).splitlines()[0][:120]})"

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,17 +49,18 @@ def causal_model(name: str, options: Mapping[str, Any], info: DatasetInfo, base:
     else:
         model = copy.deepcopy(_loaded(name, base.expanduser().resolve(), json.dumps(settings, sort_keys=True)))
         _check_size(model.config, info, str(base))
-    model.register_forward_hook(_first_logits(info.outputs))
+    model.register_forward_hook(_FirstLogits(info.outputs))
     return model
 
 
-def _first_logits(tokens: int) -> Callable[[nn.Module, object, Any], Any]:
-    """What a hook makes of a model's output: the logits of the tokens that the data have, of a larger vocabulary."""
+class _FirstLogits:
+    """A hook that makes of a model's output the logits of the tokens that the data have, of a larger vocabulary."""
 
-    def logits(_model: nn.Module, _args: object, output: Any) -> Any:
-        return output.logits[..., :tokens]
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
 
-    return logits
+    def __call__(self, _model: nn.Module, _args: object, output: Any) -> Any:
+        return output.logits[..., : self.tokens]
 
 
 def _check_size(config: Any, info: DatasetInfo, base: Any) -> None:

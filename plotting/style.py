@@ -62,7 +62,6 @@ METHODS = {
     "sl": MethodStyle("SL", _INDIGO, "X"),
     "sl_multi_server": MethodStyle("SplitFed v1 (multi-server)", _GREEN, "s"),
     "sl_single_server": MethodStyle("SplitFed v2 (single-server)", _PURPLE, "D"),
-    "sl_u_shape": MethodStyle("SplitFed, U-shaped", _INDIGO, "p"),
     "cse_fsl": MethodStyle("CSE-FSL", _ORANGE, "^"),
     "fsl_sage": MethodStyle("FSL-SAGE", _VERMILLION, "v"),
     "fed_babu": MethodStyle("FedBABU", _RED, "<"),

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cutlayer.datasets import Dataset, Partition
+from cutlayer.models.frozen import frozen_in
 from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.ground.screen import Screen
 from cutlayer.runtime.ground.units import format_bytes
@@ -47,8 +48,9 @@ class Costs:
     Attributes:
         client: its number; of all clients the one with the most data. samples: in its batch.
         parameters: of each of its parts.
-        weights, gradients, optimizer: bytes of its parts' parameters and buffers, of the gradients that it takes steps
-            along, and of what its optimizers keep from step to step (none of plain SGD, two moments of Adam).
+        weights, gradients, optimizer: bytes of its parts' parameters and buffers, frozen ones too, of the gradients that
+            it takes steps along, and of what its optimizers keep from step to step (none of plain SGD, two moments of
+            Adam).
         activations: most bytes that are kept for a backward pass at any time, besides the weights.
         forward_flops, backward_flops: floating-point operations of matrix products and convolutions (a multiplication
             and an addition are two), in backward passes and outside of them.
@@ -188,6 +190,12 @@ class Meter:
         return sum(value.nbytes for entry in entries for value in entry.values() if isinstance(value, Tensor))
 
 
+def _frozen_bytes(parts: Parts) -> int:
+    """Bytes of what nothing trains, which no state has; what parts share is there once."""
+    frozen = {_storage(each): each for part in parts.values() for _, _, each in frozen_in(part)}
+    return sum(each.numel() * each.element_size() for each in frozen.values())
+
+
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
@@ -228,7 +236,7 @@ class _Metered:
             client=client,
             samples=int(sizes[client]),
             parameters={name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
-            weights=sum(state_bytes(part.state_dict()) for part in parts.values()),
+            weights=sum(state_bytes(part.state_dict()) for part in parts.values()) + _frozen_bytes(parts),
             gradients=meter.gradients,
             optimizer=meter.optimizer,
             activations=meter.activations,

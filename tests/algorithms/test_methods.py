@@ -241,7 +241,7 @@ def test_without_shared_statistics_the_order_of_the_test_set_does_not_matter(con
     mixed = federation.evaluate().accuracy
     source = federation.setup.dataset.test
     order = source.labels.argsort()
-    source.labels = source.labels[order]
+    source.labels = source.targets = source.labels[order]
     source._store._images = source._store._images[order]
     by_class = federation.evaluate().accuracy
     assert mixed > 0.6

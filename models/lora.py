@@ -62,9 +62,8 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
     settings["target_modules"] = [*config.targets] or None
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="fan_in_fan_out"
-            )  # of GPT-2's transposed layers, which PEFT knows
+            # Of the transposed layers of GPT-2, which PEFT knows.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")
             peft.inject_adapter_in_model(peft.LoraConfig(**settings), model, adapter_name=ADAPTER)
     except ValueError as error:
         layers = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_layer(module)})

@@ -48,9 +48,9 @@ class Costs:
     Attributes:
         client: its number; of all clients the one with the most data. samples: in its batch.
         parameters: of each of its parts.
-        weights, gradients, optimizer: bytes of its parts' parameters and buffers, frozen ones too, of the gradients that
-            it takes steps along, and of what its optimizers keep from step to step (none of plain SGD, two moments of
-            Adam).
+        weights, gradients, optimizer: bytes of its parts' parameters and buffers, frozen ones too, of the gradients
+            that it takes steps along, and of what its optimizers keep from step to step (none of plain SGD, two moments
+            of Adam).
         activations: most bytes that are kept for a backward pass at any time, besides the weights.
         forward_flops, backward_flops: floating-point operations of matrix products and convolutions (a multiplication
             and an addition are two), in backward passes and outside of them.

@@ -75,8 +75,9 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
         overrides.append("role=server")  # over a network it is tried in tests/network
     elif not choice.startswith(("algorithm", *OWN)):
         overrides.append("algorithm=cse_fsl")
-    if choice == "model=gpt":
-        overrides += ["dataset=shakespeare", "model.options={hidden:8,heads:2,depth:3}"]
+    if choice in ("model=gpt", "dataset=shakespeare"):
+        overrides = [*overrides, *({"model=gpt", "dataset=shakespeare"} - {choice})]
+        overrides.append("model.options={hidden:8,heads:2,depth:3}")
     config = load_config(overrides)
     group, _, name = choice.partition("=")
     if group in ("algorithm", "model", "dataset"):

@@ -130,6 +130,7 @@ def test_a_cut_that_is_none_gives_one_line(configure: Configure, model: tuple[st
 # What each method that cuts is run with here; those with an auxiliary model are refused, as it takes one tensor.
 EVERY_CUT = {
     "fsmkd": ("model.cut=[inner,outer]",),
+    "sl_u_shape": ("model.cut=[inner,outer]",),
     "moco_sfl": ("algorithm.loss_threshold=1000", "algorithm.loss_interval=1", "rounds=4"),
     "ressfl": ("algorithm.attacker_width=4",),
 }

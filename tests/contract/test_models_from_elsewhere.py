@@ -14,6 +14,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
 from cutlayer import algorithms
 from cutlayer.models import body_and_head
@@ -175,7 +176,7 @@ def test_the_body_of_such_a_model_is_fine_tuned_as_by_a_plain_loop() -> None:
     body, head = body_and_head(model, (1, 8, 8))
     head.requires_grad_(False)
     optimizer = PartOptimizer([torch.optim.SGD(body.parameters(), 0.1)])
-    tuning = fine_tune(body, head, "body", optimizer, lambda: batches, keep_statistics=True)
+    tuning = fine_tune(body, head, "body", optimizer, lambda: batches, keep_statistics=True, criterion=F.cross_entropy)
     assert [next(tuning), next(tuning)] == [0, 1]
     own = torch.optim.SGD([*plain.stem.parameters(), *plain.norm.parameters()], 0.1)
     for x, y in batches:

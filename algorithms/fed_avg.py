@@ -21,7 +21,7 @@ def copies(model: nn.Module) -> list[Tensor]:
 
 
 def train(ctx: ClientContext) -> None:
-    """Local epochs on the model by cross-entropy."""
+    """Local epochs on the model."""
     model, optimizer = ctx.part("model"), ctx.optimizer("model")
     for x, y in ctx.batches():
         loss = ctx.loss(model(x), y)

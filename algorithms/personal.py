@@ -16,7 +16,7 @@ BODY_AND_HEAD = Layout(client=("body", "head"), server=("body", "head"))
 
 
 def train_parts(ctx: ClientContext, *trained: str, stream: str = "batches", epochs: int | None = None) -> None:
-    """Local epochs on the named parts, by cross-entropy of the whole model; the others stay as they are."""
+    """Local epochs on the named parts, by the loss of the whole model; the others stay as they are."""
     body, head = ctx.part("body"), ctx.part("head")
     for name, part in (("body", body), ("head", head)):
         part.requires_grad_(name in trained)
@@ -24,7 +24,7 @@ def train_parts(ctx: ClientContext, *trained: str, stream: str = "batches", epoc
 
 
 def take_steps(ctx: ClientContext, optimizer: PartOptimizer, stream: str, epochs: int | None) -> None:
-    """Local epochs by cross-entropy of the whole model, on what the optimizer holds."""
+    """Local epochs by the loss of the whole model, on what the optimizer holds."""
     body, head = ctx.part("body"), ctx.part("head")
     for x, y in ctx.batches(stream, epochs):
         loss = ctx.loss(head(body(x)), y)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cutlayer.runtime.ground.config import ConfigError
 
 
 class GlobalAvgPool(nn.AdaptiveAvgPool2d):
@@ -90,3 +94,14 @@ class PadShortcut(nn.Module):
 
     def extra_repr(self) -> str:
         return f"added={self.added}, stride={self.stride}"
+
+
+def check_transformer(options: Any, *counts: str) -> None:
+    """Raise the `ConfigError` of what a transformer cannot have: a count below 1, heads that do not divide `hidden`."""
+    for key in counts:
+        if getattr(options, key) < 1:
+            raise ConfigError(key, getattr(options, key), "an integer >= 1")
+    if options.hidden % options.heads:
+        raise ConfigError("heads", options.heads, f"a divisor of hidden={options.hidden}")
+    if not 0 <= options.dropout < 1:
+        raise ConfigError("dropout", options.dropout, "a number >= 0 and < 1")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import vision_transformer as torchvision_vit
 
+from cutlayer.models.layers import check_transformer
 from cutlayer.models.registry import register
-from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
@@ -80,13 +80,7 @@ class VitOptions:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for key in ("patch", "hidden", "heads", "mlp", "depth"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "an integer >= 1")
-        if self.hidden % self.heads:
-            raise ConfigError("heads", self.heads, f"a divisor of hidden={self.hidden}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("dropout", self.dropout, "a number >= 0 and < 1")
+        check_transformer(self, "patch", "hidden", "heads", "mlp", "depth")
 
 
 def _quarters(options: VitOptions) -> tuple[str, ...]:

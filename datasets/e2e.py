@@ -51,6 +51,7 @@ class E2eOptions:
         by: what the classes are, by which the distributions divide: an attribute, or quarters by the sentence's length.
         train, test: sets to train and to test on; with `test: null` meanings of the training set are held out.
         test_fraction: share of each restaurant's sentences that is then held out.
+        restaurants: names of those to take, null takes all.
     """
 
     length: int = 512
@@ -59,6 +60,7 @@ class E2eOptions:
     train: _Part = "train"
     test: _Part | None = "test"
     test_fraction: float = 0.2
+    restaurants: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -67,6 +69,8 @@ class E2eOptions:
             raise ConfigError("test", self.test, "another set than train, or null")
         if not 0 < self.test_fraction < 1:
             raise ConfigError("test_fraction", self.test_fraction, "a number > 0 and < 1")
+        if self.restaurants == []:
+            raise ConfigError("restaurants", [], "null, or names of restaurants")
 
 
 @register("e2e", E2eOptions)
@@ -104,7 +108,15 @@ def _read(folder: Path, part: str, options: E2eOptions, tokenizer: Tokenizer) ->
     file = next((folder / name for name in _FILES[part] if (folder / name).is_file()), None)
     if file is None:
         raise ConfigError("dataset.root", folder, _lacking(folder, part))
-    return read_examples(_rows(file, options.by), tokenizer)
+    there: set[str] = set()
+    found = read_examples(_rows(file, options, there), tokenizer)
+    lacking = sorted({*(options.restaurants or ())} - there)
+    if part == options.train and lacking:
+        raise ConfigError("dataset.options.restaurants", lacking[0], f"a restaurant in {file.name}", sorted(there))
+    if not len(found):
+        expected = f"a restaurant in {file.name}, to test on"
+        raise ConfigError("dataset.options.restaurants", options.restaurants, expected, sorted(there))
+    return found
 
 
 def _lacking(folder: Path, part: str) -> str:
@@ -118,16 +130,20 @@ def _lacking(folder: Path, part: str) -> str:
     return f"{text}; it has {has}: dataset.options.train={only} dataset.options.test=null divides that by meaning"
 
 
-def _rows(file: Path, by: str) -> Iterator[Example]:
+def _rows(file: Path, options: E2eOptions, there: set[str]) -> Iterator[Example]:
+    """The examples of the restaurants that are taken; the names of all become `there`."""
     pairs = _published(file) if file.suffix == ".csv" else _spaced(file)
     for line, meaning, sentence in pairs:
         prompt = " | ".join(f"{name} : {value}" for name, value in meaning.items())
         if not sentence or "name" not in meaning:
             what = "a sentence" if "name" in meaning else "a name"
             raise ConfigError("dataset.root", file, f"{what} in each line; line {line} has none")
-        field = _FIELDS.get(by, "name")
+        there.add(meaning["name"])
+        if options.restaurants is not None and meaning["name"] not in options.restaurants:
+            continue
+        attribute = _FIELDS.get(options.by, "name")
         # The space is as within a text, where most tokenizers have a word's tokens with the space before it.
-        yield Example(prompt, f" {sentence}", meaning.get(field, f"no {field}"), meaning["name"])
+        yield Example(prompt, f" {sentence}", meaning.get(attribute, f"no {attribute}"), meaning["name"])
 
 
 def _spaced(file: Path) -> Iterator[tuple[int, dict[str, str], str]]:

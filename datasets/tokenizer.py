@@ -15,6 +15,7 @@ import numpy as np
 
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.extras import install
+from cutlayer.runtime.ground.files import GGUF
 
 BYTES = "bytes"
 _KEY = "dataset.options.tokenizer"
@@ -118,11 +119,13 @@ def _found(name: str) -> Any:
     quiet = logging.getLogger("transformers")
     level = quiet.level
     quiet.setLevel(logging.CRITICAL)
+    if folder.suffix == GGUF and folder.is_file():
+        folder, options = folder.parent, {**options, "gguf_file": folder.name}
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name, **options)
     except Exception as error:  # of files that are missing, damaged or of another kind it raises what it likes
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        files = "a Hugging Face tokenizer, by folder or name, whose files are on this machine"
+        files = f"a Hugging Face tokenizer, by folder, file *{GGUF} or name, whose files are on this machine"
         raise ConfigError(_KEY, name, f"{BYTES}, or {files} ({reason})") from None
     finally:
         quiet.setLevel(level)

@@ -1,10 +1,12 @@
-"""Causal language models of transformers: from a configuration, or with the trained weights of a folder."""
+"""Causal language models of transformers: from a configuration, or with trained weights of a folder or a GGUF file."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib
+import io
 import json
 from collections.abc import Mapping
 from functools import lru_cache
@@ -15,6 +17,7 @@ from torch import nn
 
 from cutlayer.models.frozen import share_frozen
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
+from cutlayer.runtime.ground.files import GGUF
 
 if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
@@ -53,6 +56,28 @@ def causal_model(name: str, options: Mapping[str, Any], info: DatasetInfo, base:
     return model
 
 
+def save_config(folder: Path, name: str, options: Mapping[str, Any], info: DatasetInfo, base: Path | None) -> None:
+    """Write a model's configuration beside its weights, `model.safetensors`, so that the folder can be a base.
+
+    Args: as of `causal_model`.
+    """
+    config = _fresh_config(name, options, info) if base is None else copy.deepcopy(_base(name, options, base).config)
+    config.use_cache, config.dtype = True, "float32"
+    config.save_pretrained(folder)
+
+
+def _fresh_config(name: str, options: Mapping[str, Any], info: DatasetInfo) -> Any:
+    """For as many tokens as the data have."""
+    size = {"vocab_size": info.outputs, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    settings = {**size, "use_cache": False, **options}
+    return importlib.import_module("transformers").AutoConfig.for_model(name, **settings)
+
+
+def _base(name: str, options: Mapping[str, Any], base: Path) -> Any:
+    settings = {"use_cache": False, **options}
+    return _loaded(name, base.expanduser().resolve(), json.dumps(settings, sort_keys=True))
+
+
 class _FirstLogits:
     """A hook that makes of a model's output the logits of the tokens that the data have, of a larger vocabulary."""
 
@@ -75,27 +100,30 @@ def _check_size(config: Any, info: DatasetInfo, base: Any) -> None:
 
 
 @lru_cache(maxsize=2)
-def _loaded(name: str, folder: Path, settings: str) -> nn.Module:
-    """The model with the folder's weights, which all copies share.
+def _loaded(name: str, base: Path, settings: str) -> nn.Module:
+    """The model with the weights of a folder or file, which all copies share.
 
     Raises:
         ConfigError: there is no such model, or weights are missing, too many or of another shape.
     """
     transformers = importlib.import_module("transformers")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            _KEY, str(folder), "a folder with config.json and model.safetensors, as save_pretrained writes"
-        )
+    single = base.suffix == GGUF
+    if not (base if single else base / "config.json").is_file():
+        expected = f"a folder with config.json and model.safetensors, as save_pretrained writes, or a file *{GGUF}"
+        raise ConfigError(_KEY, str(base), expected)
     transformers.utils.logging.disable_progress_bar()
+    kind = {"gguf_file": base.name} if single else {"use_safetensors": True}
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, use_safetensors=True, **json.loads(settings)
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of progress, for such files
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                base.parent if single else base,
+                **{"local_files_only": True, "output_loading_info": True, **kind, **json.loads(settings)},
+            )
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise ConfigError(_KEY, str(folder), f"a folder that transformers can read ({reason})") from error
+        raise ConfigError(_KEY, str(base), f"weights that transformers can read ({reason})") from error
     if model.config.model_type != name:
-        raise ConfigError(_KEY, str(folder), f"weights of a {name}; these are of a {model.config.model_type}")
+        raise ConfigError(_KEY, str(base), f"weights of a {name}; these are of a {model.config.model_type}")
     wrong = [
         f"{kind} {', '.join(sorted(map(_first, keys))[:3])}"
         for kind, keys in (
@@ -106,7 +134,12 @@ def _loaded(name: str, folder: Path, settings: str) -> nn.Module:
         if keys
     ]
     if wrong:
-        raise ConfigError(_KEY, str(folder), f"the weights of this model; {'; '.join(wrong)}")
+        raise ConfigError(_KEY, str(base), f"the weights of this model; {'; '.join(wrong)}")
+    if single:  # transformers takes it for a quantised one, though its weights are plain by now
+        config, state = copy.deepcopy(model.config), model.state_dict()
+        del config.quantization_config
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(state)
     model.float().requires_grad_(False)
     share_frozen(model)
     return model
@@ -117,12 +150,12 @@ def _first(key: Any) -> str:
 
 
 @lru_cache(maxsize=8)
-def base_hash(folder: Path) -> str:
+def base_hash(base: Path) -> str:
     """What tells a base's weights and configuration from others, wherever they lie: 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    folder = folder.expanduser()
-    for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
-        digest.update(file.name.encode())
+    base = base.expanduser()
+    for file in [base] if base.suffix == GGUF else [*sorted(base.glob("*.safetensors")), base / "config.json"]:
+        digest.update((GGUF if file == base else file.name).encode())
         if file.is_file():
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())

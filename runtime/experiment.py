@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cutlayer.datasets.partition_files import save_partition
 from cutlayer.models.lora import frozen_adapters, save_adapters
+from cutlayer.models.pretrained import save_config
 from cutlayer.plotting import first_picture
 from cutlayer.runtime.after.personalize import Personalized, personalize
 from cutlayer.runtime.after.probe import Probed, feature_parts, probe
@@ -80,7 +81,7 @@ def run(config: RunConfig, folder: RunFolder, drawn: Path | None = None) -> RunS
     model = federation.full_model()
     if model is not None:
         save_tensors(folder.path / MODEL_FILE, model, {"format": "pt"})
-        _save_adapters(federation.setup, folder.path, model)
+        _save_beside(federation.setup, folder.path, model)
     if federation.best is not None:
         save_tensors(folder.path / BEST_MODEL_FILE, federation.best.whole(), {"format": "pt"})
     summary = results.finish()
@@ -91,14 +92,16 @@ def run(config: RunConfig, folder: RunFolder, drawn: Path | None = None) -> RunS
     return summary
 
 
-def _save_adapters(setup: Setup, folder: Path, model: Mapping[str, Tensor]) -> None:
-    """Write the adapters of a model that has such as PEFT does, in a folder of their own."""
-    config = setup.config.model
+def _save_beside(setup: Setup, folder: Path, model: Mapping[str, Tensor]) -> None:
+    """Write what others read a language model by: its adapters as PEFT does, or its configuration."""
+    config, info = setup.config.model, setup.dataset.info
     if config.lora.r:
         parts = setup.blueprint.parts(setup.algorithm.layout.whole).values()
         frozen = {name: tensor for part in parts for name, tensor in frozen_adapters(part).items()}
         (folder / ADAPTERS).mkdir(exist_ok=True)
         save_adapters(folder / ADAPTERS, {**frozen, **model}, config.lora, config.base)
+    elif info.length and config.name.startswith("huggingface/"):
+        save_config(folder, config.name.partition("/")[2], config.options, info, config.base)
 
 
 def _check_after(federation: Federation) -> None:

@@ -25,6 +25,8 @@ SUMMARY = "summary.json"
 """What an evaluation of a finished run found, in a folder of its own below one of these two."""
 MODEL_FILE = "model.safetensors"
 ADAPTERS = "adapter"
+# Ends the name of a file with a language model and its tokenizer in one.
+GGUF = ".gguf"
 BEST_MODEL_FILE = "best_model.safetensors"
 _PIECE = 1 << 20
 

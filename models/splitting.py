@@ -19,6 +19,9 @@ from cutlayer.models.cutting.recording import called_modules
 from cutlayer.models.shapes import sample
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
+# Tokens of the sequences that a model is recorded with: what its parts compute is linear in their number.
+_TRIED = 16
+
 
 def children_of(model: nn.Module) -> dict[str, nn.Module]:
     """The children of `model` by name; unlike `named_children`, with a module that occurs twice under both names."""
@@ -145,7 +148,7 @@ def _examples(shape: Sequence[int]) -> Tensor:
     """Images, or sequences that differ, as what a part of a model makes of all alike may seem a constant."""
     if len(shape) > 1:
         return sample(shape, 2)
-    return torch.randint(2, (8, *shape), generator=torch.Generator().manual_seed(0))
+    return torch.randint(2, (8, min(shape[0], _TRIED)), generator=torch.Generator().manual_seed(0))
 
 
 def _samples(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -169,9 +172,10 @@ def ended(model: nn.Module, shape: Sequence[int]) -> list[str]:
 
 
 def zeros(model: nn.Module, shape: Sequence[int]) -> Tensor:
-    """One sample of zeros, an image [1, c, h, w] or tokens [1, l], where the model is and in its precision."""
+    """One sample of zeros, an image [1, c, h, w] or some tokens, where the model is and in its precision."""
     floating = (parameter for parameter in model.parameters() if parameter.is_floating_point())
     like = next(floating, torch.empty(0))
+    shape = shape if len(shape) > 1 else (min(shape[0], _TRIED),)
     return sample(shape, 1, dtype=like.dtype, device=like.device)
 
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from cutlayer.models.cutting.recording import all_tensors
 from cutlayer.models.cutting.splitter import BATCHES, CutError, Recording, build_parts, example, length_of
+from cutlayer.models.frozen import frozen_in
 
-_TOLERANCE = 1e-9  # relative, in double precision; what is wrong is wrong by far more
+# Relative; what is wrong is wrong by far more.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def composed(parts: Sequence[nn.Module], **inputs: Any) -> Any:
@@ -24,24 +26,28 @@ def composed(parts: Sequence[nn.Module], **inputs: Any) -> Any:
 
 
 def verify(model: nn.Module, recording: Recording, inputs: Mapping[str, Any]) -> None:
-    """Compare the parts with the whole model, in double precision on a disturbed copy; the model is left as it is.
+    """Compare the parts with the whole model on a disturbed copy; the model is left as it is.
+
+    In double precision, but for models with frozen weights: of these there is one copy in memory.
 
     Raises:
         CutError: they differ, and in what.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        whole = _disturbed(model)
+        shares = bool(frozen_in(model))
+        whole = _disturbed(model, double=not shares)
         parts = build_parts(whole, recording, untie=True)
         length = length_of(inputs)
         # Normalisation may refuse to train on one sample.
         for mode, batch, shorter in ((False, 1, 0), (True, BATCHES[0], length // 2)):
             drawn = example(inputs, batch, seed=batch, length=length - shorter)
-            given = {name: _double(value) for name, value in drawn.items()}
-            buffers = {name: tensor.clone() for name, tensor in whole.named_buffers()}
+            given = drawn if shares else {name: _double(value) for name, value in drawn.items()}
+            buffers = {name: tensor for name, tensor in whole.named_buffers() if name in whole.state_dict()}
+            before = {name: tensor.clone() for name, tensor in buffers.items()}
             expected = _outcome([whole.train(mode)], whole, given)
-            for name, tensor in whole.named_buffers():
-                tensor.copy_(buffers[name])
+            for name, tensor in buffers.items():
+                tensor.copy_(before[name])
             for part in parts:
                 part.train(mode)
             try:
@@ -55,9 +61,9 @@ def verify(model: nn.Module, recording: Recording, inputs: Mapping[str, Any]) ->
                     raise CutError(recording.cuts[0], reason)
 
 
-def _disturbed(model: nn.Module) -> nn.Module:
+def _disturbed(model: nn.Module, *, double: bool) -> nn.Module:
     """A copy with other weights: what a zero or a one hides, shows."""
-    twin = copy.deepcopy(model).double()
+    twin = copy.deepcopy(model).double() if double else copy.deepcopy(model)
     with torch.no_grad():
         for parameter in twin.parameters():
             reach = 0.1 * float(parameter.std(correction=0)) + 0.01
@@ -103,4 +109,4 @@ def _close(one: Tensor, other: Tensor) -> bool:
     if not one.is_floating_point():
         return bool(torch.equal(one, other))
     scale = float(one.detach().abs().max()) if one.numel() else 0.0
-    return bool((one - other).abs().max() <= _TOLERANCE * max(scale, 1e-3)) if one.numel() else True
+    return bool((one - other).abs().max() <= _TOLERANCES[one.dtype] * max(scale, 1e-3)) if one.numel() else True

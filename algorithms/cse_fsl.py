@@ -7,6 +7,7 @@ from typing import Any
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow, SplitServer
+from cutlayer.algorithms.mixins import CountsSteps
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import ClientProgram, Fields, Payload, tell
 from cutlayer.runtime.parties.blueprint import Layout
@@ -44,7 +45,7 @@ def train_with_auxiliary(ctx: ClientContext, down: Payload) -> ClientProgram:
 
 
 @register("cse_fsl")
-class CSEFSL(Algorithm):
+class CSEFSL(CountsSteps, Algorithm):
     """CSE-FSL (Mu & Shen, 2023): clients train with an auxiliary head and upload smashed data now and then."""
 
     @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class CSEFSL(Algorithm):
     )
     uneven = True
     Server = OneWayServer
+
+    @staticmethod
+    def part_steps(config: Any, part: str, steps: int, epochs: int) -> int | None:
+        """The server part's are one for each upload."""
+        return -(-steps // config.upload_interval) if part == "server" else steps
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> ClientProgram:

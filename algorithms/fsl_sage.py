@@ -129,6 +129,13 @@ class FSLSAGE(CSEFSL):
         return super().arrows(config, round - config.warm_start, before=before)
 
     @staticmethod
+    def part_steps(config: Any, part: str, steps: int, epochs: int) -> int | None:
+        """As of CSE-FSL; an alignment's depend on what the server has buffered."""
+        if part == "auxiliary":
+            return None
+        return -(-steps // config.upload_interval) if part == "server" else steps
+
+    @staticmethod
     def client(ctx: ClientContext, down: Payload) -> ClientProgram:
         """Each step follows the gradient that the auxiliary model estimates at the cut layer."""
         config = ctx.config

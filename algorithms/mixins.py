@@ -31,6 +31,21 @@ class OwnSteps:
         raise NotImplementedError
 
 
+class CountsSteps:
+    """A method that does not take one step of every part for each of a client's batches."""
+
+    @staticmethod
+    def part_steps(config: Any, part: str, steps: int, epochs: int) -> int | None:
+        """Steps of a part's optimizer that a client's round takes, wherever it is trained; None: not known ahead.
+
+        A schedule by step moves on by them. Where a round has several optimizers over a part, they are those of each.
+
+        Args:
+            steps: the client's batches in the round, of ``epochs`` local epochs.
+        """
+        raise NotImplementedError
+
+
 class ComputesTogether:
     """A method whose clients hold equal weights as a round begins, so that a whole cohort can be computed as one.
 

@@ -13,7 +13,7 @@ from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow, Server
 from cutlayer.algorithms.byte_saving import FROZEN, ByteSaving
 from cutlayer.algorithms.contrastive import Queue, check_positive, check_unit, contrast, follow
-from cutlayer.algorithms.mixins import OwnSteps
+from cutlayer.algorithms.mixins import CountsSteps, OwnSteps
 from cutlayer.algorithms.moco_together import MocoTogether
 from cutlayer.models.cutting import Crossing
 from cutlayer.runtime.ground.config import ConfigError, scoped
@@ -171,7 +171,7 @@ class MocoServer(Server):
 
 
 @register("moco_sfl")
-class MocoSFL(OwnSteps, MocoTogether, Algorithm):
+class MocoSFL(OwnSteps, CountsSteps, MocoTogether, Algorithm):
     """MocoSFL (Li et al., ICLR 2023): self-supervised split learning for many clients with little data each.
 
     A client sends the client part's outputs for two augmented views of its images, one through the online copy and one
@@ -213,6 +213,11 @@ class MocoSFL(OwnSteps, MocoTogether, Algorithm):
         """The momentum copy goes down where it is shared."""
         down, *others = super().arrows(config, round, before=before)
         return (down if config.client_copy == "shared" else replace(down, fields=("client",)), *others)
+
+    @staticmethod
+    def part_steps(config: MocoSFLConfig, part: str, steps: int, epochs: int) -> int | None:
+        """``local_steps``; ``client_schedule`` by step has a count of its own."""
+        return None if part == "client" and config.client_schedule == "step" else steps
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> ClientProgram:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.fed_avg import FedAvg, copies
+from cutlayer.algorithms.mixins import CountsSteps
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.contexts import ClientContext
@@ -25,7 +26,7 @@ def pairs(items: Iterable[T]) -> Iterator[tuple[T, T]]:
 
 
 @register("per_fed_avg")
-class PerFedAvg(FedAvg):
+class PerFedAvg(CountsSteps, FedAvg):
     """Per-FedAvg, first-order (Fallah et al., NeurIPS 2020, algorithm 1 with the FO approximation of section 5).
 
     A step takes two batches: w' = w - inner_lr * grad(w, batch 1), then the optimizer moves w along grad(w', batch 2).
@@ -42,6 +43,11 @@ class PerFedAvg(FedAvg):
         def __post_init__(self) -> None:
             if not 0 < self.inner_lr < float("inf"):
                 raise ConfigError("inner_lr", self.inner_lr, "a finite number > 0")
+
+    @staticmethod
+    def part_steps(config: Any, part: str, steps: int, epochs: int) -> int | None:
+        """One for two batches."""
+        return -(-steps // 2)
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:

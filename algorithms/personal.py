@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from cutlayer.algorithms import register
 from cutlayer.algorithms.base import Algorithm, Flow
+from cutlayer.algorithms.mixins import CountsSteps
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Payload
 from cutlayer.runtime.parties.blueprint import Layout
@@ -72,7 +74,7 @@ class FedPer(FedBABU):
 
 
 @register("fed_rep")
-class FedRep(FedPer):
+class FedRep(CountsSteps, FedPer):
     """FedRep (Collins et al., ICML 2021, algorithm 1): first the client's own head, then the shared body.
 
     The head takes the round's local epochs with the body fixed, then the body ``body_epochs`` with the head fixed.
@@ -96,6 +98,13 @@ class FedRep(FedPer):
                 raise ConfigError("body_epochs", self.body_epochs, "an integer >= 1")
 
     uneven = True
+
+    @staticmethod
+    def part_steps(config: Any, part: str, steps: int, epochs: int) -> int | None:
+        """Each part's own phase; with ``one_optimizer`` the phases set its rates."""
+        if config.one_optimizer:
+            return None
+        return steps // epochs * config.body_epochs if part == "body" else steps
 
     @staticmethod
     def client(ctx: ClientContext, down: Payload) -> Payload:

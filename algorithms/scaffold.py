@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,9 +57,9 @@ class ScaffoldServer(Server):
 class Scaffold(ChecksOptimizer, Algorithm):
     """SCAFFOLD (Karimireddy et al., ICML 2020, algorithm 1, option II), with a global step of 1.
 
-    Local steps follow g - c_i + c; afterwards c_i becomes c_i - c + (x - y_i) / (K lr) over K local steps. Option II
-    holds for plain SGD only, so other optimizers are refused. The paper averages the clients uniformly;
-    here ``aggregate.weights`` decides, as for every method.
+    Local steps follow g - c_i + c; afterwards c_i becomes c_i - c + (x - y_i) / (K lr) over K local steps, K lr being
+    the sum of their rates. Option II holds for plain SGD only, so other optimizers are refused. The paper averages the
+    clients uniformly; here ``aggregate.weights`` decides, as for every method.
     """
 
     layout = Layout(client=("model",), server=("model",))
@@ -87,7 +88,7 @@ class Scaffold(ChecksOptimizer, Algorithm):
         c = unflatten(down)["control"]
         own = ctx.state.get("control") or {name: torch.zeros_like(value) for name, value in c.items()}
         correction = [c[name] - own[name] for name in names]
-        steps = 0
+        rates: list[float] = []
         for x, y in ctx.batches():
             loss = ctx.loss(model(x), y)
             gradients = torch.autograd.grad(loss, weights)
@@ -95,15 +96,15 @@ class Scaffold(ChecksOptimizer, Algorithm):
                 w.grad = g + d
             optimizer.step()
             ctx.log("loss", loss)
-            steps += 1
-        if not steps:
+            rates.append(optimizer.lr)
+        travelled = math.fsum(rates)
+        if not travelled:
             return {
                 **ctx.dump("model"),
                 **flatten("control", {name: torch.zeros_like(value) for name, value in c.items()}),
             }
         change = {
-            name: -c[name] + (x - w.detach()) / (steps * optimizer.lr)
-            for name, x, w in zip(names, start, weights, strict=True)
+            name: -c[name] + (x - w.detach()) / travelled for name, x, w in zip(names, start, weights, strict=True)
         }
         ctx.state.put("control", {name: own[name] + change[name] for name in names})
         return {**ctx.dump("model"), **flatten("control", change)}

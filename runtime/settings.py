@@ -21,14 +21,8 @@ from cutlayer.runtime.ground.reading import read_yaml
 from cutlayer.runtime.keys import ScopedKey, identity_of, keys_of, scope_of, setting_of
 from cutlayer.runtime.parties.aggregate import AggregateConfig
 from cutlayer.runtime.parties.cohort import CohortConfig
-from cutlayer.runtime.parties.optim import (
-    OptimizerConfig,
-    SchedulerConfig,
-    check_schedule,
-    optimizer_config,
-    optimizer_options,
-    scheduler_config,
-)
+from cutlayer.runtime.parties.optim import OptimizerConfig, optimizer_config, optimizer_options
+from cutlayer.runtime.parties.schedules import SchedulerConfig, check_schedule, scheduler_config
 from cutlayer.runtime.records.data_record import Changed
 from cutlayer.runtime.records.loggers import LoggerConfig, logger_config
 from cutlayer.runtime.scoring.classifiers import MonitorConfig, ProbeConfig
@@ -162,8 +156,10 @@ class RunConfig:
         self.aggregate.check(self.num_clients)
         self._check_network()
         for part in ("model", *refinable()):
-            where = f"model.{part}.scheduler" if self._refinement(part, "scheduler") else "scheduler"
-            check_schedule(self.optimizer_for(part), self.scheduler_for(part), self.rounds, where)
+            where = self.scheduler_key(part)
+            optimizer, scheduler = self.optimizer_for(part), self.scheduler_for(part)
+            if scheduler is not None and scheduler.per == "round":
+                check_schedule(optimizer, scheduler, self.rounds, where)
 
     def _check_network(self) -> None:
         over_network = isinstance(self.transport, GrpcTransport)
@@ -229,11 +225,8 @@ class RunConfig:
         mapping = cast(dict[str, Any], plain(self))
         mapping["model"] = self.model.to_mapping()
         mapping["algorithm"] = {"name": mapping.pop("algorithm_name"), **mapping["algorithm"]}
-        for key in ("optimizer", "scheduler"):
-            if mapping[key] is not None:
-                keep = mapping[key].get("keep")
-                own = {"name": mapping[key]["name"], **mapping[key]["options"]}
-                mapping[key] = own if keep is None else own | {"keep": keep}
+        mapping["optimizer"] = plain(self.optimizer.to_mapping())
+        mapping["scheduler"] = None if self.scheduler is None else plain(self.scheduler.to_mapping())
         mapping["logger"] = {logger.pop("name"): logger for logger in mapping["logger"]}
         return mapping
 
@@ -302,13 +295,20 @@ class RunConfig:
         return keep == "run"
 
     def scheduler_for(self, part: str) -> SchedulerConfig | None:
-        """A part's learning-rate schedule, None for a constant rate; one of another kind inherits nothing."""
+        """A part's learning-rate schedule, None for a constant rate; one of another kind or unit inherits nothing."""
         base = None if self._own_optimizer(part) else self.scheduler
         refinement = self._refinement(part, "scheduler")
         inherited: dict[str, Any] = {}
-        if base is not None and str(refinement.get("name", base.name)).lower() == base.name:
-            inherited = {"name": base.name, **base.options}
-        return _scheduler({**inherited, **refinement}, f"model.{part}.scheduler" if refinement else "scheduler")
+        if base is not None and (str(refinement.get("name", base.name)).lower(), refinement.get("per", base.per)) == (
+            base.name,
+            base.per,
+        ):
+            inherited = base.to_mapping()
+        return _scheduler({**inherited, **refinement}, self.scheduler_key(part))
+
+    def scheduler_key(self, part: str) -> str:
+        """The key that says a part's schedule."""
+        return f"model.{part}.scheduler" if self._refinement(part, "scheduler") else "scheduler"
 
     def options_for(self, part: str) -> Mapping[str, Any]:
         """What the method's own configuration says of how a part is built."""

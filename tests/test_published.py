@@ -27,7 +27,7 @@ from cutlayer.datasets.registry import RawSplit, read
 from cutlayer.models import ModelConfig, build_model
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
 from cutlayer.runtime.launching.hydra_support import load_config
-from cutlayer.runtime.parties.optim import learning_options
+from cutlayer.runtime.parties.schedules import learning_options
 from cutlayer.runtime.settings import RunConfig
 from tests.places import SHARED, checkout
 

@@ -136,6 +136,11 @@ def _share(rounds: int, share: float) -> int:
     return max(1, round(int(rounds) * float(share)))
 
 
+def _by_round(value: int, per: str, warmup: int | None = 0) -> int | None:
+    """A number of rounds, for a schedule that is stepped by them from the run's start on; null for another."""
+    return None if per == "step" or warmup else value
+
+
 def _rounds_of(epochs: int, local_epochs: int) -> int:
     """The rounds in which a client takes `epochs` local epochs in all, at `local_epochs` a round."""
     return max(1, round(int(epochs) / max(1, int(local_epochs))))
@@ -152,6 +157,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("parallel_jobs", _parallel_jobs, replace=True)
     OmegaConf.register_new_resolver("share", _share, replace=True)
+    OmegaConf.register_new_resolver("by_round", _by_round, replace=True)
     OmegaConf.register_new_resolver("rounds_of", _rounds_of, replace=True)
     OmegaConf.register_new_resolver("by_method", _by_method, replace=True)
 

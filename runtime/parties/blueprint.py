@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -19,13 +20,8 @@ from cutlayer.models.frozen import FrozenTensor, frozen_in, share_again
 from cutlayer.runtime.ground.config import ConfigError, join
 from cutlayer.runtime.parties.aggregate import BufferPolicy
 from cutlayer.runtime.parties.graphs import PassRecorder
-from cutlayer.runtime.parties.optim import (
-    OptimizerConfig,
-    PartOptimizer,
-    SchedulerConfig,
-    learning_options,
-    make_optimizer,
-)
+from cutlayer.runtime.parties.optim import OptimizerConfig, PartOptimizer, make_optimizer
+from cutlayer.runtime.parties.schedules import SchedulePoint, SchedulerConfig, learning_options
 from cutlayer.tasks import Task, task_of
 
 BATCH_NORM: Any = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  the base of all of them
@@ -128,6 +124,11 @@ class Blueprint:
         for blueprint in self.variants:
             blueprint.variants = self.variants
 
+    @property
+    def by_step(self) -> frozenset[str]:
+        """The parts whose schedules go by their optimizers' steps."""
+        return frozenset(name for name, each in self._schedulers.items() if each and each.per == "step")
+
     def _others(self, made: Mapping[str, Sequence[nn.Module]]) -> Iterator[Blueprint]:
         """The blueprints of all combinations of variants but the first."""
         several = math.lcm(*(len(modules) for modules in made.values()))
@@ -164,12 +165,14 @@ class Blueprint:
         twin.zero_grad(set_to_none=True)
         return twin
 
-    def optimizer(self, modules: Sequence[tuple[str, nn.Module]], round: int) -> PartOptimizer:
-        """A fresh optimizer over the given parts, as configured for each, at the round's learning rate."""
+    def optimizer(
+        self, modules: Sequence[tuple[str, nn.Module]], progress: Callable[[str], SchedulePoint]
+    ) -> PartOptimizer:
+        """A fresh optimizer over the given parts, as configured for each, at the learning rate of their progress."""
         optimizer = PartOptimizer(
             [make_optimizer(self._optimizers[name], module.parameters()) for name, module in modules], self.recorder
         )
-        self.schedule(optimizer, [name for name, _ in modules], round)
+        self.schedule(optimizer, [name for name, _ in modules], progress)
         return optimizer
 
     def fine_tuner(self, modules: Iterable[nn.Module], lr: float) -> PartOptimizer:
@@ -177,12 +180,18 @@ class Blueprint:
         config = replace(self._general, options={**self._general.options, "lr": lr})
         return PartOptimizer([make_optimizer(config, chain.from_iterable(module.parameters() for module in modules))])
 
-    def schedule(self, optimizer: PartOptimizer, names: Iterable[str], round: int) -> None:
-        """Set what the parts' schedules say for ``round`` (0-based)."""
-        optimizer.set([self._learning_options(name, round) for name in names])
+    def schedule(
+        self, optimizer: PartOptimizer, names: Sequence[str], progress: Callable[[str], SchedulePoint]
+    ) -> None:
+        """Set what the parts' schedules say where they are, and have those that go by steps go on from there."""
+        places = {name: progress(name) for name in names}
+        optimizer.set([self._learning_options(name, places[name], 0) for name in names])
+        optimizer.go_by(
+            [partial(self._learning_options, name, places[name]) if name in self.by_step else None for name in names]
+        )
 
-    def _learning_options(self, name: str, round: int) -> dict[str, Any]:
-        return learning_options(self._optimizers[name], self._schedulers[name], round)
+    def _learning_options(self, name: str, place: SchedulePoint, steps: int) -> dict[str, Any]:
+        return learning_options(self._optimizers[name], self._schedulers[name], place.at + steps, place.of)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that forward passes run in.

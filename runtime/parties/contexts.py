@@ -18,6 +18,7 @@ from cutlayer.runtime.parties.blueprint import Blueprint, Parts, copied_state
 from cutlayer.runtime.parties.client_data import ClientData, Drawn, views
 from cutlayer.runtime.parties.means import Means
 from cutlayer.runtime.parties.optim import PartOptimizer, load_optimizer, optimizer_tensors
+from cutlayer.runtime.parties.schedules import Pace, SchedulePoint
 from cutlayer.runtime.parties.store import Row, Store
 from cutlayer.tasks import Loss
 
@@ -123,6 +124,7 @@ class ClientContext:
         config: the algorithm's own configuration.
         data: the client's training data. steps: sizes of the round's batches.
         state: the rows that the client keeps between rounds.
+        pace: of its schedules.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class ClientContext:
         state: KeptRows,
         data: ClientData,
         steps: Sequence[int],
+        pace: Pace,
     ) -> None:
         self._id = id
         self.round = round
@@ -144,6 +147,7 @@ class ClientContext:
         self.steps = steps
         self.state = state
         self.means = Means()
+        self.pace = pace
         self._blueprint = seat.blueprint
         self._seat = seat
         self._seed = seed
@@ -202,12 +206,15 @@ class ClientContext:
         Its state is fresh, or, of parts whose optimizer is kept, what this client's last one over the part has left.
         A method that trains two copies of a part gives the optimizers of one of them a ``label``.
         """
-        optimizer = self._blueprint.optimizer([(name, self.part(name)) for name in names], self.round)
+        optimizer = self._blueprint.optimizer([(name, self.part(name)) for name in names], self._now)
         return self._optimizers.carry_on(names, optimizer, label)
+
+    def _now(self, part: str) -> SchedulePoint:
+        return self.pace(part, self.round)
 
     def schedule(self, optimizer: PartOptimizer, *names: str, at: int) -> None:
         """Set an optimizer over the parts to what their schedules say at another place than this round's number."""
-        self._blueprint.schedule(optimizer, names, at)
+        self._blueprint.schedule(optimizer, names, lambda name: self.pace(name, at))
 
     def batches(self, stream: str = "batches", epochs: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The round's batches, ``local_epochs`` passes unless given: x [b, C, H, W] on the device, and the
@@ -268,7 +275,7 @@ class ServerContext:
     Attributes:
         config: the algorithm's own configuration.
         shared: names of the parts that travel each round.
-        num_clients: size of the population.
+        num_clients: size of the population. pace: of its schedules.
         round: number of the current round, from 0.
     """
 
@@ -280,6 +287,7 @@ class ServerContext:
     aggregate: AggregateConfig
     seed: int
     store: Store
+    pace: Pace
     round: int = 0
     means: Means = field(default_factory=Means)
     _optimizers: dict[tuple[str, ...], PartOptimizer] = field(default_factory=dict[tuple[str, ...], PartOptimizer])
@@ -295,7 +303,10 @@ class ServerContext:
             for number, name in enumerate(names):
                 if self.blueprint.keeps_optimizer[name] is False:
                     optimizer.renew(number)
-            self.blueprint.schedule(optimizer, names, round)
+            self.blueprint.schedule(optimizer, names, self._now)
+
+    def _now(self, part: str, client: int | None = None) -> SchedulePoint:
+        return self.pace(part, self.round, client)
 
     @property
     def loss(self) -> Loss:
@@ -324,7 +335,7 @@ class ServerContext:
         """
         if names not in self._optimizers:
             modules = [(name, self.parts[name]) for name in names]
-            self._optimizers[names] = self.blueprint.optimizer(modules, self.round)
+            self._optimizers[names] = self.blueprint.optimizer(modules, self._now)
         return self._optimizers[names]
 
     def replica(self, name: str, client: int) -> tuple[nn.Module, PartOptimizer]:
@@ -340,7 +351,8 @@ class ServerContext:
         else:
             module = self.blueprint.replica(self.parts[name])
         kept = self._kept.setdefault(client, KeptOptimizers(self.blueprint, self.state(client)))
-        return module, kept.carry_on([name], self.blueprint.optimizer([(name, module)], self.round))
+        optimizer = self.blueprint.optimizer([(name, module)], lambda part: self._now(part, client))
+        return module, kept.carry_on([name], optimizer)
 
     def retire(self, name: str, module: nn.Module) -> None:
         """Have a copy of a part again that nobody uses any more: it becomes the next one."""

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name: any class of ``torch.optim`` and ``torch.optim.lr_scheduler``."""
+"""Optimizers by name: any class of ``torch.optim``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
 
 from cutlayer.models.cutting import Crossing, SeveralError
 from cutlayer.runtime.ground.config import ConfigError
@@ -18,27 +17,17 @@ from cutlayer.runtime.messages.crossing import differentiable
 from cutlayer.runtime.parties.graphs import PassRecorder
 from cutlayer.runtime.parties.updates import ReplayedSteps
 
-_OPTIMIZERS = {
+OPTIMIZERS = {
     name.lower(): kind
     for name, kind in vars(torch.optim).items()
     if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
 }
 # LBFGS needs a closure that evaluates the model again; a split step cannot give it one.
-_OPTIMIZERS.pop("lbfgs", None)
+OPTIMIZERS.pop("lbfgs", None)
 # SparseAdam takes sparse gradients only, which no model here has.
-_OPTIMIZERS.pop("sparseadam", None)
-_SCHEDULERS = {
-    name.lower(): kind
-    for name, kind in vars(lr_scheduler).items()
-    if inspect.isclass(kind) and issubclass(kind, lr_scheduler.LRScheduler) and not name.startswith("_")
-}
-# These cannot be stepped by the round alone: they need a metric, or other schedulers.
-for _name in ("lrscheduler", "reducelronplateau", "chainedscheduler", "sequentiallr"):
-    _SCHEDULERS.pop(_name, None)
-
-
+OPTIMIZERS.pop("sparseadam", None)
 # Options that say how a step is computed, and not what.
-_WAYS = ("fused", "foreach", "capturable", "differentiable")
+WAYS = ("fused", "foreach", "capturable", "differentiable")
 # One kernel for all parameters, where nothing is said of the way; on a processor torch's loop stays, for its bits.
 _FUSED_ON_GPUS = ("sgd", "adam", "adamw")
 
@@ -58,13 +47,9 @@ class OptimizerConfig:
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     keep: Keep | None = None
 
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """A schedule of ``torch.optim.lr_scheduler`` by name (any case) and its arguments, stepped once per round."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    def to_mapping(self) -> dict[str, Any]:
+        """The mapping that names it."""
+        return {"name": self.name, **self.options, **({} if self.keep is None else {"keep": self.keep})}
 
 
 def optimizer_config(values: Mapping[str, Any], where: str = "optimizer") -> OptimizerConfig:
@@ -77,9 +62,9 @@ def optimizer_config(values: Mapping[str, Any], where: str = "optimizer") -> Opt
     keep = values.pop("keep", None)
     if keep is not None and keep not in _KEEP:
         raise ConfigError(f"{where}.keep", keep, "how long the optimizer's state lives, or null", _KEEP)
-    name, options = _named(values, where, _OPTIMIZERS, "params", "keep")
+    name, options = named_options(values, where, OPTIMIZERS, "params", "keep")
     try:
-        _OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], **options)
+        OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(where, dict(values), str(error)) from error
     return OptimizerConfig(name, options, keep)
@@ -87,30 +72,21 @@ def optimizer_config(values: Mapping[str, Any], where: str = "optimizer") -> Opt
 
 def optimizer_options(name: str) -> frozenset[str]:
     """The options of an optimizer of that name (any case), ``lr`` among them; none where there is no such optimizer."""
-    kind = _OPTIMIZERS.get(name.lower())
+    kind = OPTIMIZERS.get(name.lower())
     return frozenset() if kind is None else frozenset(inspect.signature(kind).parameters) - {"params"}
 
 
-def scheduler_config(values: Mapping[str, Any] | None, where: str = "scheduler") -> SchedulerConfig | None:
-    """The schedule that ``{"name": "cosineannealinglr", "T_max": 200}`` names; None or no name is a constant rate.
-
-    Raises:
-        ConfigError: unknown name or option, or a value that the scheduler refuses.
-    """
-    if not values or values.get("name") is None:
-        return None
-    name, options = _named(values, where, _SCHEDULERS, "optimizer")
-    try:
-        _SCHEDULERS[name](torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(where, dict(values), str(error)) from error
-    return SchedulerConfig(name, options)
-
-
-def _named(
+def named_options(
     values: Mapping[str, Any], where: str, classes: Mapping[str, Any], skip: str, *others: str
 ) -> tuple[str, dict[str, Any]]:
-    """The name and the options of one of the classes; ``others`` are keys that the caller has read."""
+    """The name and the options of one of the classes; ``skip`` is its argument that no option is.
+
+    Args:
+        others: keys that the caller has read.
+
+    Raises:
+        ConfigError: unknown name or option.
+    """
     name = str(values.get("name", "")).lower()
     if name not in classes:
         raise ConfigError(f"{where}.name", values.get("name"), "a class of torch", sorted(classes))
@@ -124,55 +100,8 @@ def _named(
     }
 
 
-class _Table:
-    """The options of a parameter group in each round, from one simulated run of the schedule.
-
-    An optimizer on a client may live for one round only, so a schedule cannot be stepped along with it.
-    """
-
-    def __init__(self, optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> None:
-        self._optimizer = _OPTIMIZERS[optimizer.name]([nn.Parameter(torch.zeros(1))], **optimizer.options)
-        self._scheduler = _SCHEDULERS[scheduler.name](self._optimizer, **scheduler.options)
-        self._rounds: list[dict[str, Any]] = [self._read()]
-
-    def _read(self) -> dict[str, Any]:
-        left = ("params", *_WAYS)
-        return {key: value for key, value in self._optimizer.param_groups[0].items() if key not in left}
-
-    def at(self, round: int) -> dict[str, Any]:
-        while len(self._rounds) <= round:
-            self._optimizer.step()
-            self._scheduler.step()
-            self._rounds.append(self._read())
-        return self._rounds[round]
-
-
-# Keyed by text: the configs hold dicts, which cannot be hashed.
-_TABLES: dict[tuple[str, str], _Table] = {}
-
-
-def learning_options(optimizer: OptimizerConfig, scheduler: SchedulerConfig | None, round: int) -> dict[str, Any]:
-    """What the schedule sets in ``round`` (0-based): ``lr``, and whatever else it moves (OneCycleLR: momentum)."""
-    if scheduler is None:
-        return {}
-    key = (repr(optimizer), repr(scheduler))
-    if key not in _TABLES:
-        _TABLES[key] = _Table(optimizer, scheduler)
-    return _TABLES[key].at(round)
-
-
-def check_schedule(optimizer: OptimizerConfig, scheduler: SchedulerConfig | None, rounds: int, where: str) -> None:
-    """Raises ConfigError if the schedule does not go with the optimizer, or does not last for the rounds.
-
-    The schedule is played through the first thousand rounds; beyond, it would cost a start more than it saves.
-    """
-    try:
-        learning_options(optimizer, scheduler, min(rounds, 1000) - 1)
-    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
-        assert scheduler is not None
-        values = {"name": scheduler.name, **scheduler.options}
-        reason = f"a schedule for {optimizer.name} over {rounds} rounds ({type(error).__name__}: {error})"
-        raise ConfigError(where, values, reason) from error
+Ahead = Callable[[int], Mapping[str, Any]]
+"""The options of a parameter group in a step, counted from 0."""
 
 
 class PartOptimizer:
@@ -186,6 +115,8 @@ class PartOptimizer:
         self._optimizers = optimizers
         self._device = optimizers[0].param_groups[0]["params"][0].device
         self._replayed = None if recorder is None else ReplayedSteps(recorder, optimizers)
+        self._ahead: Sequence[Ahead | None] = ()
+        self._taken = 0
 
     def update(
         self,
@@ -199,6 +130,7 @@ class PartOptimizer:
         ``reset`` False adds to the gradients that the parameters hold. Autocast is for forward passes: backward pass
         and step are computed without, each in the types it was given.
         """
+        self._begin_step()
         if reset:
             self.zero_grad()
         outputs, along = _beginning(output, gradient)
@@ -207,7 +139,7 @@ class PartOptimizer:
                 return
             if outputs:
                 torch.autograd.backward(outputs, along)
-            self.step()
+            self._take()
             if self._replayed is not None:
                 self._replayed.settle()
 
@@ -229,15 +161,16 @@ class PartOptimizer:
             closure: puts them there first. It computes the same on the same memory whenever it is called, and may be
                 recorded with the step (``compile``); its gradients are then written over by its next step.
         """
+        self._begin_step()
         with self._without_autocast():
             if closure is not None and self._replayed is not None:
-                self._replayed.follow(closure, self._step)
+                self._replayed.follow(closure, self._take)
             else:
                 if closure is not None:
                     closure()
-                self._step()
+                self._take()
 
-    def _step(self) -> None:
+    def _take(self) -> None:
         for optimizer in self._optimizers:
             if optimizer.param_groups[0].get("fused"):
                 _align_gradients(optimizer)
@@ -248,6 +181,18 @@ class PartOptimizer:
         for optimizer, values in zip(self._optimizers, options, strict=True):
             for group in optimizer.param_groups:
                 group.update(values)
+
+    def go_by(self, ahead: Sequence[Ahead | None]) -> None:
+        """Have each part's own function say the options of each step from now on; None leaves them as they are."""
+        self._ahead, self._taken = ahead, 0
+
+    def _begin_step(self) -> None:
+        for optimizer, ahead in zip(self._optimizers, self._ahead, strict=False):
+            if ahead is not None:
+                options = ahead(self._taken)
+                for group in optimizer.param_groups:
+                    group.update(options)
+        self._taken += 1
 
     @property
     def rates(self) -> list[float]:
@@ -361,12 +306,12 @@ def _shapes(state: Mapping[str, torch.Size]) -> str:
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """A fresh torch optimizer; on a GPU one that takes a step of all parameters at once, unless told otherwise."""
-    made, kind = [*parameters], cast(Any, _OPTIMIZERS[config.name])
+    made, kind = [*parameters], cast(Any, OPTIMIZERS[config.name])
     return kind(made, **_options_on(config, {parameter.device.type for parameter in made}))
 
 
 def _options_on(config: OptimizerConfig, devices: Collection[str]) -> dict[str, Any]:
     """The options of an optimizer whose parameters are on devices of these types."""
-    said = any(config.options.get(key) is not None for key in _WAYS)
+    said = any(config.options.get(key) is not None for key in WAYS)
     fused = [*devices] == ["cuda"] and config.name in _FUSED_ON_GPUS and not said
     return {**config.options, "fused": True} if fused else config.options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -136,12 +136,10 @@ class _StackedOptimizer(PartOptimizer):
         for parameter in self._parameters:
             parameter.grad = None
 
-    def step(self, closure: Callable[[], object] | None = None) -> None:
-        if closure is not None:
-            closure()
+    def _take(self) -> None:
         for own, ordinary in zip(self._parameters, self._ordinary, strict=True):
             ordinary.grad = None if own.grad is None else whole(own.grad)
-        super().step()
+        super()._take()
 
     def tensors(self) -> list[Tensor]:
         """What the optimizers keep from step to step."""
@@ -209,6 +207,7 @@ class TogetherContext(ClientContext):
             state=rows,
             data=cast(ClientData, _Data([member.data for member in members])),
             steps=first.steps,
+            pace=first.pace,
         )
         self.going, self.sizes = [True] * len(members), list[int]()
         self._rows, self._frozen, self._made = rows, _Frozen(), list[_StackedOptimizer]()
@@ -226,13 +225,14 @@ class TogetherContext(ClientContext):
             own = [*self.part(name).parameters()]
             parameters += own
             ordinary.append((name, nn.ParameterList(nn.Parameter(whole(w.detach()), w.requires_grad) for w in own)))
-        made = self._blueprint.optimizer(cast("list[tuple[str, nn.Module]]", ordinary), self.round)
+        made = self._blueprint.optimizer(cast("list[tuple[str, nn.Module]]", ordinary), self._now)
         optimizers = [made.of(number) for number in range(len(names))]
         for each in optimizers:
             if type(each).__name__.lower() in _NOT_ELEMENTWISE:
                 raise ApartError(f"{type(each).__name__.lower()} does not work on elements alone")
         flat = [parameter for _, several in ordinary for parameter in several]
         self._made.append(_StackedOptimizer(optimizers, parameters, flat))
+        self._blueprint.schedule(self._made[-1], names, self._now)
         return self._optimizers.carry_on(names, self._made[-1], label)
 
     def batches(self, stream: str = "batches", epochs: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -63,6 +63,7 @@ class Seats:
             state=state or ClientState(self._store, client),
             data=setup.data(client),
             steps=setup.steps(client),
+            pace=setup.pace(client),
         )
 
     def rows_of(self, client: int) -> frozenset[str]:

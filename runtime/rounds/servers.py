@@ -20,5 +20,6 @@ def make_server(setup: Setup, store: Store) -> Server:
         aggregate=config.aggregate,
         seed=config.seed,
         store=store,
+        pace=setup.server_pace(),
     )
     return setup.algorithm.Server(context)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import cutlayer.algorithms as algorithms
 from cutlayer.algorithms import Algorithm
-from cutlayer.algorithms.mixins import ChecksOptimizer, KeepsByConfig, OwnSteps
+from cutlayer.algorithms.mixins import ChecksOptimizer, CountsSteps, KeepsByConfig, OwnSteps
 from cutlayer.datasets import Dataset, Partition, batch_sizes, load, own_partition, partition
 from cutlayer.models import check_model, input_channels
 from cutlayer.models.shapes import sample
@@ -26,6 +26,7 @@ from cutlayer.runtime.messages.crossing import joined
 from cutlayer.runtime.parties.blueprint import MEMORY_FORMATS, WEIGHT_DTYPES, Blueprint
 from cutlayer.runtime.parties.client_data import ClientData
 from cutlayer.runtime.parties.graphs import PassRecorder
+from cutlayer.runtime.parties.schedules import Pace, check_schedule
 from cutlayer.runtime.settings import RunConfig
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,13 @@ def _method(config: RunConfig) -> type[Algorithm]:
     if issubclass(algorithm, ChecksOptimizer):
         for part in algorithm.layout.client:
             algorithm.check_optimizer(config.optimizer_for(part))
+    if issubclass(algorithm, CountsSteps):
+        for part in sorted(algorithm.layout.parts):
+            scheduler = config.scheduler_for(part)
+            known = algorithm.part_steps(config.algorithm, part, 1, 1) is not None
+            if scheduler is not None and scheduler.per == "step" and not known:
+                expected = f"round, as {algorithm.name} does not know ahead how many steps of the {part} part it takes"
+                raise ConfigError(f"{config.scheduler_key(part)}.per", "step", expected)
     return algorithm
 
 
@@ -90,6 +98,7 @@ class Setup:
         self.partition = (divide or configured_shares)(self)
         self.parameters = sum(self.blueprint.parameters(name) for name in self.algorithm.layout.whole)
         self._able = self._with_batches(2 if self._needs_two() else 1)
+        self._check_steps()
 
     def _blueprint(self, config: RunConfig, *, compare: bool = True) -> Blueprint:
         return Blueprint(
@@ -177,6 +186,47 @@ class Setup:
         if issubclass(self.algorithm, OwnSteps):
             return self.algorithm.steps(config.algorithm, client, self.population, sizes)
         return [*sizes]
+
+    def _check_steps(self) -> None:
+        """Raises ConfigError where a schedule by step is none for so many steps as there are."""
+        config, server = self.config, self.server_pace()
+        longest = self.pace(int(self.partition.sizes.argmax()))
+        for part in sorted(self.blueprint.by_step):
+            length = (longest if part in self.algorithm.layout.client else server)(part, 0).of
+            if length:  # else no data are here
+                optimizer, scheduler = config.optimizer_for(part), config.scheduler_for(part)
+                check_schedule(optimizer, scheduler, length, config.scheduler_key(part))
+
+    def pace(self, client: int) -> Pace:
+        """How a client's schedules move on."""
+        steps = len(self.steps(client)) if self.blueprint.by_step else 0
+        return Pace(self.config.rounds, {part: [self._part_steps(part, steps)] for part in self.blueprint.by_step})
+
+    def server_pace(self) -> Pace:
+        """How the server's schedules move on; by the steps of a part, those of all cohorts of the run."""
+        layout, rounds, together = self.algorithm.layout, self.config.rounds, self.algorithm.Server.gathers
+        parts = self.blueprint.by_step & (frozenset(layout.server) - frozenset(layout.client))
+        if not parts:
+            return Pace(rounds, {})
+        if self._apart:
+            expected = "round for what the server trains, as it does not know how many batches clients elsewhere have"
+            raise ConfigError(f"{self.config.scheduler_key(min(parts))}.per", "step", expected)
+        steps = [len(self.steps(client)) for client in range(self.population)]
+        each = {part: [self._part_steps(part, own) for own in steps] for part in parts}
+        begun = {part: [0] for part in parts}
+        for cohort in map(self.cohort, range(rounds)):
+            for part, before in begun.items():
+                taken = [each[part][client] for client in cohort]
+                before.append(before[-1] + (max(taken, default=0) if together else sum(taken)))
+        return Pace(rounds, each, begun)
+
+    def _part_steps(self, part: str, steps: int) -> int:
+        """Steps of a part in a client's round of so many batches."""
+        if not issubclass(self.algorithm, CountsSteps):
+            return steps
+        found = self.algorithm.part_steps(self.config.algorithm, part, steps, self.config.local_epochs)
+        assert found is not None, "see _method"
+        return found
 
     def places(self, client: int, round: int) -> list[int]:
         """Places in each batch of a round of the client: of images as many as samples, of texts tokens, padding too."""

@@ -166,8 +166,9 @@ class TogetherRound:
         steps, variant = setup.steps(client), client % len(setup.blueprint.variants)
         alike: Any = tuple(steps)
         if self.seats.uneven:
-            # An optimizer counts the steps of all in one, and what it keeps would not be what each has taken.
-            alike = len(steps) if self.seats.counting or not self.at_once else 0
+            # An optimizer or a schedule counts the steps of all in one, which would not be what each has taken.
+            counted = self.seats.counting or bool(setup.blueprint.by_step)
+            alike = len(steps) if counted or not self.at_once else 0
         return alike, variant, frozenset(session.told[0]), self.seats.rows_of(client)
 
 

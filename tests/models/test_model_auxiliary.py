@@ -25,6 +25,7 @@ from cutlayer.models import (
 from cutlayer.models.registry import entry
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.parties.schedules import SchedulePoint
 from cutlayer.runtime.rounds.federation import Federation
 
 
@@ -347,7 +348,9 @@ def test_weight_decay_does_not_reach_the_auxiliary_model_of_a_run(algorithm: str
     given = (f"algorithm={algorithm}", "num_clients=2", "rounds=1", "model=mlp")
     blueprint = Federation(load_config([*given, "optimizer.weight_decay=0.1"])).setup.blueprint
     groups = {
-        name: blueprint.optimizer([(name, part)], 0)._optimizers[0].param_groups[0]["weight_decay"]
+        name: blueprint.optimizer([(name, part)], lambda _: SchedulePoint(0, 1))
+        ._optimizers[0]
+        .param_groups[0]["weight_decay"]
         for name, part in blueprint.parts(("client", "server", "auxiliary")).items()
     }
     assert groups == {"client": 0.1, "server": 0.1, "auxiliary": 0}

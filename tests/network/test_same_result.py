@@ -34,6 +34,7 @@ TEXT = (
 )
 CASES |= {f"text, {name}": (name, TEXT) for name in ("fed_avg", "sl_single_server", "sl_u_shape", "fsl_sage")}
 CASES |= {"several labels": ("fsl_sage", ("dataset=digit_facts",))}
+CASES |= {"a schedule by step": ("sl_multi_server", ("scheduler=linear", "scheduler.warmup=2"))}
 CASES |= {"evaluations": ("fed_babu", ("evaluations=[class_acc]", "dataset.local_test=true"))}
 
 

@@ -8,14 +8,12 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.parties import optim
 from cutlayer.runtime.parties.optim import (
     PartOptimizer,
-    check_schedule,
-    learning_options,
     load_optimizer,
     make_optimizer,
     optimizer_config,
     optimizer_tensors,
-    scheduler_config,
 )
+from cutlayer.runtime.parties.schedules import check_schedule, learning_options, scheduler_config
 
 
 @pytest.mark.parametrize("name", ["SGD", "adam", "AdamW", "RMSprop", "adagrad", "NAdam", "RAdam", "Adamax"])

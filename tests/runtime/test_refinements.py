@@ -4,7 +4,7 @@ import pytest
 
 from cutlayer.models import refinable
 from cutlayer.runtime.launching.hydra_support import load_config
-from cutlayer.runtime.parties.optim import learning_options
+from cutlayer.runtime.parties.schedules import learning_options
 
 REFINED = refinable()
 

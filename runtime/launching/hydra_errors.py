@@ -105,6 +105,7 @@ def _translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
         found = re.search(pattern, text)
         if found:
             return _say(found["key"], reason) if reason else unknown_key(found["key"], overrides)
+    text = re.sub(r"^ConfigError raised while resolving interpolation: ", "", text)
     lines = [*_sentences(text), *(_sentences(str(error.__cause__)) if error.__cause__ else [])]
     return _say("", ": ".join(dict.fromkeys(lines)))
 

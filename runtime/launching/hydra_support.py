@@ -151,6 +151,11 @@ def _by_method(method: str, values: Mapping[str, Any], otherwise: Any) -> Any:
     return values.get(method, otherwise)
 
 
+def _required(key: str, expected: str) -> None:
+    """The value of a key that an experiment cannot know, and the command line has to give."""
+    raise ConfigError(key, None, expected)
+
+
 def register_resolvers() -> None:
     """Make the resolvers of `hydra_config/config.yaml` known to OmegaConf."""
     # Cached: the workers of a launcher take the folder over with the configuration that they are sent.
@@ -160,6 +165,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("by_round", _by_round, replace=True)
     OmegaConf.register_new_resolver("rounds_of", _rounds_of, replace=True)
     OmegaConf.register_new_resolver("by_method", _by_method, replace=True)
+    OmegaConf.register_new_resolver("required", _required, replace=True)
 
 
 register_resolvers()

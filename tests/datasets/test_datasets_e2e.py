@@ -211,3 +211,24 @@ def test_the_published_validation_set(tmp_path: Path) -> None:
         config = DatasetConfig("e2e", root=tmp_path, distribution=distribution)
         parts = partition(data.train.labels, 5, config, seed=0, groups=data.groups)
         assert sum(len(x) for i in range(5) for x, _ in data.train.batches(parts.indices(i), batch_size=64)) == 3813
+
+
+def test_restaurants_are_taken_by_name(tmp_path: Path) -> None:
+    save_spaced(tmp_path / "valid.txt", MEANINGS)
+    one: dict[str, Any] = {"train": "valid", "test": None, "test_fraction": 0.5}
+    whole = loaded(tmp_path, **one)
+    names = whole.info.class_names
+    parts = [loaded(tmp_path, **one, restaurants=chosen) for chosen in ([names[0]], [*names[1:]])]
+    assert [each.info.class_names for each in parts] == [names[:1], names[1:]]
+    both = [text for each in parts for side in (each.train, each.test) for text in texts_of(each, side)]
+    assert sorted(both) == sorted(texts_of(whole, whole.train) + texts_of(whole, whole.test))
+    with pytest.raises(
+        ConfigError, match=r"restaurants=The Mil: expected a restaurant in valid\.txt; did you mean The"
+    ):
+        loaded(tmp_path, **one, restaurants=["Cotto", "The Mil"])
+    with pytest.raises(ConfigError, match=r"restaurants=\[\]: expected null, or names of restaurants"):
+        loaded(tmp_path, **one, restaurants=[])
+    save_spaced(tmp_path / "train.txt", MEANINGS)
+    save_spaced(tmp_path / "test.txt", [each for each in MEANINGS if each["name"] != names[0]])
+    with pytest.raises(ConfigError, match=r"expected a restaurant in test\.txt, to test on"):
+        loaded(tmp_path, restaurants=[names[0]])

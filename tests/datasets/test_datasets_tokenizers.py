@@ -1,6 +1,7 @@
 """Tokenizers: bytes, and one of Hugging Face that is made here, from its files."""
 
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cutlayer import train_tokenizer
 from cutlayer.datasets import DatasetConfig, load
 from cutlayer.datasets.tokenizer import ByteTokenizer, find_tokenizer
 from cutlayer.runtime.ground.config import ConfigError
@@ -119,3 +121,55 @@ def test_parties_with_other_tokenizers_do_not_work_together(tmp_path: Path) -> N
     assert compare_data(one, same) is None, "wherever it lies"
     assert "the client's data have tokenizer" in str(compare_data(one, other))
     assert "the client's data have tokenizer" in str(compare_data(one, facts("bytes")))
+
+
+def trained(folder: Path, *given: str) -> int:
+    return train_tokenizer.main([str(folder), "dataset=shakespeare", "dataset.options.plays=[Macbeth]", *given])
+
+
+def test_a_tokenizer_is_trained_on_what_is_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of as many tokens as asked for, in fewer of which the text is told, and all of it comes back."""
+    pytest.importorskip("transformers", reason="the extra huggingface is not installed")
+    role = "dataset.options.roles=[Macbeth]"
+    assert trained(tmp_path / "made", role, "tokens=400") == 0
+    assert "400 tokens from" in capsys.readouterr().out
+    assert trained(tmp_path / "again", role, "tokens=400") == 0
+    assert find_tokenizer(str(tmp_path / "made")).hash == find_tokenizer(str(tmp_path / "again")).hash
+    assert trained(tmp_path / "other", "dataset.options.roles=[Lady Macbeth]", "tokens=400") == 0
+    assert find_tokenizer(str(tmp_path / "made")).hash != find_tokenizer(str(tmp_path / "other")).hash
+    options = {"plays": ["Macbeth"], "roles": ["Macbeth"], "length": 64}
+    texts: list[str] = []
+    counts: list[int] = []
+    for name in ("bytes", str(tmp_path / "made")):
+        config = DatasetConfig("shakespeare", options={**options, "tokenizer": name})
+        data = load(config, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+        assert data.tokenizer is not None
+        own = [data.train.texts.completion(i) for i in range(len(data.train.texts))]  # pyright: ignore
+        texts.append(data.tokenizer.decode([token for part in own for token in part[:-1]]))
+        counts.append(sum(map(len, own)))
+    assert counts[1] < 0.7 * counts[0]
+    assert texts[0][:500] == texts[1][:500]
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["tokens=256"], "tokens=256: expected an integer >= 257"),
+        (["tokens=many"], "tokens=many: expected an integer >= 257"),
+        (["other"], "folder=.*,other: expected one folder"),
+        (["dataset.options.plays=[Hamlet]"], "dataset.options.plays=Hamlet: expected a play"),
+        (["dataset=digits"], "dataset.options.tokenizer: no such key"),
+    ],
+)
+def test_what_no_tokenizer_is_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], line: str
+) -> None:
+    pytest.importorskip("transformers", reason="the extra huggingface is not installed")
+    folder = tmp_path / "made"
+    start = [] if given == ["dataset=digits"] else ["dataset=shakespeare"]
+    assert train_tokenizer.main([str(folder), *start, *given]) == 1
+    assert re.match(line, capsys.readouterr().err)
+    assert not folder.exists()
+    folder.mkdir()
+    assert train_tokenizer.main([str(folder)]) == 1
+    assert "expected a folder that does not exist yet" in capsys.readouterr().err

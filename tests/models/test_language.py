@@ -212,6 +212,69 @@ def test_other_bases_that_do_not_fit(base: Path, tmp_path: Path) -> None:
         build_model(config(lora=LoraConfig(r=2, targets=("nowhere",))), INFO)
 
 
+def test_what_a_run_has_trained_is_a_base(configure, base: Path, tmp_path: Path) -> None:
+    """Plain transformers reads the run's folder, and adapters begin where the run ended."""
+    setting = (*run_settings(base, "model.lora.r=0", "algorithm=fed_avg", "lr=0.01"), f"save_dir={tmp_path}")
+    made = configure(*setting, "progress=none")
+    with claim(made, setting) as folder:
+        summary = run(made, folder)
+    loaded, told = transformers.AutoModelForCausalLM.from_pretrained(folder.path, output_loading_info=True)
+    assert not any(told.values())
+    assert not torch.equal(
+        loaded.transformer.wte.weight, transformers.AutoModelForCausalLM.from_pretrained(base).transformer.wte.weight
+    )
+    later = Federation(configure(*run_settings(folder.path), "algorithm=fed_avg"))
+    begun = later.evaluator.evaluate(lambda: later.clients.scores(later.evaluator))
+    assert begun.loss == pytest.approx(summary.final_loss, rel=1e-6)
+
+
+def save_gguf(file: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write a Llama's weights as llama.cpp has them: other names, and the rows of queries and keys in pairs."""
+    gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(LLAMA["num_hidden_layers"])
+    writer.add_context_length(LLAMA["max_position_embeddings"])
+    writer.add_embedding_length(LLAMA["hidden_size"])
+    writer.add_feed_forward_length(LLAMA["intermediate_size"])
+    writer.add_head_count(LLAMA["num_attention_heads"])
+    writer.add_head_count_kv(LLAMA["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(40)
+    inner = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    inner |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+    inner |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for name, tensor in state.items():
+        module = name.removesuffix(".weight")
+        if module not in outer:
+            number, _, module = module.removeprefix("model.layers.").partition(".")
+            heads = {"attn_q": LLAMA["num_attention_heads"], "attn_k": LLAMA["num_key_value_heads"]}
+            if inner[module] in heads:
+                tensor = tensor.view(heads[inner[module]], 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+            outer[module := f"{number}.{module}"] = f"blk.{number}.{inner[module]}"
+        writer.add_tensor(f"{outer[module]}.weight", tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_a_base(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    settings = transformers.AutoConfig.for_model("llama", **LLAMA, vocab_size=40, rms_norm_eps=1e-6)
+    plain = transformers.AutoModelForCausalLM.from_config(settings).eval()
+    save_gguf(tmp_path / "made.gguf", plain.state_dict())
+    model = build_model(config("llama", base=tmp_path / "made.gguf", options={}), INFO).eval()
+    x = torch.randint(40, (2, 9))
+    assert torch.equal(model(x), plain(x).logits)
+    renamed = shutil.copy(tmp_path / "made.gguf", tmp_path / "renamed.gguf")
+    assert base_hash(Path(renamed)) == base_hash(tmp_path / "made.gguf")
+    (tmp_path / "made.gguf").write_bytes(b"GGUF and no more")
+    with pytest.raises(ConfigError, match=r"model\.base=.*expected weights that transformers can read"):
+        build_model(config("llama", base=tmp_path / "made.gguf", options={"use_cache": True}), INFO)
+
+
 def test_a_base_is_known_by_what_is_in_it(base: Path, tmp_path: Path) -> None:
     elsewhere = shutil.copytree(base, tmp_path / "elsewhere")
     assert base_hash(elsewhere) == base_hash(base)

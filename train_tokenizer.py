@@ -23,10 +23,10 @@ from cutlayer.runtime.ground.text import print_errors, print_lines
 if TYPE_CHECKING:
     from cutlayer.datasets.texts import Texts
 
-END = "<|endoftext|>"
-DEFAULT = 1024
+_END = "<|endoftext|>"
+_TOKENS = 1024
 # All bytes and the end.
-LEAST = 257
+_LEAST = 257
 # Longer than any text, so that none is cut; what has a fixed length is read in such blocks.
 _WHOLE = 1 << 20
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Train what the command line names; returns the exit status."""
     parser = argparse.ArgumentParser(
         description="Train a tokenizer on the texts that a dataset trains on.",
-        epilog=f"Keys: tokens={DEFAULT}, how many there are; dataset, dataset.options and all else that decides which "
+        epilog=f"Keys: tokens={_TOKENS}, how many there are; dataset, dataset.options and all else that decides which "
         "texts are trained on, as of main.py.",
     )
     parser.add_argument("argument", nargs="+", help="a new folder for the tokenizer, and key=value")
@@ -68,9 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _size(given: list[str]) -> int:
-    text = given[-1].partition("=")[2] if given else str(DEFAULT)
-    if not text.isdecimal() or int(text) < LEAST:
-        raise ConfigError("tokens", text, f"an integer >= {LEAST}: all bytes, and the end of a text")
+    text = given[-1].partition("=")[2] if given else str(_TOKENS)
+    if not text.isdecimal() or int(text) < _LEAST:
+        raise ConfigError("tokens", text, f"an integer >= {_LEAST}: all bytes, and the end of a text")
     return int(text)
 
 
@@ -92,7 +92,7 @@ def _pieces(texts: Texts) -> Iterator[str]:
     """Prompts and completions, each of which tokenizers take by itself."""
     for index in range(len(texts)):
         for part in (texts.prompt(index), texts.completion(index)):
-            yield bytes(token for token in part if token < LEAST - 1).decode(errors="replace")
+            yield bytes(token for token in part if token < _LEAST - 1).decode(errors="replace")
 
 
 def _train(texts: Iterator[str], size: int) -> Any:
@@ -102,11 +102,11 @@ def _train(texts: Iterator[str], size: int) -> Any:
     own.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=[_END], initial_alphabet=alphabet, show_progress=False
     )
     own.train_from_iterator(texts, trainer)
     fast = importlib.import_module("transformers").PreTrainedTokenizerFast
-    return fast(tokenizer_object=own, eos_token=END)
+    return fast(tokenizer_object=own, eos_token=_END)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def _by_method(method: str, values: Mapping[str, Any], otherwise: Any) -> Any:
     return values.get(method, otherwise)
 
 
-def _required(key: str, expected: str) -> None:
+def _require(key: str, expected: str) -> None:
     """The value of a key that an experiment cannot know, and the command line has to give."""
     raise ConfigError(key, None, expected)
 
@@ -165,7 +165,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("by_round", _by_round, replace=True)
     OmegaConf.register_new_resolver("rounds_of", _rounds_of, replace=True)
     OmegaConf.register_new_resolver("by_method", _by_method, replace=True)
-    OmegaConf.register_new_resolver("required", _required, replace=True)
+    OmegaConf.register_new_resolver("required", _require, replace=True)
 
 
 register_resolvers()

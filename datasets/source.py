@@ -116,6 +116,11 @@ class Source(ABC):
         """The same samples, none longer than so many places, where they have a length: texts lose their ends."""
         return self
 
+    @property
+    def longest(self) -> int:
+        """A sample than which none is longer, where they have a length."""
+        return 0
+
     def places(self, samples: Tensor) -> int:
         """How many places a batch of these samples, int64 [b], has: one a sample, of text as many as tokens given."""
         return len(samples)

@@ -70,6 +70,10 @@ class TextSource(Source):
         texts = replace(self.texts, lengths=lengths, prompts=prompts)
         return TextSource(texts, self._store, self.labels, self.groups, self._device)
 
+    @property
+    def longest(self) -> int:
+        return int(self._lengths.argmax())
+
     def places(self, samples: Tensor) -> int:
         return len(samples) * (int(self._lengths[samples].max()) - 1) if len(samples) else 0
 

@@ -63,11 +63,15 @@ def test_weights_ledger_and_accuracy(configure, name: str, more: tuple[str, ...]
     )
 
 
-@pytest.mark.parametrize("name", ["sl_u_shape", "cse_fsl"])
-def test_batches_of_texts_of_any_length(configure, name: str, tmp_path: Path) -> None:
-    """As long as its longest text each: a server that knows its clients' shapes takes them all."""
+@pytest.mark.parametrize(("name", "first"), [("sl_u_shape", 2), ("cse_fsl", 20)])
+def test_batches_of_texts_of_any_length(configure, name: str, first: int, tmp_path: Path) -> None:
+    """As long as its longest text each: a server that knows its clients' shapes takes them all.
+
+    Also where the texts that it sees first are of one length, cut off or not.
+    """
     lines = [
-        json.dumps({"prompt": f"say {n}", "completion": "abc " * (1 + n % 5 if n > 29 else 20)}) for n in range(60)
+        json.dumps({"prompt": f"say {n:02}", "completion": "abc " * (1 + n % 5 if n > 29 else first)})
+        for n in range(60)
     ]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     setting = (*SETTING, f"algorithm={name}", *quick(name), *TEXT, "dataset=jsonl", f"dataset.root={tmp_path}")

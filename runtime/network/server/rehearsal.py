@@ -1,8 +1,8 @@
 """What a client's messages look like, found out before any client comes: two rounds in miniature, in this process.
 
-Each is played twice, with batches of two and of three samples, and of text with shorter ones the second time: what then
-differs is a size of the batch or the length of its texts and may be anything, what is equal is what every client's
-message has to have.
+Each is played twice, with batches of two and of three samples, and of text with the longest the first time and with a
+single place each the second: what then differs is a size of the batch or the length of its texts and may be anything,
+what is equal is what every client's message has to have.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def rehearse(config: RunConfig, dataset: Dataset) -> Expected:
     divided = replace(config.dataset.evenly(), drop_last="auto")
     local = replace(config, transport=LocalTransport(), role=None, comm_threshold_mb=None, dataset=divided)
     try:
-        for batch, length in zip(_BATCHES, (dataset.info.length, max(1, dataset.info.length - 1)), strict=True):
+        for batch, length in zip(_BATCHES, (max(1, dataset.info.length), 1), strict=True):
             setting = replace(local, batch_size=batch, local_epochs=1)
             seen.append(_play(setting, replace(dataset, train=dataset.train.shortened(length))))
     except Exception as error:
@@ -115,7 +115,8 @@ def _a_few_each(setup: Setup) -> Partition:
     steps = max([flow.interval(setup.config.algorithm) for flow in setup.algorithm.traffic], default=1)
     sizes = np.zeros(setup.population, dtype=np.int64)
     sizes[: _players(setup)] = setup.config.batch_size * steps
-    order = np.arange(sizes.sum(), dtype=np.int64) % len(setup.dataset.train.labels)
+    source = setup.dataset.train
+    order = (source.longest + np.arange(sizes.sum(), dtype=np.int64)) % len(source.labels)
     return Partition(order, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
 
 

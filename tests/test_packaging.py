@@ -27,7 +27,10 @@ PACKAGES = (
     *("algorithms", "attacks", "benchmarks", "datasets", "distributions", "evaluations", "hydra_plugins", "models"),
     *("plotting", "runtime", "tasks", "text_metrics", "cutlayer"),
 )
-PROGRAMS = ("attack.py", "certificates.py", "main.py", "personalize.py", "plot_results.py", "probe.py", "status.py")
+PROGRAMS = (
+    *("attack.py", "certificates.py", "generate.py", "main.py", "personalize.py", "plot_results.py", "probe.py"),
+    "status.py",
+)
 # Import names that are not the distribution's own.
 DISTRIBUTIONS = {
     "PIL": "pillow",

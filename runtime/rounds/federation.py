@@ -19,7 +19,7 @@ from cutlayer.runtime.messages.ledger import Ledger, Traffic
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.data_record import check_data
 from cutlayer.runtime.records.history import RoundRecord
-from cutlayer.runtime.rounds.best import best_weights, lacking
+from cutlayer.runtime.rounds.best import asking, best_weights, lacking
 from cutlayer.runtime.rounds.checkpoint import ANEW, Checkpoint, FoundCheckpoint, Manifest
 from cutlayer.runtime.rounds.clients import MakeClients
 from cutlayer.runtime.rounds.evaluator import Evaluator
@@ -50,7 +50,7 @@ class Federation:
     Attributes:
         round: the number of rounds that are over.
         seconds: that were spent so far, in all and by party.
-        best: the weights with the best test so far; None where they are not kept (``personalize.start``).
+        best: the weights with the best test so far; None where nothing asks for them (``start``).
 
     Raises:
         ConfigError: what cannot be built as configured.
@@ -271,7 +271,7 @@ class Federation:
         self._restore_server(server_state, manifest.ledger)
         if self.best is not None:
             if best is None:
-                raise lacking()
+                raise lacking(asking(self.setup.config))
             self.best.load_state_dict(best)
         self.clients.load_state_dict(manifest.clients)
         self.seconds = dict(manifest.seconds)

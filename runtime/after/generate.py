@@ -112,11 +112,12 @@ def generated_folder(run: Path, config: GenerateConfig) -> Path:
 
 
 def earlier_generation(run: Path, config: GenerateConfig) -> Generated | None:
-    """What an earlier generation of the run by this setting found; None where there was none that finished."""
+    """What an earlier generation of the run by this setting found; None where none finished with these metrics."""
     try:
         content = read_json(run, str(generated_folder(run, config).relative_to(run) / SUMMARY))
-        return Generated.from_json(content) if content["finished"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+        found = Generated.from_json(content)
+        return found if content["finished"] and found.metrics.keys() >= {*config.metrics} else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

@@ -98,7 +98,7 @@ def check_generation(federation: Federation, config: GenerateConfig) -> None:
     setup = federation.setup
     texts = texts_of(setup.dataset)
     check_generative(setup.config.model.name)
-    if federation.full_model() is None:
+    if not federation.one_model:
         expected = "a method with one model for all clients; in this one each client has its own"
         raise ConfigError("algorithm.name", setup.config.algorithm_name, expected)
     if config.prompt is None:
@@ -174,7 +174,7 @@ def _completed(
     model = generative(assemble(federation, config), setup.config.model, setup.dataset.info).to(setup.device)
     positions, longest = positions_of(model.config), max(map(len, prompts))
     if positions is not None and longest >= positions:
-        expected = f"one of fewer tokens than the model has positions, {positions:,}; it has {longest:,}"
+        expected = f"fewer tokens than the model has positions, {positions:,}; there is a prompt of {longest:,}"
         raise ConfigError("generate.prompt", NO_VALUE, expected)
     shown(f"generating {len(prompts):,} texts")
     with setup.blueprint.autocast():

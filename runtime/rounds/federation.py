@@ -186,13 +186,18 @@ class Federation:
         """Test what the algorithm says is to be tested."""
         return self.evaluator.evaluate(lambda: self.clients.scores(self.evaluator))
 
+    @property
+    def one_model(self) -> bool:
+        """Whether there is one whole model, and not one for each client."""
+        setup = self.setup
+        elsewhere = not self.clients.here and any(self.learnt.is_own(name) for name in setup.algorithm.layout.whole)
+        return not elsewhere and not (setup.personal and setup.population > 1)
+
     def full_model(self) -> dict[str, Tensor] | None:
         """The state of one whole model under the model's own names; None where each client has its own."""
-        setup, learnt = self.setup, self.learnt
-        elsewhere = not self.clients.here and any(learnt.is_own(name) for name in setup.algorithm.layout.whole)
-        if elsewhere or (setup.personal and setup.population > 1):
+        if not self.one_model:
             return None
-        states = learnt.client_states(0).values()
+        states = self.learnt.client_states(0).values()
         return {name: tensor.detach().cpu().contiguous().clone() for state in states for name, tensor in state.items()}
 
     # ------------------------------------------------------------------ checkpoints

@@ -199,7 +199,7 @@ def said(model: Any, prompt: str, no_repeat: int) -> str:
 def test_a_runs_parts_are_put_together(configure: Any, name: str, more: tuple[str, ...]) -> None:
     federation = play(Federation(configure(*settings(name), *more, "rounds=1")))
     x = torch.randint(200, (2, 11), generator=torch.Generator().manual_seed(0))
-    if federation.full_model() is None:
+    if not federation.one_model:
         with pytest.raises(ConfigError, match=f"algorithm.name={name}: expected a method with one model for all"):
             check_generation(federation, GenerateConfig())
         return
@@ -292,7 +292,10 @@ def test_on_e2e_there_is_a_text_for_each_meaning(configure: Any, tmp_path: Path)
         (["RUN", "generate.after=true"], "key=generate.after: expected one that may be set for a run that is over"),
         (["RUN", "generate.start=best"], "generate.start=best: expected final, as this run was begun without"),
         (["RUN", "probe.k=3"], "key=probe.k: expected one that may be set"),
-        (["RUN", "generate.prompt=" + 48 * "x"], "one of fewer tokens than the model has positions, 48; it has 49"),
+        (
+            ["RUN", "generate.prompt=" + 48 * "x"],
+            "than the model has positions, 48; there is a prompt of 49",
+        ),
     ],
 )
 def test_mistakes_are_reported_in_one_line(

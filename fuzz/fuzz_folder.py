@@ -34,7 +34,7 @@ with atheris.instrument_imports(
         "cutlayer.runtime.ground.segments",
     ]
 ):
-    from cutlayer.runtime.after import personalize, probe
+    from cutlayer.runtime.after import generate, personalize, probe
     from cutlayer.runtime.after.saved import read_config
     from cutlayer.runtime.launching.hydra_errors import explain
     from cutlayer.runtime.launching.hydra_support import load_config
@@ -147,6 +147,7 @@ READERS: list[Callable[[], object]] = [
     lambda: [each.personalized for each in find_runs(saves).runs],
     lambda: personalize.earlier_personalization(folder, config.personalize),
     lambda: probe.earlier_probe(folder, config.probe),
+    lambda: generate.earlier_generation(folder, config.generate.settled("bytes")),
     lambda: federation.resume(),
     resume,
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,21 @@ if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
 
 _STD = 0.02  # of fresh weights
+# What transformers calls the modules, and those of a block.
+_MODULES = {
+    "embedding.token": "transformer.wte",
+    "embedding.position": "transformer.wpe",
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+}
+_BLOCK = {
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "attention": "attn.c_attn",
+    "project": "attn.c_proj",
+    "widen": "mlp.c_fc",
+    "narrow": "mlp.c_proj",
+}
 
 
 class Embedding(nn.Module):
@@ -75,6 +92,25 @@ class GPTOptions:
         check_transformer(self, "hidden", "heads", "depth")
 
 
+def gpt2(state: Mapping[str, Tensor], options: GPTOptions, info: DatasetInfo) -> Any:
+    """transformers' `GPT2LMHeadModel` with copies of the weights of `gpt`; linear layers of blocks are transposed."""
+    transformers = importlib.import_module("transformers")
+    sizes = {"n_layer": options.depth, "n_embd": options.hidden, "n_head": options.heads}
+    sizes |= {"vocab_size": info.outputs, "n_positions": info.length}
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    made = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ends, tie_word_embeddings=False))
+    names = {**_MODULES}
+    for at in range(options.depth):
+        names |= {f"block{at + 1}.{own}": f"transformer.h.{at}.{theirs}" for own, theirs in _BLOCK.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        turned = tensor.dim() == 2 and module.startswith("block")
+        found[f"{names[module]}.{kind}"] = tensor.T if turned else tensor
+    made.to(next(iter(found.values())).dtype).load_state_dict(found)
+    return made
+
+
 @register(
     "gpt",
     cut="block1",
@@ -82,6 +118,7 @@ class GPTOptions:
     cuts=lambda options: ("block1", f"block{options.depth}"),
     variants=({"depth": 1},),
     text=True,
+    twin=gpt2,
 )
 def gpt(info: DatasetInfo, options: GPTOptions) -> nn.Sequential:
     """Radford et al. 2019: tokens, int64 [b, l], -> logits of the next token at each place, [b, l, tokens].

@@ -88,13 +88,38 @@ class _FirstLogits:
         return output.logits[..., : self.tokens]
 
 
+class _OthersImpossible(_FirstLogits):
+    """A hook that leaves the output as it is, but for the logits of tokens that the data do not have: -inf."""
+
+    def __call__(self, _model: nn.Module, _args: object, output: Any) -> Any:
+        output.logits[..., self.tokens :] = float("-inf")
+        return output
+
+
+def as_transformers(model: nn.Module) -> Any:
+    """Make a model of `causal_model`, in place, what transformers' own functions take: its output is theirs again.
+
+    Of a larger vocabulary the tokens that the data do not have stay without a probability.
+    """
+    for key, hook in [*model._forward_hooks.items()]:
+        if isinstance(hook, _FirstLogits):
+            del model._forward_hooks[key]
+            model.register_forward_hook(_OthersImpossible(hook.tokens))
+    return model
+
+
+def positions_of(config: Any) -> int | None:
+    """How many positions a model of this configuration of transformers has; None where there is no end to them."""
+    return next((getattr(config, each) for each in _POSITIONS if getattr(config, each, None)), None)
+
+
 def _check_size(config: Any, info: DatasetInfo, base: Any) -> None:
     key = "model.options.vocab_size" if base is NO_VALUE else _KEY
     tokens = config.get_text_config().vocab_size
     if tokens < info.outputs:
         expected = f"a model of at least the {info.outputs} tokens of the tokenizer; it has {tokens}"
         raise ConfigError(key, base, expected)
-    positions = next((getattr(config, each) for each in _POSITIONS if getattr(config, each, None)), None)
+    positions = positions_of(config)
     if positions is not None and positions < info.length:
         raise ConfigError("dataset.options.length", info.length, f"at most {positions}, the positions of the model")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cutlayer.runtime.ground.config import ConfigError, NoOptions
 from cutlayer.runtime.ground.registry import Registry
@@ -23,6 +23,9 @@ Blocks = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 # The two children that end the client part and the server part of a model cut in three, or what gives them likewise.
 Cuts = tuple[str, str] | Callable[[Any], tuple[str, str]]
 
+# From the state of a model, its options and its dataset to the model of transformers that has the same logits.
+Twin = Callable[[Mapping[str, Tensor], Any, "DatasetInfo"], Any]
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -34,7 +37,7 @@ class Entry:
     the modules that auxiliary heads are attached to by default, None where a general rule finds them. `cuts` are the
     two cuts into three parts, None for `cut` and the child before the classifier; `variants` are the options, over the
     configured ones, of the models whose bodies are the clients' personal ones by default; `text` says that it takes
-    tokens, not images.
+    tokens, not images; `twin` makes its twin of transformers, with which that generates text.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Entry:
     cuts: Cuts | None = None
     variants: tuple[Mapping[str, Any], ...] = ({},)
     text: bool = False
+    twin: Twin | None = None
 
     @property
     def is_foreign(self) -> bool:
@@ -73,17 +77,18 @@ def register(
     cuts: Cuts | None = None,
     variants: tuple[Mapping[str, Any], ...] = ({},),
     text: bool = False,
+    twin: Twin | None = None,
 ) -> Callable[[Builder], Builder]:
     """Register `build(info, options) -> nn.Sequential` as model `name`, cut after its child `cut` by default.
 
     `options` is the frozen dataclass that `model.options` is checked against, `blocks` the modules that have an
     auxiliary head by default (see `models/parts/auxiliary_heads.py`), or a function that gives them for the model's
-    options; `text` of a model that takes tokens. `cuts` and `variants` are of methods that cut the model in three (see
-    `models/three.py` and `models/parts/personal.py`).
+    options; `text` of a model that takes tokens, and `twin` what generates text with it. `cuts` and `variants` are of
+    methods that cut the model in three (see `models/three.py` and `models/parts/personal.py`).
     """
 
     def add(build: Builder) -> Builder:
-        _ENTRIES.add(name, Entry(name, build, cut, options, blocks, cuts, variants, text))
+        _ENTRIES.add(name, Entry(name, build, cut, options, blocks, cuts, variants, text, twin))
         return build
 
     return add

@@ -12,6 +12,7 @@ from pathlib import Path
 from cutlayer.plotting.curves import Curve, default_budget, default_target, make_curves
 from cutlayer.plotting.experiments import Comparison, PlotConfig
 from cutlayer.plotting.figures import FIGURES, Options, make_figure, save_figure
+from cutlayer.plotting.generation_table import generation_tables
 from cutlayer.plotting.runs import Found, Run, find_runs, short
 from cutlayer.plotting.saving import as_svg
 from cutlayer.plotting.selection import NoRuns, automatic, outside, resolve_key, select
@@ -116,7 +117,9 @@ def _job(comparison: Comparison, made: Composed, saves: Path, out: Path, formats
             raise ConfigError("metric", metric, "a metric of its runs", sorted(everywhere))
         raise NoRuns(f"none of its runs has the metric {metric}")
     lacking = [f"{run.folder} has no metric {metric}" for run in runs if metric not in run.metrics]
-    damaged = {folder: reason for run in measured for folder, reason in run.personalized.damaged.items()}
+    damaged = dict[Path, str]()
+    for run in measured:
+        damaged |= run.personalized.damaged | run.generated.damaged
     lacking += [f"{folder} is damaged: {reason}" for folder, reason in damaged.items()]
     made.left_out.extend(f"comparison {comparison.name}: {line}" for line in lacking)
     # What could not be read may have belonged to it.
@@ -154,7 +157,7 @@ def _draw(job: _Job) -> tuple[list[Path], list[str]]:
         path = folder / f"table.{ending}"
         path.write_text(_TABLES[ending](rows, options), encoding="utf-8")
         files.append(path)
-    for table in tuning_tables(curves):
+    for table in (*tuning_tables(curves), *generation_tables(curves)):
         for ending in comparison.tables or ():
             path = folder / f"{table.name}.{ending}"
             path.write_text(table.text(ending, options.title), encoding="utf-8")

@@ -75,7 +75,7 @@ def read_personalized(folder: Path) -> Evaluations:
     """
     evaluations = Evaluations()
     found: list[FineTuning] = []
-    for setting in _settings(folder / PERSONALIZED, evaluations.damaged):
+    for setting in setting_folders(folder / PERSONALIZED, evaluations.damaged):
         try:
             summary = read_file(read_json, setting, SUMMARY, _BYTES)
         except MissingError:
@@ -92,7 +92,8 @@ def read_personalized(folder: Path) -> Evaluations:
     return Evaluations(tuple(_merged(found)), evaluations.damaged)
 
 
-def _settings(folder: Path, damaged: dict[Path, str]) -> list[Path]:
+def setting_folders(folder: Path, damaged: dict[Path, str]) -> list[Path]:
+    """The folders in one of a run's, one for each setting, sorted; ``damaged`` gets why they cannot be listed."""
     try:
         return [
             folder / name
@@ -115,7 +116,7 @@ def _checked(summary: dict[str, Any]) -> FineTuning:
     part, lr, round_, clients = (summary.get(name) for name in ("part", "lr", "round", "clients"))
     if not isinstance(part, str) or not part or len(part) > 100:
         raise ValueError("part is no name")
-    if not _is_number(lr):
+    if not is_number(lr):
         raise ValueError("lr is no number")
     if type(round_) is not int or round_ < 0:
         raise ValueError("round is no number of a round")
@@ -144,7 +145,7 @@ def _shares_of_one(summary: dict[str, Any], name: str, length: int) -> list[floa
     if not isinstance(values, list) or len(values) != length:
         raise ValueError(f"{name} is no list of {length} entries, one for each of epochs")
     for value in values:
-        if not _is_number(value) or not 0 <= value <= 1:
+        if not is_number(value) or not 0 <= value <= 1:
             raise ValueError(f"{name} holds {value!r:.40}, which is no fraction")
     return [float(value) for value in values]
 
@@ -152,7 +153,7 @@ def _shares_of_one(summary: dict[str, Any], name: str, length: int) -> list[floa
 def _histogram(histogram: Any, length: int) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
     """Edges [bins + 1] and for each of epochs the share of the clients in each bin."""
     edges, counts = (histogram.get(key) for key in ("edges", "counts")) if isinstance(histogram, dict) else (None, None)
-    if not isinstance(edges, list) or len(edges) < 2 or not all(map(_is_number, edges)) or min(np.diff(edges)) <= 0:
+    if not isinstance(edges, list) or len(edges) < 2 or not all(map(is_number, edges)) or min(np.diff(edges)) <= 0:
         raise ValueError("histogram.edges are no rising numbers")
     if len(edges) > _MOST or edges[0] < 0 or edges[-1] > 1:
         raise ValueError(f"histogram.edges are more than {_MOST}, or no fractions")
@@ -166,7 +167,8 @@ def _histogram(histogram: Any, length: int) -> tuple[tuple[float, ...], list[tup
     return tuple(map(float, edges)), shares
 
 
-def _is_number(value: Any) -> TypeGuard[int | float]:
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value of a file is a number that can be computed with."""
     # A whole number of any length is JSON, but not every one is a float.
     return type(value) in (int, float) and abs(value) <= 1e100
 

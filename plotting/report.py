@@ -21,6 +21,7 @@ from cutlayer.plotting.content import read_file
 from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.figures.axes import label_of
 from cutlayer.plotting.figures.base import Options
+from cutlayer.plotting.generation_table import generation_tables
 from cutlayer.plotting.report_charts import Chart
 from cutlayer.plotting.report_curves import curves_chart
 from cutlayer.plotting.report_sweeps import sweep_charts
@@ -122,7 +123,7 @@ def write_report(
         charts=charts,
         drawn={"charts": {chart.name: chart.spec() for chart in charts}, "on_dark": _colors_on_dark(charts)},
         pictures=pictures,
-        tables=[_table(rows, options), *map(_tuning_table, tuning_tables(curves))],
+        tables=[_table(rows, options), *map(_other_table, (*tuning_tables(curves), *generation_tables(curves)))],
         curves=[(label_of(curve), [_run_facts(run, shared, differing) for run in curve.runs]) for curve in curves],
         shared=printable(shared),
         left_out=[one_line(line, _LONGEST) for line in left_out],
@@ -176,8 +177,8 @@ def _table(rows: Sequence[dict[str, Any]], options: Options) -> PageTable:
     return PageTable("table", "Table", caption, heads, _cells(texts, values), table_notes(rows, options))
 
 
-def _tuning_table(table: Table) -> PageTable:
-    """A table of personalisation, as in the other formats."""
+def _other_table(table: Table) -> PageTable:
+    """A table of personalisation or of generated text, as in the other formats."""
     values = [list(row) for row in zip(*(column.values for column in table.columns), strict=True)]
     cells = _cells(table.cells(_marked), values)
     heads = [column.head for column in table.columns]

@@ -15,6 +15,7 @@ import numpy as np
 from cutlayer.distributions import DISTRIBUTIONS
 from cutlayer.plotting.content import METRIC_NAMES, RESULTS_BYTES, check_results, read_file, reason
 from cutlayer.plotting.foreign import CODE, read_foreign
+from cutlayer.plotting.generated import Generations, read_generated
 from cutlayer.plotting.personalized import Evaluations, read_personalized
 from cutlayer.plotting.style import shortened
 from cutlayer.plotting.timing import Array, Link, simulated_time
@@ -157,6 +158,11 @@ class Run:
     def personalized(self) -> Evaluations:
         """What its clients reach with models of their own, fine-tuned from what it trained; read once."""
         return Evaluations() if self.code else read_personalized(self.folder)
+
+    @cached_property
+    def generated(self) -> Generations:
+        """What texts of its language model are worth; read once."""
+        return Generations() if self.code else read_generated(self.folder)
 
     def seconds(self, link: Link) -> Array | None:
         """Simulated seconds so far at the evaluated rounds [n]; None where the run lacks what it takes."""

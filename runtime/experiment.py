@@ -14,6 +14,7 @@ from cutlayer.datasets.partition_files import save_partition
 from cutlayer.models.lora import frozen_adapters, save_adapters
 from cutlayer.models.pretrained import save_config
 from cutlayer.plotting import first_picture
+from cutlayer.runtime.after.generate import Generated, check_generation, generate, settled
 from cutlayer.runtime.after.personalize import Personalized, personalize
 from cutlayer.runtime.after.probe import Probed, feature_parts, probe
 from cutlayer.runtime.costs.cuts import prepared
@@ -75,6 +76,7 @@ def run(config: RunConfig, folder: RunFolder, drawn: Path | None = None) -> RunS
                 _take_in(*federation.step(), federation, results, progress)
             personal = _personalized(federation, folder.path, progress)
             probed = _probed(federation, folder.path, progress)
+            generated = _generated(federation, folder.path, progress)
     except BaseException:
         results.close()
         raise
@@ -87,7 +89,7 @@ def run(config: RunConfig, folder: RunFolder, drawn: Path | None = None) -> RunS
     summary = results.finish()
     picture = first_picture(folder.path, results.results(), config.title, config.algorithm_name)
     files = RunFiles(folder.path, picture)
-    sections = [found.section() for found in (personal, probed) if found is not None]
+    sections = [found.section() for found in (personal, probed, generated) if found is not None]
     show_summary(summary, files, config.title, config.progress, sections=sections)
     return summary
 
@@ -112,6 +114,8 @@ def _check_after(federation: Federation) -> None:
         federation.evaluator.own_tests()
     if config.probe.after:
         feature_parts(federation)
+    if config.generate.after:
+        check_generation(federation, config.generate)
 
 
 def _begin(config: RunConfig, folder: RunFolder, federation: Federation, drawn: Path | None) -> Results:
@@ -154,6 +158,11 @@ def _personalized(federation: Federation, folder: Path, progress: Progress) -> P
 def _probed(federation: Federation, folder: Path, progress: Progress) -> Probed | None:
     config = federation.setup.config.probe
     return probe(federation, config, folder, progress.doing) if config.after else None
+
+
+def _generated(federation: Federation, folder: Path, progress: Progress) -> Generated | None:
+    config = federation.setup.config
+    return generate(federation, settled(config), folder, progress.doing) if config.generate.after else None
 
 
 def _save_partition(federation: Federation, folder: Path, drawn: Path | None) -> None:

@@ -26,6 +26,7 @@ from cutlayer.runtime.parties.schedules import SchedulerConfig, check_schedule, 
 from cutlayer.runtime.records.data_record import Changed
 from cutlayer.runtime.records.loggers import LoggerConfig, logger_config
 from cutlayer.runtime.scoring.classifiers import MonitorConfig, ProbeConfig
+from cutlayer.runtime.scoring.completing import GenerateConfig
 from cutlayer.runtime.scoring.fine_tuning import PersonalizeConfig
 from cutlayer.runtime.transport import GrpcTransport, TransportConfig, transport_config
 
@@ -37,7 +38,7 @@ class RunConfig:
     Attributes:
         algorithm_name: registered name of the algorithm (`algorithm.name` in the mapping).
         algorithm: the instance of that algorithm's own `Config`.
-        model, dataset, aggregate, cohort, personalize, monitor, probe: see their classes.
+        model, dataset, aggregate, cohort, personalize, monitor, probe, generate: see their classes.
         optimizer, scheduler: what every part of the model inherits; `optimizer_for` and `scheduler_for` give a part's.
         transport: how messages travel; see its classes.
         evaluations: what the rounds' tests measure beside accuracy and loss: names of `cutlayer.evaluations`.
@@ -119,6 +120,7 @@ class RunConfig:
         default="drawn", metadata=scoped(read_if=lambda _, method: not method.pooled)
     )
 
+    generate: GenerateConfig = field(default_factory=GenerateConfig, metadata=scoped("after"))
     label_smoothing: float = field(
         default=0.0, metadata=scoped(read_if=lambda _, method: not method.evaluates_features)
     )

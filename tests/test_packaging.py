@@ -28,14 +28,8 @@ PACKAGES = (
     *("plotting", "runtime", "tasks", "text_metrics", "cutlayer"),
 )
 PROGRAMS = (
-    "attack.py",
-    "certificates.py",
-    "main.py",
-    "personalize.py",
-    "plot_results.py",
-    "probe.py",
-    "status.py",
-    "train_tokenizer.py",
+    *("attack.py", "certificates.py", "generate.py", "main.py", "personalize.py", "plot_results.py", "probe.py"),
+    *("status.py", "train_tokenizer.py"),
 )
 # Import names that are not the distribution's own.
 DISTRIBUTIONS = {

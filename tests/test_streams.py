@@ -98,5 +98,5 @@ def test_the_other_programs_do_their_work_too(tmp_path: Path) -> None:
     (tmp_path / "n" / "network.json").write_text('{"clients": [{}, {}]}')
     assert shell([*program("status"), str(tmp_path / "n")], ">/dev/full 2>&-") == 0
     # A mistake is one, whether or not anybody reads it.
-    for name in ("probe", "attack", "personalize", "certificates", "status"):
+    for name in ("probe", "attack", "personalize", "generate", "certificates", "status"):
         assert shell([*program(name), "nowhere=1"], ">&- 2>&-") == 1, name

@@ -75,6 +75,10 @@ class TextMetric(NamedTuple):
 TEXT_METRICS: Registry[TextMetric] = Registry("text metric")
 
 
+USUAL = ("bleu", "nist", "rouge_l", "cider")
+"""The metrics in which papers on E2E report, but for METEOR, which needs Java."""
+
+
 def register(name: str, require: Callable[[], object] | None = None) -> Callable[[Compute], Compute]:
     """Register the decorated function as metric `name`.
 

@@ -1,10 +1,9 @@
-"""Files of generated text and of references: those of the E2E script, and lines of `meaning||reference`."""
+"""Files of generated text and of references, as the E2E script has them."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
-
-_BETWEEN = "||"
 
 
 def read_hypotheses(path: str | Path) -> list[str]:
@@ -16,8 +15,11 @@ def read_hypotheses(path: str | Path) -> list[str]:
     return [line.strip() for line in _lines(path)]
 
 
-def read_references(path: str | Path) -> list[list[str]]:
+def read_references(path: str | Path, texts: int | None = None) -> list[list[str]]:
     """Groups of lines, [n]: a text a line, an empty line between groups. A file without one has a group in each line.
+
+    Args:
+        texts: how many hypotheses they are for. Of one alone all lines are its group, without an empty line too.
 
     Raises:
         ConfigError: the file cannot be read, is no UTF-8, or has a group without any text.
@@ -30,22 +32,17 @@ def read_references(path: str | Path) -> list[list[str]]:
             groups.append([])
         else:
             raise ConfigError("references", NO_VALUE, f"{path}: an empty group, as line {number} is empty too")
-    return groups if len(groups) > 1 else [[text] for text in groups[0]]
+    return groups if len(groups) > 1 or texts == 1 else [[text] for text in groups[0]]
 
 
-def read_meanings(path: str | Path) -> dict[str, list[str]]:
-    """References by meaning, from lines `meaning||reference`: meanings in the order in which they first come.
+def hypotheses_text(texts: Iterable[str]) -> str:
+    """The content of a file that `read_hypotheses` reads as these texts: lines, without space at either end."""
+    return "".join(f"{text}\n" for text in texts)
 
-    Raises:
-        ConfigError: the file cannot be read, is no UTF-8, or has a line that lacks a meaning or a reference.
-    """
-    found: dict[str, list[str]] = {}
-    for number, line in enumerate(_lines(path), 1):
-        meaning, _, text = (part.strip() for part in line.partition(_BETWEEN))
-        if not meaning or not text:
-            raise ConfigError("references", NO_VALUE, f"{path}: line {number}; expected meaning{_BETWEEN}reference")
-        found.setdefault(meaning, []).append(text)
-    return found
+
+def references_text(groups: Iterable[Sequence[str]]) -> str:
+    """The content of a file that `read_references` reads as these groups, none of them empty: an empty line between."""
+    return "\n".join(hypotheses_text(group) for group in groups)
 
 
 def _lines(path: str | Path) -> list[str]:

@@ -126,7 +126,7 @@ def personalize(
     """
     assert config.part is not None
     if config.start == "best" and (federation.best is None or not federation.best.round):
-        raise lacking()
+        raise lacking("personalize")
     best = federation.best if config.start == "best" else None
     tuner = Tuner(federation.setup, federation.evaluator, config, None if best is None else best.states)
     folder, over = personalized_folder(run, config), _Over(config)

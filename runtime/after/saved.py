@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from cutlayer.runtime.after.generate import Generated, continued, generate, generated_folder, settled
 from cutlayer.runtime.after.personalize import Personalized, personalize
 from cutlayer.runtime.after.personalize import personalized_folder as personalized_in
 from cutlayer.runtime.after.probe import Probed, probe
@@ -20,6 +21,7 @@ from cutlayer.runtime.ground.files import MODEL_FILE, RESULTS
 from cutlayer.runtime.ground.locks import FileLock
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.reading import MissingError, check_links, inside, read_text, read_yaml
+from cutlayer.runtime.ground.text import print_lines
 from cutlayer.runtime.keys import uses_of
 from cutlayer.runtime.records.console import Progress, show_rows
 from cutlayer.runtime.rounds.clients import MakeClients
@@ -36,8 +38,9 @@ _USES = uses_of(RunConfig)
 MACHINE = tuple(key for key, use in _USES.items() if use.later)
 CHANGEABLE = (*(key for key in _USES if key.startswith("personalize.")), *MACHINE)
 PROBE_KEYS = tuple(key for key in _USES if key.startswith("probe.") and key != "probe.after")
+GENERATE_KEYS = tuple(key for key in _USES if key.startswith("generate.") and key != "generate.after")
 # Sections of the configuration that runs of earlier versions lack.
-_SECTIONS = ("personalize", "monitor", "probe")
+_SECTIONS = ("personalize", "monitor", "probe", "generate")
 # What the folder of a run says in vain: where it was kept and shown, and who was where.
 _NOT_TAKEN = tuple(
     key for key, use in _USES.items() if use.scope in ("machine", "record") and "." not in key and key not in _RULES
@@ -299,4 +302,30 @@ def probe_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None = Non
     with restored(run, saved) as (federation, progress):
         found = probe(federation, config.probe, run, progress.doing)
     show_rows(found.section().rows, probed_in(run, config.probe), config.title, config.progress)
+    return found
+
+
+def generate_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None = None) -> Generated | str:
+    """Generate text by a run's own ``generate`` settings with ``changes``, and show its table; or go on with a text.
+
+    Args:
+        changes, own: as of `read_config`.
+
+    Returns:
+        What was found; with ``generate.prompt`` the text that follows it, which is shown and nowhere written.
+
+    Raises:
+        ConfigError: as `read_config`, `owning`, `restore` and `generate`.
+    """
+    saved = read_config(run, changes, (*GENERATE_KEYS, *MACHINE), own)
+    config, setting = saved.config, settled(saved.config)
+    with restored(run, saved) as (federation, progress):
+        if setting.prompt is None:
+            found = generate(federation, setting, run, progress.doing)
+        else:
+            found = continued(federation, setting, setting.prompt)
+    if isinstance(found, str):
+        print_lines(f"{config.title}:", *f"{setting.prompt}{found}".split("\n"))
+    else:
+        show_rows(found.section().rows, generated_folder(run, setting), config.title, config.progress)
     return found

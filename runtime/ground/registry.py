@@ -49,10 +49,11 @@ class Registry(dict[str, T]):
 
 
 def import_modules(package: str, path: Iterable[str]) -> None:
-    """Import every module of a package, so that a new file registers itself.
+    """Import every module of a package but its program, so that a new file registers itself.
 
     Args:
         package: its `__name__`. path: its `__path__`.
     """
     for module in pkgutil.iter_modules(path):
-        importlib.import_module(f"{package}.{module.name}")
+        if module.name != "__main__":
+            importlib.import_module(f"{package}.{module.name}")

@@ -11,6 +11,7 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.records.history import RoundRecord
 from cutlayer.runtime.rounds.learnt import Learnt
 from cutlayer.runtime.rounds.setup import Setup
+from cutlayer.runtime.settings import RunConfig
 
 States = dict[str, dict[str, Tensor]]
 """The state of each part of a model, by name."""
@@ -70,20 +71,30 @@ def best_weights(setup: Setup, learnt: Learnt) -> BestWeights | None:
     Raises:
         ConfigError: a method whose clients have parts of the model for themselves.
     """
-    if setup.config.personalize.start != "best":
+    section = asking(setup.config)
+    if section is None:
         return None
     whole = setup.algorithm.layout.whole
     own = [name for name in whole if learnt.is_own(name)]
     if own:
         expected = f"final, as clients of {setup.config.algorithm_name} have parts for themselves: {', '.join(own)}"
-        raise ConfigError("personalize.start", "best", expected)
+        raise ConfigError(f"{section}.start", "best", expected)
     return BestWeights(lambda: {name: learnt.held[name].state_dict() for name in whole})
 
 
-def lacking() -> ConfigError:
-    """What is said where the best weights are asked for and were not kept from the first round on."""
+def asking(config: RunConfig) -> str | None:
+    """The section of a configuration that asks for the best weights."""
+    return next((key for key in ("personalize", "generate") if getattr(config, key).start == "best"), None)
+
+
+def lacking(section: str | None) -> ConfigError:
+    """What is said where the best weights are asked for and were not kept from the first round on.
+
+    Args:
+        section: of the configuration that asks.
+    """
     expected = "final, as this run was begun without keeping its best weights; resume=never begins a new one"
-    return ConfigError("personalize.start", "best", expected)
+    return ConfigError(f"{section}.start", "best", expected)
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

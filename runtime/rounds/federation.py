@@ -19,7 +19,7 @@ from cutlayer.runtime.messages.ledger import Ledger, Traffic
 from cutlayer.runtime.parties.store import Store
 from cutlayer.runtime.records.data_record import check_data
 from cutlayer.runtime.records.history import RoundRecord
-from cutlayer.runtime.rounds.best import best_weights, lacking
+from cutlayer.runtime.rounds.best import asking, best_weights, lacking
 from cutlayer.runtime.rounds.checkpoint import ANEW, Checkpoint, FoundCheckpoint, Manifest
 from cutlayer.runtime.rounds.clients import MakeClients
 from cutlayer.runtime.rounds.evaluator import Evaluator
@@ -50,7 +50,7 @@ class Federation:
     Attributes:
         round: the number of rounds that are over.
         seconds: that were spent so far, in all and by party.
-        best: the weights with the best test so far; None where they are not kept (``personalize.start``).
+        best: the weights with the best test so far; None where nothing asks for them (``start``).
 
     Raises:
         ConfigError: what cannot be built as configured.
@@ -186,13 +186,18 @@ class Federation:
         """Test what the algorithm says is to be tested."""
         return self.evaluator.evaluate(lambda: self.clients.scores(self.evaluator))
 
+    @property
+    def one_model(self) -> bool:
+        """Whether there is one whole model, and not one for each client."""
+        setup = self.setup
+        elsewhere = not self.clients.here and any(self.learnt.is_own(name) for name in setup.algorithm.layout.whole)
+        return not elsewhere and not (setup.personal and setup.population > 1)
+
     def full_model(self) -> dict[str, Tensor] | None:
         """The state of one whole model under the model's own names; None where each client has its own."""
-        setup, learnt = self.setup, self.learnt
-        elsewhere = not self.clients.here and any(learnt.is_own(name) for name in setup.algorithm.layout.whole)
-        if elsewhere or (setup.personal and setup.population > 1):
+        if not self.one_model:
             return None
-        states = learnt.client_states(0).values()
+        states = self.learnt.client_states(0).values()
         return {name: tensor.detach().cpu().contiguous().clone() for state in states for name, tensor in state.items()}
 
     # ------------------------------------------------------------------ checkpoints
@@ -271,7 +276,7 @@ class Federation:
         self._restore_server(server_state, manifest.ledger)
         if self.best is not None:
             if best is None:
-                raise lacking()
+                raise lacking(asking(self.setup.config))
             self.best.load_state_dict(best)
         self.clients.load_state_dict(manifest.clients)
         self.seconds = dict(manifest.seconds)

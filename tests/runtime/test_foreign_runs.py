@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cutlayer import attack, personalize, plot_results, probe, status
+from cutlayer import attack, generate, personalize, plot_results, probe, status
 from cutlayer.runtime.after.saved import read_config, restore
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
@@ -25,6 +25,7 @@ NETWORK = {"title": f"\x1b[2J{MARK}", "state": f"\x1b]0;{MARK}\x07", "clients": 
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "personalize": lambda said: personalize.main([*said, "personalize.part=full", "personalize.epochs=1"]),
     "probe": lambda said: probe.main([*said, "probe.train_samples=20", "probe.test_samples=20"]),
+    "generate": lambda said: generate.main([*said, "generate.beams=1", "generate.prompts=1"]),
     "attack": lambda said: attack.main([*said, "attack.epochs=1", "attack.samples=10", "attack.width=4"]),
 }
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)

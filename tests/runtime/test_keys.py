@@ -39,7 +39,7 @@ MACHINE = {
     *("dataset.root", "dataset.storage", "dataset.workers", "model.base"),
 }
 RECORD = {"save_dir", "resume", "data_changed", "checkpoint_interval", "communication_by", "progress", "logger.csv"}
-AFTER = ("personalize.", "probe.")
+AFTER = ("personalize.", "probe.", "generate.")
 # Where the next value of a key's type is none that it may have.
 OTHERS: dict[str, Any] = {
     "algorithm.client_copy": "shared",
@@ -75,6 +75,11 @@ OTHERS: dict[str, Any] = {
     "device": "cuda:3",
     "evaluations": ["class_acc"],
     "frac": 0.5,
+    "generate.metrics": ["rouge_l"],
+    "generate.no_repeat": 3,
+    "generate.prompt": "To be",
+    "generate.start": "best",
+    "generate.tokens": 20,
     "logger.csv": None,
     "model.auxiliary.size": "half",
     "model.auxiliary_heads.blocks": ["relu1"],

@@ -78,7 +78,8 @@ def test_a_key_has_one_default(choice: str) -> None:
     """What a dataclass has by itself is what its yaml says."""
     config = load_config(["algorithm=fed_avg", choice, *(["role=server"] if choice == "transport=grpc" else [])])
     sections = {name: getattr(config, name) for name in ("model", "dataset", "aggregate", "personalize", "monitor")}
-    sections |= {"probe": config.probe, "transport": config.transport, "logger": config.logger[0]}
+    sections |= {"probe": config.probe, "generate": config.generate}
+    sections |= {"transport": config.transport, "logger": config.logger[0]}
     assert [key for name, section in sections.items() for key in other_defaults(section, name)] == []
 
 

@@ -1,11 +1,14 @@
 """Files of texts and references, those that are right and those that are not."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.text_metrics.files import read_hypotheses, read_meanings, read_references
+from cutlayer.text_metrics.files import hypotheses_text, read_hypotheses, read_references, references_text
 from tests.text_metrics.samples import sample
 
 
@@ -34,9 +37,15 @@ def test_the_stored_samples(name: str, groups: int, texts: int) -> None:
     assert (len(hypotheses), len(references), sum(map(len, references))) == (groups, groups, texts)
 
 
-def test_references_are_grouped_by_equal_meanings(tmp_path: Path) -> None:
-    path = written(tmp_path, "name : A | area : b||The A . \nname : C||C || c.\nname : A | area : b || An A .\n")
-    assert read_meanings(path) == {"name : A | area : b": ["The A .", "An A ."], "name : C": ["C || c."]}
+LINES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\ufeff")).map(str.strip).filter(bool)
+
+
+@given(st.lists(st.lists(LINES, min_size=1, max_size=3), min_size=1, max_size=4))
+def test_texts_that_are_written_are_read(groups: list[list[str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        assert read_references(written(Path(folder), references_text(groups)), len(groups)) == groups
+        first = ["", *(group[0] for group in groups), ""]
+        assert read_hypotheses(written(Path(folder), hypotheses_text(first))) == first
 
 
 @pytest.mark.parametrize(
@@ -52,13 +61,7 @@ def test_an_empty_group_is_named_by_its_line(tmp_path: Path, content: str, line:
         read_references(written(tmp_path, content))
 
 
-@pytest.mark.parametrize("content", ["a||b\nc\n", "a||b\n||c\n", "a||b\nc||\n", "a||b\n\n"])
-def test_a_line_without_meaning_or_reference_is_named(tmp_path: Path, content: str) -> None:
-    with pytest.raises(ConfigError, match=r"references: .*file\.txt: line 2; expected meaning\|\|reference$"):
-        read_meanings(written(tmp_path, content))
-
-
-@pytest.mark.parametrize("read", [read_hypotheses, read_references, read_meanings])
+@pytest.mark.parametrize("read", [read_hypotheses, read_references])
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, read) -> None:
     with pytest.raises(ConfigError, match=r"file=.*none\.txt: expected a file that can be read \(No such file"):
         read(tmp_path / "none.txt")

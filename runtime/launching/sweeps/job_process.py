@@ -26,8 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from cutlayer import IN_CHECKOUT
 from cutlayer.datasets.facts import read_facts
-from cutlayer.runtime.after import personalize, probe
-from cutlayer.runtime.after.saved import MACHINE, personalize_run, probe_run
+from cutlayer.runtime.after import generate, personalize, probe
+from cutlayer.runtime.after.saved import MACHINE, generate_run, personalize_run, probe_run
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.folders import make_folders, remove_empty, standing
@@ -124,13 +124,15 @@ def _unmeasured(job: JobFolder, config: RunConfig) -> list[tuple[Again, str]]:
         missing.append((partial(personalize_run, place=partial(local_place, everyone=True)), "personalize"))
     if config.probe.after and probe.earlier_probe(folder, config.probe) is None:
         missing.append((probe_run, "probe"))
+    if config.generate.after and generate.earlier_generation(folder, generate.settled(config)) is None:
+        missing.append((generate_run, "generate"))
     return missing
 
 
 def _measured(config: RunConfig, section: str) -> dict[str, Any]:
     """What a section asks to be measured of an earlier run, and what this machine says: where its data are, too."""
     keys = keys_of(RunConfig, config.to_mapping())
-    asked = (key for key in keys if key.startswith(f"{section}.") and key != "probe.after")
+    asked = (key for key in keys if key.startswith(f"{section}.") and key != f"{section}.after")
     return {key: keys[key].value for key in (*asked, *MACHINE)}
 
 

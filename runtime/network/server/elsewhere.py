@@ -40,6 +40,8 @@ class Elsewhere:
             raise ConfigError("personalize.part", config.personalize.part, f"null {where}")
         if config.probe.after and setup.personal:
             raise ConfigError("probe.after", True, f"false {where}")
+        if config.generate.after and setup.personal:
+            raise ConfigError("generate.after", True, f"false {where}")
 
     @property
     def processes(self) -> int:

@@ -30,6 +30,7 @@ MODEL_BYTES = 1 << 30
 """Of the model of a run that is restored from its folder."""
 _LEVELS, _MAPPINGS, _LEAVES = 6, 16, 10_000
 _SHOWN = 12
+_ENTRIES = 100
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ RULES: Mapping[str, Rule] = {
     "dataset.options.test": Rule(text=FOLDER_PATTERN),
     "dataset.options.group": Rule(1024, GROUP),
     "dataset.options.classes": Rule(65_536, NAME_PATTERN, 65_536),
-    **{f"dataset.options.{key}": Rule(text=NAME_PATTERN, length=1000) for key in ("plays", "roles")},
+    **{f"dataset.options.{key}": Rule(text=NAME_PATTERN, length=1000) for key in ("plays", "roles", "restaurants")},
     **{f"dataset.options.{key}": Rule(1024) for key in ("size", "resize", "height", "width", "channels")},
     "dataset.options.n_train": _MANY,
     "dataset.options.n_test": _MANY,
@@ -276,7 +277,7 @@ def to_take(named: Sequence[tuple[str, object]]) -> str:
 def _text(value: object) -> str:
     """A value as on the command line, of which not much is left out: it is to be copied."""
     if isinstance(value, list | tuple):
-        return f"[{','.join(_text(entry) for entry in cast(Sequence[object], value)[:8])}]"
+        return f"[{','.join(_text(entry) for entry in cast(Sequence[object], value)[:_ENTRIES])}]"
     known = {None: "null", True: "true", False: "false"}
     return known[value] if value is None or isinstance(value, bool) else str(value)[:500]
 

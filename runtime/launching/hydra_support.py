@@ -165,7 +165,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("by_round", _by_round, replace=True)
     OmegaConf.register_new_resolver("rounds_of", _rounds_of, replace=True)
     OmegaConf.register_new_resolver("by_method", _by_method, replace=True)
-    OmegaConf.register_new_resolver("required", _require, replace=True)
+    OmegaConf.register_new_resolver("require", _require, replace=True)
 
 
 register_resolvers()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,17 @@ if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
 
 _WEIGHTS = "model.safetensors"
+_SKETCHED: ContextVar[bool] = ContextVar("models are built as sketches", default=False)
+
+
+@contextmanager
+def sketched_models() -> Generator[None]:
+    """Inside, whole models are built as `sketch` builds them: for their sizes and shapes alone."""
+    token = _SKETCHED.set(True)
+    try:
+        yield
+    finally:
+        _SKETCHED.reset(token)
 
 
 def build_model(config: ModelConfig, info: DatasetInfo) -> nn.Module:
@@ -31,6 +44,8 @@ def build_model(config: ModelConfig, info: DatasetInfo) -> nn.Module:
     Fresh weights come from torch's global generator, which is left the same whether `config.init` is set or not. With
     `config.init` all tensors are then replaced by the file's; a file that does not fit is a `ConfigError`.
     """
+    if _SKETCHED.get():
+        return sketch(config, info)
     model = fresh(config, info)
     if config.init is not None:
         _load(model, config.init)

@@ -116,6 +116,14 @@ def _first(key: Any) -> str:
     return key if isinstance(key, str) else str(key[0])
 
 
+def base_identity(base: object) -> str | None:
+    """What of `model.base` tells one run from another: its hash, wherever it lies; the path where there is no base."""
+    if base is None:
+        return None
+    folder = Path(str(base)).expanduser()
+    return base_hash(folder) if (folder / "config.json").is_file() else str(base)
+
+
 @lru_cache(maxsize=8)
 def base_hash(folder: Path) -> str:
     """What tells a base's weights and configuration from others, wherever they lie: 16 hexadecimal digits."""

@@ -8,7 +8,7 @@ if __name__ != "cutlayer.models":
 
     refuse(__name__)
 
-from cutlayer.models.building import build_model, check_model
+from cutlayer.models.building import build_model, check_model, sketched_models
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.decoder import Decoder, build_attacker
 from cutlayer.models.features import feature_width, give_features, leave_out
@@ -26,7 +26,7 @@ from cutlayer.models.parts.auxiliary_heads import (
 from cutlayer.models.parts.personal import PersonalConfig, build_personal, variants
 from cutlayer.models.parts.projector import Projector
 from cutlayer.models.registry import default_cut, names, register
-from cutlayer.models.splitting import body_and_head, candidates, classifier, cuts, split
+from cutlayer.models.splitting import block_ends, body_and_head, candidates, classifier, cuts, cuts_recorded, split
 from cutlayer.models.three import divide
 from cutlayer.runtime.ground.registry import import_modules
 
@@ -41,6 +41,7 @@ __all__ = [
     "PartConfig",
     "PersonalConfig",
     "Projector",
+    "block_ends",
     "body_and_head",
     "build_attacker",
     "build_auxiliary",
@@ -51,6 +52,7 @@ __all__ = [
     "check_model",
     "classifier",
     "cuts",
+    "cuts_recorded",
     "default_cut",
     "divide",
     "division",
@@ -67,6 +69,7 @@ __all__ = [
     "part",
     "refinable",
     "register",
+    "sketched_models",
     "split",
     "variants",
 ]

@@ -16,6 +16,7 @@ from cutlayer.models.pretrained import causal_model
 from cutlayer.models.registry import check_input, entry
 from cutlayer.models.sources import error_line
 from cutlayer.models.splitting import check_cuts, children_of, ended, split, zeros
+from cutlayer.models.tied import state_once
 from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def fresh(config: ModelConfig, info: DatasetInfo) -> nn.Module:
     model = unadapted(config, info)
     if config.is_adapted:
         _adapt(model, config, info)
+    state_once(model)
     return xavier(model) if config.initialisation == "xavier" else model
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +19,24 @@ from cutlayer.models.part_registry import refinable
 from cutlayer.models.registry import entry
 from cutlayer.models.splitting import check_cuts
 from cutlayer.models.three import two_cuts
+from cutlayer.models.tied import further_names
 from cutlayer.runtime.ground.config import ConfigError
 
 if TYPE_CHECKING:
     from cutlayer.datasets import DatasetInfo
 
 _WEIGHTS = "model.safetensors"
+_SKETCHED: ContextVar[bool] = ContextVar("models are built as sketches", default=False)
+
+
+@contextmanager
+def sketched_models() -> Generator[None]:
+    """Inside, whole models are built as `sketch` builds them: for their sizes and shapes alone."""
+    token = _SKETCHED.set(True)
+    try:
+        yield
+    finally:
+        _SKETCHED.reset(token)
 
 
 def build_model(config: ModelConfig, info: DatasetInfo) -> nn.Module:
@@ -31,6 +45,8 @@ def build_model(config: ModelConfig, info: DatasetInfo) -> nn.Module:
     Fresh weights come from torch's global generator, which is left the same whether `config.init` is set or not. With
     `config.init` all tensors are then replaced by the file's; a file that does not fit is a `ConfigError`.
     """
+    if _SKETCHED.get():
+        return sketch(config, info)
     model = fresh(config, info)
     if config.init is not None:
         _load(model, config.init)
@@ -67,6 +83,10 @@ def _load(model: nn.Module, path: Path) -> None:
     _compare(model, path)
     state = model.state_dict()
     with safe_open(_file(path), framework="pt") as saved, torch.no_grad():
+        for name, first in further_names(model).items():
+            if name in saved.keys() and not torch.equal(saved.get_tensor(name), saved.get_tensor(first)):  # noqa: SIM118
+                expected = f"weights of a model in which {first} and {name} are one tensor"
+                raise ConfigError("model.init", str(path), expected)
         for name, tensor in state.items():
             tensor.copy_(saved.get_tensor(name))
 
@@ -88,12 +108,13 @@ def _compare(model: nn.Module, path: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise ConfigError("model.init", str(path), f"a readable safetensors file ({error})") from error
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    twice = further_names(model)
     wrong = [f"{n} {shapes[n]} instead of {s}" for n, s in wanted.items() if n in shapes and shapes[n] != s]
     problems = [
         f"{kind} {_first(found)}"
         for kind, found in (
             ("missing", [n for n in wanted if n not in shapes]),
-            ("unexpected", [n for n in shapes if n not in wanted]),
+            ("unexpected", [n for n in shapes if n not in wanted and n not in twice]),
             ("wrong shape", wrong),
         )
         if found

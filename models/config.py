@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from cutlayer.models.lora import LoraConfig
 from cutlayer.models.part_registry import SLOTS, PartConfig, config_class, refinable
+from cutlayer.models.pretrained import base_identity
 from cutlayer.models.registry import choices, default_cut, entry, is_known
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError, build, join, plain, scoped
 
@@ -98,7 +99,7 @@ class ModelConfig:
     server_norm: Literal["own", "group"] = "own"
     group_channels: int | None = field(default=None, metadata=scoped(read_if=_has_groups))
     bottleneck: str | None = None
-    base: Path | None = field(default=None, metadata=scoped("machine", identifies=True, later=True))
+    base: Path | None = field(default=None, metadata=scoped("machine", identifies=base_identity, later=True))
     lora: LoraConfig = field(default_factory=LoraConfig)
     parts: Mapping[str, PartConfig] = field(default_factory=dict[str, PartConfig], metadata={"sections": True})
     options: dict[str, Any] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cutlayer.models.adapting import fresh, unadapted
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.registry import find
-from cutlayer.models.shapes import QuickShapes, sample
+from cutlayer.models.shapes import KnownIntegers, QuickShapes, sample
 from cutlayer.models.sources import error_line
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 from cutlayer.tasks import task_of
@@ -34,8 +34,7 @@ def input_channels(config: ModelConfig, info: DatasetInfo) -> int:
     if find(config.name, config.options) is None:
         return info.channels
     if info.length:
-        with torch.random.fork_rng(devices=[]):
-            _check_logits(config, unadapted(config, info), info)
+        _check_text(config, info)
         return info.channels
     try:
         return _fitted(config, info, anywhere=True)
@@ -49,6 +48,20 @@ def input_channels(config: ModelConfig, info: DatasetInfo) -> int:
         sizes = f"images of {side}x{side} and not of {info.height}x{info.width}"
         text = f"{config.name} takes {sizes}: dataset.resize={side} scales them{cause}"
         raise ConfigError("dataset.resize", NO_VALUE, text) from error
+
+
+def _check_text(config: ModelConfig, info: DatasetInfo) -> None:
+    """`_check_logits` of a model of text, without memory for its weights where it branches on none of them."""
+    try:
+        if config.base is None:  # else they are in memory anyway
+            with torch.random.fork_rng(devices=[]), KnownIntegers():
+                _check_logits(config, _drawn(lambda: unadapted(config, info), anywhere=False), info)
+            return
+    except ConfigError as error:
+        if not _is_of_meta(error):
+            raise
+    with torch.random.fork_rng(devices=[]):
+        _check_logits(config, unadapted(config, info), info)
 
 
 def sketch(config: ModelConfig, info: DatasetInfo) -> nn.Module:

@@ -174,6 +174,15 @@ def _first(key: Any) -> str:
     return key if isinstance(key, str) else str(key[0])
 
 
+def base_identity(base: object) -> str | None:
+    """What of `model.base` tells one run from another: its hash, wherever it lies; the path where there is no base."""
+    if base is None:
+        return None
+    there = Path(str(base)).expanduser()
+    is_base = there.is_file() if there.suffix == GGUF else (there / "config.json").is_file()
+    return base_hash(there) if is_base else str(base)
+
+
 @lru_cache(maxsize=8)
 def base_hash(base: Path) -> str:
     """What tells a base's weights and configuration from others, wherever they lie: 16 hexadecimal digits."""

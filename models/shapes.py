@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cutlayer.models.cutting import Crossing
 
@@ -30,6 +33,36 @@ class QuickShapes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_normalised if func is F.batch_norm else func)(*args, **(kwargs or {}))
+
+
+class KnownIntegers(TorchDispatchMode):
+    """In the block integers on the meta device keep their values beside it, so that a model may branch on them.
+
+    So positions and masks of texts are as on a processor; what is made of weights has no values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: Any = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        taken = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if func is torch.ops.aten._local_scalar_dense.default and taken[0] in self._known:
+            return self._known[taken[0]].item()
+        output = func(*args, **kwargs)
+        made = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+        meta = bool(made) and all(each.is_meta and not each.is_floating_point() for each in made)
+        if meta and all(each in self._known or not each.is_meta for each in taken):
+            given, named = tree_map(self._value, (args, kwargs))
+            values = tree_leaves(func(*given, **named))
+            self._known.update(zip(made, (each for each in values if isinstance(each, Tensor)), strict=True))
+        return output
+
+    def _value(self, each: Any) -> Any:
+        if isinstance(each, Tensor):
+            return self._known.get(each, each)
+        return torch.device("cpu") if isinstance(each, torch.device) else each
 
 
 def _normalised(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from inspect import signature
 from itertools import chain
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.models.cutting import CutError, Part, split_module
-from cutlayer.models.cutting.recording import called_modules
+from cutlayer.models.cutting.recording import called_modules, contains_cut
+from cutlayer.models.cutting.together import recorded_together
 from cutlayer.models.shapes import sample
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 
@@ -136,7 +138,8 @@ def _split_anywhere(
         parts = split_module(model, chosen, _samples(model, _examples(shape)), check=compare)
     except CutError as error:
         expected = f"a module that the model can be cut after; {error.why}"
-        raise ConfigError("model.cut", error.cut, expected, _outermost(model, shape)) from error
+        others = [name for name in _outermost(model, shape) if name != error.cut]
+        raise ConfigError("model.cut", error.cut, expected, others) from error
     if not bare and not all(any(True for _ in part.parameters()) for part in parts):
         given = chosen[0] if len(chosen) == 1 else [*chosen]
         expected = "a cut that leaves weights to each part"
@@ -159,6 +162,19 @@ def _samples(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def candidates(model: nn.Module, shape: Sequence[int]) -> list[str]:
     """Modules that end once in a forward pass, in this order: where a cut may be. `shape` is that of an image."""
     return _once(ended(model, shape)[:-1])
+
+
+def block_ends(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of a model's modules that are the blocks it consists of: in a list or sequence of several, in no other."""
+    several = (nn.ModuleList, nn.Sequential)
+    lists = [name for name, module in model.named_modules() if isinstance(module, several) and len(module) > 1]
+    outermost = [name for name in lists if not any(contains_cut(other, [name]) for other in lists if other != name)]
+    return [name for name in names if name.rpartition(".")[0] in outermost]
+
+
+def cuts_recorded(model: nn.Module, names: Sequence[str], shape: Sequence[int]) -> AbstractContextManager[None]:
+    """Inside, what happens around each of these cuts is known from passes of `model`, which are made now."""
+    return recorded_together(model, names, _samples(model, _examples(shape)))
 
 
 def ended(model: nn.Module, shape: Sequence[int]) -> list[str]:

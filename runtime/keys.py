@@ -33,7 +33,7 @@ class ScopedKey(NamedTuple):
     value: Any
     scope: Scope
     read: bool
-    identifies: bool
+    identifies: bool | Callable[[Any], object]
 
 
 def keys_of(kind: type[Any], mapping: Mapping[str, Any]) -> dict[str, ScopedKey]:
@@ -59,7 +59,9 @@ def setting_of(kind: type[Any], mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 def identity_of(kind: type[Any], mapping: Mapping[str, Any]) -> str:
     """20 hexadecimal digits of a hash over what makes a run: its setting, and what identifies it beside."""
-    made_by = _read(keys_of(kind, mapping), lambda key: key.scope == "result" or key.identifies)
+    keys = keys_of(kind, mapping)
+    made_by = _read(keys, lambda key: key.scope == "result" or bool(key.identifies))
+    made_by |= {name: by(value) for name, value in made_by.items() if callable(by := keys[name].identifies)}
     text = json.dumps(made_by, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 

@@ -142,7 +142,7 @@ EXPERIMENTS = [
 def test_every_experiment_of_the_documents_is_valid_and_those_of_the_readme_run(
     arguments: list[str], run: bool
 ) -> None:
-    arguments = [word for word in arguments if word not in ("--cfg", "job", "--cuts", "--costs")]
+    arguments = [word for word in arguments if word not in ("--cfg", "job", "--cuts", "--cuts=all", "--costs")]
     for job in jobs(arguments):
         load_config(job)
         if run:

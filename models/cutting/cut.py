@@ -10,6 +10,7 @@ from torch import nn
 from cutlayer.models.cutting.parts import Part
 from cutlayer.models.cutting.recording import bound
 from cutlayer.models.cutting.splitter import CutError, build_parts, record_modes
+from cutlayer.models.cutting.together import known_recording
 from cutlayer.models.cutting.verify import verify
 
 
@@ -34,7 +35,7 @@ def split_module(
         if not cut or cut not in named:
             raise CutError(cut, "the model has no such module")
     inputs = bound(model, (), inputs)
-    recording = record_modes(model, cuts, inputs)
+    recording = known_recording(cuts) or record_modes(model, cuts, inputs)
     parts = build_parts(model, recording, untie=untie)
     for part in parts:
         part.train(model.training)

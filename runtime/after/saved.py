@@ -22,7 +22,7 @@ from cutlayer.runtime.ground.locks import FileLock
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.reading import MissingError, check_links, inside, read_text, read_yaml
 from cutlayer.runtime.ground.text import print_lines
-from cutlayer.runtime.keys import uses_of
+from cutlayer.runtime.keys import identity_of, uses_of
 from cutlayer.runtime.records.console import Progress, show_rows
 from cutlayer.runtime.rounds.clients import MakeClients
 from cutlayer.runtime.rounds.federation import CHECKPOINT_FOLDER, Federation
@@ -231,6 +231,7 @@ def restore(run: Path, saved: Saved, clients: MakeClients = LocalClients) -> Fed
         recorded = read_text(run, IDENTITY).split()
     except MissingError:
         recorded = []
+    _check_base(run, config, recorded)
     try:
         resumed = federation.resume(recorded=recorded) is not None
     except ConfigError:
@@ -329,3 +330,20 @@ def generate_run(run: Path, changes: Mapping[str, Any], own: RunConfig | None = 
     else:
         show_rows(found.section().rows, generated_folder(run, setting), config.title, config.progress)
     return found
+
+
+def _check_base(run: Path, config: RunConfig, recorded: Sequence[str]) -> None:
+    """Raises ConfigError where trained weights are named at another place than the run's, and are not its weights."""
+    values = read_yaml(run, "config.yaml")
+    model = values.get("model")
+    base = config.model.base
+    if (
+        base is None
+        or not recorded
+        or not isinstance(model, dict)
+        or cast(dict[str, Any], model).get("base") == str(base)
+    ):
+        return
+    if identity_of(RunConfig, {**values, "model": {**cast(dict[str, Any], model), "base": str(base)}}) not in recorded:
+        expected = "a folder with the trained weights that the run began from"
+        raise ConfigError("model.base", str(base), expected)

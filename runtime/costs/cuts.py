@@ -1,14 +1,16 @@
 """`python main.py ... --cuts`: where the configured model can be cut, and what each cut would cost.
 
-For each cut the parameters and the floating-point operations of either side, the values that cross, and the bytes of a
-round of the configured method. Nothing is trained, and the parts are not compared with the model: that a run does.
+Of a model of text these are the ends of its blocks; `--cuts=all` lists every module that ends once. For each cut the
+parameters and the floating-point operations of either side, the memory of the client part while it trains, the values
+that cross, and the bytes of a round of the configured method. Nothing is trained, and the parts are not compared with
+the model: that a run does.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -16,13 +18,15 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Column, Table
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cutlayer.algorithms as algorithms
 from cutlayer.datasets import Dataset, load
-from cutlayer.models import build_model, candidates, input_channels
+from cutlayer.models import block_ends, build_model, candidates, cuts_recorded, input_channels, sketched_models
 from cutlayer.models.cutting import tensors
-from cutlayer.models.shapes import sample
+from cutlayer.models.shapes import KnownIntegers, sample
+from cutlayer.runtime.costs.memory import AsOnAProcessor, client_memory
 from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.screen import Screen
@@ -34,6 +38,7 @@ from cutlayer.runtime.trust import Limit, check_size
 log = logging.getLogger(__name__)
 
 _TWO = ("client", "server")
+_RECORDED = 16  # length of the texts that passes are recorded with; of others shapes follow
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Cut:
         client_flops, server_flops: floating-point operations of a sample's forward pass (a multiplication and an
             addition are two).
         shapes: of the values of a sample that cross.
+        memory: bytes of the client part while it trains on a batch, see `memory.client_memory`.
         bytes: of the first round's training traffic under the configured method.
     """
 
@@ -55,6 +61,7 @@ class Cut:
     client_flops: int
     server_flops: int
     shapes: tuple[tuple[int, ...], ...]
+    memory: int
     bytes: int
 
 
@@ -66,32 +73,67 @@ _MEASURES: dict[str, Callable[[Cut], float]] = {
 }
 
 
-def list_cuts(config: RunConfig, dataset: Dataset | None = None) -> Iterator[Cut]:
+def list_cuts(config: RunConfig, dataset: Dataset | None = None, *, every: bool = False) -> Iterator[Cut]:
     """The cuts of the configured model in two, in the order of its layers.
 
     Args:
         dataset: the configured one, where it is loaded already.
+        every: of a model of text those within its blocks and around them too, not only after each.
 
     Raises:
-        ConfigError: the method does not cut the model in two.
+        ConfigError: the method does not cut the model in two, or the model has no cut.
     """
+    dataset = _data(config) if dataset is None else dataset
+    _check_method(config)
+    info = dataset.repeated(input_channels(config.model, dataset.info)).info
+    plain = replace(config.model, client_norm="own", server_norm="own", bottleneck=None, init=None)
+    model = build_model(plain, info)
+    names = candidates(model, info.shape)
+    if not info.length:
+        yield from _each(config, dataset, names, sketched=False)
+        return
+    few = names if every else block_ends(model, names) or names
+    yield from _sketched(config, dataset, model, few, (min(_RECORDED, info.length),))
+
+
+def _check_method(config: RunConfig) -> None:
     cutting = [name for name in algorithms.names() if algorithms.get(name).layout.whole == _TWO]
     if config.algorithm_name not in cutting:
         raise ConfigError("algorithm", config.algorithm_name, "a method that cuts the model in two", cutting)
-    if dataset is None:
-        dataset = load(config.dataset, seed=config.seed, device=torch.device("cpu"), dtype=torch.float32)
-    info = dataset.repeated(input_channels(config.model, dataset.info)).info
+
+
+def _data(config: RunConfig) -> Dataset:
+    _check_method(config)
+    return load(config.dataset, seed=config.seed, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def _sketched(
+    config: RunConfig, dataset: Dataset, model: nn.Module, names: Sequence[str], shape: Sequence[int]
+) -> list[Cut]:
+    """The same of a model of text: recorded once for all cuts, and without memory for the weights of its parts."""
+    if config.precision == "bf16":  # which the meta device does not have
+        with cuts_recorded(model, names, shape):
+            return [*_each(config, dataset, names, sketched=False)]
+    with cuts_recorded(model, names, shape), sketched_models(), KnownIntegers(), AsOnAProcessor():
+        return [*_each(config, dataset, names, sketched=True)]
+
+
+def _each(config: RunConfig, dataset: Dataset, names: Sequence[str], *, sketched: bool) -> Iterator[Cut]:
+    """Those of the cuts that are some."""
     setup: Setup | None = None
-    plain = replace(config.model, client_norm="own", server_norm="own", bottleneck=None, init=None)
-    for name in candidates(build_model(plain, info), info.shape):
+    refused: ConfigError | None = None
+    for name in names:
         chosen = replace(config, device="cpu", model=replace(config.model, cut=name))
         try:
-            setup = Setup(chosen, dataset) if setup is None else setup.with_model(chosen)
+            setup = Setup(chosen, dataset, sketched=sketched) if setup is None else setup.with_model(chosen)
         except ConfigError as error:
             if error.key not in ("model.cut", "model.auxiliary.size", "model.bottleneck"):
                 raise
-            continue  # what the general rule takes for a cut, and is none
+            refused = error  # what the general rule takes for a cut, and is none
+            continue
         yield _cost(name, setup)
+    if setup is None and refused is not None:
+        raise refused
 
 
 def prepared(
@@ -142,7 +184,7 @@ def within_budget(config: RunConfig, dataset: Dataset) -> RunConfig:
 
 def _cost(name: str, setup: Setup) -> Cut:
     blueprint = setup.blueprint
-    x: Any = sample(setup.dataset.info.shape, 1, dtype=blueprint.dtype)
+    x: Any = sample(setup.dataset.info.shape, 1, dtype=blueprint.dtype, device=setup.device)
     flops: dict[str, int] = {}
     shapes: list[tuple[int, ...]] = []
     for part, module in blueprint.parts(_TWO).items():
@@ -158,19 +200,26 @@ def _cost(name: str, setup: Setup) -> Cut:
         client_flops=flops["client"],
         server_flops=flops["server"],
         shapes=tuple(shapes),
+        memory=client_memory(setup),
         bytes=sum(expected_bytes(setup, range(1)).values()),
     )
 
 
-def show_cuts(config: RunConfig) -> None:
+def show_cuts(config: RunConfig, *, every: bool = False) -> None:
     """Print the table of `list_cuts`."""
-    titles = ("model.cut", "parameters: client", "server", "MFLOP: client", "server", "crossing", "a sample", "a round")
-    rows = [_row(cut) for cut in list_cuts(config)]
+    titles = (
+        *("model.cut", "parameters: client", "server", "MFLOP: client", "server", "memory: client"),
+        *("crossing", "a sample", "a round"),
+    )
+    dataset = _data(config)
+    rows = [_row(cut) for cut in list_cuts(config, dataset, every=every)]
     columns = (Column(title, justify="left" if title == "model.cut" else "right") for title in titles)
     table = Table(*columns, box=box.ASCII)
     for row in rows:
         table.add_row(*row)
     title = f"{config.algorithm_name}, {config.model.name}, {config.dataset.name}: {len(rows)} cuts"
+    if dataset.info.length and not every:
+        title += ", at the ends of blocks; --cuts=all lists all"
     console = Screen(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(title, table, sep="\n")
 
@@ -182,6 +231,7 @@ def _row(cut: Cut) -> tuple[str, ...]:
         f"{cut.client_parameters:,}",
         f"{cut.server_parameters:,}",
         *(f"{flops / 1e6:.2f}" for flops in (cut.client_flops, cut.server_flops)),
+        format_bytes(cut.memory),
         " + ".join("x".join(map(str, shape)) for shape in cut.shapes),
         f"{values:,}",
         format_bytes(cut.bytes),

@@ -33,7 +33,7 @@ class Use(NamedTuple):
 
     scope: Scope | None = None
     read_if: Callable[[Any, Any], bool] | None = None
-    identifies: bool = False
+    identifies: bool | Callable[[Any], object] = False
     later: bool = False
 
 
@@ -41,7 +41,7 @@ def scoped(
     scope: Scope | None = None,
     *,
     read_if: Callable[[Any, Any], bool] | None = None,
-    identifies: bool = False,
+    identifies: bool | Callable[[Any], object] = False,
     later: bool = False,
 ) -> dict[str, Use]:
     """Metadata of a dataclass field that is a key of the configuration: ``field(metadata=scoped("machine"))``.
@@ -52,7 +52,8 @@ def scoped(
         scope: of the key, and of those below it that have none of their own; None inherits.
         read_if: whether a run reads the key, given the section that it is in (fields as attributes, with plain values)
             and the class of the algorithm. Else it is as if it was not there.
-        identifies: a run with another value is another run, although the key does not decide the result.
+        identifies: a run with another value is another run, although the key does not decide the result; or what of
+            the value tells one run from another.
         later: a finished run may be measured with another value.
     """
     return {"use": Use(scope, read_if, identifies, later)}

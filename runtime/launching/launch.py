@@ -38,7 +38,7 @@ from cutlayer.runtime.records.console import stamp_lines
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _ROOT = Path(cutlayer.__path__[0]).parent  # from which a process of its own imports the package
 # What is shown instead of running: where the model can be cut, and what a step costs a client.
-_CUTS, _COSTS = "--cuts", "--costs"
+_CUTS, _ALL_CUTS, _COSTS = "--cuts", "--cuts=all", "--costs"
 # A sweep whose workers are killed again and again without a job ending in between is given up.
 _TRIES = 3
 
@@ -124,7 +124,10 @@ def _show(what: str, overrides: list[str]) -> None:
         from cutlayer.runtime.costs.metering import show_costs  # late, so that --help and mistakes do not wait for it
 
     with memory_told():
-        (show_cuts if what == _CUTS else show_costs)(config)
+        if what == _COSTS:
+            show_costs(config)
+        else:
+            show_cuts(config, every=what == _ALL_CUTS)
 
 
 def launch(main: Callable[[], Any]) -> None:
@@ -142,7 +145,7 @@ def launch(main: Callable[[], Any]) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     given = [*sys.argv[1:]]
     try:
-        for what in (_CUTS, _COSTS):
+        for what in (_CUTS, _ALL_CUTS, _COSTS):
             if what in given:
                 _show(what, [text for text in given if text != what])
                 return

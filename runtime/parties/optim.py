@@ -300,6 +300,24 @@ def _entry_shapes(kind: Any, parameter: Tensor, options: Mapping[str, Any]) -> d
     return {name: torch.as_tensor(value).shape for name, value in optimizer.state[twin].items() if value is not None}
 
 
+def kept_bytes(config: OptimizerConfig, parameters: Iterable[Tensor]) -> int:
+    """Bytes of what an optimizer keeps of these parameters, wherever they are, from step to step."""
+    total = 0
+    for parameter in parameters:
+        key = repr(config), parameter.shape, parameter.dtype
+        if key not in _KEPT:
+            twin = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype))
+            twin.grad = torch.zeros_like(twin)
+            optimizer = make_optimizer(config, [twin])
+            optimizer.step()
+            _KEPT[key] = sum(value.nbytes for value in optimizer.state[twin].values() if isinstance(value, Tensor))
+        total += _KEPT[key]
+    return total
+
+
+_KEPT: dict[tuple[str, torch.Size, torch.dtype], int] = {}
+
+
 def _shapes(state: Mapping[str, torch.Size]) -> str:
     return ", ".join(f"{key} {list(shape)}" for key, shape in sorted(state.items())) or "nothing"
 

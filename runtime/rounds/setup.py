@@ -67,6 +67,7 @@ class Setup:
     Args:
         config: the whole configuration; a budget of its cut has led to one, see ``costs.cuts.prepared``.
         dataset: the configured one, where it is loaded already.
+        sketched: the model's weights take no memory and its parts are not compared with it: nothing can be trained.
         divide: gives the clients' shares of the data, of a setup that has all but these and what follows from them.
 
     Raises:
@@ -74,14 +75,19 @@ class Setup:
     """
 
     def __init__(
-        self, config: RunConfig, dataset: Dataset | None = None, divide: Callable[[Setup], Partition] | None = None
+        self,
+        config: RunConfig,
+        dataset: Dataset | None = None,
+        divide: Callable[[Setup], Partition] | None = None,
+        *,
+        sketched: bool = False,
     ) -> None:
         if config.model.budget is not None:
             reason = "the name of a module; `costs.cuts.prepared` chooses one within a budget"
             raise ConfigError("model.cut", config.model.cut, reason)
         self.config = config
         self.algorithm = _method(config)
-        self.device = config.torch_device()
+        self.device = torch.device("meta") if sketched else config.torch_device()
         dataset = load_data(config) if dataset is None else dataset
         repeated = dataset.repeated(input_channels(config.model, dataset.info))
         self.dataset: Dataset = repeated.in_format(MEMORY_FORMATS[config.memory_format])
@@ -94,7 +100,7 @@ class Setup:
         if issubclass(self.algorithm, KeepsByConfig):
             self.personal = self.algorithm.kept(config.algorithm)
         self.population = 1 if self.algorithm.pooled else config.num_clients
-        self.blueprint = self._blueprint(config)
+        self.blueprint = self._blueprint(config, compare=not sketched)
         self.partition = (divide or configured_shares)(self)
         self.parameters = sum(self.blueprint.parameters(name) for name in self.algorithm.layout.whole)
         self._able = self._with_batches(2 if self._needs_two() else 1)

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from cutlayer.datasets import DatasetInfo
 from cutlayer.models import ModelConfig, build_auxiliary, build_model, split
 from cutlayer.models.frozen import frozen_in
 from cutlayer.models.lora import LoraConfig
-from cutlayer.models.pretrained import base_hash
+from cutlayer.models.pretrained import base_hash, base_identity
 from cutlayer.models.splitting import split_in_three
+from cutlayer.runtime.after.saved import read_config, restore
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import ADAPTERS
-from cutlayer.runtime.job import claim
+from cutlayer.runtime.job import choose_folder, claim
 from cutlayer.runtime.rounds.federation import Federation
-from tests.conftest import play
+from tests.conftest import play, same, weights
 
 transformers = pytest.importorskip("transformers", reason="the extra huggingface is not installed")
 peft = pytest.importorskip("peft", reason="the extra huggingface is not installed")
@@ -269,7 +271,7 @@ def test_a_gguf_file_is_a_base(tmp_path: Path) -> None:
     x = torch.randint(40, (2, 9))
     assert torch.equal(model(x), plain(x).logits)
     renamed = shutil.copy(tmp_path / "made.gguf", tmp_path / "renamed.gguf")
-    assert base_hash(Path(renamed)) == base_hash(tmp_path / "made.gguf")
+    assert base_identity(renamed) == base_identity(tmp_path / "made.gguf") == base_hash(Path(renamed))
     (tmp_path / "made.gguf").write_bytes(b"GGUF and no more")
     with pytest.raises(ConfigError, match=r"model\.base=.*expected weights that transformers can read"):
         build_model(config("llama", base=tmp_path / "made.gguf", options={"use_cache": True}), INFO)
@@ -284,6 +286,48 @@ def test_a_base_is_known_by_what_is_in_it(base: Path, tmp_path: Path) -> None:
     settings = json.loads((configured / "config.json").read_text())
     (configured / "config.json").write_text(json.dumps({**settings, "activation_function": "relu"}))
     assert base_hash(configured) != base_hash(base)
+
+
+def test_a_run_is_the_same_wherever_its_base_lies(configure, base: Path, tmp_path: Path) -> None:
+    """It is found and goes on, and is measured with the base named where it is now; on other weights it is another."""
+    elsewhere = shutil.copytree(base, tmp_path / "elsewhere")
+    other = changed(base, tmp_path / "other", lambda t: t["transformer.ln_f.weight"].add_(1))
+    common = ("algorithm=fed_avg", f"save_dir={tmp_path / 'saves'}", "progress=none")
+
+    def made(folder: Path, *more: str) -> Any:
+        return configure(*run_settings(folder), *common, *more)
+
+    first, moved = made(base), made(elsewhere)
+    assert first.identity() == moved.identity()
+    assert len({first.identity(), made(other).identity(), made(tmp_path / "gone").identity()}) == 3
+    with suppress(KeyboardInterrupt), claim(first, []) as folder:
+        federation = Federation(first, folder.path)
+        federation.step()
+        federation.checkpoint({})
+        raise KeyboardInterrupt
+    assert choose_folder(made(other), []) != choose_folder(moved, []) == folder.path
+    resumed = Federation(moved, folder.path)
+    assert resumed.resume() == {}
+    assert same(weights(play(resumed)), weights(play(Federation(first))))
+    with pytest.raises(ConfigError, match=r"another configuration|same configuration"):
+        Federation(made(other), folder.path).resume()
+
+
+def test_a_finished_run_is_measured_on_the_weights_that_it_was_trained_on(
+    configure, base: Path, tmp_path: Path
+) -> None:
+    elsewhere = shutil.copytree(base, tmp_path / "elsewhere")
+    other = changed(base, tmp_path / "other", lambda t: t["transformer.ln_f.weight"].add_(1))
+    setting = (*run_settings(base), "algorithm=fed_avg", "rounds=1", f"save_dir={tmp_path / 'saves'}", "progress=none")
+    config = configure(*setting)
+    with claim(config, setting) as folder:
+        run(config, folder)
+    for where in (base, elsewhere):
+        named = {"model": "huggingface/gpt2", "model.base": str(where), "personalize.part": "full"}
+        federation = restore(folder.path, read_config(folder.path, named))
+        assert federation.setup.config.model.base == where
+    with pytest.raises(ConfigError, match=r"model\.base=.*other: .*weights that the run began from"):
+        restore(folder.path, read_config(folder.path, {**named, "model.base": str(other)}))
 
 
 @pytest.mark.parametrize(("size", "blocks"), [("half", 1), ("default", 1), ("transformer.h.2", 2), ("full", 3)])

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from cutlayer.runtime.costs.cuts import list_cuts, prepared
+from cutlayer.runtime.costs.cuts import _each, list_cuts, prepared
+from cutlayer.runtime.costs.metering import measure_costs
 from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.launching import launch
 from cutlayer.runtime.messages.ledger import CONTROL_KINDS
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.runtime.rounds.setup import load_data
 from cutlayer.runtime.settings import RunConfig
 from tests.conftest import play, same, weights
 
@@ -52,6 +54,60 @@ def test_every_listed_cut_is_one(configure: Configure) -> None:
     assert names == ["stem", "inner", "drop", "outer"]
     for name in names:
         Federation(configure(*given, f"model.cut={name}"))
+
+
+GPT2 = ("model=huggingface/gpt2", "model.options={n_layer: 2, n_embd: 16, n_head: 2, tie_word_embeddings: false}")
+LLAMA = (
+    "model=huggingface/llama",
+    "model.options={num_hidden_layers: 2, hidden_size: 16, num_attention_heads: 4, num_key_value_heads: 2, "
+    "intermediate_size: 32, tie_word_embeddings: false}",
+)
+TEXT = (
+    *("dataset=shakespeare", "dataset.options.length=20", "dataset.fraction=0.01", "dataset.distribution=iid"),
+    *("algorithm=sl_single_server", "num_clients=2", "batch_size=8"),
+)
+IMAGES = ("algorithm=sl_single_server", "batch_size=16")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (*IMAGES, "model=cnn2"),
+        (*IMAGES, "model=cnn2", "precision=bf16", "optimizer=sgd", "optimizer.momentum=0.9"),
+        (*IMAGES, "model=cnn4", "model.options.width=4", "optimizer.name=adagrad"),
+        (*IMAGES, "model=vit", "model.options={depth: 2, hidden: 16}"),
+        (*TEXT, "model=gpt", "model.options={hidden: 16, heads: 2, depth: 2}"),
+        (*TEXT, *GPT2),
+        (*TEXT, *GPT2, "model.lora.r=2"),
+        (*TEXT, *LLAMA),
+    ],
+    ids=["cnn2", "half precision", "cnn4", "vit", "gpt", "gpt2", "gpt2 with adapters", "llama"],
+)
+def test_memory_is_what_a_step_of_a_client_takes(configure: Configure, given: tuple[str, ...]) -> None:
+    """Worked out from shapes, measured by `--costs` while a client takes a step: the same number of bytes."""
+    listed = list(list_cuts(configure(*given)))
+    for cut in listed[:: max(1, len(listed) // 4)]:
+        assert cut.memory == measure_costs(configure(*given, f"model.cut={cut.name}")).memory
+
+
+def test_a_model_of_text_is_cut_at_its_blocks(configure: Configure) -> None:
+    """From passes that all cuts share, without memory: the rows of each cut recorded and computed by itself."""
+    config = configure(*TEXT, *GPT2)
+    found = list(list_cuts(config))
+    assert [cut.name for cut in found] == [f"transformer.h.{block}" for block in range(2)]
+    every = list(list_cuts(config, every=True))
+    assert len(every) > 14
+    assert [cut for cut in every if cut.name.rpartition(".")[0] == "transformer.h"] == found
+    dataset = load_data(config)
+    assert every[::5] == [*_each(config, dataset, [cut.name for cut in every[::5]], sketched=False)]
+
+
+def test_where_no_cut_is_possible_it_says_why(configure: Configure) -> None:
+    tied = "model.options={n_layer: 2, n_embd: 16, n_head: 2}"
+    with pytest.raises(
+        ConfigError, match=r"model\.cut=.*wte\.weight and lm_head\.weight, on either side, are one tensor"
+    ):
+        list(list_cuts(configure(*TEXT, "model=huggingface/gpt2", tied)))
 
 
 def test_a_method_that_cuts_nothing_is_reported(configure: Configure) -> None:

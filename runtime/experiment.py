@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from cutlayer.datasets.partition_files import save_partition
-from cutlayer.models.lora import frozen_adapters, save_adapters
+from cutlayer.models.folding import save_folded
+from cutlayer.models.lora import frozen_adapters, is_below, save_adapters
+from cutlayer.models.part_registry import WHOLE
 from cutlayer.plotting import first_picture
 from cutlayer.runtime.after.personalize import Personalized, personalize
 from cutlayer.runtime.after.probe import Probed, feature_parts, probe
 from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.files import ADAPTERS, BEST_MODEL_FILE, MODEL_FILE, make_folder
+from cutlayer.runtime.ground.files import ADAPTERS, BEST_MODEL_FILE, FOLDED, MODEL_FILE, make_folder
 from cutlayer.runtime.ground.memory import memory_told
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.serial import save_tensors
@@ -92,11 +94,17 @@ def run(config: RunConfig, folder: RunFolder, drawn: Path | None = None) -> RunS
 
 
 def _save_adapters(setup: Setup, folder: Path, model: Mapping[str, Tensor]) -> None:
-    """Write the adapters of a model that has such as PEFT does, in a folder of their own."""
+    """Write a model's adapters as PEFT does, in a folder of their own, or the model that they are folded into."""
     config = setup.config.model
-    if config.lora.r:
-        parts = setup.blueprint.parts(setup.algorithm.layout.whole).values()
-        frozen = {name: tensor for part in parts for name, tensor in frozen_adapters(part).items()}
+    if not config.lora.r:
+        return
+    parts = setup.blueprint.parts(setup.algorithm.layout.whole)
+    if any(is_below(name) for name in model):
+        parts[WHOLE].load_state_dict(model)
+        if hasattr(parts[WHOLE], "save_pretrained"):
+            save_folded(folder / FOLDED, parts[WHOLE])
+    else:
+        frozen = {name: tensor for part in parts.values() for name, tensor in frozen_adapters(part).items()}
         (folder / ADAPTERS).mkdir(exist_ok=True)
         save_adapters(folder / ADAPTERS, {**frozen, **model}, config.lora, config.base)
 

@@ -25,6 +25,7 @@ SUMMARY = "summary.json"
 """What an evaluation of a finished run found, in a folder of its own below one of these two."""
 MODEL_FILE = "model.safetensors"
 ADAPTERS = "adapter"
+FOLDED = "folded"
 BEST_MODEL_FILE = "best_model.safetensors"
 _PIECE = 1 << 20
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import cutlayer.algorithms as algorithms
 from cutlayer.algorithms import Algorithm
-from cutlayer.algorithms.mixins import ChecksOptimizer, KeepsByConfig, OwnSteps
+from cutlayer.algorithms.mixins import ChecksOptimizer, KeepsByConfig, OwnSteps, TrainsAdapters
 from cutlayer.datasets import Dataset, Partition, batch_sizes, load, own_partition, partition
 from cutlayer.models import check_model, input_channels
 from cutlayer.models.shapes import sample
@@ -50,6 +50,8 @@ def _method(config: RunConfig) -> type[Algorithm]:
     if issubclass(algorithm, ChecksOptimizer):
         for part in algorithm.layout.client:
             algorithm.check_optimizer(config.optimizer_for(part))
+    if issubclass(algorithm, TrainsAdapters):
+        algorithm.check_adapters(config.model)
     return algorithm
 
 

@@ -306,7 +306,7 @@ class RemoteClients:
     def _send_test(self, asked: Mapping[int, Connection], held: Parts) -> None:
         setup, parts = self._setup, dict[str, Any]()
         names = {*setup.algorithm.layout.whole, *chain.from_iterable(setup.algorithm.paths.values())}
-        for name in sorted(names & held.keys() - set(setup.personal)):
+        for name in sorted(names & held.keys() - ({*setup.personal} - {*setup.algorithm.partly})):
             parts |= flatten(name, held[name].state_dict())
         # One number, and so the same bytes for all: in memory they are once, however many clients there are.
         session = 1 + max((connection.session for connection in asked.values()), default=0)

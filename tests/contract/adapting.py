@@ -1,0 +1,43 @@
+"""A small language model with low-rank adapters on a base of its own, and speeches of Macbeth for it."""
+
+import json
+from pathlib import Path
+
+from cutlayer import algorithms
+from cutlayer.datasets.shakespeare import _plays
+
+LENGTH = 20
+LAYERS = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": LENGTH, "vocab_size": 257}
+
+
+def prepare(folder: Path) -> tuple[str, ...]:
+    """Write texts and a GPT-2 of two blocks 16 wide into a folder; the keys of runs of it."""
+    import torch
+    import transformers
+
+    lines = [line for line in _plays()["Macbeth", "Macbeth"].splitlines() if len(line) > LENGTH]
+    for name, chosen in (("train", lines[:72]), ("test", lines[72:96])):
+        rows = [{"prompt": f"{name} {i}: ", "completion": line[: 6 + i % LENGTH]} for i, line in enumerate(chosen)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        config = transformers.AutoConfig.for_model("gpt2", **LAYERS, bos_token_id=0, eos_token_id=0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    return (
+        *("dataset=jsonl", f"dataset.root={folder}", f"dataset.options.length={LENGTH}", "dataset.distribution=iid"),
+        *("model=huggingface/gpt2", f"model.base={folder / 'base'}", "model.lora.targets=[c_attn,c_fc,lm_head]"),
+        *("model.lora.r=4", "num_clients=3", "batch_size=8", "rounds=2", "eval_interval=1", "threads=1"),
+    )
+
+
+def cut(name: str) -> tuple[str, ...]:
+    """Where a method cuts this model: after the first block, or before and behind the second."""
+    if not algorithms.get(name).layout.cut:
+        return ()
+    three = "tail" in algorithms.get(name).layout.whole
+    return ("model.cut=[transformer.h.0,transformer.h.1]" if three else "model.cut=transformer.h.0",)
+
+
+def rate(name: str) -> tuple[str, ...]:
+    """At which a method learns it in two rounds."""
+    return ("optimizer=sgd", "lr=0.1") if name == "scaffold" else ("lr=0.05",)

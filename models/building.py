@@ -91,7 +91,8 @@ def _compare(model: nn.Module, path: Path) -> None:
             shapes = {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ConfigError("model.init", str(path), f"a readable safetensors file ({error})") from error
-    below = {name: tensor for name, tensor in model.named_buffers() if is_below(name) and name in shapes}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    below = {name: tensor for name, tensor in buffers.items() if is_below(name) and name in shapes}
     wanted = {name: list(tensor.shape) for name, tensor in {**model.state_dict(), **below}.items()}
     wrong = [f"{n} {shapes[n]} instead of {s}" for n, s in wanted.items() if n in shapes and shapes[n] != s]
     problems = [

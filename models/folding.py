@@ -121,4 +121,7 @@ def save_folded(folder: Path, model: nn.Module) -> None:
     for module in plain.modules():
         if "weight" in module._buffers:
             module.weight = nn.Parameter(module._buffers.pop("weight"), requires_grad=False)
+    head = plain.get_output_embeddings()
+    if head is not None and head.weight is not plain.get_input_embeddings().weight:
+        plain.config.tie_word_embeddings = False  # else what was folded into the head alone would be lost
     plain.save_pretrained(folder)

@@ -8,6 +8,7 @@ from cutlayer.datasets.shakespeare import _plays
 
 LENGTH = 20
 LAYERS = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": LENGTH, "vocab_size": 257}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def prepare(folder: Path) -> tuple[str, ...]:
@@ -21,7 +22,7 @@ def prepare(folder: Path) -> tuple[str, ...]:
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        config = transformers.AutoConfig.for_model("gpt2", **LAYERS, bos_token_id=0, eos_token_id=0)
+        config = transformers.AutoConfig.for_model("gpt2", **LAYERS, **NO_DROPOUT, bos_token_id=0, eos_token_id=0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
     return (
         *("dataset=jsonl", f"dataset.root={folder}", f"dataset.options.length={LENGTH}", "dataset.distribution=iid"),

@@ -1,4 +1,4 @@
-"""A small language model with low-rank adapters on a base of its own, and speeches of Macbeth for it."""
+"""A small language model with low-rank adapters on a base of its own, and lines of Macbeth for it."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,13 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def prepare(folder: Path) -> tuple[str, ...]:
-    """Write texts and a GPT-2 of two blocks 16 wide into a folder; the keys of runs of it."""
+    """Write what runs need into a folder; their keys."""
+    write(folder)
+    return text_keys(folder)
+
+
+def write(folder: Path) -> None:
+    """Write texts and a GPT-2 of two blocks 16 wide."""
     import torch
     import transformers
 
@@ -24,6 +30,10 @@ def prepare(folder: Path) -> tuple[str, ...]:
         torch.manual_seed(7)
         config = transformers.AutoConfig.for_model("gpt2", **LAYERS, **NO_DROPOUT, bos_token_id=0, eos_token_id=0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+
+
+def text_keys(folder: Path) -> tuple[str, ...]:
+    """The keys of a run on what was written."""
     return (
         *("dataset=jsonl", f"dataset.root={folder}", f"dataset.options.length={LENGTH}", "dataset.distribution=iid"),
         *("model=huggingface/gpt2", f"model.base={folder / 'base'}", "model.lora.targets=[c_attn,c_fc,lm_head]"),

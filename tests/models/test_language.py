@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cutlayer.algorithms.alignment import AlignmentBatch, alignment_batch
 from cutlayer.datasets import DatasetInfo
 from cutlayer.models import ModelConfig, build_auxiliary, build_model, split
 from cutlayer.models.frozen import frozen_in
 from cutlayer.models.lora import LoraConfig
+from cutlayer.models.parts.auxiliary import AuxiliaryConfig
 from cutlayer.models.pretrained import base_hash
 from cutlayer.models.splitting import split_in_three
 from cutlayer.runtime.experiment import run
@@ -22,6 +24,7 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import ADAPTERS
 from cutlayer.runtime.job import claim
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.tasks import task_of
 from tests.conftest import play
 
 transformers = pytest.importorskip("transformers", reason="the extra huggingface is not installed")
@@ -212,6 +215,20 @@ def test_other_bases_that_do_not_fit(base: Path, tmp_path: Path) -> None:
         build_model(config(lora=LoraConfig(r=2, targets=("nowhere",))), INFO)
 
 
+def test_first_weights_of_xavier_leave_adapters_and_a_base_alone(base: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randint(40, (2, 9))
+    model = build_model(config("llama", initialisation="xavier"), INFO).eval()
+    drawn = model(x)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                parameter.zero_()
+    assert torch.equal(model(x), drawn), "B is zero"
+    with pytest.raises(ConfigError, match=r"initialisation=xavier: expected own with model\.base"):
+        config(base=base, initialisation="xavier")
+
+
 def test_a_base_is_known_by_what_is_in_it(base: Path, tmp_path: Path) -> None:
     elsewhere = shutil.copytree(base, tmp_path / "elsewhere")
     assert base_hash(elsewhere) == base_hash(base)
@@ -225,8 +242,6 @@ def test_a_base_is_known_by_what_is_in_it(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "blocks"), [("half", 1), ("default", 1), ("transformer.h.2", 2), ("full", 3)])
 def test_auxiliary_models_are_the_server_part_with_fewer_blocks(base: Path, size: str, blocks: int) -> None:
-    from cutlayer.models.parts.auxiliary import AuxiliaryConfig
-
     made = config(base=base, parts={"auxiliary": AuxiliaryConfig(size=size)})
     model = build_model(made, INFO).eval()
     client, _ = split(model, "transformer.h.0", INFO.shape)
@@ -236,6 +251,42 @@ def test_auxiliary_models_are_the_server_part_with_fewer_blocks(base: Path, size
     shorter = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
     shorter.transformer.h = shorter.transformer.h[: 1 + blocks]
     torch.testing.assert_close(auxiliary(client(x)), shorter(x).logits[..., :40])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
+def test_the_gradient_of_alignment_is_that_of_attention_step_by_step(kind: str) -> None:
+    """Fused attention has no second derivative; of GPT-2 beside finite differences too, as others round within."""
+    options, *_ = KINDS[kind]
+    still = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "opt": {"dropout": 0.0}}.get(kind, {})
+    y = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(1))
+    y[0, :4] = -100
+    found: list[AlignmentBatch] = []
+    for attention in ("sdpa", "eager"):
+        torch.manual_seed(0)
+        made = config(kind, options={**options, **still}, parts={"auxiliary": AuxiliaryConfig(size="full")})
+        model: Any = build_model(made, INFO)
+        model.config._attn_implementation = attention
+        auxiliary = build_auxiliary(made, INFO, model).double()
+        for parameter in auxiliary.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        z = torch.randn(2, 9, 16, dtype=torch.float64)
+        found.append(alignment_batch(auxiliary, z, y, torch.randn_like(z), task_of(INFO).loss(0)))
+        found[-1].differentiate()
+    one, other = ([*batch.model.parameters()] for batch in found)
+    for a, b in zip(one, other, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    if kind == "gpt2":
+        direction = [torch.randn_like(weight) for weight in one]
+        slope = sum(float((way * weight.grad).sum()) for way, weight in zip(direction, one, strict=True))  # type: ignore[operator]
+        errors = []
+        for step in (1e-5, -2e-5):
+            with torch.no_grad():
+                for weight, way in zip(one, direction, strict=True):
+                    weight += step * way
+            errors.append(float(found[0].error()))
+        assert slope == pytest.approx((errors[0] - errors[1]) / 2e-5, rel=1e-5)
 
 
 @pytest.mark.parametrize("cut", ["embedding", "block1", "block2", "block3", "norm"])

@@ -67,6 +67,7 @@ def without_adapters(model: nn.Module) -> nn.Module:
     for name, layer in adapted(model).items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.get_base_layer())
+    vars(model).pop("peft_config", None)  # by which PEFT would take it for a model that has some already
     return model
 
 

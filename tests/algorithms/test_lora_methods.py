@@ -239,6 +239,14 @@ def test_flora_goes_on_from_the_adapters_of_another_method(configure, keys: tupl
     assert abs(found - Federation(configure("algorithm=flora", *keys)).evaluate().loss) > 0.1
 
 
+def test_clients_of_several_ranks_test_the_one_global_model(configure) -> None:
+    """Also where each batch has statistics of its own, so that clients' shares are tested apart."""
+    setting = ("model=cnn4", "model.options.width=4", "aggregate.buffers=keep_local", "dataset.local_test=true")
+    federation = play(Federation(configure("algorithm=flora", *setting, "algorithm.ranks=[2,4]", "eval_interval=1")))
+    found = federation.evaluate()
+    assert len([row for row in found.clients if row[0] == "local_acc"]) == 4
+
+
 # ------------------------------------------------------------------ FedSA-LoRA
 
 

@@ -7,12 +7,14 @@ backward pass through the graph of g, from v to the weights.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cutlayer.tasks import Loss
 
@@ -20,9 +22,14 @@ from cutlayer.tasks import Loss
 def input_gradient(
     model: nn.Module | Any, z: Tensor, y: Tensor, loss: Loss = F.cross_entropy, *, differentiable: bool = False
 ) -> Tensor:
-    """The gradient of the batch's mean loss with respect to the smashed data: same shape as ``z``."""
+    """The gradient of the batch's mean loss with respect to the smashed data: same shape as ``z``.
+
+    Where it is differentiated again, attention is computed step by step: its fused kernels have no second derivative.
+    """
     z = z.detach().requires_grad_()
-    return torch.autograd.grad(loss(model(z), y), z, create_graph=differentiable)[0]
+    with sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext():
+        output = model(z)
+    return torch.autograd.grad(loss(output, y), z, create_graph=differentiable)[0]
 
 
 def frozen(model: nn.Module) -> Any:

@@ -38,7 +38,8 @@ class Flow:
     """What is in it.
 
     The name of a part is its whole state, ``smashed`` the cut layer's output for a batch, ``body_output`` that of the
-    server part between two cuts, ``labels`` one int64 for each sample.
+    server part between two cuts, ``labels`` one int64 for each sample. Of other names the method gives the size
+    (`OwnSizes`).
     """
 
     per: Literal["round", "batch"] = "round"
@@ -197,6 +198,9 @@ class Algorithm:
 
     Where there are any, a round's test is of each client's own model.
     """
+
+    partly: ClassVar[tuple[str, ...]] = ()
+    """Those of the personal parts of which a client keeps only some tensors; the others are the server's."""
 
     keeps_optimizer: ClassVar[tuple[str, ...]] = ()
     """Parts whose optimizer's state outlives the round, at each client and at each client's copy at the server.

@@ -6,15 +6,18 @@ The engine asks whether a method is a subclass of one of these, and goes its usu
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.messages.boundary import Fields, Payload, Reply
 from cutlayer.runtime.parties.optim import OptimizerConfig
 from cutlayer.tasks import Loss
 
 if TYPE_CHECKING:
+    from cutlayer.models import ModelConfig
+    from cutlayer.runtime.parties.blueprint import Blueprint
     from cutlayer.runtime.parties.cohort import Asked, Cohort
 
 
@@ -78,6 +81,41 @@ class ChecksOptimizer:
     @classmethod
     def check_optimizer(cls, optimizer: OptimizerConfig) -> None:
         """Raises ConfigError if they do not hold for this one, of a client's part."""
+        raise NotImplementedError
+
+
+class TrainsAdapters:
+    """A method that is defined for low-rank adapters (``model.lora``), of which both matrices learn."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def check_adapters(cls, model: ModelConfig) -> None:
+        """Raises ConfigError if the model has none, or only one of the two matrices learns."""
+        if model.lora.r < 1:
+            raise ConfigError("model.lora.r", model.lora.r, f"1 or more, as {cls.name} trains low-rank adapters")
+        if model.lora.train != "both":
+            raise ConfigError("model.lora.train", model.lora.train, f"both, as {cls.name} is defined for")
+
+
+class ClientRound(NamedTuple):
+    """A client's round among those of all.
+
+    Attributes:
+        cohorts: of all rounds so far, this one the last. before: the client's round before this one, if any.
+    """
+
+    client: int
+    cohorts: Sequence[Sequence[int]]
+    before: int | None
+
+
+class OwnSizes:
+    """A method with messages that are not whole parts."""
+
+    @classmethod
+    def field_bytes(cls, blueprint: Blueprint, turn: ClientRound) -> Mapping[str, int]:
+        """Bytes of the fields of a client's round that are neither parts nor of a batch."""
         raise NotImplementedError
 
 

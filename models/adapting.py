@@ -84,9 +84,11 @@ def xavier(model: nn.Module) -> nn.Module:
 
     Standardised convolutions get torch's own weights: their scale decides nothing but how fast they change.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, StandardisedConv2d):
             module.reset_parameters()
+        elif ".lora_" in name:
+            continue
         elif isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:

@@ -15,6 +15,7 @@ from torch import nn
 from cutlayer.models.adapting import fresh
 from cutlayer.models.config import ModelConfig
 from cutlayer.models.fitting import sketch
+from cutlayer.models.lora import is_below, replace_below
 from cutlayer.models.part_registry import refinable
 from cutlayer.models.registry import entry
 from cutlayer.models.splitting import check_cuts
@@ -43,7 +44,8 @@ def build_model(config: ModelConfig, info: DatasetInfo) -> nn.Module:
     """The whole model for images [b, channels, h, w] of `info`'s shape: logits [b, classes], float32, on the CPU.
 
     Fresh weights come from torch's global generator, which is left the same whether `config.init` is set or not. With
-    `config.init` all tensors are then replaced by the file's; a file that does not fit is a `ConfigError`.
+    `config.init` all tensors are then replaced by the file's, and weights below adapters by those that it may have; a
+    file that does not fit is a `ConfigError`.
     """
     if _SKETCHED.get():
         return sketch(config, info)
@@ -71,7 +73,7 @@ def check_model(config: ModelConfig, info: DatasetInfo, parts: Collection[str] =
     model = sketch(config, info)
     if "tail" in parts or ("server" not in parts and isinstance(config.cut, tuple)):
         check_cuts(model, *two_cuts(config, model))
-    elif config.cut is not None or not foreign:
+    elif config.cut is not None or ("server" in parts and not foreign):
         check_cuts(model, config.cut_after)
     for section in sections:
         section.try_on(model, config, info, parts)
@@ -89,6 +91,8 @@ def _load(model: nn.Module, path: Path) -> None:
                 raise ConfigError("model.init", str(path), expected)
         for name, tensor in state.items():
             tensor.copy_(saved.get_tensor(name))
+        for name in filter(is_below, saved.keys() - state.keys()):
+            replace_below(model, name, saved.get_tensor(name))
 
 
 def _file(path: Path) -> Path:
@@ -107,7 +111,9 @@ def _compare(model: nn.Module, path: Path) -> None:
             shapes = {name: list(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ConfigError("model.init", str(path), f"a readable safetensors file ({error})") from error
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    below = {name: tensor for name, tensor in buffers.items() if is_below(name) and name in shapes}
+    wanted = {name: list(tensor.shape) for name, tensor in {**model.state_dict(), **below}.items()}
     twice = further_names(model)
     wrong = [f"{n} {shapes[n]} instead of {s}" for n, s in wanted.items() if n in shapes and shapes[n] != s]
     problems = [

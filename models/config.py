@@ -114,6 +114,8 @@ class ModelConfig:
             raise ConfigError("group_channels", self.group_channels, "null, or an integer >= 1")
         if self.base is not None and not self.name.startswith("huggingface/"):
             raise ConfigError("base", str(self.base), f"null with model={self.name}; it is of model=huggingface/<name>")
+        if self.base is not None and self.initialisation != "own":
+            raise ConfigError("initialisation", self.initialisation, "own with model.base, which has weights")
         if self.bottleneck is not None:
             Bottleneck.read(self.bottleneck)
             if isinstance(self.cut, tuple):

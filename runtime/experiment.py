@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from cutlayer.datasets.partition_files import save_partition
-from cutlayer.models.lora import frozen_adapters, save_adapters
+from cutlayer.models.folding import save_folded
+from cutlayer.models.lora import frozen_adapters, is_below, save_adapters
+from cutlayer.models.part_registry import WHOLE
 from cutlayer.models.pretrained import save_config
 from cutlayer.plotting import first_picture
 from cutlayer.runtime.after.generate import Generated, check_generation, generate, settled
@@ -19,7 +21,7 @@ from cutlayer.runtime.after.personalize import Personalized, personalize
 from cutlayer.runtime.after.probe import Probed, feature_parts, probe
 from cutlayer.runtime.costs.cuts import prepared
 from cutlayer.runtime.ground.config import ConfigError
-from cutlayer.runtime.ground.files import ADAPTERS, BEST_MODEL_FILE, MODEL_FILE, make_folder
+from cutlayer.runtime.ground.files import ADAPTERS, BEST_MODEL_FILE, FOLDED, MODEL_FILE, make_folder
 from cutlayer.runtime.ground.memory import memory_told
 from cutlayer.runtime.ground.process import prepare_process, set_threads
 from cutlayer.runtime.ground.serial import save_tensors
@@ -95,15 +97,21 @@ def run(config: RunConfig, folder: RunFolder, drawn: Path | None = None) -> RunS
 
 
 def _save_beside(setup: Setup, folder: Path, model: Mapping[str, Tensor]) -> None:
-    """Write what others read a language model by: its adapters as PEFT does, or its configuration."""
+    """Write what others read a language model by: adapters as PEFT does, what they went into, or a configuration."""
     config, info = setup.config.model, setup.dataset.info
-    if config.lora.r:
-        parts = setup.blueprint.parts(setup.algorithm.layout.whole).values()
-        frozen = {name: tensor for part in parts for name, tensor in frozen_adapters(part).items()}
+    if not config.lora.r:
+        if info.length and config.name.startswith("huggingface/"):
+            save_config(folder, config.name.partition("/")[2], config.options, info, config.base)
+        return
+    parts = setup.blueprint.parts(setup.algorithm.layout.whole)
+    if any(is_below(name) for name in model):
+        parts[WHOLE].load_state_dict(model)
+        if hasattr(parts[WHOLE], "save_pretrained"):
+            save_folded(folder / FOLDED, parts[WHOLE])
+    else:
+        frozen = {name: tensor for part in parts.values() for name, tensor in frozen_adapters(part).items()}
         (folder / ADAPTERS).mkdir(exist_ok=True)
         save_adapters(folder / ADAPTERS, {**frozen, **model}, config.lora, config.base)
-    elif info.length and config.name.startswith("huggingface/"):
-        save_config(folder, config.name.partition("/")[2], config.options, info, config.base)
 
 
 def _check_after(federation: Federation) -> None:

@@ -92,6 +92,8 @@ _LEARNING = Rule(1e6, WORD, 1000)
 
 RULES: Mapping[str, Rule] = {
     "algorithm.name": _CHOICE,
+    "algorithm.ranks": Rule(4096, length=64),
+    "algorithm.alphas": Rule(1e6, length=64),
     "algorithm.*": Rule(65_536, WORD),
     "model.name": Rule(text=REGISTERED),
     "model.init": Rule(text=NOTHING),

@@ -20,15 +20,20 @@ from cutlayer.plotting import saving
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.launching.hydra_support import load_config
 from cutlayer.runtime.run_folder import RunFolder
+from tests.contract.adapting import text_keys, write
 
 SETTING = (
-    *("dataset=digits", "model=mlp", "num_clients=3", "rounds=5", "batch_size=200", "device=cpu", "progress=none"),
+    *("num_clients=3", "rounds=5", "device=cpu", "progress=none"),
     *("frac=0.6", "checkpoint_interval=2", "eval_interval=2", "threads=1"),
 )
+DIGITS = ("dataset=digits", "model=mlp", "batch_size=200")
 OWN = {
     "fsl_sage": ("algorithm.align_interval=2", "algorithm.align_epochs=2"),
     "scaffold": ("lr=0.05",),
+    "flora": ("algorithm.ranks=[4,2]",),
 }
+TEXT = ("flora",)
+"""Methods that are killed as they train low-rank adapters of a language model."""
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.rmdir")
 
 
@@ -100,9 +105,23 @@ def write_pictures_without_drawing() -> None:
         saving._SAVERS[ending] = lambda _, path: write(path)
 
 
+def load_libraries() -> None:
+    """Here, so that not each process has to."""
+    import peft.tuners.lora
+    import transformers
+
+    assert transformers.AutoModelForCausalLM
+    assert transformers.GPT2LMHeadModel
+    assert peft.tuners.lora.LoraLayer
+
+
 def main(algorithm: str, home: Path, kills: int) -> None:
     write_pictures_without_drawing()
-    config = load_config([f"algorithm={algorithm}", *SETTING, *OWN[algorithm]])
+    if algorithm in TEXT:
+        load_libraries()
+        assert in_child(lambda: write(home)) == 0
+    data = text_keys(home) if algorithm in TEXT else DIGITS
+    config = load_config([f"algorithm={algorithm}", *data, *SETTING, *OWN[algorithm]])
     assert in_child(lambda: play(home / "whole", config, count_to=home / "count")) == 0
     expected, moments = left(home / "whole"), int((home / "count").read_text())
     killed = 0

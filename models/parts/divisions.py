@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from cutlayer.models.building import build_model
+from cutlayer.models.folding import folding_models
 from cutlayer.models.part_registry import WHOLE, Making, PartConfig, division, part
 from cutlayer.models.splitting import body_and_head, split
 from cutlayer.models.three import divide
@@ -30,9 +31,11 @@ class ClientPartConfig(PartConfig):
 
 
 @part(WHOLE)
-def whole_model(making: Making) -> nn.Module:
-    """The model itself, from which all others are made."""
-    return build_model(making.config, making.info)
+def whole_model(making: Making) -> nn.Module | Sequence[nn.Module]:
+    """The model itself, from which all others are made; of adapters that a method folds one of each of its `ranks`."""
+    if not making.options.get("folded"):
+        return build_model(making.config, making.info)
+    return folding_models(making.config, making.info, making.options["ranks"], making.options["alphas"])
 
 
 @division("client", "server", client=ClientPartConfig)

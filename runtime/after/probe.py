@@ -217,7 +217,7 @@ def feature_parts(federation: Federation) -> tuple[list[nn.Module], str]:
     setup, held = federation.setup, federation.learnt.held
     algorithm = setup.algorithm
     names, alone = algorithm.layout.whole, setup.population == 1
-    apart = {*setup.personal} - {*algorithm.shared, "head"}
+    apart = {*setup.personal} - ({*algorithm.shared, "head"} - {*algorithm.partly})
     if apart.intersection(names) and not alone:
         expected = "a method with features that all clients share; in this one each client has its own"
         raise ConfigError("algorithm.name", algorithm.name, expected)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cutlayer.algorithms.base import Flow
+from cutlayer.algorithms.mixins import ClientRound, OwnSizes
 from cutlayer.models.cutting import tensors
 from cutlayer.models.shapes import sample
 from cutlayer.runtime.ground import rng
@@ -31,10 +32,10 @@ def expected_bytes(setup: Setup, rounds: Iterable[int]) -> dict[tuple[str, str],
     per_place = {"labels": labels, **crossing_bytes(setup)}
     whole, travelling = part_bytes(setup, whole=True), part_bytes(setup, whole=False)
     total: dict[tuple[str, str], int] = {}
-    for flows in crossings(setup, rounds):
+    for flows, own in zip(crossings(setup, rounds), _own_sizes(setup, rounds), strict=True):
         for flow, sizes in flows:
             size = sum(sizes) if flow.per == "batch" else 1
-            each = per_place if flow.per == "batch" else (travelling if flow.kind == MODEL else whole)
+            each = per_place if flow.per == "batch" else (travelling if flow.kind == MODEL else whole) | own
             key = flow.direction, flow.kind
             total[key] = total.get(key, 0) + size * sum(each[field] for field in flow.fields)
     return total
@@ -46,13 +47,30 @@ def crossings(setup: Setup, rounds: Iterable[int]) -> Iterator[list[tuple[Flow, 
     Of images they are samples; of text tokens, see `Setup.places`.
     """
     config = setup.config
+    for round, client, before in _turns(setup, rounds):
+        sizes = setup.places(client, round)
+        flows = setup.algorithm.arrows(config.algorithm, round, before=before)
+        yield [(flow, sizes[:: flow.interval(config.algorithm)] if flow.per == "batch" else [1]) for flow in flows]
+
+
+def _turns(setup: Setup, rounds: Iterable[int]) -> Iterator[tuple[int, int, int | None]]:
+    """Each client's rounds: the round, the client, and its round before."""
     seen: dict[int, int] = {}
     for round in rounds:
         for client in setup.cohort(round):
-            sizes = setup.places(client, round)
-            flows = setup.algorithm.arrows(config.algorithm, round, before=seen.get(client))
-            yield [(flow, sizes[:: flow.interval(config.algorithm)] if flow.per == "batch" else [1]) for flow in flows]
+            yield round, client, seen.get(client)
             seen[client] = round
+
+
+def _own_sizes(setup: Setup, rounds: Iterable[int]) -> Iterator[dict[str, int]]:
+    """For each client's round the bytes of the fields of which the method alone knows the size."""
+    method = setup.algorithm
+    for round, client, before in _turns(setup, rounds):
+        if issubclass(method, OwnSizes):
+            cohorts = [setup.cohort(each) for each in range(round + 1)]
+            yield {**method.field_bytes(setup.blueprint, ClientRound(client, cohorts, before))}
+        else:
+            yield {}
 
 
 def part_bytes(setup: Setup, *, whole: bool) -> dict[str, int]:

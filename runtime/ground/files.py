@@ -28,6 +28,7 @@ MODEL_FILE = "model.safetensors"
 ADAPTERS = "adapter"
 # Ends the name of a file with a language model and its tokenizer in one.
 GGUF = ".gguf"
+FOLDED = "folded"
 BEST_MODEL_FILE = "best_model.safetensors"
 _PIECE = 1 << 20
 

@@ -180,7 +180,7 @@ class Evaluator:
             samples: int64 [k], those of the source that are tested; None for all.
         """
         path, blueprint = path or self._whole, self._setup.blueprint
-        if blueprint.varied.intersection(path):
+        if any(self.learnt.is_own(name) for name in blueprint.varied.intersection(path)):
             blueprint = blueprint.for_client(client)
         if (path, blueprint) not in self._parts:
             self._parts[path, blueprint] = list(blueprint.parts(path).values())

@@ -45,5 +45,5 @@ class Learnt:
         for name in path or self._setup.algorithm.layout.whole:
             own = self.own(client, name) if self.is_own(name) else None
             shared = held[name].state_dict() if name in held else initial[name]
-            states[name] = shared if own is None else own
+            states[name] = shared if own is None else {**shared, **own}
         return states

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import cutlayer.algorithms as algorithms
 from cutlayer.algorithms import Algorithm
-from cutlayer.algorithms.mixins import ChecksOptimizer, CountsSteps, KeepsByConfig, OwnSteps
+from cutlayer.algorithms.mixins import ChecksOptimizer, CountsSteps, KeepsByConfig, OwnSteps, TrainsAdapters
 from cutlayer.datasets import Dataset, Partition, batch_sizes, load, own_partition, partition
 from cutlayer.models import check_model, input_channels
 from cutlayer.models.shapes import sample
@@ -58,6 +58,8 @@ def _method(config: RunConfig) -> type[Algorithm]:
             if scheduler is not None and scheduler.per == "step" and not known:
                 expected = f"round, as {algorithm.name} does not know ahead how many steps of the {part} part it takes"
                 raise ConfigError(f"{config.scheduler_key(part)}.per", "step", expected)
+    if issubclass(algorithm, TrainsAdapters):
+        algorithm.check_adapters(config.model)
     return algorithm
 
 

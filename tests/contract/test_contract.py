@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cutlayer import algorithms
+from cutlayer.models.frozen import FrozenTensor
 from cutlayer.runtime.costs.traffic import expected_bytes
 from cutlayer.runtime.messages.boundary import Message
 from cutlayer.runtime.messages.ledger import CONTROL_KINDS
@@ -165,6 +166,8 @@ def reachable_storages(root: object) -> set[int]:
         if id(item) in seen or isinstance(item, skip):
             continue
         seen.add(id(item))
+        if isinstance(item, FrozenTensor):
+            continue  # everyone has it, and nothing changes it
         if isinstance(item, torch.Tensor):
             if item.numel():
                 found.add(item.untyped_storage().data_ptr())

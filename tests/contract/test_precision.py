@@ -21,7 +21,11 @@ from tests.contract.test_contract import CONVOLUTIONS, quick
 # Many local steps in a round, at a rate at which two rounds learn the digits.
 STEPS = ("num_clients=2", "batch_size=20", "optimizer=sgd", "lr=0.2")
 # Contrast over a low temperature amplifies any rounding.
-GENTLE = {"fl_moco": ("lr=0.02", "algorithm.temperature=0.5"), "fsl_sage": ("model.auxiliary.size=full",)}
+GENTLE = {
+    "fl_moco": ("lr=0.02", "algorithm.temperature=0.5"),
+    "fsl_sage": ("model.auxiliary.size=full",),
+    "fed_sa_lora": ("model.lora.r=32", "model.lora.alpha=32", "local_epochs=2"),
+}
 FURTHEST, ACCURACY = 0.3, 0.03
 
 

@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cutlayer.algorithms.alignment import AlignmentBatch, alignment_batch
 from cutlayer.datasets import DatasetInfo
 from cutlayer.models import ModelConfig, build_auxiliary, build_model, split
 from cutlayer.models.frozen import frozen_in
 from cutlayer.models.lora import LoraConfig
-from cutlayer.models.pretrained import base_hash, base_identity
+from cutlayer.models.parts.auxiliary import AuxiliaryConfig
+from cutlayer.models.pretrained import base_hash
 from cutlayer.models.splitting import split_in_three
 from cutlayer.runtime.after.saved import read_config, restore
 from cutlayer.runtime.experiment import run
@@ -24,6 +26,7 @@ from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.files import ADAPTERS
 from cutlayer.runtime.job import choose_folder, claim
 from cutlayer.runtime.rounds.federation import Federation
+from cutlayer.tasks import task_of
 from tests.conftest import play, same, weights
 
 transformers = pytest.importorskip("transformers", reason="the extra huggingface is not installed")
@@ -230,51 +233,18 @@ def test_what_a_run_has_trained_is_a_base(configure, base: Path, tmp_path: Path)
     assert begun.loss == pytest.approx(summary.final_loss, rel=1e-6)
 
 
-def save_gguf(file: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write a Llama's weights as llama.cpp has them: other names, and the rows of queries and keys in pairs."""
-    gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(LLAMA["num_hidden_layers"])
-    writer.add_context_length(LLAMA["max_position_embeddings"])
-    writer.add_embedding_length(LLAMA["hidden_size"])
-    writer.add_feed_forward_length(LLAMA["intermediate_size"])
-    writer.add_head_count(LLAMA["num_attention_heads"])
-    writer.add_head_count_kv(LLAMA["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(40)
-    inner = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
-    inner |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
-    inner |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for name, tensor in state.items():
-        module = name.removesuffix(".weight")
-        if module not in outer:
-            number, _, module = module.removeprefix("model.layers.").partition(".")
-            heads = {"attn_q": LLAMA["num_attention_heads"], "attn_k": LLAMA["num_key_value_heads"]}
-            if inner[module] in heads:
-                tensor = tensor.view(heads[inner[module]], 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-            outer[module := f"{number}.{module}"] = f"blk.{number}.{inner[module]}"
-        writer.add_tensor(f"{outer[module]}.weight", tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_gguf_file_is_a_base(tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    settings = transformers.AutoConfig.for_model("llama", **LLAMA, vocab_size=40, rms_norm_eps=1e-6)
-    plain = transformers.AutoModelForCausalLM.from_config(settings).eval()
-    save_gguf(tmp_path / "made.gguf", plain.state_dict())
-    model = build_model(config("llama", base=tmp_path / "made.gguf", options={}), INFO).eval()
+def test_first_weights_of_xavier_leave_adapters_and_a_base_alone(base: Path) -> None:
+    torch.manual_seed(0)
     x = torch.randint(40, (2, 9))
-    assert torch.equal(model(x), plain(x).logits)
-    renamed = shutil.copy(tmp_path / "made.gguf", tmp_path / "renamed.gguf")
-    assert base_identity(renamed) == base_identity(tmp_path / "made.gguf") == base_hash(Path(renamed))
-    (tmp_path / "made.gguf").write_bytes(b"GGUF and no more")
-    with pytest.raises(ConfigError, match=r"model\.base=.*expected weights that transformers can read"):
-        build_model(config("llama", base=tmp_path / "made.gguf", options={"use_cache": True}), INFO)
+    model = build_model(config("llama", initialisation="xavier"), INFO).eval()
+    drawn = model(x)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                parameter.zero_()
+    assert torch.equal(model(x), drawn), "B is zero"
+    with pytest.raises(ConfigError, match=r"initialisation=xavier: expected own with model\.base"):
+        config(base=base, initialisation="xavier")
 
 
 def test_a_base_is_known_by_what_is_in_it(base: Path, tmp_path: Path) -> None:
@@ -332,8 +302,6 @@ def test_a_finished_run_is_measured_on_the_weights_that_it_was_trained_on(
 
 @pytest.mark.parametrize(("size", "blocks"), [("half", 1), ("default", 1), ("transformer.h.2", 2), ("full", 3)])
 def test_auxiliary_models_are_the_server_part_with_fewer_blocks(base: Path, size: str, blocks: int) -> None:
-    from cutlayer.models.parts.auxiliary import AuxiliaryConfig
-
     made = config(base=base, parts={"auxiliary": AuxiliaryConfig(size=size)})
     model = build_model(made, INFO).eval()
     client, _ = split(model, "transformer.h.0", INFO.shape)
@@ -343,6 +311,42 @@ def test_auxiliary_models_are_the_server_part_with_fewer_blocks(base: Path, size
     shorter = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
     shorter.transformer.h = shorter.transformer.h[: 1 + blocks]
     torch.testing.assert_close(auxiliary(client(x)), shorter(x).logits[..., :40])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
+def test_the_gradient_of_alignment_is_that_of_attention_step_by_step(kind: str) -> None:
+    """Fused attention has no second derivative; of GPT-2 beside finite differences too, as others round within."""
+    options, *_ = KINDS[kind]
+    still = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "opt": {"dropout": 0.0}}.get(kind, {})
+    y = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(1))
+    y[0, :4] = -100
+    found: list[AlignmentBatch] = []
+    for attention in ("sdpa", "eager"):
+        torch.manual_seed(0)
+        made = config(kind, options={**options, **still}, parts={"auxiliary": AuxiliaryConfig(size="full")})
+        model: Any = build_model(made, INFO)
+        model.config._attn_implementation = attention
+        auxiliary = build_auxiliary(made, INFO, model).double()
+        for parameter in auxiliary.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        z = torch.randn(2, 9, 16, dtype=torch.float64)
+        found.append(alignment_batch(auxiliary, z, y, torch.randn_like(z), task_of(INFO).loss(0)))
+        found[-1].differentiate()
+    one, other = ([*batch.model.parameters()] for batch in found)
+    for a, b in zip(one, other, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    if kind == "gpt2":
+        direction = [torch.randn_like(weight) for weight in one]
+        slope = sum(float((way * weight.grad).sum()) for way, weight in zip(direction, one, strict=True))  # type: ignore[operator]
+        errors = []
+        for step in (1e-5, -2e-5):
+            with torch.no_grad():
+                for weight, way in zip(one, direction, strict=True):
+                    weight += step * way
+            errors.append(float(found[0].error()))
+        assert slope == pytest.approx((errors[0] - errors[1]) / 2e-5, rel=1e-5)
 
 
 @pytest.mark.parametrize("cut", ["embedding", "block1", "block2", "block3", "norm"])

@@ -33,6 +33,12 @@ TEXT = (
     *("batch_size=16", "model=gpt", "model.options={hidden:16,heads:2,depth:3}"),
 )
 CASES |= {f"text, {name}": (name, TEXT) for name in ("fed_avg", "sl_single_server", "sl_u_shape", "fsl_sage")}
+CASES |= {"text, ranks": ("flora", (*TEXT, "algorithm.ranks=[2,5]", "frac=0.6"))}
+FEW = (
+    "dataset.options.plays=[Macbeth]",
+    "dataset.fraction=0.1",
+)  # each client tests its own model on all of the test set
+CASES |= {"text, A": ("fed_sa_lora", (*TEXT, *FEW))}
 CASES |= {"several labels": ("fsl_sage", ("dataset=digit_facts",))}
 CASES |= {"a schedule by step": ("sl_multi_server", ("scheduler=linear", "scheduler.warmup=2"))}
 CASES |= {"evaluations": ("fed_babu", ("evaluations=[class_acc]", "dataset.local_test=true"))}

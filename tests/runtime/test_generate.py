@@ -10,6 +10,7 @@ import torch
 
 from cutlayer import algorithms
 from cutlayer import generate as command
+from cutlayer.algorithms.mixins import TrainsAdapters
 from cutlayer.runtime.after import generate as made
 from cutlayer.runtime.after.generate import assemble, check_generation, earlier_generation, generated_folder
 from cutlayer.runtime.after.prompts import text_line
@@ -197,6 +198,8 @@ def said(model: Any, prompt: str, no_repeat: int) -> str:
 @pytest.mark.parametrize("name", [name for name in algorithms.names() if takes_text(name)])
 @pytest.mark.parametrize("more", [(), ("model.lora={r:2,targets:[attention,widen,head],train:B}", "precision=fp64")])
 def test_a_runs_parts_are_put_together(configure: Any, name: str, more: tuple[str, ...]) -> None:
+    if issubclass(algorithms.get(name), TrainsAdapters):
+        more = tuple(key.replace("train:B", "train:both") for key in more)
     federation = play(Federation(configure(*settings(name), *more, "rounds=1")))
     x = torch.randint(200, (2, 11), generator=torch.Generator().manual_seed(0))
     if not federation.one_model:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -18,6 +19,7 @@ from cutlayer.runtime.job import choose_folder
 from cutlayer.runtime.launching.hydra_errors import check_flags, explain
 from cutlayer.runtime.launching.hydra_support import load_config, preprocess
 from cutlayer.runtime.run_folder import RunFolder, is_owned, read_status
+from cutlayer.runtime.trust import to_take
 from tests.forked import Forks
 from tests.places import ROOT, program
 
@@ -306,3 +308,20 @@ def test_status_of_a_failed_run_names_the_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), RunFolder.claim(tmp_path / "run"):
         raise ZeroDivisionError("by zero")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["error"] == "ZeroDivisionError: by zero"
+
+
+def test_an_experiment_may_ask_for_a_key() -> None:
+    """What it cannot know, as the folder of weights: not left out without a word, which would be fresh ones."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(["experiment=lm/e2e_small"])
+    assert str(caught.value) == "model.base=null: expected the folder of a run of lm/e2e_base"
+    assert load_config(["experiment=lm/e2e_small", "model.base=somewhere"]).model.base == Path("somewhere")
+    cut = load_config(["experiment=lm/e2e_small", "model.base=somewhere", "algorithm=sl_u_shape"]).model.cut
+    assert cut == ("transformer.h.0", "transformer.h.2")
+
+
+@pytest.mark.parametrize("entries", [1, 9, 60])
+def test_what_a_command_is_told_to_add_is_the_whole_value(entries: int) -> None:
+    value = [f"name {number}" for number in range(entries)]
+    told = shlex.split(to_take([("dataset.options.restaurants", value)]).partition("add: ")[2])
+    assert load_config(["dataset=e2e", *told]).dataset.options["restaurants"] == value

@@ -73,6 +73,15 @@ METHODS = {
     "mhmd": MethodStyle("MHMD", _VIOLET, "H"),
     "fsmkd": MethodStyle("FSMKD", _INK, "D"),
 }
+# Of those whose colour and marker follow from their registered name.
+_NAMES = {
+    "fed_sa_lora": "FedSA-LoRA",
+    "fl_moco": "FL-MoCo",
+    "flora": "FLoRA",
+    "moco_sfl": "MocoSFL",
+    "ressfl": "ResSFL",
+    "sl_u_shape": "SplitFed v2, U-shaped",
+}
 
 
 def method_style(name: str) -> MethodStyle:
@@ -80,7 +89,7 @@ def method_style(name: str) -> MethodStyle:
     if name in METHODS:
         return METHODS[name]
     color, marker = _SPARE[zlib.crc32(name.encode()) % len(_SPARE)]
-    return MethodStyle(shortened(name), color, marker)
+    return MethodStyle(_NAMES.get(name) or shortened(name), color, marker)
 
 
 def shortened(text: str) -> str:

@@ -216,8 +216,10 @@ def test_bad_options_are_named(name: str, options: dict[str, int], reason: str) 
 
 
 def test_a_shallow_transformer_says_where_it_may_be_cut() -> None:
+    shallow = ModelConfig("vit", options={"depth": 2})
     with pytest.raises(ConfigError, match=r"model\.cut=block3: .*choices: patches, block1, block2, norm, token"):
-        check_model(ModelConfig("vit", options={"depth": 2}), info("cifar10"))
+        check_model(shallow, info("cifar10"), ("client", "server"))
+    check_model(shallow, info("cifar10"), ("model",))  # of a method that does not cut it
 
 
 def test_mlp_widths_follow_options_and_dataset() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from cutlayer import algorithms
 from cutlayer.datasets import Dataset, DatasetConfig
@@ -44,8 +45,9 @@ def tiny(
     config: DatasetConfig, *, seed: int, device: torch.device, dtype: torch.dtype, download: bool = True
 ) -> Dataset:
     """Noise in place of a dataset's files, in the shape that most of them have, with natural groups; text as it is."""
-    if config.name == "shakespeare":
-        return load_dataset(replace(config, fraction=0.2), seed=seed, device=device, dtype=dtype)
+    if config.name in ("shakespeare", "e2e"):
+        fraction = 0.2 if config.name == "shakespeare" else 1.0
+        return load_dataset(replace(config, fraction=fraction), seed=seed, device=device, dtype=dtype)
     options = {"n_train": 24, "n_test": 8, "channels": 3, "height": 32, "width": 32, "groups": 3}
     if config.name == "digits":
         options |= {"channels": 1, "height": 8, "width": 8}
@@ -65,8 +67,33 @@ OWN = tuple(
 )
 
 
+def on_e2e(choice: str, folder: Path) -> list[str]:
+    """What an experiment on E2E asks for: its files, of a few sentences, a tokenizer, and weights of their shape."""
+    transformers = pytest.importorskip("transformers", reason="the extra huggingface is not installed")
+    names = {name for each in ("base", "small") for name in _restaurants(each)}
+    for file, numbers in (("train", range(5)), ("valid", range(5)), ("test", range(5, 7))):
+        lines = [f"name : {name} | near : {n}||{name} is near {n} ." for name in sorted(names) for n in numbers]
+        (folder / f"{file}.txt").write_text("\n".join(lines))
+    shape = {"n_layer": 5, "n_embd": 16, "n_head": 2, "n_positions": 512}
+    overrides = [f"dataset.root={folder}", "dataset.options.tokenizer=bytes", "model.auxiliary=half"]
+    if choice == "experiment=lm/e2e_base":
+        overrides.append("algorithm=centralized")
+        return [*overrides, *(f"model.options.{key}={value}" for key, value in shape.items())]
+    config = transformers.AutoConfig.for_model("gpt2", **shape, vocab_size=300)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    if choice == "experiment=lm/e2e_gpt2_medium":
+        overrides.append("scheduler.warmup=2")
+    return [*overrides, f"model.base={folder / 'base'}"]
+
+
+def _restaurants(name: str) -> list[str]:
+    content = yaml.safe_load((CONFIG_DIR / "experiment" / "lm" / f"e2e_{name}.yaml").read_text())
+    return content["dataset"]["options"]["restaurants"]
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("choice", CHOICES)
-def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("cutlayer.runtime.rounds.setup.load", tiny)
     overrides = [choice, *SMALL]
     if choice == "algorithm=fsl_sage" or choice.startswith("experiment=fsl_sage"):
@@ -78,6 +105,8 @@ def test_one_round(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if choice in ("model=gpt", "dataset=shakespeare"):
         overrides = [*overrides, *({"model=gpt", "dataset=shakespeare"} - {choice})]
         overrides.append("model.options={hidden:8,heads:2,depth:3}")
+    if choice.startswith("experiment=lm/e2e"):
+        overrides += on_e2e(choice, tmp_path)
     config = load_config(overrides)
     group, _, name = choice.partition("=")
     if group in ("algorithm", "model", "dataset"):

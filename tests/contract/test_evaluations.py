@@ -16,7 +16,7 @@ from cutlayer.runtime.network.server.remote_clients import RemoteClients
 from cutlayer.runtime.network.wire import WireError
 from cutlayer.runtime.rounds.federation import Federation
 from cutlayer.runtime.scoring.scores import Measured, mean_values
-from cutlayer.tasks import Score
+from cutlayer.tasks import TASKS, Score
 
 INFO = DatasetInfo("made", 1, 8, 8, 10, tuple("abcdefghij"))
 EVERY = EVALUATIONS.names()
@@ -89,13 +89,17 @@ def test_one_that_is_not_registered_is_refused(configure: Any) -> None:
 
 
 def test_a_client_tells_what_was_asked_for_and_nothing_else() -> None:
-    def reported(each: Any, *asked: str) -> Measured:
-        setup = SimpleNamespace(config=SimpleNamespace(evaluations=asked))
+    def reported(each: Any, *asked: str, task: str = "classification") -> Measured:
+        blueprint = SimpleNamespace(task=TASKS[task])
+        setup = SimpleNamespace(config=SimpleNamespace(evaluations=asked), blueprint=blueprint)
         return RemoteClients._score_of(SimpleNamespace(_setup=setup), each)  # type: ignore[arg-type]
 
     found = Measured(3, 0.5, 1.0, {"class_acc/1": 0.25})
     assert reported(found.to_json(), "class_acc") == found
     assert reported([3, 0.5, 1.0], "class_acc").values == {}
+    assert reported([3, 0.5, 1.0, {"perplexity": 2.0}], task="causal_lm").values == {"perplexity": 2.0}
+    with pytest.raises(WireError, match="'accuracy', which is not asked for"):
+        reported([3, 0.5, 1.0, {"accuracy": 2.0}], task="causal_lm")
     for wrong, asked in (
         (found.to_json(), ()),
         (found.to_json(), ("other",)),

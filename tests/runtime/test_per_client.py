@@ -13,11 +13,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cutlayer.runtime.parties.optim import (
-    _OPTIMIZERS,  # pyright: ignore[reportPrivateUsage]
-    load_optimizer,
-    optimizer_tensors,
-)
+from cutlayer.runtime.parties.optim import OPTIMIZERS, load_optimizer, optimizer_tensors
 from cutlayer.runtime.parties.per_client import ApartError, PerClient, apart, stacked, unfolded_conv2d, whole
 from cutlayer.runtime.parties.together import _NOT_ELEMENTWISE, RowsTogether, _OptimizerRows  # pyright: ignore[reportPrivateUsage]
 
@@ -139,10 +135,10 @@ def test_an_unfolded_convolution_is_a_convolution(data: st.DataObject) -> None:
         torch.testing.assert_close(own, other)
 
 
-@pytest.mark.parametrize("name", [name for name in _OPTIMIZERS if name not in _NOT_ELEMENTWISE])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in _NOT_ELEMENTWISE])
 def test_optimizers_of_torch_work_on_elements(name: str) -> None:
     """So one over stacked parameters takes the steps of one for each client."""
-    kind = _OPTIMIZERS[name]
+    kind = OPTIMIZERS[name]
     start, gradients = torch.randn(CLIENTS, 4, 5), torch.randn(4, CLIENTS, 4, 5)
     together, each = nn.Parameter(start.clone()), [nn.Parameter(own.clone()) for own in start]
     optimizers = [kind([together], lr=0.1), *(kind([own], lr=0.1) for own in each)]
@@ -155,17 +151,17 @@ def test_optimizers_of_torch_work_on_elements(name: str) -> None:
     torch.testing.assert_close(together.detach(), torch.stack([own.detach() for own in each]))
 
 
-@pytest.mark.parametrize("name", sorted(_NOT_ELEMENTWISE & _OPTIMIZERS.keys()))
+@pytest.mark.parametrize("name", sorted(_NOT_ELEMENTWISE & OPTIMIZERS.keys()))
 def test_the_others_do_not(name: str) -> None:
     with pytest.raises((AssertionError, ValueError)):
         test_optimizers_of_torch_work_on_elements(name)
 
 
-@pytest.mark.parametrize("name", [name for name in _OPTIMIZERS if name not in _NOT_ELEMENTWISE])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in _NOT_ELEMENTWISE])
 @pytest.mark.parametrize("shape", [(), (2, 3)])
 def test_what_an_optimizer_keeps_of_each_is_taken_up_again(name: str, shape: tuple[int, ...]) -> None:
     """Also of a parameter that is one number, whose state looks like a count of steps."""
-    kind, rows = _OPTIMIZERS[name], [dict[str, Any]() for _ in range(CLIENTS)]
+    kind, rows = OPTIMIZERS[name], [dict[str, Any]() for _ in range(CLIENTS)]
     together = nn.Parameter(torch.randn(CLIENTS, *shape))
     first, second = kind([together], lr=0.1), kind([together], lr=0.1)
     together.grad = torch.ones_like(together)  # the same of each: so is what is kept

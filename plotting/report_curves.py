@@ -25,7 +25,7 @@ from cutlayer.plotting.report_charts import (
     metric_layout,
     value_format,
 )
-from cutlayer.plotting.report_style import BAND, LegendEntry, faint, hollow, line_style
+from cutlayer.plotting.report_style import BAND, LegendEntry, faint, hollow, level_style, line_style
 from cutlayer.plotting.runs import Run
 from cutlayer.plotting.style import format_metric, is_share, metric_label
 from cutlayer.plotting.timing import Array, time_unit
@@ -154,11 +154,9 @@ def _add_levels(chart: Chart, curves: Sequence[Curve]) -> None:
             continue
         spans = {name: [column[name] for column in chart.columns.values() if name in column] for name in missing}
         chart.columns[f"{group}-level"] = {name: _span(found, chart.axes[name].log) for name, found in spans.items()}
-        color = line_look(curve.method, curve.variant)["color"]
         trace = {
             **_trace(curve, group, at=f"{group}-level", y=np.full(_POINTS, float(np.nanmean(level)))),
-            "mode": "lines",
-            "line": {"color": color, "dash": "6px,4px", "width": 1.6},
+            **level_style(**line_look(curve.method, curve.variant)),
             "hovertemplate": f"{HOVER_NAME}%{{y:{value_format(curve.metric)}}} at the end, sends nothing",
         }
         chart.traces.append(trace)

@@ -13,7 +13,7 @@ from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, NullFormatte
 from cutlayer.plotting.content import METRIC_NAMES
 from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.figures.layout import wrapped
-from cutlayer.plotting.style import dashes, format_metric, is_share, method_style, metric_label, shade
+from cutlayer.plotting.style import dashes, format_metric, is_share, marker_of, method_style, metric_label, shade
 from cutlayer.plotting.timing import Array, time_unit
 from cutlayer.runtime.ground.units import byte_unit
 
@@ -39,7 +39,8 @@ def label_of(curve: Curve) -> str:
 def line_look(method: str, variant: int) -> dict[str, Any]:
     """Colour, dashes and marker of the n-th setting (from 0) of a method, as arguments of `Axes.plot`."""
     style = method_style(method)
-    return {"color": shade(style.color, variant), "linestyle": dashes(variant), "marker": style.marker}
+    marker = marker_of(style.marker, variant)
+    return {"color": shade(style.color, variant), "linestyle": dashes(variant), "marker": marker}
 
 
 def draw_curve(axes: Axes, x: Array, curve: Curve, place: int) -> Line2D:

@@ -29,7 +29,6 @@ from cutlayer.plotting.figures.groups import (
 )
 from cutlayer.plotting.figures.layout import axis_text, grow, put_legend
 from cutlayer.plotting.runs import Run
-from cutlayer.plotting.style import method_style
 from cutlayer.plotting.timing import Array
 
 _ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
@@ -156,8 +155,8 @@ def accuracy_scatter(figure: Figure, curves: Sequence[Curve], options: Options) 
     handles: list[Any] = []
     logarithmic = axes.get_xscale() == "log"
     for group, part, counts in zip(groups, parts, cost, strict=True):
-        color = line_look(group.method, group.variant)["color"]
-        style: dict[str, Any] = {"marker": method_style(group.method).marker, "linestyle": "", "color": color}
+        style = line_look(group.method, group.variant) | {"linestyle": ""}
+        color = style["color"]
         style |= {"markerfacecolor": (color, 0.3), "markeredgecolor": color}
         # Large dots first, so that small ones lie on top of them.
         for key, runs in sorted(part.items(), key=lambda item: -sizes[item[0][1]]):

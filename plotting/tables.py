@@ -18,6 +18,7 @@ from cutlayer.plotting.curves import (
     values_at_budget,
 )
 from cutlayer.plotting.figures import Options
+from cutlayer.plotting.figures.base import without
 from cutlayer.plotting.style import format_metric, is_share, method_style, metric_label
 from cutlayer.plotting.table_text import emphasized, latex, latex_bold, markdown, markdown_bold, table_csv
 from cutlayer.runtime.ground.units import byte_unit, format_bytes
@@ -121,8 +122,7 @@ def table_notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
         notes.append("Mean ± population standard deviation over seeds.")
     if options.budget is not None:
         notes.append(f"At {format_bytes(options.budget)}: of the last evaluation that came with at most these bytes.")
-    left_out = f", without {', '.join(options.without_fields)}" if options.without_fields else ""
-    notes.append(f"Communication: payload of the whole run{left_out}; 1 kB is 1000 bytes.")
+    notes.append(f"Communication: payload of the whole run{without(options)}; 1 kB is 1000 bytes.")
     if any(row["comm_load_bytes"] for row in rows) and len(rows) > 1:
         notes.append("Bold: the best of those that communicate.")
     for code in dict.fromkeys(row["code"] for row in rows if row["code"]):

@@ -259,9 +259,9 @@ def test_bytes_by_kind(tmp_path: Path) -> None:
     (chart,) = traffic_charts(make_curves(runs), Options(without_fields=("y",)))
     check(chart)
     assert {trace["name"]: chart.columns[trace["at"]]["x"] for trace in chart.traces} == {
-        "model, down": [30],
-        "model, up": [15],
-        "smashed, up": [45],
+        "model, to clients": [30],
+        "model, to the server": [15],
+        "activations, to the server": [45],
     }
     assert traffic_charts(make_curves([make_run(tmp_path / "2", results={"traffic": {}})]), Options()) == []
 

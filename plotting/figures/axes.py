@@ -13,6 +13,7 @@ from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, NullFormatte
 from cutlayer.plotting.content import METRIC_NAMES
 from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.figures.layout import wrapped
+from cutlayer.plotting.measures import marked, measured
 from cutlayer.plotting.style import dashes, format_metric, is_share, marker_of, method_style, metric_label, shade
 from cutlayer.plotting.timing import Array, time_unit
 from cutlayer.runtime.ground.units import byte_unit
@@ -33,7 +34,8 @@ _LABEL_HEIGHT, _LABEL_SIZE = 2.2, 9.0
 def label_of(curve: Curve) -> str:
     """A curve's name in a legend."""
     name = method_style(curve.method).label
-    return f"{name}, {curve.label}" if curve.label else name
+    name = f"{name}, {curve.label}" if curve.label else name
+    return marked(name, measured(curve.runs[0], curve.metric))
 
 
 def line_look(method: str, variant: int) -> dict[str, Any]:

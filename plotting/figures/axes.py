@@ -74,6 +74,18 @@ def draw_level(axes: Axes, method: str, variant: int, value: float, label: str) 
     return line
 
 
+def by_right_end(lines: Sequence[Line2D], texts: Sequence[str]) -> tuple[list[Line2D], list[str]]:
+    """Lines and their texts in the order of the lines' right ends, the highest first; for a legend."""
+
+    def end(line: Line2D) -> float:
+        y = np.asarray(line.get_ydata(), np.float64)
+        known = y[np.isfinite(y)]
+        return float(known[-1]) if len(known) else -np.inf
+
+    order = sorted(range(len(lines)), key=lambda at: -end(lines[at]))
+    return [lines[at] for at in order], [texts[at] for at in order]
+
+
 def _marked(value: Array, place: int) -> list[int]:
     """Where a curve bears its marker: now and then, and at every point that no line reaches."""
     known = np.isfinite(value)

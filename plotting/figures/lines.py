@@ -14,6 +14,7 @@ from cutlayer.plotting.curves import Curve, bytes_to_reach, final_values
 from cutlayer.plotting.figures.axes import (
     Unit,
     amount_axis,
+    by_right_end,
     bytes_unit,
     draw_curve,
     draw_level,
@@ -157,10 +158,10 @@ def _legend(
 ) -> None:
     # Not the axes' own list of labels, in which none begins with an underscore.
     drawn = {str(line.get_label()): line for line in axes.get_lines()}
+    shown = [curve for curve in curves if label_of(curve) in drawn]
     texts: list[str] = []
-    for curve in curves:
-        if label_of(curve) in drawn:
-            level = "" if curve.sends or not levels else ": sends nothing"
-            cost = f": {costs[id(curve)]}" if costs and id(curve) in costs else ""
-            texts.append(f"{label_of(curve)}{level}{cost}")
-    put_legend(figure, [drawn[label_of(curve)] for curve in curves if label_of(curve) in drawn], texts, note)
+    for curve in shown:
+        level = "" if curve.sends or not levels else ": sends nothing"
+        cost = f": {costs[id(curve)]}" if costs and id(curve) in costs else ""
+        texts.append(f"{label_of(curve)}{level}{cost}")
+    put_legend(figure, *by_right_end([drawn[label_of(curve)] for curve in shown], texts), note)

@@ -13,7 +13,15 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation, Transform
 
 from cutlayer.plotting.curves import Curve
-from cutlayer.plotting.figures.axes import amount_axis, bytes_unit, draw_level, draw_target, line_look, metric_axis
+from cutlayer.plotting.figures.axes import (
+    amount_axis,
+    by_right_end,
+    bytes_unit,
+    draw_level,
+    draw_target,
+    line_look,
+    metric_axis,
+)
 from cutlayer.plotting.figures.base import Options, register, without
 from cutlayer.plotting.figures.groups import (
     ALPHA_KEY,
@@ -79,7 +87,7 @@ def metric_alpha(figure: Figure, curves: Sequence[Curve], options: Options) -> N
     _finish(axes, options, "last evaluation")
     put_ticks(axes, [places[alpha] for alpha in alphas], texts)
     axes.set_xlabel(f"Dirichlet {_ALPHA} (to the right: clients more alike)")
-    put_legend(figure, handles, [group.name for group in groups], _seeds(groups))
+    put_legend(figure, *by_right_end(handles, [group.name for group in groups]), _seeds(groups))
 
 
 def _has_sweep(curves: Sequence[Curve], options: Options) -> bool:
@@ -137,7 +145,7 @@ def ablation(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     axes.set_xlabel(axis_text(figure, key_label(key)))
     note = "filled: last evaluation, hollow: best one" + (f"; {_seeds(groups)}" if _seeds(groups) else "")
     names = [group.name + ("" if runs else ": not swept") for group, runs in zip(groups, having, strict=True)]
-    put_legend(figure, handles, names, note)
+    put_legend(figure, *by_right_end(handles, names), note)
 
 
 def _any_pair(curves: Sequence[Curve], _: Options) -> bool:

@@ -53,7 +53,7 @@ def test_a_figure_shows_each_curve_in_its_unit(write_run: WriteRun, tmp_path: Pa
     np.testing.assert_allclose(marks, [0.5 * 5, 2.0 * (5 + 4) / 2])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
-        *("Centralized: sends nothing", "FedAvg: 9.00 MB", "FSL-SAGE: 2.50 MB")
+        *("FedAvg: 9.00 MB", "Centralized: sends nothing", "FSL-SAGE: 2.50 MB")
     ]
     assert legend.get_title().get_text() == "sent when 50% is first reached, mean over seeds:"
 

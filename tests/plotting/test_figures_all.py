@@ -68,6 +68,9 @@ def test_whatever_a_run_lacks_the_rest_is_drawn(name: str, missing: tuple[str, .
     assert not FIGURES[name].applies([], Options())
 
 
+START = "start of own models"
+
+
 @pytest.mark.parametrize("name", ["accuracy_communication", "accuracy_rounds", "accuracy_time", "metric_alpha"])
 def test_a_method_looks_the_same_wherever_it_is_drawn(name: str, tmp_path: Path) -> None:
     runs = [
@@ -79,7 +82,7 @@ def test_a_method_looks_the_same_wherever_it_is_drawn(name: str, tmp_path: Path)
     _, axes = draw(name, some)
     for method in (*METHODS, "of_ones_own"):
         style = method_style(method)
-        drawn = line(axes, style.label)
+        (drawn,) = [each for each in axes.get_lines() if each.get_label() in (style.label, f"{style.label} ({START})")]
         assert (drawn.get_color(), drawn.get_marker()) == (style.color.lower(), style.marker)
 
 
@@ -152,3 +155,16 @@ def test_nine_settings_of_a_method_are_drawn_in_nine_ways(name: str, tmp_path: P
         marked = [each for each in axes.get_lines() if not each.get_clip_on()]
     assert len(marked) == 9
     assert len({(to_hex(each.get_color()), str(each.get_marker())) for each in marked}) == 9
+
+
+@pytest.mark.parametrize("name", ["accuracy_communication", "accuracy_rounds", "accuracy_time", "metric_alpha"])
+def test_a_legend_has_the_order_of_the_curves_at_their_right_end(name: str, tmp_path: Path) -> None:
+    ends = {"fed_avg": 0.4, "scaffold": 0.9, "sl": 0.2, "fed_prox": 0.6}
+    runs = [
+        make_run(tmp_path / f"{method}{alpha}", method, accuracy=(1 - end, end), **keys, alpha=alpha)
+        for method, end in ends.items()
+        for alpha in ([0.1, 1.0] if name == "metric_alpha" else [1.0])
+        for keys in [{"distribution": "noniid_dirichlet"}]
+    ]
+    figure, _ = draw(name, runs)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["SCAFFOLD", "FedProx", "FedAvg", "SL"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -149,7 +149,8 @@ def _draw(job: _Job) -> tuple[list[Path], list[str]]:
                 figure = make_figure(name, curves, options)
                 files += save_figure(figure, folder / name, job.formats)
                 if comparison.report and not FIGURES[name].charted:
-                    pictures[name] = as_svg(figure)
+                    # Under the page's title, which is the same.
+                    pictures[name] = as_svg(make_figure(name, curves, replace(options, title="")))
             except _ODD as error:  # of one figure: the others and the tables hold all the same
                 failed.append(f"{name}: it cannot be drawn ({type(error).__name__}: {one_line(error)})")
     rows = table_rows(curves, options)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cutlayer.plotting.content import METRIC_NAMES
+from cutlayer.plotting.measures import competing, measured
 from cutlayer.plotting.runs import SPREAD_KEYS, Run, short
 from cutlayer.plotting.style import shortened
 from cutlayer.plotting.timing import Array, Link
@@ -220,7 +221,10 @@ def default_target(curves: Sequence[Curve]) -> float | None:
     Of a metric of which more is better 95% of the best value, rounded down to a whole percent; of one of which less is
     better the best value and 5% of it, rounded up to two digits.
     """
-    found = [float(np.nanmean(best_values(curve))) for curve in curves if curve.sends and _has_number(curve)]
+    able = [curve for curve in curves if curve.sends and _has_number(curve)]
+    measures = [measured(curve.runs[0], curve.metric) for curve in able]
+    rank = competing(measures) or measures
+    found = [float(np.nanmean(best_values(curve))) for curve, each in zip(able, measures, strict=True) if each in rank]
     if not found:
         return None
     if higher_is_better(curves[0].metric):

@@ -12,7 +12,7 @@ import numpy as np
 from cutlayer.plotting.content import METRIC_NAMES
 from cutlayer.plotting.curves import Curve, final_values, higher_is_better
 from cutlayer.plotting.figures.axes import label_of, line_look
-from cutlayer.plotting.figures.base import Options
+from cutlayer.plotting.figures.base import Options, without
 from cutlayer.plotting.report_charts import (
     GREY,
     HOVER_NAME,
@@ -25,8 +25,7 @@ from cutlayer.plotting.report_charts import (
     metric_layout,
     value_format,
 )
-from cutlayer.plotting.report_style import BAND, LegendEntry, faint, hollow, line_style
-from cutlayer.plotting.runs import Run
+from cutlayer.plotting.report_style import BAND, LegendEntry, faint, hollow, level_style, line_style
 from cutlayer.plotting.style import format_metric, is_share, metric_label
 from cutlayer.plotting.timing import Array, time_unit
 
@@ -50,11 +49,6 @@ class _Costs:
             if curve.seconds is not None:
                 found["seconds"] = curve.seconds / self.second
         return found
-
-    def of_run(self, run: Run, at: int) -> dict[str, float]:
-        found = {"rounds": run.results["rounds"][at], "bytes": run.bytes(self.options.without_fields)[at]}
-        seconds = run.seconds(self.options.link)
-        return found if seconds is None else found | {"seconds": float(seconds[at]) / self.second}
 
 
 def curves_chart(curves: Sequence[Curve], options: Options) -> Chart:
@@ -92,8 +86,7 @@ def _axes(curves: Sequence[Curve], costs: _Costs, unit: str) -> dict[str, Axis]:
     far = {name: bool(values) and max(values) > LOG_RATIO * min(values) for name, values in found.items()}
     axes: dict[str, Axis] = {}
     if found["bytes"]:
-        without = f" without {', '.join(options.without_fields)}" if options.without_fields else ""
-        axes["bytes"] = byte_axis("communication", f"communication{without}", far["bytes"])
+        axes["bytes"] = byte_axis("communication", f"communication{without(options)}", far["bytes"])
     axes["rounds"] = Axis("rounds", "rounds", "", {"tickformat": ",", "rangemode": "tozero"})
     if found["seconds"]:
         title = f"simulated time ({unit})\nat {options.link.label}"
@@ -154,11 +147,9 @@ def _add_levels(chart: Chart, curves: Sequence[Curve]) -> None:
             continue
         spans = {name: [column[name] for column in chart.columns.values() if name in column] for name in missing}
         chart.columns[f"{group}-level"] = {name: _span(found, chart.axes[name].log) for name, found in spans.items()}
-        color = line_look(curve.method, curve.variant)["color"]
         trace = {
             **_trace(curve, group, at=f"{group}-level", y=np.full(_POINTS, float(np.nanmean(level)))),
-            "mode": "lines",
-            "line": {"color": color, "dash": "6px,4px", "width": 1.6},
+            **level_style(**line_look(curve.method, curve.variant)),
             "hovertemplate": f"{HOVER_NAME}%{{y:{value_format(curve.metric)}}} at the end, sends nothing",
         }
         chart.traces.append(trace)
@@ -170,7 +161,7 @@ def _span(columns: Sequence[list[Any]], log: bool) -> list[Any]:
 
 
 def _add_target(chart: Chart, curves: Sequence[Curve], target: float, costs: _Costs) -> None:
-    """A line at the target, and on it for each method where its seeds first reached it, on average."""
+    """A line at the target, and on each curve the evaluation by which its seeds first reached it, on average."""
     metric = costs.options.metric
     name = f"target {format_metric(metric, target)}"
     text = f"{name}; hollow marks: first reached, mean over seeds"
@@ -180,19 +171,21 @@ def _add_target(chart: Chart, curves: Sequence[Curve], target: float, costs: _Co
     chart.shapes.append({"type": "line", **ends, "line": line, "groups": [TARGET]})
     for number, curve in enumerate(curves):
         first = [_first_reached(run.series(metric), target, metric) for run in curve.runs]
-        places = [costs.of_run(run, at) for run, at in zip(curve.runs, first, strict=True) if at is not None]
-        if not curve.sends or not places:
+        rounds = [run.results["rounds"][at] for run, at in zip(curve.runs, first, strict=True) if at is not None]
+        if not curve.sends or not rounds or curve.rounds[-1] < fmean(rounds):
             continue
-        shared = [axis for axis in chart.axes if all(axis in place for place in places)]
-        column = {axis: json_numbers([fmean(place[axis] for place in places)]) for axis in shared}
-        chart.columns[f"c{number}-target"] = column
+        marked = int(np.argmax(curve.rounds >= fmean(rounds)))
+        found = costs.of_curve(curve)
+        chart.columns[f"c{number}-target"] = {
+            axis: json_numbers(found[axis][[marked]]) for axis in chart.axes if axis in found
+        }
         style = line_look(curve.method, curve.variant)
         trace = {
-            **_trace(curve, f"c{number}", at=f"c{number}-target", y=np.asarray([target])),
+            **_trace(curve, f"c{number}", at=f"c{number}-target", y=curve.value[[marked]]),
             "mode": "markers",
             **hollow(style["color"], style["marker"]),
-            "customdata": [json_numbers([fmean(place["rounds"] for place in places)])],
-            "hovertemplate": f"{HOVER_NAME}{name} first reached by {len(places)} of {len(first)} seeds<br>"
+            "customdata": [json_numbers([fmean(rounds)])],
+            "hovertemplate": f"{HOVER_NAME}{name} first reached by {len(rounds)} of {len(first)} seeds<br>"
             "round %{customdata[0]:,}{x}",
             "groups": [f"c{number}", TARGET],
         }

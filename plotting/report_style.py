@@ -110,6 +110,14 @@ def line_style(color: str, linestyle: str, marker: str) -> dict[str, Any]:
     }
 
 
+def level_style(color: str, linestyle: str, marker: str) -> dict[str, Any]:
+    """As `line_style`, of a level: dashed whatever the method's line is, with two markers."""
+    style = line_style(color, linestyle, marker)
+    style["line"] |= {"dash": "6px,4px", "width": 1.6}
+    style["marker"]["maxdisplayed"] = 2
+    return {"mode": "lines+markers", **style}
+
+
 def hollow(color: str, marker: str) -> dict[str, Any]:
     """A large marker without an inside, as attributes of the chart library's trace."""
     symbol = f"{SYMBOLS[marker].removesuffix('-open')}-open"

@@ -33,7 +33,7 @@ from cutlayer.plotting.report_charts import (
     metric_layout,
     value_format,
 )
-from cutlayer.plotting.report_style import LegendEntry, hollow, line_style
+from cutlayer.plotting.report_style import LegendEntry, hollow, level_style, line_style
 from cutlayer.plotting.runs import Run
 from cutlayer.plotting.style import metric_label
 
@@ -158,9 +158,8 @@ def _add_level(chart: Chart, at: str, group: Group, sweep: _Sweep, options: Opti
             "name": html_text(group.name),
             "at": at,
             "groups": [at],
-            "mode": "lines",
             "y": json_numbers([final] * _POINTS),
-            "line": {"color": line_look(group.method, group.variant)["color"], "dash": "6px,4px", "width": 1.6},
+            **level_style(**line_look(group.method, group.variant)),
             "hovertemplate": f"{HOVER_NAME}%{{y:{value_format(options.metric)}}} without this setting",
         }
     )

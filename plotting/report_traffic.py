@@ -7,8 +7,8 @@ from typing import Any
 
 from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.figures.axes import label_of
-from cutlayer.plotting.figures.bars import EDGE, kind_looks, traffic_of
-from cutlayer.plotting.figures.base import Options
+from cutlayer.plotting.figures.bars import EDGE, kind_label, kind_looks, traffic_of
+from cutlayer.plotting.figures.base import Options, without
 from cutlayer.plotting.figures.layout import wrapped
 from cutlayer.plotting.report_charts import HOVER_NAME, Chart, byte_axis, html_text, json_numbers
 from cutlayer.plotting.report_style import LegendEntry
@@ -30,19 +30,20 @@ def traffic_charts(curves: Sequence[Curve], options: Options) -> list[Chart]:
     places = list(range(len(bars)))
     ticks = {"tickvals": places, "ticktext": ["<br>".join(html_text(line) for line in lines) for lines in names]}
     mean = " Means over seeds." if any(len(curve.runs) > 1 for curve, _ in bars) else ""
-    without = f" without {', '.join(options.without_fields)}" if options.without_fields else ""
     chart = Chart(
         name="traffic",
         heading="Communication by kind",
         description="bytes of the whole run by kind of message and direction; their sums are in the table",
         axes={"x": byte_axis("communication", "communication")},
         y={"autorange": "reversed", "showgrid": False, "zeroline": False, **ticks},
-        note=f"Of the whole run{without}, by kind of message; up: from clients to the server.{mean}",
+        note=f"Of the whole run{without(options)}, by kind of message.{mean}",
         # Bars are equally far apart, so that the longest name decides.
         height=_ROOM + len(names) * (_GAP + _LINE * max(map(len, names))),
     )
     for name, look in kind_looks({name for _, sent in bars for name in sent}).items():
-        chart.keys.append(LegendEntry(name, name, look["facecolor"], marker="s", hatched=bool(look["hatch"])))
+        chart.keys.append(
+            LegendEntry(name, kind_label(name), look["facecolor"], marker="s", hatched=bool(look["hatch"]))
+        )
         chart.columns[name] = {"x": json_numbers(sent.get(name, 0.0) for _, sent in bars)}
         chart.traces.append(_bars(name, look, places, [html_text(label_of(curve)) for curve, _ in bars]))
     return [chart]
@@ -56,7 +57,7 @@ def _bars(name: str, look: Mapping[str, Any], places: list[int], texts: list[str
     return {
         "type": "bar",
         "orientation": "h",
-        "name": html_text(name),
+        "name": html_text(kind_label(name)),
         "at": name,
         "groups": [name],
         "y": places,

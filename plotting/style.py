@@ -19,12 +19,16 @@ _GREY, _NAVY, _INDIGO = "#595959", "#003E5C", "#4B0082"
 # from every other colour of this file.
 _RED, _MAROON, _SAND, _FOREST = "#B81400", "#660A00", "#C2AD70", "#005229"
 _BRIGHT_BLUE, _VIOLET, _PERIWINKLE, _INK = "#1F00F5", "#5C3DD6", "#7A85FF", "#010941"
+# For methods of features, adapters and privacy, found likewise.
+_LEAF, _SLATE, _MAGENTA, _OCHRE, _ULTRAMARINE, _PINK = "#338844", "#223333", "#AA0088", "#DD9944", "#3300CC", "#EE8899"
 # Tol's muted palette (2021), for methods that are not listed: none of these looks like a listed one.
 _SPARE = tuple(product(("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#117733"), ("<", ">", "p", "d", "8")))
 _DASHES = ("-", "--", ":", "-.")
 # Share of white (above 0) or black (below) that is mixed into a method's colour; their number has no common divisor
-# with that of the dashes, so that twelve settings of one method all look different.
+# with that of the dashes. Where there is no line, markers change after all shades were used.
 _SHADES = (0.0, 0.45, -0.45)
+_MARKERS = ("o", "^", "s", "X", "D", "*")
+_OUTLINES = ("o8hHp", "^", "v", "<", ">", "s", "Dd", "xX", "+P", "*")
 
 _METRICS = {
     "test_acc": "test accuracy",
@@ -72,15 +76,12 @@ METHODS = {
     "ditto": MethodStyle("Ditto", _BRIGHT_BLUE, "8"),
     "mhmd": MethodStyle("MHMD", _VIOLET, "H"),
     "fsmkd": MethodStyle("FSMKD", _INK, "D"),
-}
-# Of those whose colour and marker follow from their registered name.
-_NAMES = {
-    "fed_sa_lora": "FedSA-LoRA",
-    "fl_moco": "FL-MoCo",
-    "flora": "FLoRA",
-    "moco_sfl": "MocoSFL",
-    "ressfl": "ResSFL",
-    "sl_u_shape": "SplitFed v2, U-shaped",
+    "fl_moco": MethodStyle("FL-MoCo", _LEAF, "o"),
+    "moco_sfl": MethodStyle("MocoSFL", _PINK, "P"),
+    "flora": MethodStyle("FLoRA", _OCHRE, "X"),
+    "fed_sa_lora": MethodStyle("FedSA-LoRA", _ULTRAMARINE, "^"),
+    "ressfl": MethodStyle("ResSFL", _SLATE, "v"),
+    "sl_u_shape": MethodStyle("SplitFed v2, U-shaped", _MAGENTA, "s"),
 }
 
 
@@ -89,13 +90,20 @@ def method_style(name: str) -> MethodStyle:
     if name in METHODS:
         return METHODS[name]
     color, marker = _SPARE[zlib.crc32(name.encode()) % len(_SPARE)]
-    return MethodStyle(_NAMES.get(name) or shortened(name), color, marker)
+    return MethodStyle(shortened(name), color, marker)
 
 
 def shortened(text: str) -> str:
     """A name that fits into a legend: a long one is cut and gets a number that follows from it all."""
     number = f"\N{HORIZONTAL ELLIPSIS} #{zlib.crc32(text.encode()):08x}"
     return text if len(text) <= _LONGEST else text[:_LONGEST] + number
+
+
+def marker_of(marker: str, variant: int) -> str:
+    """The marker of the n-th variant (from 0) of a method: its own for three shades, then one of another outline."""
+    alike = next((each for each in _OUTLINES if marker in each), marker)
+    others = [each for each in _MARKERS if each not in alike]
+    return [marker, *others][variant // len(_SHADES) % (1 + len(others))]
 
 
 def dashes(variant: int) -> str:

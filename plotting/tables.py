@@ -18,6 +18,8 @@ from cutlayer.plotting.curves import (
     values_at_budget,
 )
 from cutlayer.plotting.figures import Options
+from cutlayer.plotting.figures.base import without
+from cutlayer.plotting.measures import competing, marked, measured
 from cutlayer.plotting.style import format_metric, is_share, method_style, metric_label
 from cutlayer.plotting.table_text import emphasized, latex, latex_bold, markdown, markdown_bold, table_csv
 from cutlayer.runtime.ground.units import byte_unit, format_bytes
@@ -25,8 +27,13 @@ from cutlayer.runtime.ground.units import byte_unit, format_bytes
 TABLE_COLUMNS = (
     *("method", "setting", "code", "metric", "seeds", "rounds", "final", "final_std", "best", "best_std"),
     *("comm_load_bytes", "comm_load_bytes_std", "budget_bytes", "at_budget", "at_budget_std", "at_budget_seeds"),
-    *("target", "target_seeds", "bytes_to_target", "bytes_to_target_std"),
+    *("target", "target_seeds", "bytes_to_target", "bytes_to_target_std", "measured"),
 )
+_MEASURES = {
+    "kNN": "kNN: accuracy of a nearest-neighbour classifier on features learnt without labels",
+    "own models": "own models: made for local accuracy, mean over clients' own models on the whole test set",
+    "start of own models": "start of own models: made for local accuracy, before clients make models of their own",
+}
 
 
 def table_rows(curves: Sequence[Curve], options: Options) -> list[dict[str, Any]]:
@@ -35,7 +42,8 @@ def table_rows(curves: Sequence[Curve], options: Options) -> list[dict[str, Any]
     Each figure is a mean over seeds, and its `_std` the population standard deviation. `at_budget` is the last
     evaluation within `options.budget` bytes and `at_budget_seeds` the number of seeds that have one; `target_seeds`
     counts the seeds that reached the target, `bytes_to_target` is their mean. What does not apply is None; a figure
-    that is not finite is NaN. `code` names the program that wrote the runs where it is another one.
+    that is not finite is NaN. `code` names the program that wrote the runs where it is another one, `measured` what the
+    metric is of, as `measures.measured`.
     """
     return [dict(zip(TABLE_COLUMNS, _row_values(curve, options), strict=True)) for curve in curves]
 
@@ -67,6 +75,7 @@ def _row_values(curve: Curve, options: Options) -> tuple[Any, ...]:
         *(*_moments(final_values(curve)), *_moments(best_values(curve)), *_moments(total_bytes(curve, fields))),
         *(budget, *_moments(known), None if known is None else len(known)),
         *(options.target, None if options.target is None else len(reached), *_moments(reached)),
+        measured(curve.runs[0], curve.metric),
     )
 
 
@@ -107,8 +116,11 @@ def _emphasized(
 
 
 def _competes(row: dict[str, Any], name: str, rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether a row may be the best: not a reference that sends nothing (unless all are), nor a part of the seeds."""
-    sends = row["comm_load_bytes"] > 0 or not any(other["comm_load_bytes"] for other in rows)
+    """Whether a row may be the best: not a reference that sends nothing (unless all are), nor a part of the seeds,
+    nor what was measured in another way."""
+    sending = [other for other in rows if other["comm_load_bytes"]]
+    sends = row["comm_load_bytes"] > 0 or not sending
+    sends = sends and row["measured"] in competing([other["measured"] for other in sending or rows])
     seeds = {"bytes_to_target": "target_seeds", "at_budget": "at_budget_seeds"}.get(name, "seeds")
     return sends and row[name] is not None and bool(np.isfinite(row[name])) and row[seeds] == row["seeds"]
 
@@ -121,17 +133,21 @@ def table_notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
         notes.append("Mean ± population standard deviation over seeds.")
     if options.budget is not None:
         notes.append(f"At {format_bytes(options.budget)}: of the last evaluation that came with at most these bytes.")
-    left_out = f", without {', '.join(options.without_fields)}" if options.without_fields else ""
-    notes.append(f"Communication: payload of the whole run{left_out}; 1 kB is 1000 bytes.")
+    notes.append(f"Communication: payload of the whole run{without(options)}; 1 kB is 1000 bytes.")
     if any(row["comm_load_bytes"] for row in rows) and len(rows) > 1:
         notes.append("Bold: the best of those that communicate.")
+    measures = dict.fromkeys(row["measured"] for row in rows)
+    if any(measures):
+        told = "; ".join(_MEASURES[name] for name in measures if name)
+        alone = " Bold compares none of these with others." if len(measures) > 1 else ""
+        notes.append(f"In brackets, {told}.{alone}")
     for code in dict.fromkeys(row["code"] for row in rows if row["code"]):
         notes.append(f"Runs of {code}'s code count no labels.")
     return notes
 
 
 def _name(row: dict[str, Any]) -> str:
-    return method_style(row["method"]).label + (f" ({row['setting']})" if row["setting"] else "")
+    return marked(method_style(row["method"]).label, ", ".join(filter(None, (row["setting"], row["measured"]))))
 
 
 def _value(row: dict[str, Any], name: str) -> str:

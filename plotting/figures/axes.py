@@ -13,7 +13,8 @@ from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, NullFormatte
 from cutlayer.plotting.content import METRIC_NAMES
 from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.figures.layout import wrapped
-from cutlayer.plotting.style import dashes, format_metric, is_share, method_style, metric_label, shade
+from cutlayer.plotting.measures import marked, measured
+from cutlayer.plotting.style import dashes, format_metric, is_share, marker_of, method_style, metric_label, shade
 from cutlayer.plotting.timing import Array, time_unit
 from cutlayer.runtime.ground.units import byte_unit
 
@@ -33,13 +34,15 @@ _LABEL_HEIGHT, _LABEL_SIZE = 2.2, 9.0
 def label_of(curve: Curve) -> str:
     """A curve's name in a legend."""
     name = method_style(curve.method).label
-    return f"{name}, {curve.label}" if curve.label else name
+    name = f"{name}, {curve.label}" if curve.label else name
+    return marked(name, measured(curve.runs[0], curve.metric))
 
 
 def line_look(method: str, variant: int) -> dict[str, Any]:
     """Colour, dashes and marker of the n-th setting (from 0) of a method, as arguments of `Axes.plot`."""
     style = method_style(method)
-    return {"color": shade(style.color, variant), "linestyle": dashes(variant), "marker": style.marker}
+    marker = marker_of(style.marker, variant)
+    return {"color": shade(style.color, variant), "linestyle": dashes(variant), "marker": marker}
 
 
 def draw_curve(axes: Axes, x: Array, curve: Curve, place: int) -> Line2D:
@@ -69,6 +72,18 @@ def draw_level(axes: Axes, method: str, variant: int, value: float, label: str) 
     options = line_look(method, variant) | {"linestyle": (0, (4, 3)), "linewidth": 1.2, "markevery": [1, 2]}
     (line,) = axes.plot(x, [value] * 4, transform=axes.get_yaxis_transform(), **options, label=label)
     return line
+
+
+def by_right_end(lines: Sequence[Line2D], texts: Sequence[str]) -> tuple[list[Line2D], list[str]]:
+    """Lines and their texts in the order of the lines' right ends, the highest first; for a legend."""
+
+    def end(line: Line2D) -> float:
+        y = np.asarray(line.get_ydata(), np.float64)
+        known = y[np.isfinite(y)]
+        return float(known[-1]) if len(known) else -np.inf
+
+    order = sorted(range(len(lines)), key=lambda at: -end(lines[at]))
+    return [lines[at] for at in order], [texts[at] for at in order]
 
 
 def _marked(value: Array, place: int) -> list[int]:

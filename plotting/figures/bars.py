@@ -14,7 +14,7 @@ from matplotlib.transforms import ScaledTranslation, Transform
 
 from cutlayer.plotting.curves import Curve
 from cutlayer.plotting.figures.axes import Unit, bytes_unit, label_of, line_look, seconds_unit
-from cutlayer.plotting.figures.base import Options, register
+from cutlayer.plotting.figures.base import Options, register, without
 from cutlayer.plotting.figures.layout import axis_text, new_height, put_legend, text_width, wrapped
 from cutlayer.plotting.timing import ROUND_PARTS, Link, format_in_unit, time_parts
 from cutlayer.runtime.ground.units import format_bytes
@@ -34,6 +34,8 @@ _PARTS: dict[str, dict[str, Any]] = {
     "waiting": {"facecolor": "#FFFFFF", "hatch": ".."},
 }
 _KINDS = ("#77AADD", "#EEDD88", "#EE8866", "#44BB99", "#FFAABB", "#BBCC33", "#99DDFF", "#AAAA00")
+_NOUNS = {"smashed": "activations", "gradient": "gradients", "align": "alignment"}
+_ANSWERED = ("smashed", "gradient")
 BAR = 0.2
 """Height of a bar in the units of `named_rows`."""
 _NAMES_WIDTH = 2.1
@@ -91,10 +93,18 @@ def traffic_kinds(figure: Figure, curves: Sequence[Curve], options: Options) -> 
     looks = kind_looks({name for _, parts in bars for name in parts})
     axes = figure.add_subplot()
     unit = _stack(figure, axes, bars, looks, bytes_unit, lambda count: format_bytes(count) if count else "nothing")
-    without = f" without {', '.join(options.without_fields)}" if options.without_fields else ""
     note = f"not drawn, as no kinds were recorded: {'; '.join(missing)}" if missing else ""
-    axes.set_xlabel(axis_text(figure, f"communication{without}, whole run ({unit})", note, width=ROWS_WIDTH))
-    put_legend(figure, _patches(looks), list(looks), "kind of message; up: from clients to the server")
+    axes.set_xlabel(axis_text(figure, f"communication{without(options)}, whole run ({unit})", note, width=ROWS_WIDTH))
+    put_legend(figure, _patches(looks), [kind_label(name) for name in looks], "kind of message")
+
+
+def kind_label(name: str) -> str:
+    """A kind of message and its direction in plain words: "activations, to the server" for "smashed, up"."""
+    kind, _, direction = name.rpartition(", ")
+    noun = _NOUNS.get(kind, kind)
+    if direction == "up":
+        return f"{noun}, to the server"
+    return f"{f'answers to {noun}' if kind in _ANSWERED else noun}, to clients"
 
 
 def kind_looks(names: Collection[str]) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,8 @@ from cutlayer.plotting.figures.layout import new_figure, put_title
 from cutlayer.plotting.timing import Link
 from cutlayer.runtime.ground.registry import Registry
 
+_FIELDS = {"y": "labels", "z": "activations", "grad": "gradients"}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -30,6 +32,12 @@ class Options:
     link: Link = field(default_factory=Link)
     budget: float | None = None
     over: str | None = None
+
+
+def without(options: Options) -> str:
+    """What an axis of bytes adds for the fields that are left out: " without labels", or ""."""
+    names = [_FIELDS.get(name, name) for name in options.without_fields]
+    return f" without {', '.join(names)}" if names else ""
 
 
 Draw = Callable[[Figure, Sequence[Curve], Options], None]

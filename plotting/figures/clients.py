@@ -71,7 +71,7 @@ def _any_partition(curves: Sequence[Curve], _: Options) -> bool:
 
 
 @register("partition", "a run with a partition.csv", _any_partition)
-def partition_maps(figure: Figure, curves: Sequence[Curve], _: Options) -> None:
+def partition_maps(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     """Samples of each class at each client, as one heat map for each way in which the data is spread."""
     found = _partitions(curves)
     shown = dict(list(found.items())[:_PANELS])
@@ -88,7 +88,8 @@ def partition_maps(figure: Figure, curves: Sequence[Curve], _: Options) -> None:
         image = axes.imshow(counts, "Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=max(largest, 1))
         axes.grid(visible=False)
         name, clients = title.split("\n")
-        axes.set_title(f"{wrapped(name, width, _TITLE)}\n{clients}", fontsize=_TITLE)
+        told = len(found) == 1 and name in options.title
+        axes.set_title(clients if told else f"{wrapped(name, width, _TITLE)}\n{clients}", fontsize=_TITLE)
         _class_ticks(axes, classes, 1.4)
         axes.xaxis.set_major_locator(MaxNLocator(4 if columns > 1 else 8, integer=True, min_n_ticks=1))
         axes.tick_params(labelsize=_TICK)

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from cutlayer.plotting.curves import Curve
-from cutlayer.plotting.figures.axes import Percent, line_look
+from cutlayer.plotting.figures.axes import Percent, by_right_end, line_look
 from cutlayer.plotting.figures.bars import ROWS_WIDTH, named_rows
 from cutlayer.plotting.figures.base import Options, register
 from cutlayer.plotting.figures.groups import put_ticks
@@ -46,7 +46,7 @@ def fine_tuning(figure: Figure, curves: Sequence[Curve], _: Options) -> None:
     """Mean accuracy of the clients' models against epochs of fine-tuning."""
     tuned = make_tuned(curves)
     axes = figure.add_subplot()
-    handles: list[Artist] = []
+    handles: list[Line2D] = []
     for each in tuned:
         epochs = [point.epochs for point in each.points]
         mean, spread = (np.asarray([getattr(point, name) for point in each.points]) for name in ("mean", "std"))
@@ -61,7 +61,7 @@ def fine_tuning(figure: Figure, curves: Sequence[Curve], _: Options) -> None:
     grow(figure, 0.17 * (put_ticks(axes, ticks, [str(tick) for tick in ticks]) - 1))
     axes.set_xlabel(axis_text(figure, "epochs of fine-tuning", _missing(curves, tuned, "evaluation of fine-tuning")))
     notes = ["bands: one standard deviation over clients"] * banded(tuned) + _seeds(tuned)
-    put_legend(figure, handles, [each.name for each in tuned], "; ".join(notes))
+    put_legend(figure, *by_right_end(handles, [each.name for each in tuned]), "; ".join(notes))
 
 
 def _any_histogram(curves: Sequence[Curve], _: Options) -> bool:

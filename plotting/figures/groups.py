@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from cutlayer.plotting.curves import Curve, best_values, final_values, make_curves
 from cutlayer.plotting.figures.layout import text_width, wrapped
+from cutlayer.plotting.measures import marked, measured
 from cutlayer.plotting.runs import Run
 from cutlayer.plotting.style import method_style, shortened
 
@@ -48,19 +49,20 @@ _KEYS = {
 class Group:
     """Runs of one method that are alike but for the keys that were left aside, and for the seed.
 
-    method, label, variant: as in `Curve`, for what still differs within the method.
+    method, label, variant, metric: as in `Curve`, for what still differs within the method.
     """
 
     method: str
     label: str
     variant: int
     runs: tuple[Run, ...]
+    metric: str
 
     @property
     def name(self) -> str:
         """For a legend."""
         name = method_style(self.method).label
-        return f"{name}, {self.label}" if self.label else name
+        return marked(f"{name}, {self.label}" if self.label else name, measured(self.runs[0], self.metric))
 
     def split(self, key: Callable[[Run], Hashable]) -> dict[Any, list[Run]]:
         """The runs by the value that `key` gives them."""
@@ -79,7 +81,7 @@ def grouped(curves: Sequence[Curve], keys: Collection[str]) -> list[Group]:
     ]
     metric = curves[0].metric if curves else "test_acc"
     return [
-        Group(each.method, each.label, each.variant, tuple(originals[run.folder] for run in each.runs))
+        Group(each.method, each.label, each.variant, tuple(originals[run.folder] for run in each.runs), metric)
         for each in make_curves(blind, metric)
     ]
 

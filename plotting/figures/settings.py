@@ -13,8 +13,16 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation, Transform
 
 from cutlayer.plotting.curves import Curve
-from cutlayer.plotting.figures.axes import amount_axis, bytes_unit, draw_level, draw_target, line_look, metric_axis
-from cutlayer.plotting.figures.base import Options, register
+from cutlayer.plotting.figures.axes import (
+    amount_axis,
+    by_right_end,
+    bytes_unit,
+    draw_level,
+    draw_target,
+    line_look,
+    metric_axis,
+)
+from cutlayer.plotting.figures.base import Options, register, without
 from cutlayer.plotting.figures.groups import (
     ALPHA_KEY,
     DISTRIBUTION,
@@ -29,7 +37,6 @@ from cutlayer.plotting.figures.groups import (
 )
 from cutlayer.plotting.figures.layout import axis_text, grow, put_legend
 from cutlayer.plotting.runs import Run
-from cutlayer.plotting.style import method_style
 from cutlayer.plotting.timing import Array
 
 _ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
@@ -76,11 +83,11 @@ def metric_alpha(figure: Figure, curves: Sequence[Curve], options: Options) -> N
         points = {alpha: statistics(parts[alpha], options.metric) for alpha in alphas if alpha in parts}
         x = [places[alpha] for alpha in points]
         means, spread = [point[0] for point in points.values()], [point[2] for point in points.values()]
-        handles.append(_points(axes, group, x, means, spread, _beside(figure, axes, place, len(groups))))
+        handles.append(_points(axes, group, x, means, spread, axes.transData, 2.0 + place % 4))
     _finish(axes, options, "last evaluation")
     put_ticks(axes, [places[alpha] for alpha in alphas], texts)
     axes.set_xlabel(f"Dirichlet {_ALPHA} (to the right: clients more alike)")
-    put_legend(figure, handles, [group.name for group in groups], _seeds(groups))
+    put_legend(figure, *by_right_end(handles, [group.name for group in groups]), _seeds(groups))
 
 
 def _has_sweep(curves: Sequence[Curve], options: Options) -> bool:
@@ -120,13 +127,14 @@ def ablation(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
             mean, _, _ = statistics(group.runs, options.metric)
             handles.append(draw_level(axes, group.method, group.variant, mean, group.name))
             continue
-        beside = _beside(figure, axes, place, len(groups))
+        # A place says how much a number is, but only which one a name is.
+        beside = axes.transData if scale.numeric else _beside(figure, axes, place, len(groups))
         parts = {name: [run for run in runs if hashable(run.get(key)) == name] for name in values}
         known = [value for value in scale.values if parts[hashable(value)]]
         points = [statistics(parts[hashable(value)], options.metric) for value in known]
         x = [scale.at(value) for value in known]
         means, spread = [point[0] for point in points], [point[2] for point in points]
-        handles.append(_points(axes, group, x, means, spread, beside))
+        handles.append(_points(axes, group, x, means, spread, beside, 2.0 + place % 4))
         hollow = line_look(group.method, group.variant) | {"linestyle": "", "markerfacecolor": "none", "markersize": 7}
         best = [point[1] for point in points]
         axes.plot(x, best, **hollow, transform=beside)
@@ -137,7 +145,7 @@ def ablation(figure: Figure, curves: Sequence[Curve], options: Options) -> None:
     axes.set_xlabel(axis_text(figure, key_label(key)))
     note = "filled: last evaluation, hollow: best one" + (f"; {_seeds(groups)}" if _seeds(groups) else "")
     names = [group.name + ("" if runs else ": not swept") for group, runs in zip(groups, having, strict=True)]
-    put_legend(figure, handles, names, note)
+    put_legend(figure, *by_right_end(handles, names), note)
 
 
 def _any_pair(curves: Sequence[Curve], _: Options) -> bool:
@@ -156,8 +164,8 @@ def accuracy_scatter(figure: Figure, curves: Sequence[Curve], options: Options) 
     handles: list[Any] = []
     logarithmic = axes.get_xscale() == "log"
     for group, part, counts in zip(groups, parts, cost, strict=True):
-        color = line_look(group.method, group.variant)["color"]
-        style: dict[str, Any] = {"marker": method_style(group.method).marker, "linestyle": "", "color": color}
+        style: dict[str, Any] = line_look(group.method, group.variant) | {"linestyle": ""}
+        color = style["color"]
         style |= {"markerfacecolor": (color, 0.3), "markeredgecolor": color}
         # Large dots first, so that small ones lie on top of them.
         for key, runs in sorted(part.items(), key=lambda item: -sizes[item[0][1]]):
@@ -175,8 +183,7 @@ def accuracy_scatter(figure: Figure, curves: Sequence[Curve], options: Options) 
         axes.set_xlim(-0.04 * top, 1.06 * top)
     axes.margins(y=0.08)
     _finish(axes, options, "last evaluation")
-    without = f" without {', '.join(options.without_fields)}" if options.without_fields else ""
-    axes.set_xlabel(axis_text(figure, f"communication{without}, whole run" + (f" ({unit})" if unit else "")))
+    axes.set_xlabel(axis_text(figure, f"communication{without(options)}, whole run" + (f" ({unit})" if unit else "")))
     names = [
         group.name + ("" if any(each.values()) else ": sends nothing") for group, each in zip(groups, cost, strict=True)
     ]
@@ -212,13 +219,22 @@ def _beside(figure: Figure, axes: Axes, place: int, count: int) -> Transform:
 
 
 def _points(
-    axes: Axes, group: Group, x: Sequence[float], means: Sequence[float], spread: Sequence[float], beside: Transform
+    axes: Axes,
+    group: Group,
+    x: Sequence[float],
+    means: Sequence[float],
+    spread: Sequence[float],
+    beside: Transform,
+    cap: float,
 ) -> Any:
-    """Points joined by a line, with bars of one standard deviation where there are several seeds."""
+    """Points joined by a line, with bars of one standard deviation where there are several seeds.
+
+    The ends of bars are `cap` points wide: those of several groups show on one place.
+    """
     style = line_look(group.method, group.variant)
     if max(spread, default=0) > 0:
         axes.errorbar(
-            x, means, yerr=spread, fmt="none", ecolor=style["color"], elinewidth=1, capsize=2, transform=beside
+            x, means, yerr=spread, fmt="none", ecolor=style["color"], elinewidth=1, capsize=cap, transform=beside
         )
     (line,) = axes.plot(x, means, **style, label=group.name, transform=beside)
     _reach(axes, x, np.subtract(means, spread))

@@ -1,6 +1,7 @@
 """Curves as they are drawn, how methods look, and the picture that a run draws of itself."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -52,9 +53,48 @@ def test_a_figure_shows_each_curve_in_its_unit(write_run: WriteRun, tmp_path: Pa
     np.testing.assert_allclose(marks, [0.5 * 5, 2.0 * (5 + 4) / 2])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
-        *("Centralized: sends nothing", "FedAvg: 9.00 MB", "FSL-SAGE: 2.50 MB")
+        *("FedAvg: 9.00 MB", "Centralized: sends nothing", "FSL-SAGE: 2.50 MB")
     ]
     assert legend.get_title().get_text() == "sent when 50% is first reached, mean over seeds:"
+
+
+@pytest.mark.parametrize(
+    ("dear", "metric", "target"), [(1, "test_acc", 0.52), (90, "test_acc", 0.52), (90, "loss", 0.3)]
+)
+def test_marks_of_the_target_lie_on_their_curves(
+    dear: int, metric: str, target: float, write_run: WriteRun, tmp_path: Path
+) -> None:
+    for seed, rounds in ((0, 20), (7, 12), (0, 9)):
+        write_run("fed_avg", sent=dear * 1_000_000, seed=seed, rounds=rounds, lr=0.1 if rounds == 9 else 0.2)
+    write_run("fsl_sage", sent=1_000_000)
+    runs = find_runs(tmp_path / "saves").runs
+    for run in runs:
+        run.results["metrics"] = {"loss": [math.exp(-8 * value) for value in run.results["test_acc"]]}
+    figure = make_figure("accuracy_communication", make_curves(runs, metric), Options(metric=metric, target=target))
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    assert axes.get_xscale() == ("log" if dear > 1 else "linear")
+    assert axes.get_yscale() == ("log" if metric == "loss" else "linear")
+    curves = [each for each in axes.get_lines() if len(each.get_xdata()) > 4]
+    marks = [each for each in axes.get_lines() if len(each.get_xdata()) == 1]
+    assert len(marks) == len(curves) == 3
+    for mark in marks:
+        (curve,) = [
+            each for each in curves if (each.get_color(), each.get_marker()) == (mark.get_color(), mark.get_marker())
+        ]
+        # A path of straight pieces as it is on the screen: a point on it is no longer way round.
+        path = curve.get_transform().transform(np.column_stack([curve.get_xdata(), curve.get_ydata()]))
+        ((x, y),) = mark.get_transform().transform(np.column_stack([mark.get_xdata(), mark.get_ydata()]))
+        ways = np.hypot(*(path[:-1] - (x, y)).T) + np.hypot(*(path[1:] - (x, y)).T)
+        assert (ways - np.hypot(*np.diff(path, axis=0).T)).min() < 0.01
+
+
+def test_rounds_end_with_a_tick_and_sends_nothing_is_no_matter_there(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run("centralized", sent=0, rounds=97)
+    write_run("sl", rounds=40)
+    figure = make_figure("accuracy_rounds", make_curves(find_runs(tmp_path / "saves").runs), Options())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Centralized", "SL"]
+    assert [round(tick) for tick in figure.axes[0].get_xticks()] == [0, 20, 40, 60, 80, 97]
 
 
 def test_a_target_that_not_every_seed_reaches(write_run: WriteRun, tmp_path: Path) -> None:

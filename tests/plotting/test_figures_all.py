@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
 
 from cutlayer.plotting.curves import make_curves
 from cutlayer.plotting.figures import FIGURES, FORMATS, Options, make_figure, save_figure
@@ -66,6 +68,9 @@ def test_whatever_a_run_lacks_the_rest_is_drawn(name: str, missing: tuple[str, .
     assert not FIGURES[name].applies([], Options())
 
 
+START = "start of own models"
+
+
 @pytest.mark.parametrize("name", ["accuracy_communication", "accuracy_rounds", "accuracy_time", "metric_alpha"])
 def test_a_method_looks_the_same_wherever_it_is_drawn(name: str, tmp_path: Path) -> None:
     runs = [
@@ -77,7 +82,7 @@ def test_a_method_looks_the_same_wherever_it_is_drawn(name: str, tmp_path: Path)
     _, axes = draw(name, some)
     for method in (*METHODS, "of_ones_own"):
         style = method_style(method)
-        drawn = line(axes, style.label)
+        (drawn,) = [each for each in axes.get_lines() if each.get_label() in (style.label, f"{style.label} ({START})")]
         assert (drawn.get_color(), drawn.get_marker()) == (style.color.lower(), style.marker)
 
 
@@ -126,3 +131,40 @@ def test_a_loss_is_neither_in_percent_nor_squeezed(tmp_path: Path) -> None:
     reported = [tick.get_text() for tick in axes.get_yticklabels()]
     assert "100" in reported
     assert not any("%" in text for text in reported)
+
+
+LEGENDS = ("accuracy_communication", "accuracy_rounds", "accuracy_time", "accuracy_scatter", "metric_alpha", "ablation")
+ROWS = ("latency", "traffic_kinds", "client_accuracy")
+
+
+@pytest.mark.parametrize("name", [*LEGENDS, *ROWS])
+def test_nine_settings_of_a_method_are_drawn_in_nine_ways(name: str, tmp_path: Path) -> None:
+    clients, keys = {"local_acc": [0.5, 0.75]}, {"distribution": "noniid_dirichlet"}
+    runs = [
+        make_run(tmp_path / f"{batch}-{alpha}", batch_size=batch, alpha=alpha, clients=clients, lr=lr, **keys)
+        for batch in range(1, 10)
+        for alpha, lr in ([(0.1, 0.1), (1.0, 0.1)] if name == "metric_alpha" else [(1.0, 0.1)])
+    ]
+    if name == "ablation":
+        runs += [make_run(tmp_path / f"{batch}", batch_size=batch, alpha=1.0, lr=1, **keys) for batch in range(1, 10)]
+    figure, axes = draw(name, runs, Options(over="lr" if name == "ablation" else None))
+    if name in LEGENDS:
+        (legend,) = figure.legends
+        marked = [each for each in legend.legend_handles if isinstance(each, Line2D) and each.get_color() != "#AAAAAA"]
+    else:
+        marked = [each for each in axes.get_lines() if not each.get_clip_on()]
+    assert len(marked) == 9
+    assert len({(to_hex(each.get_color()), str(each.get_marker())) for each in marked}) == 9
+
+
+@pytest.mark.parametrize("name", ["accuracy_communication", "accuracy_rounds", "accuracy_time", "metric_alpha"])
+def test_a_legend_has_the_order_of_the_curves_at_their_right_end(name: str, tmp_path: Path) -> None:
+    ends = {"fed_avg": 0.4, "scaffold": 0.9, "sl": 0.2, "fed_prox": 0.6}
+    runs = [
+        make_run(tmp_path / f"{method}{alpha}", method, accuracy=(1 - end, end), **keys, alpha=alpha)
+        for method, end in ends.items()
+        for alpha in ([0.1, 1.0] if name == "metric_alpha" else [1.0])
+        for keys in [{"distribution": "noniid_dirichlet"}]
+    ]
+    figure, _ = draw(name, runs)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["SCAFFOLD", "FedProx", "FedAvg", "SL"]

@@ -113,6 +113,10 @@ def test_a_metric_against_alpha(tmp_path: Path) -> None:
     drawn = line(axes, "FedAvg")
     x = np.asarray(drawn.get_xdata(), dtype=float)
     np.testing.assert_allclose(x[:3], np.log10([0.1, 1, 5]))
+    for each in (drawn, line(axes, "SL")):
+        points = np.column_stack([each.get_xdata(), each.get_ydata()]).astype(float)
+        seen = axes.transData.inverted().transform(each.get_transform().transform(points))
+        np.testing.assert_allclose(10.0 ** seen[:, 0], 10.0 ** points[:, 0], rtol=0.01)
     assert x[3] > x[2]
     np.testing.assert_allclose(drawn.get_ydata(), [0.5 + 0.005 + 0.05, 0.5 + 0.05 + 0.05, 0.5 + 0.25 + 0.05, 0.93])
     np.testing.assert_allclose(line(axes, "SL").get_ydata(), [0.7])
@@ -231,13 +235,13 @@ def test_bytes_are_stacked_by_kind_and_direction(tmp_path: Path) -> None:
     runs.append(make_run(tmp_path / "other", "fed_avg", results={"traffic": None}))
     for without, smashed in (((), 800_200), (("y",), 200)):
         figure, axes = draw("traffic_kinds", runs, Options(without_fields=without))
-        names = ["model, down", "model, up", "smashed, up"]
+        names = ["model, to clients", "model, to the server", "activations, to the server"]
         assert legend_texts(figure) == names
         widths = [[patch.get_width() for patch in container] for container in axes.containers]
         # The mean over two seeds, one of which sent twice as much.
         np.testing.assert_allclose(np.transpose(widths), [[0, 0, 0], 1.5 * np.array([5, 3, smashed / 1e6])])
         assert [text.get_text() for text in axes.texts] == ["nothing", "13.2 MB" if not without else "12.0 MB"]
-        label = "communication without y, whole run (MB)" if without else "communication, whole run (MB)"
+        label = "communication without labels, whole run (MB)" if without else "communication, whole run (MB)"
         assert axes.get_xlabel() == f"{label}\nnot drawn, as no kinds were recorded: FedAvg"
     looks = [(patch.get_facecolor(), patch.get_hatch()) for patch in figure.legends[0].get_patches()]
     assert looks[0][0] == looks[1][0] != looks[2][0]

@@ -22,6 +22,7 @@ from cutlayer.plotting.compose import compose
 from cutlayer.plotting.curves import make_curves
 from cutlayer.plotting.experiments import PlotConfig
 from cutlayer.plotting.figures import Options
+from cutlayer.plotting.figures.axes import line_look
 from cutlayer.plotting.report import write_report
 from cutlayer.plotting.report_charts import Chart
 from cutlayer.plotting.report_curves import curves_chart
@@ -29,7 +30,7 @@ from cutlayer.plotting.report_style import DASHES, SYMBOLS, LegendEntry, on_dark
 from cutlayer.plotting.report_sweeps import sweep_charts
 from cutlayer.plotting.report_traffic import traffic_charts
 from cutlayer.plotting.runs import Run
-from cutlayer.plotting.style import METHODS, dashes, method_style, shade
+from cutlayer.plotting.style import METHODS, dashes, shade
 from cutlayer.plotting.tables import as_markdown, table_rows
 from cutlayer.plotting.timing import Link
 from tests.places import ROOT
@@ -95,7 +96,7 @@ def spread_runs(folder: Path) -> list[Run]:
 
 def test_every_look_of_the_figures_is_one_of_the_report() -> None:
     methods = [*METHODS, *(f"method{number}" for number in range(200))]
-    markers = {method_style(method).marker for method in methods}
+    markers = {line_look(method, variant)["marker"] for method in methods for variant in range(18)}
     assert markers <= set(SYMBOLS)
     # Each is another symbol, and each is another outline in the legend.
     assert len({SYMBOLS[marker] for marker in markers}) == len(markers)
@@ -205,12 +206,12 @@ def test_what_sends_nothing_is_a_level_but_by_round(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", "fed_avg", load=(100, 200, 400))]
     runs.append(make_run(tmp_path / "b", "centralized", accuracy=(0.6, 0.95, 0.9), load=0))
     chart = curves_chart(make_curves(runs), Options())
-    level = trace_of(chart, "Centralized", "lines")
+    line, level = (trace for trace in chart.traces if trace["name"] == "Centralized")
+    assert level["mode"] == "lines+markers"
     assert set(level["y"]) == {0.9}
     assert {name: (min(x), max(x)) for name, x in chart.columns[level["at"]].items() if name == "bytes"} == {
         "bytes": (100, 400)
     }
-    line = trace_of(chart, "Centralized", "lines+markers")
     assert chart.columns[line["at"]] == {"rounds": [1, 2, 3]}
     assert list(curves_chart(make_curves(runs[1:]), Options()).axes) == ["rounds"]
 
@@ -258,9 +259,9 @@ def test_bytes_by_kind(tmp_path: Path) -> None:
     (chart,) = traffic_charts(make_curves(runs), Options(without_fields=("y",)))
     check(chart)
     assert {trace["name"]: chart.columns[trace["at"]]["x"] for trace in chart.traces} == {
-        "model, down": [30],
-        "model, up": [15],
-        "smashed, up": [45],
+        "model, to clients": [30],
+        "model, to the server": [15],
+        "activations, to the server": [45],
     }
     assert traffic_charts(make_curves([make_run(tmp_path / "2", results={"traffic": {}})]), Options()) == []
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
+import cutlayer.algorithms as algorithms
+from cutlayer.plotting.figures.axes import line_look
 from cutlayer.plotting.style import METHODS, dashes, format_metric, is_share, method_style, metric_label, shade
 
 # How people without one kind of cone see linear RGB: Machado, Oliveira and Fernandes (2009), severity 1.
@@ -36,6 +38,11 @@ def test_every_two_methods_differ_in_colour_for_the_colour_blind(sight: str) -> 
         assert float(np.linalg.norm(lab(first.color, sight) - lab("white", sight))) > 30, f"{a} is faint"
 
 
+def test_every_registered_method_has_a_look_of_its_own() -> None:
+    assert set(algorithms.names()) <= set(METHODS)
+    assert len({(style.color, style.marker) for style in METHODS.values()}) == len(METHODS)
+
+
 @pytest.mark.parametrize("sight", SIGHT)
 def test_no_method_of_ones_own_looks_like_a_listed_one(sight: str) -> None:
     spare = {(style.color, style.marker) for style in (method_style(f"method{number}") for number in range(300))}
@@ -63,6 +70,21 @@ def test_twelve_settings_of_a_method_look_different(method: str) -> None:
     assert looks[0] == (color.lower(), "-")
     shades = {lab(each, "all cones")[0] for each, _ in looks}
     assert min(abs(a - b) for a, b in itertools.combinations(shades, 2)) > 8
+
+
+@pytest.mark.parametrize("method", [*METHODS, "a_method_of_ones_own"])
+def test_settings_of_a_method_differ_where_there_is_no_line(method: str) -> None:
+    looks = [line_look(method, variant) for variant in range(15)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == 15
+    assert {look["marker"] for look in looks[:3]} == {method_style(method).marker}
+    for first, second in itertools.combinations(looks, 2):
+        apart = float(np.linalg.norm(lab(first["color"], "all cones") - lab(second["color"], "all cones")))
+        assert apart > 8 or _outline(first["marker"]) != _outline(second["marker"])
+
+
+def _outline(marker: str) -> str:
+    """One of markers that look alike when they are small."""
+    return next((each for each in ("o8hHp", "Dd", "xX", "+P") if marker in each), marker)
 
 
 def test_metrics_in_words() -> None:

@@ -12,11 +12,13 @@ import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutlayer.plotting.curves import make_curves
+from cutlayer.plotting.curves import default_target, make_curves
 from cutlayer.plotting.figures import Options
+from cutlayer.plotting.figures.axes import label_of
 from cutlayer.plotting.runs import Run, find_runs
 from cutlayer.plotting.tables import TABLE_COLUMNS, as_csv, as_latex, as_markdown, table_cells, table_rows
 from tests.plotting.conftest import WriteRun, config_of
+from tests.plotting.making import make_run
 
 
 def run_of(method: str, values: list[float | None], step: int, metric: str = "test_acc", **keys: Any) -> Run:
@@ -246,3 +248,39 @@ def test_a_table_of_written_runs(write_run: WriteRun, tmp_path: Path) -> None:
     np.testing.assert_allclose(rows["centralized"]["at_budget"], rows["centralized"]["final"])
     assert rows["fed_avg"]["bytes_to_target"] == 4500
     assert rows["centralized"]["bytes_to_target"] == 0
+
+
+def test_what_was_measured_in_other_ways_is_marked_and_never_the_best(tmp_path: Path) -> None:
+    plain = {"metrics": {"local_acc/mean": [0.5, 0.6]}}
+    own = {"metrics": {"client_acc/mean": [0.9, 0.99], "local_acc/mean": [0.9, 0.99]}}
+    runs = [
+        make_run(tmp_path / "avg", "fed_avg", accuracy=(0.5, 0.8)),
+        make_run(tmp_path / "prox", "fed_prox", accuracy=(0.5, 0.7), results=plain),
+        make_run(tmp_path / "babu", "fed_babu", accuracy=(0.5, 0.85)),
+        make_run(tmp_path / "ditto", "ditto", accuracy=(0.5, 0.99), results=own),
+        make_run(tmp_path / "moco", "moco_sfl", accuracy=(0.5, 0.95), results={"setting": ["lr", "monitor.k"]}),
+    ]
+    curves = make_curves(runs)
+    assert default_target(curves) == 0.76  # of FedAvg
+    rows = table_rows(curves, Options())
+    assert {row["method"]: row["measured"] for row in rows} == {
+        "fed_avg": "",
+        "fed_prox": "",
+        "fed_babu": "start of own models",
+        "ditto": "own models",
+        "moco_sfl": "kNN",
+    }
+    text = as_markdown(rows, Options())
+    assert re.findall(r"\*\*(\d[^*]*)\*\*", text) == ["80.00", "80.00"]
+    assert "| MocoSFL (kNN) |" in text
+    assert "kNN: accuracy of a nearest-neighbour classifier" in text
+    assert label_of(curves[0]) == "Ditto (own models)"
+    # Alike they compete, two kinds of them do not.
+    other = make_run(tmp_path / "fl", "fl_moco", accuracy=(0.5, 0.94), results={"setting": ["lr", "monitor.k"]})
+    assert "**95.00**" in as_markdown(table_rows(make_curves([runs[4], other]), Options()), Options())
+    assert "**" not in as_markdown(table_rows(make_curves(runs[3:]), Options()), Options())
+    # On clients' own shares of the test set own models and one for all are measured alike.
+    local = make_curves([runs[1], runs[3]], "local_acc/mean")
+    table = as_markdown(table_rows(local, Options(metric="local_acc/mean")), Options(metric="local_acc/mean"))
+    assert "**99.00**" in table
+    assert "own models" not in table

@@ -2,7 +2,7 @@
 
 In a checkout these are the folders beside this one, which `__path__` takes in; in an installed wheel they are inside.
 
-`cutlayer.run` and `load` are for scripts and notebooks, see docs/python.md. They are imported, and what
+`cutlayer.run`, `load` and `runs` are for scripts and notebooks, see docs/python.md. They are imported, and what
 they need with them, when they are first asked for.
 """
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cutlayer.interface.result import RunResult as RunResult
     from cutlayer.interface.result import load_run as load
     from cutlayer.interface.running import run_here as run
+    from cutlayer.interface.tidy import all_runs as runs
     from cutlayer.runtime.ground.config import ConfigError as ConfigError
 
 _HERE = Path(__file__).resolve().parent
@@ -28,9 +29,10 @@ if IN_CHECKOUT:
 
     leave_to_others()
 
-__all__ = ["ConfigError", "RunResult", "load", "run"]
+__all__ = ["ConfigError", "RunResult", "load", "run", "runs"]
 _FROM = {
     "run": ("interface.running", "run_here"),
+    "runs": ("interface.tidy", "all_runs"),
     "load": ("interface.result", "load_run"),
     "RunResult": ("interface.result", "RunResult"),
     "ConfigError": ("runtime.ground.config", "ConfigError"),

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,6 +301,58 @@ def test_what_is_no_finished_run_is_not_loaded(tmp_path: Path) -> None:
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(cutlayer.ConfigError, match="run"):
             cutlayer.load(folder)
+
+
+# ---------------------------------------------------------------------- all runs
+
+
+def test_all_runs_are_one_table(tmp_path: Path) -> None:
+    saves, given = tmp_path / "saves", (*SMALL, "model=mlp", "rounds=2", "eval_interval=1")
+    first = [cutlayer.run(*given, algorithm="fed_avg", seed=seed, save_dir=saves) for seed in (0, 1)]
+    again = cutlayer.run(*given, algorithm="fed_avg", seed=1, save_dir=saves, resume="never")
+    split = cutlayer.run(*given, "dataset.distribution=noniid_dirichlet", algorithm="sl", lr=0.1, save_dir=saves)
+    begun = cutlayer.run(*given, algorithm="fed_avg", seed=2, save_dir=saves).folder
+    content = json.loads((begun / "results.json").read_text())
+    (begun / "results.json").write_text(json.dumps({**content, "finished": False}))
+    table = cutlayer.runs(saves)
+    assert table.columns[:5].tolist() == ["algorithm", "model", "dataset", "distribution", "seed"]
+    assert {"optimizer.lr", "round", "comm_up"} <= {*table.columns}
+    assert not {"rounds", "batch_size", "save_dir", "progress", "optimizer.name"} & {
+        *table.columns
+    }  # the same, or no matter
+    assert len(table) == 2 * 5
+    assert {*table["algorithm"]} == {"fed_avg", "sl"}
+    assert table[table["algorithm"] == "sl"]["distribution"].str.startswith("noniid_dirichlet-alpha=").all()
+    for result in (*first, again, split):
+        rows = table[table["folder"] == str(result.folder)]
+        assert rows["test_acc"].tolist() == result.metrics["test_acc"].tolist()
+        assert rows["comm_load"].tolist() == result.metrics["comm_load"].tolist()
+        assert rows["optimizer.lr"].eq(result.config.lr).all()
+        assert rows["finished"].all()
+        assert rows["latest"].all() == (result is not first[1])
+    assert not table[table["folder"] == str(begun)]["finished"].any()
+    assert len(cutlayer.runs(split, again.folder)) == 4
+
+
+def test_damaged_runs_are_left_out_with_one_warning(result: cutlayer.RunResult, tmp_path: Path) -> None:
+    for name in ("good", "bad", "worse"):
+        shutil.copytree(result.folder, tmp_path / name)
+    (tmp_path / "bad" / "results.json").write_text("{")
+    (tmp_path / "worse" / "results.json").write_text('{"finished": false}')
+    with pytest.warns(UserWarning, match="left out, damaged: ") as caught:
+        table = cutlayer.runs(tmp_path)
+    assert {*table["folder"]} == {str(tmp_path / "good")}
+    (warning,) = caught
+    assert "\n" not in str(warning.message)
+    assert all(str(tmp_path / name) in str(warning.message) for name in ("bad", "worse"))
+    assert warning.filename == __file__
+
+
+def test_where_there_are_no_runs_the_table_is_empty_and_no_folder_is_a_mistake(tmp_path: Path) -> None:
+    assert cutlayer.runs(tmp_path).empty
+    assert "algorithm" in cutlayer.runs(tmp_path)
+    with pytest.raises(cutlayer.ConfigError, match="runs=.*: expected a folder with runs"):
+        cutlayer.runs(tmp_path / "savse")
 
 
 # ---------------------------------------------------------------------- the package

@@ -2,8 +2,8 @@
 
 In a checkout these are the folders beside this one, which `__path__` takes in; in an installed wheel they are inside.
 
-`cutlayer.run`, `load` and `runs` are for scripts and notebooks, see docs/python.md. They are imported, and what
-they need with them, when they are first asked for.
+`cutlayer.run`, `sweep`, `load` and `runs` are for scripts and notebooks, see docs/python.md. They, and what they
+need, are imported when they are first asked for.
 """
 
 from importlib import import_module
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cutlayer.interface.result import RunResult as RunResult
     from cutlayer.interface.result import load_run as load
     from cutlayer.interface.running import run_here as run
+    from cutlayer.interface.sweeping import run_sweep as sweep
     from cutlayer.interface.tidy import all_runs as runs
     from cutlayer.runtime.ground.config import ConfigError as ConfigError
 
@@ -29,10 +30,11 @@ if IN_CHECKOUT:
 
     leave_to_others()
 
-__all__ = ["ConfigError", "RunResult", "load", "run", "runs"]
+__all__ = ["ConfigError", "RunResult", "load", "run", "runs", "sweep"]
 _FROM = {
     "run": ("interface.running", "run_here"),
     "runs": ("interface.tidy", "all_runs"),
+    "sweep": ("interface.sweeping", "run_sweep"),
     "load": ("interface.result", "load_run"),
     "RunResult": ("interface.result", "RunResult"),
     "ConfigError": ("runtime.ground.config", "ConfigError"),

@@ -22,6 +22,7 @@ from hydra.version import VersionBase
 
 import cutlayer
 from cutlayer.datasets import load as load_dataset
+from cutlayer.interface import sweeping
 from cutlayer.interface.overrides import overrides_of, settings_in
 from cutlayer.runtime.ground import process
 from cutlayer.runtime.launching.hydra_errors import CONFIG_DIR
@@ -233,6 +234,7 @@ def test_progress_is_printed_and_none_is_quiet(
         ((), {"rounds": object()}, "rounds=.*expected a number"),
         (("-m", "seed=1,2"), {}, "run=-m: expected settings"),
         (("seed",), {}, "run=seed: expected settings"),
+        (("seed=0,1",), {}, "seed=0,1: expected one value; cutlayer.sweep"),
         (("transport=grpc", "role=server"), {}, "role=server: expected null"),
         (("device=cuda:77",), {}, "device=cuda:77: expected a device"),
     ],
@@ -353,6 +355,61 @@ def test_where_there_are_no_runs_the_table_is_empty_and_no_folder_is_a_mistake(t
     assert "algorithm" in cutlayer.runs(tmp_path)
     with pytest.raises(cutlayer.ConfigError, match="runs=.*: expected a folder with runs"):
         cutlayer.runs(tmp_path / "savse")
+
+
+# ---------------------------------------------------------------------- a sweep
+
+
+def test_a_sweep_gives_a_result_for_each_job_and_runs_nothing_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    saves = tmp_path / "a b,c=d"
+    given = (*SMALL[:-1], "model=mlp", "rounds=1", "hydra.launcher.n_jobs=1", f"save_dir='{saves}'")
+    before = cutlayer.run(*given[:-2], algorithm="sl", seed=1, save_dir=saves, progress="none")
+    found = cutlayer.sweep("algorithm=fed_avg,sl", *given, seed=1)
+    shown = capfd.readouterr().out
+    assert "2 jobs" in shown
+    assert [(each.config.algorithm_name, each.config.seed) for each in found] == [("fed_avg", 1), ("sl", 1)]
+    assert found[1].folder == before.folder
+    assert all(each.folder.is_relative_to(saves) for each in found)
+    assert len(cutlayer.runs(*found)) == 2
+    (table,) = saves.glob("multirun/*/jobs.csv")
+    assert [row["state"] for row in csv.DictReader(table.read_text().splitlines())] == ["finished", "skipped"]
+
+
+def test_a_job_that_fails_is_told_and_the_others_are_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    given = (*SMALL, "algorithm=fed_avg", "model=mlp", "rounds=1", "hydra.launcher.n_jobs=1")
+    with pytest.raises(cutlayer.ConfigError, match=r"sweep: 1 of 2 jobs are not done; lr=-1: lr=-1: expected"):
+        cutlayer.sweep(*given, "lr=0.1,-1", save_dir=tmp_path)
+    assert len(cutlayer.runs(tmp_path)) == 1
+    assert capfd.readouterr().out == ""  # progress=none
+
+
+def test_an_interrupt_of_this_process_alone_ends_the_sweep_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = (*SMALL[:-1], "algorithm=fed_avg", "model=mlp", "rounds=5000", "hydra.launcher.n_jobs=1")
+    shown = list[str]()
+
+    def interrupted(line: str) -> None:
+        shown.append(line)
+        if len(shown) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeping, "print_lines", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cutlayer.sweep(*given, "seed=0,1", save_dir=tmp_path)
+    assert any("the same command resumes" in line for line in shown)
+    (table,) = tmp_path.glob("multirun/*/jobs.csv")
+    assert not {"finished", "failed"} & {row["state"] for row in csv.DictReader(table.read_text().splitlines())}
+
+
+@pytest.mark.parametrize("wrong", ["algorithm=fed_avgg,sl", "roundz=1,2", "seed=", "seed=[", "rounds=0,1"])
+def test_a_mistake_in_a_sweep_starts_nothing(wrong: str, tmp_path: Path) -> None:
+    with pytest.raises(cutlayer.ConfigError, match=wrong.partition("=")[0]) as caught:
+        cutlayer.sweep(*SMALL, wrong, save_dir=tmp_path / "saves")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "saves").exists()
 
 
 # ---------------------------------------------------------------------- the package

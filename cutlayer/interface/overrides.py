@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +28,15 @@ def overrides_of(given: Iterable[str], values: Mapping[str, object]) -> list[str
         if not isinstance(cast(object, text), str) or "=" not in text or text.startswith("-"):
             raise ConfigError("run", text, "settings such as 'dataset=digits', one text each, or rounds=20")
     return [*texts, *(f"{key}={_written(key, value)}" for key, value in values.items())]
+
+
+def check_single(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for several values of a key, which are a sweep."""
+    with contextlib.suppress(OverrideParseException):  # which composing explains
+        for each in OverridesParser.create().parse_overrides(list(overrides)):
+            if each.is_sweep_override():
+                key, _, value = str(each.input_line).partition("=")
+                raise ConfigError(key, value, f"one value; cutlayer.sweep runs several, and {key}=[a,b] is a list")
 
 
 def settings_in(overrides: Sequence[str]) -> dict[str, Any]:

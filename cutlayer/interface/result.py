@@ -144,6 +144,15 @@ def result_in(folder: Path, saved: Saved) -> RunResult:
     return RunResult(folder.absolute(), saved.config, saved, run)
 
 
+def own_result(folder: Path, config: RunConfig) -> RunResult:
+    """The result of a finished run that this process has configured itself, so that it may hold whatever that says.
+
+    Raises:
+        ConfigError: as `result_in`.
+    """
+    return result_in(folder, read_config(folder, {}, own=config)._replace(config=config))
+
+
 def load_run(folder: str | Path, *named: str, **values: object) -> RunResult:
     """The result of a finished run.
 

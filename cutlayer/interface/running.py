@@ -11,15 +11,14 @@ from pathlib import Path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.version import VersionBase
 
-from cutlayer.interface.overrides import overrides_of
-from cutlayer.interface.result import RunResult, result_in
-from cutlayer.runtime.after.saved import read_config
+from cutlayer.interface.overrides import check_single, overrides_of
+from cutlayer.interface.result import RunResult, own_result
 from cutlayer.runtime.experiment import run
 from cutlayer.runtime.ground.config import NO_VALUE, ConfigError
 from cutlayer.runtime.ground.process import settings_kept
 from cutlayer.runtime.job import check_machine, claim, finished_like
 from cutlayer.runtime.launching.hydra_errors import explain
-from cutlayer.runtime.launching.hydra_support import load_config
+from cutlayer.runtime.launching.hydra_support import load_config, preprocess
 from cutlayer.runtime.launching.sweeps.job_process import unmeasured
 from cutlayer.runtime.settings import RunConfig
 
@@ -39,7 +38,8 @@ def run_here(*overrides: str, **values: object) -> RunResult:
         ConfigError: a mistake in the configuration, in one line. KeyboardInterrupt: the same call resumes the run.
     """
     given = overrides_of(overrides, values)
-    with _hydra_kept():
+    check_single(preprocess(given))
+    with hydra_kept():
         config = load_config(given)
     if config.role is not None:
         raise ConfigError("role", config.role, "null; a party of a run over the network is a process, main.py")
@@ -51,7 +51,7 @@ def run_here(*overrides: str, **values: object) -> RunResult:
         else:
             for measure in unmeasured(folder, config):
                 measure()
-    return result_in(folder, read_config(folder, {}, own=config)._replace(config=config))
+    return own_result(folder, config)
 
 
 def _run(config: RunConfig, given: list[str]) -> Path:
@@ -61,7 +61,7 @@ def _run(config: RunConfig, given: list[str]) -> Path:
 
 
 @contextlib.contextmanager
-def _hydra_kept() -> Generator[None]:
+def hydra_kept() -> Generator[None]:
     """Let Hydra compose anew in the block, also in a program that is itself one of Hydra's, which stays as it is."""
     hydra, base = GlobalHydra.instance().hydra, VersionBase.instance().getbase()
     GlobalHydra.instance().clear()

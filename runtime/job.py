@@ -20,9 +20,19 @@ from cutlayer.runtime.ground.reading import check_links, read_yaml
 from cutlayer.runtime.ground.text import error_text, plain_logs
 from cutlayer.runtime.records.data_record import DATA, check_data
 from cutlayer.runtime.records.loggers import check_loggers
-from cutlayer.runtime.run_folder import Fits, RunFolder, find_unfinished, run_path, unique_name, what_differs
+from cutlayer.runtime.run_folder import (
+    Fits,
+    RunFolder,
+    find_finished,
+    find_unfinished,
+    run_path,
+    unique_name,
+    what_differs,
+)
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.transport import GrpcTransport
+
+log = logging.getLogger(__name__)
 
 
 def check_machine(config: RunConfig) -> None:
@@ -75,6 +85,24 @@ def has_data_of(config: RunConfig) -> Fits:
         return (folder / DATA).is_file()
 
     return fits
+
+
+def finished_like(config: RunConfig) -> Path | None:
+    """The newest finished run of this configuration and data, None where there is none.
+
+    Raises:
+        ConfigError: the data have changed since; a machine without them cannot tell.
+    """
+    finished = find_finished(runs_like(config), config.identity(), has_data_of(config))
+    if finished is None or not (finished / DATA).is_file():
+        return finished
+    try:
+        now = read_facts(config.dataset, config.seed)
+    except ConfigError as error:
+        log.warning("it is not known whether the data have changed: %s", error)
+        return finished
+    check_data(finished, lambda: now, config.data_changed)
+    return finished
 
 
 @contextlib.contextmanager

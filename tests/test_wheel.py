@@ -159,6 +159,14 @@ def test_a_run_a_sweep_a_figure_and_a_measurement(installed: Environment) -> Non
     assert list(runs[0].glob("personalized/*"))
 
 
+def test_a_script_runs_has_the_model_and_sweeps(installed: Environment) -> None:
+    setting = f"*{SETTING!r}, 'model=mlp', save_dir='by script'"
+    lines = ["import cutlayer", f"result = cutlayer.run({setting})", "print(type(result.model()).__name__)"]
+    lines.append(f"found = cutlayer.sweep('seed=0,1', 'hydra.launcher.n_jobs=1', {setting})")
+    lines.append("print([each.folder == result.folder for each in found], len(cutlayer.runs('by script')))")
+    assert installed.run("-c", "\n".join(lines)).stdout.splitlines() == ["Sequential", "[True, False] 2"]
+
+
 def test_a_mistake_is_reported_without_a_checkout(installed: Environment) -> None:
     code = "from cutlayer.runtime.ground.extras import install; print(install('grpc'))"
     assert installed.run("-c", code).stdout == 'pip install "cutlayer[grpc]"\n'

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Generator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -42,10 +44,40 @@ def prepare_process(device: torch.device, arithmetic: Arithmetic | None = None) 
         _allow_tf32(tf32)
 
 
+@contextlib.contextmanager
+def settings_kept() -> Generator[None]:
+    """Put back at the block's end what `prepare_process` and `set_threads` set, for a process that is somebody's own.
+
+    What the allocator keeps stays, as the C library does not say what it was.
+    """
+    variable = "CUBLAS_WORKSPACE_CONFIG"
+    threads, workspace = torch.get_num_threads(), os.environ.get(variable)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    switches: list[tuple[Any, str]] = [(torch.backends.cudnn, "benchmark")]
+    switches += [(torch.utils.deterministic, "fill_uninitialized_memory")]
+    switches += [(operations, "fp32_precision") for operations in _in_float32()]
+    before = [getattr(module, switch) for module, switch in switches]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        for (module, switch), value in zip(switches, before, strict=True):
+            if getattr(module, switch) != value:
+                _set(module, switch, value)
+        if workspace is None:
+            os.environ.pop(variable, None)
+
+
+def _in_float32() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+
+
 def _allow_tf32(allowed: bool) -> None:
     """Torch allows it in convolutions unless it is told not to, and in products if it is told to."""
-    cudnn: Any = torch.backends.cudnn
-    for operations in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
+    for operations in _in_float32():
         _set(operations, "fp32_precision", "tf32" if allowed else "ieee")
 
 

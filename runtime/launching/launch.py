@@ -9,7 +9,7 @@ import shutil
 import signal
 import site
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, cast
@@ -130,6 +130,13 @@ def _show(what: str, overrides: list[str]) -> None:
             show_cuts(config, every=what == _ALL_CUTS)
 
 
+def importing(environment: Mapping[str, str]) -> dict[str, str]:
+    """The same environment, by which a process of its own imports this package from wherever it lies."""
+    if str(_ROOT) in (*site.getsitepackages(), site.getusersitepackages()):  # which hide what Python comes with
+        return {**environment}
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), environment.get("PYTHONPATH")]))}
+
+
 def launch(main: Callable[[], Any]) -> None:
     """Call a Hydra main function with this process's command line, and leave with its exit status.
 
@@ -141,8 +148,7 @@ def launch(main: Callable[[], Any]) -> None:
     os.environ[TRACEBACKS] = os.environ.get(_FULL_ERROR, "0")
     os.environ[_FULL_ERROR] = "1"
     os.environ[LAUNCHER] = str(os.getpid())
-    if str(_ROOT) not in (*site.getsitepackages(), site.getusersitepackages()):  # which hide what Python comes with
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ.update(importing(os.environ))
     given = [*sys.argv[1:]]
     try:
         for what in (_CUTS, _ALL_CUTS, _COSTS):

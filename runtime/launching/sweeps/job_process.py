@@ -25,21 +25,18 @@ from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
 from cutlayer import IN_CHECKOUT
-from cutlayer.datasets.facts import read_facts
 from cutlayer.runtime.after import generate, personalize, probe
 from cutlayer.runtime.after.saved import MACHINE, generate_run, personalize_run, probe_run
 from cutlayer.runtime.experiment import run
-from cutlayer.runtime.ground.config import ConfigError
 from cutlayer.runtime.ground.folders import make_folders, remove_empty, standing
 from cutlayer.runtime.ground.locks import FileLock, is_locked
 from cutlayer.runtime.ground.text import error_text, plain_logs, print_errors
-from cutlayer.runtime.job import check_machine, claim, has_data_of, runs_like
+from cutlayer.runtime.job import check_machine, claim, finished_like, runs_like
 from cutlayer.runtime.keys import keys_of
 from cutlayer.runtime.launching.hydra_errors import explain
 from cutlayer.runtime.launching.sweeps.slots import gpu_slot
 from cutlayer.runtime.launching.sweeps.sweep import JOB_OUTPUT, PICTURES, JobFolder
-from cutlayer.runtime.records.data_record import DATA, check_data
-from cutlayer.runtime.run_folder import LOCK, find_finished, find_running
+from cutlayer.runtime.run_folder import LOCK, find_running
 from cutlayer.runtime.settings import RunConfig
 from cutlayer.runtime.workers.place import local_place
 
@@ -90,12 +87,13 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
             job.update(state="waiting", place=f"waits for {text}")
 
         if not may_run:
-            missing = _unmeasured(job, config)
+            state = job.read()
+            missing = unmeasured(Path(state.folder), config) if state.state == "skipped" else []
             if missing:
                 with gpu_slot(config.device, config.jobs_per_gpu, waiting):
                     job.update(state="running", began=time.time())
-                    for measure, section in missing:
-                        measure(Path(job.read().folder), _measured(config, section), config)
+                    for measure in missing:
+                        measure()
                 job.update(state="finished")
             return
         # Of `auto` there is one for each GPU that the job sees, and those of a cluster have GPUs of their own.
@@ -114,18 +112,19 @@ def _run(job: JobFolder, content: dict[str, Any]) -> None:
     job.update(state="finished")
 
 
-def _unmeasured(job: JobFolder, config: RunConfig) -> list[tuple[Again, str]]:
-    """What the job's configuration asks to be measured and an earlier run of it lacks, and the section that asks."""
-    state = job.read()
-    if state.state != "skipped":
-        return []
-    folder, missing = Path(state.folder), list[tuple[Again, str]]()
+def unmeasured(folder: Path, config: RunConfig) -> list[Callable[[], object]]:
+    """What a configuration asks to be measured after training and a finished run of it lacks; a call measures it."""
+    missing = list[Callable[[], object]]()
+
+    def lacks(measure: Again, section: str) -> None:
+        missing.append(partial(measure, folder, _measured(config, section), config))
+
     if config.personalize.part is not None and personalize.earlier_personalization(folder, config.personalize) is None:
-        missing.append((partial(personalize_run, place=partial(local_place, everyone=True)), "personalize"))
+        lacks(partial(personalize_run, place=partial(local_place, everyone=True)), "personalize")
     if config.probe.after and probe.earlier_probe(folder, config.probe) is None:
-        missing.append((probe_run, "probe"))
+        lacks(probe_run, "probe")
     if config.generate.after and generate.earlier_generation(folder, generate.settled(config)) is None:
-        missing.append((generate_run, "generate"))
+        lacks(generate_run, "generate")
     return missing
 
 
@@ -140,27 +139,12 @@ def _taken(job: JobFolder, config: RunConfig) -> bool:
     """Whether another process has finished this configuration, or runs it, which the job's state then says."""
     if config.resume != "auto":
         return False
-    above, identity = runs_like(config), config.identity()
-    finished, running = find_finished(above, identity, has_data_of(config)), find_running(above, identity)
+    finished, running = finished_like(config), find_running(runs_like(config), config.identity())
     if finished is not None:
-        _check_data(finished, config)
         job.update(state="skipped", folder=str(finished))
     elif running is not None:
         job.update(state="elsewhere", folder=str(running))
     return finished is not None or running is not None
-
-
-def _check_data(finished: Path, config: RunConfig) -> None:
-    """Raise ConfigError where an earlier run had other data than there are now; a machine without data cannot check."""
-
-    if not (finished / DATA).is_file():
-        return
-    try:
-        now = read_facts(config.dataset, config.seed)
-    except ConfigError as error:
-        log.warning("it is not known whether the data have changed: %s", error)
-        return
-    check_data(finished, lambda: now, config.data_changed)
 
 
 @contextlib.contextmanager

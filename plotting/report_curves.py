@@ -11,7 +11,7 @@ import numpy as np
 
 from cutlayer.plotting.content import METRIC_NAMES
 from cutlayer.plotting.curves import Curve, final_values, higher_is_better
-from cutlayer.plotting.figures.axes import label_of, line_look
+from cutlayer.plotting.figures.axes import line_look, measured_label
 from cutlayer.plotting.figures.base import Options, without
 from cutlayer.plotting.report_charts import (
     GREY,
@@ -97,7 +97,7 @@ def _axes(curves: Sequence[Curve], costs: _Costs, unit: str) -> dict[str, Axis]:
 
 def _add_curve(chart: Chart, group: str, curve: Curve, costs: _Costs) -> None:
     style = line_look(curve.method, curve.variant)
-    chart.keys.append(LegendEntry(group, label_of(curve), **style))
+    chart.keys.append(LegendEntry(group, measured_label(curve), **style))
     chart.columns[group] = {
         name: json_numbers(each) for name, each in costs.of_curve(curve).items() if name in chart.axes
     }
@@ -200,5 +200,5 @@ def _first_reached(values: Array, target: float, metric: str) -> int | None:
 def _trace(curve: Curve, group: str, at: str, y: Array) -> dict[str, Any]:
     # A metric that is measured in some rounds only is drawn from each measurement to the next.
     gaps = {} if curve.metric in METRIC_NAMES else {"connectgaps": True}
-    name = {"type": "scatter", "name": html_text(label_of(curve)), "at": at, "groups": [group]}
+    name = {"type": "scatter", "name": html_text(measured_label(curve)), "at": at, "groups": [group]}
     return {**name, "y": json_numbers(y), **gaps}

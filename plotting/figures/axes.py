@@ -32,10 +32,14 @@ _LABEL_HEIGHT, _LABEL_SIZE = 2.2, 9.0
 
 
 def label_of(curve: Curve) -> str:
-    """A curve's name in a legend."""
+    """A curve's name."""
     name = method_style(curve.method).label
-    name = f"{name}, {curve.label}" if curve.label else name
-    return marked(name, measured(curve.runs[0], curve.metric))
+    return f"{name}, {curve.label}" if curve.label else name
+
+
+def measured_label(curve: Curve) -> str:
+    """Its name where its metric is drawn: with what that is of, if it does not compare with a classifier's."""
+    return marked(label_of(curve), measured(curve.runs[0], curve.metric))
 
 
 def line_look(method: str, variant: int) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def draw_curve(axes: Axes, x: Array, curve: Curve, place: int) -> Line2D:
         known = np.isfinite(value)
         x, value, deviation = x[known], value[known], deviation[known]
     style = line_look(curve.method, curve.variant)
-    (line,) = axes.plot(x, value, **style, markevery=_marked(value, place), label=label_of(curve))
+    (line,) = axes.plot(x, value, **style, markevery=_marked(value, place), label=measured_label(curve))
     if len(curve.runs) > 1:
         low, high = value - deviation, value + deviation
         if is_share(curve.metric):

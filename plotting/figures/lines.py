@@ -21,6 +21,7 @@ from cutlayer.plotting.figures.axes import (
     draw_target,
     label_of,
     line_look,
+    measured_label,
     metric_axis,
     seconds_unit,
 )
@@ -104,7 +105,7 @@ def _against(
         elif not curve.sends:
             level = final_values(curve)
             value = float(np.nanmean(level)) if np.isfinite(level).any() else np.nan
-            draw_level(axes, curve.method, curve.variant, value, label_of(curve))
+            draw_level(axes, curve.method, curve.variant, value, measured_label(curve))
     if not x:
         axes.set_xticks([])
     _finish(axes, curves, options)
@@ -158,10 +159,10 @@ def _legend(
 ) -> None:
     # Not the axes' own list of labels, in which none begins with an underscore.
     drawn = {str(line.get_label()): line for line in axes.get_lines()}
-    shown = [curve for curve in curves if label_of(curve) in drawn]
+    shown = [curve for curve in curves if measured_label(curve) in drawn]
     texts: list[str] = []
     for curve in shown:
         level = "" if curve.sends or not levels else ": sends nothing"
         cost = f": {costs[id(curve)]}" if costs and id(curve) in costs else ""
-        texts.append(f"{label_of(curve)}{level}{cost}")
-    put_legend(figure, *by_right_end([drawn[label_of(curve)] for curve in shown], texts), note)
+        texts.append(f"{measured_label(curve)}{level}{cost}")
+    put_legend(figure, *by_right_end([drawn[measured_label(curve)] for curve in shown], texts), note)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cutlayer.plotting.curves import default_target, make_curves
 from cutlayer.plotting.figures import Options
-from cutlayer.plotting.figures.axes import label_of
+from cutlayer.plotting.figures.axes import label_of, measured_label
 from cutlayer.plotting.runs import Run, find_runs
 from cutlayer.plotting.tables import TABLE_COLUMNS, as_csv, as_latex, as_markdown, table_cells, table_rows
 from tests.plotting.conftest import WriteRun, config_of
@@ -274,7 +274,8 @@ def test_what_was_measured_in_other_ways_is_marked_and_never_the_best(tmp_path: 
     assert re.findall(r"\*\*(\d[^*]*)\*\*", text) == ["80.00", "80.00"]
     assert "| MocoSFL (kNN) |" in text
     assert "kNN: accuracy of a nearest-neighbour classifier" in text
-    assert label_of(curves[0]) == "Ditto (own models)"
+    assert measured_label(curves[0]) == "Ditto (own models)"
+    assert label_of(curves[0]) == "Ditto"
     # Alike they compete, two kinds of them do not.
     other = make_run(tmp_path / "fl", "fl_moco", accuracy=(0.5, 0.94), results={"setting": ["lr", "monitor.k"]})
     assert "**95.00**" in as_markdown(table_rows(make_curves([runs[4], other]), Options()), Options())

@@ -5,6 +5,7 @@ They are buffers of a module that are not persistent, so that they are neither s
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +55,18 @@ def share_again(found: tuple[nn.Module, str, FrozenTensor], moved: dict[int, Fro
     after = moved.setdefault(id(before), now.as_subclass(FrozenTensor))
     moved[id(after)] = after
     module._buffers[name] = after
+
+
+def fill_whole(model: nn.Module, state: Mapping[str, Tensor], parts: Iterable[nn.Module]) -> None:
+    """Give a whole model the tensors of a state, and of its parts those that no state has, in the same memory.
+
+    It shares none itself, see `unshare`.
+    """
+    loaded: Any = model.load_state_dict(dict(state), strict=False)
+    assert not loaded.unexpected_keys
+    buffers = {name: each for part in parts for name, each in part.named_buffers(remove_duplicate=False)}
+    for name in loaded.missing_keys:
+        model.get_parameter(name).data = buffers[name].as_subclass(Tensor)
 
 
 def thaw(model: nn.Module) -> None:

@@ -112,7 +112,7 @@ def _keys(
         key, value = join(prefix, name), values.get(name)
         below = _below(use, fields[name], own, method) if name in fields else use
         section = sections.get(name)
-        if section is not None and prefix == "model":  # of a part, which not every method has
+        if prefix == "model" and kind is not None and name in _own_sections(kind):  # a part, which not all methods have
             below = below._replace(read=below.read and (method is None or name in method.layout.parts))
         inner = cast(Mapping[Any, Any], value if isinstance(value, Mapping) else {})
         if section is not None or (inner and key.count(".") < _DEPTH):

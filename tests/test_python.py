@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,6 +99,25 @@ def test_the_model_and_its_parts_reach_the_accuracy_that_the_run_measured(algori
         algorithm, ["client", "server", "tail"]
     )
     assert accuracy(through, result) == pytest.approx(measured, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, which say what they change by themselves
+@pytest.mark.parametrize("train", ["both", "B"])
+def test_what_no_file_has_is_as_the_run_drew_it(train: str, saves: Path) -> None:
+    """Frozen weights below adapters, and of adapters those that nothing trains."""
+    pytest.importorskip("peft", reason="the extra huggingface is not installed")
+    keys: dict[str, Any] = {"dataset.options": {"plays": ["Macbeth"], "length": 16}, "dataset.fraction": 0.5}
+    keys |= {"model.options": {"n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 16}, "model": "huggingface/gpt2"}
+    keys |= {"model.lora.r": 2, "model.lora.train": train, "lr": 0.05, "progress": "none", "num_clients": 2}
+    keys["dataset.distribution"] = "iid"
+    result = cutlayer.run(algorithm="fed_avg", dataset="shakespeare", rounds=1, save_dir=saves, **keys)
+    assert result.config.model.lora.train == train
+    x = torch.randint(200, (2, 9))
+    (part,) = result.parts().values()
+    torch.rand(3)
+    with torch.no_grad():
+        assert torch.equal(result.model()(x), part(x))
+        assert torch.equal(result.model()(x), part(x))
 
 
 def test_where_each_client_has_a_model_of_its_own_there_is_no_one_model(saves: Path) -> None:

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from cutlayer import algorithms
 from cutlayer.datasets import Dataset
 from cutlayer.interface.overrides import overrides_of, settings_in
 from cutlayer.models import build_model, input_channels, make_parts
+from cutlayer.models.frozen import fill_whole, unshare
 from cutlayer.plotting.content import reason
 from cutlayer.plotting.runs import Run, read_run
 from cutlayer.runtime.after.saved import Saved, read_config
@@ -100,7 +103,12 @@ class RunResult:
         """
         config, data = self._trained()
         info = data.repeated(input_channels(config.model, data.info)).info
-        return build_model(config.model, info).eval()
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(replace(config.model, init=None), info)
+        # What no file has, as weights that are frozen as they were drawn, is the parts'.
+        unshare(model)
+        fill_whole(model, load_file(inside(self.folder, MODEL_FILE)), self.parts().values())
+        return model.eval()
 
     def parts(self) -> dict[str, nn.Module]:
         """The trained model as the method divides it, by name in the order in which data go through: client, server.

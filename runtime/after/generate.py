@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cutlayer.datasets.registry import check_options
 from cutlayer.datasets.tokenizer import BYTES
 from cutlayer.models import build_model
-from cutlayer.models.frozen import unshare
+from cutlayer.models.frozen import fill_whole, unshare
 from cutlayer.models.generative import check_generative, generative
 from cutlayer.models.pretrained import positions_of
 from cutlayer.runtime.after.prompts import check_prompts, own_prompt, prompts_of, text_line, texts_of, tokenizer_of
@@ -206,12 +206,7 @@ def assemble(federation: Federation, config: GenerateConfig) -> nn.Module:
     model.to(setup.blueprint.dtype)
     state = federation.full_model() if best is None else best.whole()
     assert state is not None
-    loaded: Any = model.load_state_dict(state, strict=False)
-    assert not loaded.unexpected_keys
-    parts = setup.blueprint.parts(setup.algorithm.layout.whole).values()
-    buffers = {name: each for part in parts for name, each in part.named_buffers(remove_duplicate=False)}
-    for name in loaded.missing_keys:
-        model.get_parameter(name).data = buffers[name].as_subclass(Tensor)
+    fill_whole(model, state, setup.blueprint.parts(setup.algorithm.layout.whole).values())
     return model
 
 

@@ -271,3 +271,16 @@ def test_the_result_depends_on_no_key_that_is_said_not_to_decide_it(
     assert config != plain
     assert config.identity() == plain.identity()
     assert same(weights(play(Federation(config, tmp_path))), bits)
+
+
+@pytest.mark.parametrize("algorithm", ["fed_avg", "fsl_sage", "sl_u_shape"])
+def test_adapters_tell_one_run_from_another(algorithm: str) -> None:
+    """Whatever the method, though they are a section of the model's as its parts are; without any none is read."""
+    given = [f"algorithm={algorithm}", "dataset=shakespeare", "model=huggingface/gpt2"]
+    changes = ("r=3", "alpha=3", "dropout=0.1", "targets=[c_proj]", "train=B")
+    adapted = [*given, "model.lora.r=2"]
+    settings = [given, adapted, *([*adapted, f"model.lora.{each}"] for each in changes)]
+    found = [load_config(each).identity() for each in settings]
+    assert len({*found}) == len(changes) + 2
+    assert load_config([*given, "model.lora.alpha=3"]).identity() == found[0]
+    assert not any("lora" in key for key in load_config(given).setting())

@@ -198,9 +198,8 @@ class ModelConfig:
         mapping = cast(dict[str, Any], plain(self))
         options = mapping.pop("options")
         del mapping["parts"]
-        for key, default in (("base", None), ("lora", plain(LoraConfig()))):
-            if mapping[key] == default:
-                del mapping[key]
+        if mapping["base"] is None:
+            del mapping["base"]
         for name in refinable():
             default = plain(config_class(name)())
             section = {

@@ -32,7 +32,7 @@ class LoraConfig:
         train: which of the two matrices learn. With ``B`` alone (FFA-LoRA, Sun et al. 2024) A stays as it is drawn.
     """
 
-    r: int = field(default=0, metadata=_WITH_ADAPTERS)
+    r: int = 0
     alpha: float = field(default=16.0, metadata=_WITH_ADAPTERS)
     dropout: float = field(default=0.0, metadata=_WITH_ADAPTERS)
     targets: tuple[str, ...] = field(default=(), metadata=_WITH_ADAPTERS)
